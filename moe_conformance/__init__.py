@@ -1,0 +1,6 @@
+"""Conformance suite for Mixture-of-Experts inference engines.
+
+Importing this package imports neither torch nor transformers nor triton.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,116 @@
+"""The contract, clause by clause: what an engine must do, and what its breach has cost others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Clause:
+    """text: a full sentence with "must". upstream: public threads where an engine broke it."""
+
+    bug_class: str
+    text: str
+    upstream: tuple[str, ...] = ()
+
+
+CLAUSES: dict[str, Clause] = {
+    "config.resolve": Clause(
+        "config-keys",
+        "An engine must find experts, top-k, MoE layers, shared experts, latent size and widths under every name "
+        "and nesting that a model family uses.",
+        ("vllm#41401", "transformers#45279", "Automodel#1361"),
+    ),
+    "config.both-sides": Clause(
+        "config-keys",
+        "The worker that records routed experts and the reader that serves them must take the same sizes from the "
+        "same config.",
+        ("vllm#41401",),
+    ),
+    "config.say-what-is-missing": Clause(
+        "config-keys",
+        "A config that lacks a key or contradicts itself must be refused with an error that names every key looked for.",
+        ("vllm#41401",),
+    ),
+    "config.refuse-dense": Clause(
+        "config-keys",
+        "A dense model must be refused by name before anything of it is loaded.",
+    ),
+    "closure.current-values": Clause(
+        "closure-capture",
+        "A router must use the parameter values its module has at call time, however they got there.",
+        ("vllm#42250", "sglang#26717"),
+    ),
+    "remap.one-target": Clause(
+        "double-prefix",
+        "Every naming style and suffix of one checkpoint tensor must map to one and the same parameter, and no two "
+        "tensors to the same.",
+        ("vllm#41206", "mobius#239", "vllm#31261"),
+    ),
+    "remap.idempotent": Clause(
+        "double-prefix",
+        "Mapping a name twice must equal mapping it once.",
+        ("vllm#41206",),
+    ),
+    "load.whole": Clause(
+        "double-prefix",
+        "A load must write every parameter with the checkpoint's values and consume every key, or say which not.",
+        ("vllm#41206", "sglang#29659", "Megatron-Bridge#4706"),
+    ),
+    "load.refuse-broken": Clause(
+        "double-prefix",
+        "A truncated, mistyped or hostile checkpoint must be refused whole, with nothing half-loaded.",
+    ),
+    "rows.own": Clause(
+        "dp-assertions",
+        "A capturer must record, for each token this rank owns, the ids routed for that token, whichever row layout "
+        "arrives.",
+        ("vllm#37879", "vllm#43737"),
+    ),
+    "rows.refuse-count": Clause(
+        "dp-assertions",
+        "A row count that fits no layout must raise and name what came and what was expected.",
+        ("vllm#37879",),
+    ),
+    "replay.only-real-rows": Clause(
+        "capture-replay",
+        "Padding rows, another rank's rows and rows of an earlier step must never be readable.",
+        ("SkyRL#1908", "sglang#23885"),
+    ),
+    "replay.bounds": Clause(
+        "capture-replay",
+        "Layer ids out of range, and expert ids that do not fit, must be rejected and must change nothing.",
+    ),
+    "replay.narrow": Clause(
+        "capture-replay",
+        "Every legal expert id must survive the dtype it is stored in.",
+    ),
+    "replay.other-process": Clause(
+        "capture-replay",
+        "A reader in another process must get each token's own rows, and shared memory must not outlive its owner.",
+        ("vllm#39568",),
+    ),
+    "padding.cut-before-add": Clause(
+        "shape-mismatch",
+        "A padded hidden or intermediate dim must be cut before anything of the unpadded width is added or "
+        "projected, and nothing in the padding may reach the result.",
+        ("vllm#40794", "vllm#40865", "tokenspeed#1322"),
+    ),
+    "padding.traceable": Clause(
+        "shape-mismatch",
+        "Shapes must hold under fake tensors and under torch.compile(fullgraph=True).",
+        ("vllm#40794", "vllm#41646"),
+    ),
+    "routing.method": Clause(
+        "routing-semantics",
+        "A router must select and weigh exactly by the model's method: order of score, top-k, renormalisation, scale.",
+        ("transformers#39581", "PaddleFormers#3452", "megablocks#87"),
+    ),
+    "routing.unique-ids": Clause(
+        "ties-nan-duplicates",
+        "Expert ids must be unique and in range for any row, ties, NaN and infinities included, the same every run.",
+        ("vllm#39391", "sglang#30079"),
+    ),
+}
+
+BUG_CLASSES = tuple(dict.fromkeys(clause.bug_class for clause in CLAUSES.values()))

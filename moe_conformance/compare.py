@@ -1,0 +1,98 @@
+"""Comparisons that explain themselves: each raises `Nonconformance` with the first bad place, got and want."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_conformance.errors import Nonconformance, Unsupported
+from moe_conformance.tolerance import Bound
+
+
+def _where(flat_index: int, shape: Sequence[int]) -> str:
+    index = []
+    for size in reversed(shape):
+        index.append(flat_index % size)
+        flat_index //= size
+    return "[" + ", ".join(str(i) for i in reversed(index)) + "]"
+
+
+def shape_and_type(what: str, got: Any, shape: Sequence[int], integer: bool | None = None) -> Tensor:
+    """`got` must be a tensor of this shape; integer says whether its dtype must be one (None: either)."""
+    if not isinstance(got, Tensor):
+        raise Nonconformance(f"{what}: got {type(got).__name__}, want a tensor")
+    if tuple(got.shape) != tuple(shape):
+        raise Nonconformance(f"{what}: got shape {list(got.shape)}, want {list(shape)}")
+    if integer is not None and integer == (got.is_floating_point() or got.is_complex()):
+        raise Nonconformance(f"{what}: got {got.dtype}, want {'an integer' if integer else 'a float'} dtype")
+    return got
+
+
+def equal(what: str, got: Tensor, want: Tensor) -> None:
+    """Same shape and same values; integer dtypes may differ in width, NaN equals NaN."""
+    shape_and_type(what, got, want.shape)
+    got, want = got.detach().cpu(), want.detach().cpu()
+    if want.is_floating_point():
+        bad = ~((got.double() == want.double()) | (got.isnan() & want.isnan()))
+    else:
+        bad = got.long() != want.long()
+    _report(what, got, want, bad, "")
+
+
+def close(what: str, got: Tensor, want: Tensor, bound: Bound) -> None:
+    """|got - want| <= bound, element by element; NaN or infinity in `got` fails."""
+    shape_and_type(what, got, want.shape, integer=False)
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    error, limit = (got - want).abs(), bound.limit.cpu()
+    bad = ~(error <= limit)
+    worst = (error / limit)[bad]
+    detail = ""
+    if bad.any():
+        ratio = worst.nan_to_num(float("inf")).max()
+        detail = f"; largest error is {ratio:.3g} times the bound ({bound.origin})"
+    _report(what, got, want, bad, detail)
+
+
+def _report(what: str, got: Tensor, want: Tensor, bad: Tensor, detail: str) -> None:
+    count = int(bad.sum())
+    if not count:
+        return
+    first = int(bad.flatten().to(torch.uint8).argmax())
+    got_value, want_value = got.flatten()[first].item(), want.flatten()[first].item()
+    place = _where(first, bad.shape) if bad.ndim else "value"
+    raise Nonconformance(
+        f"{what}: {count} of {bad.numel()} differ, first at {place}: got {got_value}, want {want_value}{detail}"
+    )
+
+
+def same(what: str, got: Any, want: Any) -> None:
+    """Plain equality of plain data."""
+    if got != want:
+        raise Nonconformance(f"{what}: got {got!r}, want {want!r}")
+
+
+def refused(what: str, call: Callable[[], Any], mentions: Sequence[str] = ()) -> BaseException:
+    """`call` must raise, and the message must contain every word of `mentions`."""
+    try:
+        returned = call()
+    except Unsupported:
+        raise
+    except Exception as error:
+        text = str(error)
+        absent = [word for word in mentions if word not in text]
+        if absent:
+            raise Nonconformance(
+                f"{what}: raised {type(error).__name__}, but its message does not name {', '.join(absent)}: {text}"
+            ) from error
+        return error
+    raise Nonconformance(f"{what}: got {_short(returned)}, want an error")
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "no error"
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

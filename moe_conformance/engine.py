@@ -1,0 +1,308 @@
+"""What an engine is: a name, its capabilities and the stages it implements.
+
+An adapter is one class. It need not inherit from `Engine`; a stage it lacks is simply not there. Letters:
+T tokens, E experts, K experts per token, H hidden, F expert intermediate, D the width the experts work in
+(H, or the latent width), L layers. All tensors are torch, on the device that `info` declares.
+
+This module imports no torch: an adapter's file must be importable without its engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+from moe_conformance.errors import Unsupported
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """name: as listed; version: of the engine judged, not of the adapter; device: "cpu", "cuda", ..."""
+
+    name: str
+    version: str
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """What a config says about its Mixture-of-Experts layers.
+
+    num_layers: decoder layers, MoE or not. moe_layers: their indices that have routed experts.
+    num_experts, top_k: one number, or one for each entry of moe_layers where the model varies them.
+    shared_experts: how many always-on experts a layer has (0: none). shared_intermediate_size: the summed
+    width of the shared experts. latent_size: width the routed experts work in when it is not hidden_size.
+    encoder_moe_layers: as moe_layers, for the encoder of an encoder-decoder.
+    """
+
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int | tuple[int, ...]
+    top_k: int | tuple[int, ...]
+    hidden_size: int
+    moe_intermediate_size: int | tuple[int, ...]
+    shared_experts: int = 0
+    shared_intermediate_size: int | None = None
+    latent_size: int | None = None
+    encoder_moe_layers: tuple[int, ...] = ()
+
+    @property
+    def max_top_k(self) -> int:
+        """The K that a capture buffer of this model needs."""
+        return self.top_k if isinstance(self.top_k, int) else max(self.top_k)
+
+    @property
+    def max_experts(self) -> int:
+        """The E that a captured id must be below."""
+        return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
+
+
+class CaptureShape(NamedTuple):
+    """Sizes of a routed-experts buffer as one side of an engine derives them from a config.
+
+    experts is None where the engine does not use it.
+    """
+
+    layers: int
+    top_k: int
+    experts: int | None
+
+
+class Routing(NamedTuple):
+    """ids: [T, K] integer. weights: [T, K] float32, weights[t, k] belongs to ids[t, k]."""
+
+    ids: Tensor
+    weights: Tensor
+
+
+Method = Literal["softmax_topk", "softmax_topk_renorm", "gemma4"]
+
+
+@dataclass(frozen=True)
+class RouteInputs:
+    """logits: [T, E] float32, bfloat16 or float16. per_expert_scale: [E], gemma4 only."""
+
+    logits: Tensor
+    top_k: int
+    method: Method
+    per_expert_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """The router to build. hidden_size matters only to engines whose router takes hidden states."""
+
+    method: Method
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class RouterHandle:
+    """A router as the engine has it.
+
+    module: an nn.Module; `module(x)` returns (weights [T, K], ids [T, K]).
+    takes: whether x is router logits [T, E] or hidden states [T, H].
+    tensors: canonical name -> name in `module.named_parameters()`. Canonical names are "per_expert_scale" [E];
+    for takes="hidden" also "proj" [E, H] and "scale" [H].
+    """
+
+    module: nn.Module
+    takes: Literal["logits", "hidden"]
+    tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """One MoE layer and its input.
+
+    x: [T, H]. logits: [T, E]. w13: [E, 2F, D], gate rows above up rows. w2: [E, D, F].
+    shared_w13: [2Fs, H] and shared_w2: [H, Fs], or None without a shared expert (silu, gated).
+    latent_in: [D, H] and latent_out: [H, D], or None when D = H; the router and the shared expert see H.
+    padded_hidden, padded_intermediate: the widths the engine's expert kernel must run at (>= D, F), or None.
+    Whatever the kernel leaves in the padded columns of its output is garbage and must not be seen again.
+    scale: the routed scaling factor, applied once to the routed sum.
+    """
+
+    x: Tensor
+    logits: Tensor
+    w13: Tensor
+    w2: Tensor
+    top_k: int
+    method: Method
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    scale: float = 1.0
+    per_expert_scale: Tensor | None = None
+    shared_w13: Tensor | None = None
+    shared_w2: Tensor | None = None
+    latent_in: Tensor | None = None
+    latent_out: Tensor | None = None
+    padded_hidden: int | None = None
+    padded_intermediate: int | None = None
+
+
+RowKind = Literal["concatenated", "local", "sequence_shard", "sequence_gathered"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows an ids tensor holds.
+
+    counts: tokens of each data-parallel rank in this step.
+    kind: "concatenated", all ranks' rows in rank order; "local", this rank's rows; "sequence_shard", this
+    tensor-parallel rank's slice of the local rows, each slice ceil(count / tp) rows, the last ones padding;
+    "sequence_gathered", every rank's slices with their padding, data-parallel rank major, then tensor-parallel.
+    gather: for "sequence_shard", concatenates every tensor-parallel rank's slice along dim 0 in rank order
+    (the engine's all-gather).
+    """
+
+    kind: RowKind
+    counts: tuple[int, ...]
+    gather: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """The capturer to build: buffer sizes and this process's place among the ranks."""
+
+    max_tokens: int
+    layers: int
+    top_k: int
+    experts: int
+    dp_rank: int = 0
+    dp_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
+
+
+class CaptureSession(Protocol):
+    """A routed-experts capturer. `capture` gets ids [rows, K]; `read` gives [n, L, K] for the last step."""
+
+    def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None: ...
+
+    def read(self, num_tokens: int) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+class CaptureStore(Protocol):
+    """The host side: rows kept by slot, read from another process through the picklable `address`."""
+
+    address: object
+
+    def write(self, slots: Sequence[int], rows: Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class CaptureReader(Protocol):
+    def read(self, slots: Sequence[int]) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class CheckpointName:
+    """A tensor of a checkpoint: its name and shape."""
+
+    name: str
+    shape: tuple[int, ...] = field(default=())
+
+
+class Engine:
+    """Base with every stage unsupported. Adapters may derive from it, or only look like it.
+
+    `capabilities` maps each stage offered to the optional features of it that are offered:
+
+    describe          -
+    capture_shape     "worker", "reader"
+    route             the methods
+    router_module     the methods
+    layer             "shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", the methods
+    capture_session   the row kinds, "bounds" (layer ids and expert ids are range-checked on this path)
+    capture_store     -
+    remap             the naming styles of suites/weights
+    load              the naming styles of suites/weights
+    """
+
+    name: str = ""
+
+    @classmethod
+    def environment(cls) -> Mapping[str, str]:
+        """Environment variables that the engine's process needs before anything is imported."""
+        return {}
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why the engine cannot start here, or None. Must be cheap: no heavy import."""
+        return None
+
+    @property
+    def info(self) -> EngineInfo:
+        raise NotImplementedError
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        raise NotImplementedError
+
+    def describe(self, config: Any) -> MoESpec:
+        """config: a transformers config, nested or flat, or its plain dict."""
+        raise Unsupported("describe")
+
+    def capture_shape(self, config: Any, side: Literal["worker", "reader"]) -> CaptureShape:
+        """The buffer sizes that one side of the capturer takes from the config."""
+        raise Unsupported("capture_shape")
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        raise Unsupported("route")
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        raise Unsupported("router_module")
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        """Return the layer's output [T, H], in x's dtype."""
+        raise Unsupported("layer")
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        raise Unsupported("capture_session")
+
+    def capture_store(self, spec: CaptureSpec) -> CaptureStore:
+        """A store of spec.max_tokens slots."""
+        raise Unsupported("capture_store")
+
+    def capture_reader(self, address: object) -> CaptureReader:
+        """Open, in any process, what `capture_store` made."""
+        raise Unsupported("capture_reader")
+
+    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
+        """The engine's own name, or names, for each checkpoint tensor of a model with this config."""
+        raise Unsupported("remap")
+
+    def load(self, folder: Path) -> Mapping[str, Tensor]:
+        """Load a checkpoint folder (config.json, safetensors with an index) and return what now lies in the model.
+
+        Keys: layers.I.experts.w13 [E, 2F, H] with gate above up, layers.I.experts.w2 [E, H, F],
+        layers.I.router.proj [E, H], layers.I.router.scale [H], layers.I.router.per_expert_scale [E].
+        Raises if a parameter is left unwritten or a key unconsumed, naming which.
+        """
+        raise Unsupported("load")
+
+
+STAGES = (
+    "describe",
+    "capture_shape",
+    "route",
+    "router_module",
+    "layer",
+    "capture_session",
+    "capture_store",
+    "remap",
+    "load",
+)

@@ -1,0 +1,39 @@
+"""Everything this package raises on purpose; the tree is the documentation."""
+
+from __future__ import annotations
+
+
+class MoEConformanceError(Exception):
+    """Base of all errors below."""
+
+
+class UsageError(MoEConformanceError):
+    """A command, option, known-failures file or engine name is wrong: exit code 2."""
+
+
+class Unsupported(MoEConformanceError):
+    """The engine does not offer this stage, or this feature of it. Never counted as a pass."""
+
+
+class Unavailable(MoEConformanceError):
+    """The engine cannot start here: a package, a device or a version is missing."""
+
+
+class Nonconformance(MoEConformanceError):
+    """The engine's answer breaks a clause. Raised by checks, turned into the verdict `fail`."""
+
+
+class ConfigError(MoEConformanceError, ValueError):
+    """A model config lacks a key or contradicts itself; the message names every key looked for."""
+
+
+class DenseModelError(ConfigError):
+    """The config describes a model without routed experts."""
+
+
+class InputError(MoEConformanceError, ValueError):
+    """A tensor argument has the wrong shape, dtype, range or layout."""
+
+
+class CheckpointError(MoEConformanceError):
+    """A checkpoint cannot be loaded whole; nothing of it was kept."""
