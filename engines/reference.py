@@ -1,1 +1,103 @@
 """The reference implementation as an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import moe_conformance
+from moe_conformance.engine import (
+    CaptureReader,
+    CaptureSession,
+    CaptureShape,
+    CaptureSpec,
+    CaptureStore,
+    CheckpointName,
+    Engine,
+    EngineInfo,
+    LayerInputs,
+    MoESpec,
+    RouteInputs,
+    RouterHandle,
+    RouterSpec,
+    Routing,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METHODS = frozenset({"softmax_topk", "softmax_topk_renorm", "gemma4"})
+ROW_KINDS = frozenset({"concatenated", "local", "sequence_shard", "sequence_gathered"})
+NAMING_STYLES = frozenset({"plain", "moe", "packed", "multimodal"})
+
+
+class Reference(Engine):
+    name = "reference"
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(self.name, moe_conformance.__version__, "cpu")
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        return {
+            "describe": frozenset(),
+            "capture_shape": frozenset({"worker", "reader"}),
+            "route": METHODS,
+            "router_module": METHODS,
+            "layer": METHODS | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh"},
+            "capture_session": ROW_KINDS | {"bounds"},
+            "capture_store": frozenset(),
+            "remap": NAMING_STYLES,
+            "load": NAMING_STYLES,
+        }
+
+    def describe(self, config: Any) -> MoESpec:
+        from moe_conformance.reference_impl import config as stage
+
+        return stage.describe(config)
+
+    def capture_shape(self, config: Any, side: Literal["worker", "reader"]) -> CaptureShape:
+        from moe_conformance.reference_impl import capture as stage
+
+        return stage.capture_shape(config)
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        from moe_conformance.reference_impl import routing as stage
+
+        return stage.route(inputs)
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        from moe_conformance.reference_impl import routing as stage
+
+        return stage.build_router(spec)
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        from moe_conformance.reference_impl import layer as stage
+
+        return stage.moe_layer(inputs)
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        from moe_conformance.reference_impl import capture as stage
+
+        return stage.Capturer(spec)
+
+    def capture_store(self, spec: CaptureSpec) -> CaptureStore:
+        from moe_conformance.reference_impl import store as stage
+
+        return stage.HostStore(spec)
+
+    def capture_reader(self, address: object) -> CaptureReader:
+        from moe_conformance.reference_impl import store as stage
+
+        return stage.HostReader(address)
+
+    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
+        from moe_conformance.reference_impl import remap as stage
+
+        return stage.remap(config, names)
+
+    def load(self, folder: Path) -> Mapping[str, Tensor]:
+        from moe_conformance.reference_impl import loading as stage
+
+        return stage.load(folder)
