@@ -96,13 +96,17 @@ class RouteInputs:
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """The router to build. hidden_size matters only to engines whose router takes hidden states."""
+    """The router to build. hidden_size and norm_eps matter only to engines whose router takes hidden states.
+
+    norm_eps: of Gemma 4's RMSNorm before the projection; its config's default.
+    """
 
     method: Method
     num_experts: int
     top_k: int
     hidden_size: int
     dtype: torch.dtype
+    norm_eps: float = 1e-6
 
 
 @dataclass(frozen=True)
