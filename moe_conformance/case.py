@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -88,6 +89,20 @@ def catalogue() -> Mapping[str, Case]:
             if found.setdefault(case.id, case) is not case:
                 raise ValueError(f"case id {case.id!r} is used twice")
     return MappingProxyType(found)
+
+
+@cache
+def checks() -> Mapping[str, Mapping[str, str]]:
+    """Case id -> check name -> docstring, over every suite. Imports the test modules, and torch with them."""
+    suites = importlib.import_module("moe_conformance.suites")
+    found: dict[str, dict[str, str]] = {case_id: {} for case_id in catalogue()}
+    for module_info in pkgutil.walk_packages(suites.__path__, "moe_conformance.suites."):
+        if not module_info.name.rpartition(".")[2].startswith("test_"):
+            continue
+        for name, function in vars(importlib.import_module(module_info.name)).items():
+            for case in getattr(function, "moe_cases", ()):
+                found[case.id][name.removeprefix("test_")] = inspect.cleandoc(function.__doc__ or "")
+    return found
 
 
 def in_tier(case: Case, tier: str) -> bool:

@@ -1,0 +1,200 @@
+"""Judging one engine in the current process: build it, probe it, run checks, turn what happens into verdicts."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_conformance.case import Case
+from moe_conformance.discovery import Target
+from moe_conformance.engine import STAGES, CaptureSpec, EngineInfo, LayerInputs, RouteInputs, RouterSpec, Rows
+from moe_conformance.errors import Nonconformance, Unavailable, Unsupported
+from moe_conformance.inputs import normal
+from moe_conformance.verdict import Verdict
+
+# Inputs up to this many elements are compared byte for byte after a call; larger ones by torch's version counter,
+# which notices torch's own in-place operations but not a kernel that writes through a pointer.
+_COPIED = 1 << 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check came to; facts are for the golden snapshot."""
+
+    verdict: Verdict
+    message: str = ""
+    facts: Any = None
+
+
+class ProbeFailure(Exception):
+    """The adapter is not what it declares to be."""
+
+
+class Judged:
+    """An engine as checks see it: a stage it lacks raises Unsupported, and a call that writes into its inputs fails.
+
+    raw: the adapter itself, for tracing, where the guard would be traced too.
+    """
+
+    def __init__(self, raw: Any, path: str) -> None:
+        self.raw = raw
+        self.path = path
+        self.info: EngineInfo = raw.info
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        return self.raw.capabilities()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.raw, name, None)
+        if method is None:
+            raise Unsupported(name)
+        if name not in STAGES:
+            return method
+
+        def guarded(*args: Any) -> Any:
+            before = [(where, tensor, tensor._version, _copy(tensor)) for where, tensor in _tensors(args, name)]
+            result = method(*args)
+            for where, tensor, version, copy in before:
+                if tensor._version != version or (copy is not None and not _same_bytes(tensor, copy)):
+                    raise Nonconformance(f"{where}: the engine wrote into its input; it must be left unchanged")
+            return result
+
+        return guarded
+
+
+def _copy(tensor: Tensor) -> Tensor | None:
+    return tensor.clone() if tensor.numel() <= _COPIED and tensor.device.type != "meta" else None
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.ndim else a.equal(b)
+
+
+def _tensors(value: Any, where: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield where, value
+    elif is_dataclass(value) and not isinstance(value, type):
+        for item in fields(value):
+            yield from _tensors(getattr(value, item.name), item.name)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item, where)
+
+
+class Judge:
+    """One engine, built and probed. Raises Unavailable or UsageError where it cannot be built."""
+
+    def __init__(self, target: Target) -> None:
+        cls = target.load()
+        probe = getattr(cls, "missing", None)
+        reason = probe() if probe else None
+        if reason:
+            raise Unavailable(reason)
+        self.adapter_file = importlib.import_module(cls.__module__).__file__
+        self.engine = Judged(cls(), target.path)
+        self.capabilities = {stage: frozenset(needs) for stage, needs in self.engine.capabilities().items()}
+        self.broken = ""
+        try:
+            _probe(self.engine, self.capabilities)
+        except Exception as error:
+            self.broken = f"the adapter failed its probe: {_describe(error)}"
+
+    def run(self, module: str, function: str, case: Case) -> Outcome:
+        """Run one check. Never raises on account of the engine."""
+        if self.broken:
+            return Outcome(Verdict.ERROR, self.broken)
+        if case.stage not in self.capabilities:
+            return Outcome(Verdict.UNSUPPORTED, f"stage {case.stage} is not offered")
+        lacking = case.needs - self.capabilities[case.stage]
+        if lacking:
+            return Outcome(Verdict.UNSUPPORTED, f"{case.stage} without {', '.join(sorted(lacking))}")
+        check = getattr(importlib.import_module(module), function)
+        try:
+            facts = check(self.engine, case)
+        except Unsupported as error:
+            return Outcome(Verdict.UNSUPPORTED, str(error))
+        except Nonconformance as error:
+            return Outcome(Verdict.FAIL, str(error))
+        except Exception as error:
+            verdict = Verdict.ERROR if self._is_adapters(error) else Verdict.FAIL
+            return Outcome(verdict, _describe(error))
+        return Outcome(Verdict.PASS, facts=facts)
+
+    def _is_adapters(self, error: Exception) -> bool:
+        """Whether the adapter or the suite broke, rather than the engine: the innermost frame of neither torch nor
+        the standard library decides."""
+        frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        library = (str(Path(torch.__file__).parent), str(Path(traceback.__file__).parent))
+        own = [name for name in frames if not name.startswith(library) or "site-packages" in name and "torch" not in name]
+        suites = str(Path(importlib.import_module("moe_conformance.suites").__path__[0]))
+        return bool(own) and (own[-1] == self.adapter_file or own[-1].startswith(suites))
+
+
+def _describe(error: BaseException) -> str:
+    """Type, message and the last frames."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    trace = "\n".join(f"  {Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}" for f in frames)
+    return f"{type(error).__name__}: {error}\n{trace}"
+
+
+def _probe(engine: Judged, capabilities: Mapping[str, frozenset[str]]) -> None:
+    """Three trivial cases, and capability honesty: declared stages answer, the others raise Unsupported."""
+    unknown = capabilities.keys() - set(STAGES)
+    if unknown:
+        raise ProbeFailure(f"capabilities: got {', '.join(sorted(unknown))}, want stages out of {', '.join(STAGES)}")
+    method = next((m for m in ("softmax_topk_renorm", "softmax_topk", "gemma4") if m in _methods(capabilities)), "gemma4")
+    scale = torch.ones(4) if method == "gemma4" else None
+    logits = normal((3, 4), "probe-logits")
+    trivial: dict[str, Any] = {
+        "route": RouteInputs(logits, 2, method, scale),  # type: ignore[arg-type]
+        "router_module": RouterSpec(method, 4, 2, 8, torch.float32),  # type: ignore[arg-type]
+        "layer": LayerInputs(
+            normal((3, 8), "probe-x"), logits, normal((4, 12, 8), "probe-w13"), normal((4, 8, 6), "probe-w2"),
+            2, method, per_expert_scale=scale,  # type: ignore[arg-type]
+        ),
+        "capture_session": CaptureSpec(max_tokens=4, layers=2, top_k=2, experts=4),
+    }
+    for stage in STAGES:
+        if stage not in capabilities:
+            _must_refuse(engine, stage, trivial.get(stage))
+    if "route" in capabilities:
+        ids, weights = engine.route(trivial["route"])
+        if tuple(ids.shape) != (3, 2) or tuple(weights.shape) != (3, 2) or ids.is_floating_point():
+            raise ProbeFailure("route: want (integer ids [3, 2], weights [3, 2]) for three tokens and two experts each")
+    if "layer" in capabilities:
+        output = engine.layer(trivial["layer"])
+        if tuple(output.shape) != (3, 8):
+            raise ProbeFailure(f"layer: got {list(output.shape)}, want [3, 8]")
+    if "capture_session" in capabilities:
+        session = engine.capture_session(trivial["capture_session"])
+        ids = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+        session.capture(0, ids, Rows("local", (2,)))
+        got = session.read(2)
+        session.close()
+        if tuple(got.shape) != (2, 2, 2):
+            raise ProbeFailure(f"capture_session: read gave {list(got.shape)}, want [tokens 2, layers 2, top-k 2]")
+
+
+def _methods(capabilities: Mapping[str, frozenset[str]]) -> frozenset[str]:
+    return frozenset().union(*(capabilities.get(stage, ()) for stage in ("route", "router_module", "layer")))
+
+
+def _must_refuse(engine: Judged, stage: str, argument: Any) -> None:
+    """A stage that is not declared must not answer."""
+    arity = {"describe": 1, "capture_shape": 2, "remap": 2}.get(stage, 1)
+    try:
+        getattr(engine, stage)(*[argument] * arity)
+    except Unsupported:
+        return
+    except Exception as error:
+        raise ProbeFailure(
+            f"{stage}: not declared, so calling it must raise Unsupported; it raised {type(error).__name__}: {error}"
+        ) from error
+    raise ProbeFailure(f"{stage}: not declared in capabilities, yet it answers; declare it, so that it is judged")

@@ -1,0 +1,181 @@
+"""A pytest session that judges engines: parametrises checks by engine and case, runs them, gathers results."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moe_conformance.suites
+from moe_conformance import known
+from moe_conformance.case import TIERS, Case, catalogue, checks, in_tier
+from moe_conformance.clauses import BUG_CLASSES
+from moe_conformance.devices import gpu_count, pinned
+from moe_conformance.discovery import Target, available, registered, resolve
+from moe_conformance.errors import UsageError
+from moe_conformance.explain import failure
+from moe_conformance.goldens import Amber
+from moe_conformance.process import EngineProcess
+from moe_conformance.report import Report
+from moe_conformance.verdict import Result, Verdict
+
+_SUITES = Path(moe_conformance.suites.__path__[0]).resolve()
+_PROPERTY = "moe_conformance"
+
+
+class Session:
+    """Registered for sessions that include our suites, on the controller and on every xdist worker."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.is_worker = hasattr(config, "workerinput")
+        try:
+            self._read_options(config)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+        config.option.importmode = "importlib"
+        # A run of some engines or cases leaves other snapshots unused; tests/ holds files and catalogue together.
+        config.option.warn_unused_snapshots = True
+        self.process: EngineProcess | None = None
+        self.report = None if self.is_worker else Report(config, self.targets, len(self.cases))
+
+    def _read_options(self, config: pytest.Config) -> None:
+        names = config.getoption("--moe-engine")
+        self.targets = [resolve(name) for name in names] if names else available()
+        classes = _all_known("class", config.getoption("--moe-class"), BUG_CLASSES)
+        wanted = _all_known("case", config.getoption("--moe-case"), catalogue())
+        (tier,) = _all_known("tier", [config.getoption("--moe-tier")], TIERS)
+        self.cases = {
+            case.id: case
+            for case in catalogue().values()
+            if (case.id in wanted if wanted else in_tier(case, tier)) and (not classes or case.bug_class in classes)
+        }
+        self.updating = bool(config.getoption("update_snapshots", False))
+        if self.updating and ([target.name for target in self.targets] != ["reference"] or config.getoption("-n", None)):
+            raise UsageError("goldens are written from the reference engine in one process: --engine reference -n 0")
+        files = [Path(name) for name in config.getoption("--moe-known")]
+        by_case = {case_id: frozenset(named) for case_id, named in checks().items()} if files else {}
+        self.known = {entry.engine: entry for entry in (known.read(file, by_case) for file in files)}
+        strangers = self.known.keys() - {target.name for target in self.targets} - registered().keys()
+        if strangers:
+            raise UsageError(f"known failures are for {', '.join(strangers)}, which no engine is called")
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        listed: tuple[Case, ...] | None = getattr(metafunc.function, "moe_cases", None)
+        if listed is None:
+            return
+        pairs = [(target, case) for target in self.targets for case in listed if case.id in self.cases]
+        metafunc.parametrize(("engine", "case"), pairs, ids=[f"{target.name}-{case.id}" for target, case in pairs])
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Keep each engine's tests together, so that its process starts once a worker."""
+        order = {target.name: number for number, target in enumerate(self.targets)}
+        items.sort(key=lambda item: order.get(_engine_of(item), -1))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
+        if not hasattr(pyfuncitem.function, "moe_cases"):
+            return None
+        target, case = pyfuncitem.callspec.params["engine"], pyfuncitem.callspec.params["case"]
+        check = pyfuncitem.originalname.removeprefix("test_")
+        started = time.perf_counter()
+        outcome = self._ask(target, pyfuncitem, case)
+        verdict, message = Verdict(outcome["verdict"]), outcome["message"]
+        if verdict is Verdict.PASS and outcome["facts"] is not None:
+            verdict, message = _against_golden(pyfuncitem, case, check, outcome["facts"])
+        verdict, message = self._known(target, case, check, verdict, message)
+        if verdict.is_bad:
+            message = failure(target.name, case, check, message)
+        seconds = time.perf_counter() - started
+        result = Result(target.name, case.id, check, case.bug_class, case.stage, verdict, message, seconds)
+        info = self.process.info if self.process else None
+        facts = {"version": info.version, "device": info.device} if info else {}
+        pyfuncitem.user_properties.append((_PROPERTY, json.dumps([result.as_line(), facts])))
+        if verdict.is_bad:
+            pytest.fail(f"{verdict}: {target.name} on {case.id}: {message}", pytrace=False)
+        if verdict is Verdict.UNSUPPORTED:
+            pytest.skip(f"unsupported: {message}")
+        if verdict is Verdict.KNOWN_FAILURE:
+            pytest.xfail(f"known failure: {message}")
+        return True
+
+    def _ask(self, target: Target, item: pytest.Function, case: Case) -> dict[str, Any]:
+        if self.process is None or self.process.target != target:
+            self.pytest_unconfigure()
+            self.process = EngineProcess(target, self.config.getoption("--moe-timeout"), _shares())
+        # By name from the suites' folder: pytest's own module name differs between checkout and wheel.
+        parts = item.path.resolve().relative_to(_SUITES).with_suffix("").parts
+        return self.process.run(".".join(("moe_conformance.suites", *parts)), item.originalname, case.id)
+
+    def _known(self, target: Target, case: Case, check: str, verdict: Verdict, message: str) -> tuple[Verdict, str]:
+        failures = self.known.get(target.name)
+        info = self.process.info if self.process else None
+        entry = failures.find(case.id, check, info) if failures and info else None
+        if entry is None or verdict in (Verdict.UNSUPPORTED, Verdict.UNAVAILABLE):
+            return verdict, message
+        about = f"listed as {entry.kind}, {entry.issue}" + (f": {entry.reason}" if entry.reason else "")
+        if verdict is Verdict.PASS:
+            return Verdict.UNEXPECTED_PASS, f"it passes, but is {about}; take the entry out of the file"
+        return Verdict.KNOWN_FAILURE, f"{about}\n{verdict}: {message}"
+
+    def pytest_unconfigure(self) -> None:
+        if self.process is not None:
+            self.process.close()
+            self.process = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if self.report is None:
+            return
+        found = dict(report.user_properties).get(_PROPERTY)
+        if report.when == "call" and isinstance(found, str):
+            line, facts = json.loads(found)
+            self.report.add(Result.from_line(line), facts)
+        elif report.failed and found is None and "[" in report.nodeid and _in_suites(report, self.config):
+            self.report.lost(report.nodeid, str(report.longrepr))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+        if self.report is not None:
+            self.report.finish(terminalreporter, exitstatus)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_auto_num_workers(self) -> int | None:
+        """One worker a GPU; without a GPU xdist's own answer, one a core."""
+        return gpu_count() or None
+
+
+def _all_known(what: str, got: list[str], there: Any) -> list[str]:
+    unknown = [name for name in got if name not in there]
+    if unknown:
+        raise UsageError(f"{what}: got {', '.join(unknown)}, want one of {', '.join(there)}")
+    return got
+
+
+def _engine_of(item: pytest.Item) -> str:
+    callspec = getattr(item, "callspec", None)
+    target = callspec.params.get("engine") if callspec else None
+    return getattr(target, "name", "")
+
+
+def _in_suites(report: pytest.TestReport, config: pytest.Config) -> bool:
+    return _SUITES in (config.rootpath / report.location[0]).resolve().parents
+
+
+def _shares() -> dict[str, str]:
+    """The engine process's part of the machine: one GPU, and its share of the cores."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))
+    }
+    return {**threads, **pinned(os.environ.get("PYTEST_XDIST_WORKER", "gw0"))}
+
+
+def _against_golden(item: pytest.Function, case: Case, check: str, facts: Any) -> tuple[Verdict, str]:
+    snapshot = item._request.getfixturevalue("snapshot").use_extension(Amber.at(case.bug_class, check))
+    if snapshot(name=case.id) == facts:
+        return Verdict.PASS, ""
+    difference = "\n".join(line.rstrip() for line in snapshot.get_assert_diff())
+    return Verdict.FAIL, f"the answer differs from the golden (- want, + got):\n{difference}"
