@@ -45,7 +45,7 @@ class Reference(Engine):
             "capture_shape": frozenset({"worker", "reader"}),
             "route": METHODS,
             "router_module": METHODS,
-            "layer": METHODS | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh"},
+            "layer": METHODS | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", "traceable"},
             "capture_session": ROW_KINDS | {"bounds"},
             "capture_store": frozenset(),
             "remap": NAMING_STYLES,

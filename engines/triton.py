@@ -1,1 +1,135 @@
-"""The reference implementation as an engine."""
+"""The kernels of this package as an engine: compiled where there is a GPU, interpreted on the CPU where there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from moe_conformance.devices import gpu_count
+from moe_conformance.engine import (
+    CaptureSession,
+    CaptureSpec,
+    Engine,
+    EngineInfo,
+    LayerInputs,
+    RouteInputs,
+    RouterHandle,
+    RouterSpec,
+    Routing,
+)
+from moe_conformance.engines.reference import METHODS, ROW_KINDS
+from moe_conformance.errors import Unavailable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Triton(Engine):
+    """Routing, padding, cutting and capture run in kernels; what stands between them is the reference's torch."""
+
+    name = "triton"
+
+    @classmethod
+    def environment(cls) -> Mapping[str, str]:
+        # Triton 3.10 flips this default and warns where it is not said.
+        fusion = {"TRITON_DEFAULT_FP_FUSION": "1"}
+        return fusion if gpu_count() else {**fusion, "TRITON_INTERPRET": "1"}
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; install moe-conformance[triton]"
+        return None
+
+    def __init__(self) -> None:
+        import torch
+        import triton
+
+        from moe_conformance.kernels.launch import interpreted
+
+        if not interpreted() and not torch.cuda.is_available():
+            raise Unavailable(
+                "torch sees no GPU, and kernels are compiled in this process; hide GPUs that torch cannot use "
+                "(CUDA_VISIBLE_DEVICES=) or set TRITON_INTERPRET=1 before it starts"
+            )
+        self._info = EngineInfo(self.name, triton.__version__, "cpu" if interpreted() else "cuda")
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        return {
+            "route": METHODS,
+            "router_module": METHODS,
+            "layer": METHODS
+            | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", "traceable"},
+            "capture_session": ROW_KINDS | {"bounds"},
+        }
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        from moe_conformance.kernels.routing import route
+
+        scale = inputs.per_expert_scale
+        return route(
+            replace(
+                inputs,
+                logits=inputs.logits.to(self.info.device),
+                per_expert_scale=None if scale is None else scale.to(self.info.device),
+            )
+        )
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        from moe_conformance.kernels.routing import route
+        from moe_conformance.reference_impl.routing import Router
+
+        class KernelRouter(Router):
+            """The reference's router; its parameters are read, and its routing runs in the kernel, at call time."""
+
+            def select(self, logits: Tensor) -> Routing:
+                scale = self.per_expert_scale if self.spec.method == "gemma4" else None
+                return route(RouteInputs(logits, self.spec.top_k, self.spec.method, scale))
+
+        module = KernelRouter(spec).to(self.info.device)
+        return RouterHandle(module, "hidden", {name: name for name, _ in module.named_parameters()})
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        """inputs on the device of `info`."""
+        from torch.nn.functional import linear
+
+        from moe_conformance.kernels.padding import pad, unpad
+        from moe_conformance.kernels.routing import route
+        from moe_conformance.reference_impl.experts import gated_mlp, routed_experts
+        from moe_conformance.reference_impl.padding import pad_expert_weights
+
+        ids, weights = route(RouteInputs(inputs.logits, inputs.top_k, inputs.method, inputs.per_expert_scale))
+        x = inputs.x if inputs.latent_in is None else linear(inputs.x, inputs.latent_in)  # [T, D]
+        hidden = inputs.padded_hidden or x.shape[1]
+        # Weights are padded once, when a model is loaded, so no kernel does it.
+        w13, w2 = pad_expert_weights(
+            inputs.w13, inputs.w2, hidden, inputs.padded_intermediate or inputs.w2.shape[-1]
+        )
+        routed = routed_experts(pad(x, hidden), w13, w2, ids, weights, inputs.activation)  # [T, padded D]
+        routed = unpad(routed, x.shape[1]) * inputs.scale
+        if inputs.latent_out is not None:
+            routed = linear(routed, inputs.latent_out)  # [T, H]
+        if inputs.shared_w13 is None or inputs.shared_w2 is None:
+            return routed
+        return routed + gated_mlp(inputs.x, inputs.shared_w13, inputs.shared_w2, "silu")
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        from moe_conformance.engine import Rows
+        from moe_conformance.kernels import capture as kernel
+        from moe_conformance.reference_impl.capture import Capturer
+
+        class KernelCapturer(Capturer):
+            """The reference's choice of rows and its record of steps; the kernel checks and writes."""
+
+            write = staticmethod(kernel.capture)
+
+            def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+                super().capture(layer_id, ids.to(self.buffer.device), rows)
+
+        return KernelCapturer(spec, device=self.info.device)

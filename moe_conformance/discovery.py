@@ -61,7 +61,10 @@ def available() -> list[Target]:
 
 def missing(target: Target) -> str | None:
     """Why an engine cannot start here, or None."""
-    probe = getattr(target.load(), "missing", None)
+    try:
+        probe = getattr(target.load(), "missing", None)
+    except UsageError as error:
+        return str(error)
     return probe() if probe else None
 
 

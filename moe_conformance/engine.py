@@ -230,7 +230,8 @@ class Engine:
     capture_shape     "worker", "reader"
     route             the methods
     router_module     the methods
-    layer             "shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", the methods
+    layer             "shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", the methods;
+                      "traceable": `layer` itself can be traced (an adapter that builds modules in it cannot)
     capture_session   the row kinds, "bounds" (layer ids and expert ids are range-checked on this path)
     capture_store     -
     remap             the naming styles of suites/weights

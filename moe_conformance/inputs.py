@@ -79,3 +79,16 @@ def poisoned_allocations() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(was_on, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def windows(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
+    """As `normal`, for weights of real models: rows are overlapping windows of one hashed stretch, which is cheap.
+
+    No two rows are equal, nor are two matrices of a stack.
+    """
+    *stack, rows, columns = shape
+    strides = [61, 1]  # a prime row step keeps windows from lining up with powers of two
+    for _ in stack:
+        strides.insert(0, 1009 * strides[0])
+    length = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
+    return normal((length,), seed, dtype, std).as_strided(tuple(shape), tuple(strides)).contiguous()

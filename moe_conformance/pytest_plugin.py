@@ -6,15 +6,11 @@ sets no environment variable and gives its options a prefix of their own.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
-
-SUITES = Path(__file__).resolve().parent.parent / "suites"  # replaced by the installed place where that exists
-if not SUITES.is_dir() or (Path(__file__).resolve().parent / "suites").is_dir():
-    SUITES = Path(__file__).resolve().parent / "suites"
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("moe-conformance")
@@ -37,11 +33,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _runs_suites(config: pytest.Config) -> bool:
     """Whether any argument is the suites' folder, lies in it, contains it or names the package."""
+    spec = importlib.util.find_spec("moe_conformance.suites")
+    assert spec is not None and spec.submodule_search_locations
+    suites = Path(spec.submodule_search_locations[0])
     for argument in config.args:
         place = argument.split("::")[0]
         if place.split(".")[0] == "moe_conformance":
             return True
         path = Path(os.path.abspath(config.invocation_params.dir / place))
-        if path == SUITES or SUITES in path.parents or path in SUITES.parents:
+        if path == suites or suites in path.parents or path in suites.parents:
             return True
     return False

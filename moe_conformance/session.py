@@ -40,6 +40,8 @@ class Session:
         config.option.importmode = "importlib"
         # A run of some engines or cases leaves other snapshots unused; tests/ holds files and catalogue together.
         config.option.warn_unused_snapshots = True
+        # Snapshots are named by case id, which is the same for every test and engine; syrupy would rather not.
+        config.addinivalue_line("filterwarnings", r"ignore:\s*Can not relate snapshot name:UserWarning")
         self.process: EngineProcess | None = None
         self.report = None if self.is_worker else Report(config, self.targets, len(self.cases))
 
@@ -72,7 +74,8 @@ class Session:
         metafunc.parametrize(("engine", "case"), pairs, ids=[f"{target.name}-{case.id}" for target, case in pairs])
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Keep each engine's tests together, so that its process starts once a worker."""
+        """Drop checks that nothing selected; keep each engine's tests together, so that its process starts once."""
+        items[:] = [item for item in items if not _is_empty(item)]
         order = {target.name: number for number, target in enumerate(self.targets)}
         items.sort(key=lambda item: order.get(_engine_of(item), -1))
 
@@ -158,6 +161,11 @@ def _engine_of(item: pytest.Item) -> str:
     callspec = getattr(item, "callspec", None)
     target = callspec.params.get("engine") if callspec else None
     return getattr(target, "name", "")
+
+
+def _is_empty(item: pytest.Item) -> bool:
+    """Whether pytest made this item only to say that a check has no case in this run."""
+    return hasattr(getattr(item, "function", None), "moe_cases") and not _engine_of(item)
 
 
 def _in_suites(report: pytest.TestReport, config: pytest.Config) -> bool:

@@ -1,0 +1,109 @@
+"""Routers that keep something from when they were built or first used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from moe_conformance.engine import RouterHandle, RouterSpec, Routing
+from moe_conformance.engines.mutants.mutant import Mutant
+from moe_conformance.engines.reference import Reference
+from moe_conformance.reference_impl import routing
+
+
+def _rewired(spec: RouterSpec, rewire: Callable[[routing.Router], Callable[[Tensor], Routing]]) -> RouterHandle:
+    """The reference's Gemma 4 router whose experts are handed another routing function."""
+    handle = routing.build_router(spec)
+    assert isinstance(handle.module, routing.Router)
+    if spec.method == "gemma4":
+        handle.module.experts.routing_function = rewire(handle.module)
+    return handle
+
+
+class ClosureKeepsParameter(Reference):
+    name = "closure-keeps-parameter"
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        def rewire(router: routing.Router) -> Callable[[Tensor], Routing]:
+            per_expert_scale = router.per_expert_scale
+            return lambda logits: routing.gemma4(logits, spec.top_k, per_expert_scale)
+
+        return _rewired(spec, rewire)
+
+
+class ClosureKeepsModule(Reference):
+    name = "closure-keeps-module"
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        return _rewired(spec, lambda router: lambda logits: routing.gemma4(logits, spec.top_k, router.per_expert_scale))
+
+
+class FirstCallIsCached(Reference):
+    name = "first-call-is-cached"
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        def rewire(router: routing.Router) -> Callable[[Tensor], Routing]:
+            kept: list[Tensor] = []
+
+            def route(logits: Tensor) -> Routing:
+                if not kept:
+                    kept.append(router.per_expert_scale.float())
+                return routing.gemma4(logits, spec.top_k, kept[0].clone())
+
+            return route
+
+        return _rewired(spec, rewire)
+
+
+class ProjectionKeepsTensor(Reference):
+    """The fault one tensor further: every parameter but the projection is read when called."""
+
+    name = "projection-keeps-tensor"
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        handle = routing.build_router(spec)
+        handle.module.__class__ = _KeptProjection
+        handle.module.kept = [handle.module.proj]  # a list hides it from named_parameters
+        return handle
+
+
+class _KeptProjection(routing.Router):
+    kept: list[Tensor]
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if self.spec.method == "gemma4":
+            hidden = nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=self.spec.norm_eps)
+            hidden = hidden * self.scale * hidden.shape[-1] ** -0.5
+        ids, weights = self.experts(nn.functional.linear(hidden, self.kept[0]))
+        return weights, ids
+
+
+_CHECK = "routing_uses_the_values_at_call_time"
+
+MUTANTS = (
+    Mutant(
+        ClosureKeepsParameter,
+        "closure-capture",
+        "the routing closure captured the Parameter (vllm#42250)",
+        ("closure-gemma4-per-expert-scale-functional-call", _CHECK),
+    ),
+    Mutant(
+        ClosureKeepsModule,
+        "closure-capture",
+        "the routing closure captured the module, so a deepcopy routes with the original's values",
+        ("closure-gemma4-per-expert-scale-deepcopy", _CHECK),
+    ),
+    Mutant(
+        FirstCallIsCached,
+        "closure-capture",
+        "the scale is converted at the first call and kept",
+        ("closure-gemma4-per-expert-scale-load-state-dict", _CHECK),
+    ),
+    Mutant(
+        ProjectionKeepsTensor,
+        "closure-capture",
+        "the projection weight was captured, all else is read when called",
+        ("closure-softmax-topk-proj-replaced-parameter", _CHECK),
+    ),
+)

@@ -1,0 +1,272 @@
+"""Faults of names and loads: the prefix that is added twice, and its relatives.
+
+Faults of `remap` rename what the reference returns; faults of `load` act on the folder, or on what was loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from moe_conformance.engines.mutants.mutant import Mutant
+from moe_conformance.engines.reference import Reference
+
+from moe_conformance.engine import CheckpointName
+from moe_conformance.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _Renamed(Reference):
+    """The reference, with `rename` applied to each of its targets."""
+
+    def rename(self, name: str, target: str) -> str:
+        raise NotImplementedError
+
+    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
+        mapped = super().remap(config, names)
+        return {name: tuple(self.rename(name, target) for target in targets) for name, targets in mapped.items()}
+
+
+class PrefixTwice(_Renamed):
+    """vllm#41206: single experts get `.moe` whether or not they have it."""
+
+    def rename(self, name: str, target: str) -> str:
+        return target.replace(".experts.", ".moe.moe.experts." if ".moe.experts." in name else ".moe.experts.")
+
+
+class PrefixTwicePacked(_Renamed):
+    def rename(self, name: str, target: str) -> str:
+        doubled = ".moe.gate_up_proj" in name or ".moe.down_proj" in name
+        return target.replace(".experts.", ".moe.moe.experts." if doubled else ".moe.experts.")
+
+
+class RootTwice(_Renamed):
+    """The own root is put before names that have it."""
+
+    def rename(self, name: str, target: str) -> str:
+        return "decoder." + target
+
+    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
+        bare = [CheckpointName(name.removeprefix("decoder."), shape) for name, shape in map(_pair, names)]
+        mapped = super().remap(config, bare)
+        own = {entry.name: mapped[entry.name.removeprefix("decoder.")] for entry in names}
+        return {n: tuple("decoder." + t for t in ts) if n.startswith("decoder.") else ts for n, ts in own.items()}
+
+
+def _pair(entry: CheckpointName) -> tuple[str, tuple[int, ...]]:
+    return entry.name, entry.shape
+
+
+class SecondScaleUnmapped(_Renamed):
+    """The pattern for `.moe` names knows weight and weight_scale, not weight_scale_2."""
+
+    def rename(self, name: str, target: str) -> str:
+        return name if ".moe." in name and name.endswith(".weight_scale_2") else target
+
+
+class GroupIndexUnmapped(_Renamed):
+    def rename(self, name: str, target: str) -> str:
+        return name if ".moe." in name and name.endswith(".g_idx") else target
+
+
+class SuffixLost(_Renamed):
+    """A bias lands on the weight."""
+
+    def rename(self, name: str, target: str) -> str:
+        return target.removesuffix("bias") + "weight" if target.endswith(".bias") else target
+
+
+class MultimodalPackedKept(_Renamed):
+    """The multimodal prefix goes from single experts and stays on packed ones."""
+
+    def rename(self, name: str, target: str) -> str:
+        single = any(segment.isdecimal() for segment in name.partition("experts.")[2].split("."))
+        return target if single or "language_model." not in name else "language_model." + target
+
+
+class ExpertTenIsOne(_Renamed):
+    """The pattern takes one digit."""
+
+    def rename(self, name: str, target: str) -> str:
+        segments = target.split(".")
+        if "experts" in segments[:-1]:
+            at = segments.index("experts") + 1
+            segments[at] = segments[at][0]
+        return ".".join(segments)
+
+
+Loaded = dict[str, "Tensor"]
+
+
+def _changed(change: Callable[[str, Tensor], Tensor]) -> type[Reference]:
+    """The reference, with `change(key, tensor)` applied to what it loaded."""
+
+    class Changed(Reference):
+        def load(self, folder: Path) -> Loaded:
+            return {key: change(key, tensor) for key, tensor in super().load(folder).items()}
+
+    return Changed
+
+
+def _is_packed(folder: Path) -> bool:
+    return any(b".gate_up_proj" in file.read_bytes() for file in folder.glob("*.safetensors"))
+
+
+class GateUpSwappedPacked(Reference):
+    def load(self, folder: Path) -> Loaded:
+        loaded = super().load(folder)
+        if _is_packed(folder):
+            loaded |= {key: w13.roll(w13.shape[1] // 2, 1) for key, w13 in loaded.items() if key.endswith(".w13")}
+        return loaded
+
+
+class ExpertsInStringOrder(Reference):
+    """Experts of a per-expert checkpoint are stacked 0, 1, 10, 2, ..."""
+
+    def load(self, folder: Path) -> Loaded:
+        loaded = super().load(folder)
+        if not _is_packed(folder):
+            for key in [key for key in loaded if ".experts." in key]:
+                loaded[key] = loaded[key][sorted(range(len(loaded[key])), key=str)]
+        return loaded
+
+
+SquareGateUpTransposed = _changed(
+    lambda key, tensor: tensor.mT if key.endswith(".w13") and tensor.shape[1] == tensor.shape[2] else tensor
+)
+SquareDownTransposed = _changed(
+    lambda key, tensor: tensor.mT if key.endswith(".w2") and tensor.shape[1] == tensor.shape[2] else tensor
+)
+
+
+class MissingExpertUnwritten(Reference):
+    """Coverage is counted in parameters, not in experts: what no expert wrote stays as allocated."""
+
+    def load(self, folder: Path) -> Loaded:
+        import torch
+
+        with patch("moe_conformance.reference_impl.loading._missing_pieces", lambda *_: []):
+            loaded = super().load(folder)
+        experts = json.loads((folder / "config.json").read_text())
+        experts = experts.get("text_config", experts)["num_experts"]
+        for key in [key for key in loaded if ".experts." in key]:
+            loaded[key] = torch.cat(
+                [loaded[key], loaded[key].new_full((experts - len(loaded[key]), *loaded[key].shape[1:]), torch.nan)]
+            )
+        return loaded
+
+
+class RouterScaleDefaults(Reference):
+    """A router scale that the checkpoint lacks keeps the module's default of one."""
+
+    def load(self, folder: Path) -> Loaded:
+        try:
+            return super().load(folder)
+        except CheckpointError as error:
+            if "per_expert_scale" not in str(error):
+                raise
+        with patch("moe_conformance.reference_impl.loading._check", lambda *_, **__: None):
+            loaded = super().load(folder)
+        for key in [key for key in loaded if key.endswith(".router.proj")]:
+            loaded.setdefault(key.replace("proj", "per_expert_scale"), loaded[key].new_ones(len(loaded[key])))
+        return loaded
+
+
+class ExtraExpertIgnored(Reference):
+    def load(self, folder: Path) -> Loaded:
+        from moe_conformance.reference_impl import loading
+
+        plan = loading._plan
+
+        def tolerant(spec: Any, stored: Sequence[Any]) -> Any:
+            kept = [s for s in stored if (p := loading.parse(s.name)) is None or (p.expert or 0) < spec.num_experts]
+            return plan(spec, kept)
+
+        with patch.object(loading, "_plan", tolerant):
+            return super().load(folder)
+
+
+class ShapesUnchecked(Reference):
+    def load(self, folder: Path) -> Loaded:
+        with patch("moe_conformance.reference_impl.loading._fits", lambda *_, **__: None):
+            return super().load(folder)
+
+
+class TruncatedShardFilled(Reference):
+    """A shard cut short is read as far as it goes, and the rest is zero."""
+
+    def load(self, folder: Path) -> Loaded:
+        with tempfile.TemporaryDirectory() as copy:
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            for file in Path(copy).glob("*.safetensors"):
+                data = file.read_bytes()
+                start = 8 + int.from_bytes(data[:8], "little")
+                header = json.loads(data[8:start])
+                end = start + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+                file.write_bytes(data.ljust(end, b"\0"))
+            return super().load(Path(copy))
+
+
+class FirstLoadStays(Reference):
+    """Tensors are cached by name, without the folder."""
+
+    def __init__(self) -> None:
+        self._loaded: Loaded = {}
+
+    def load(self, folder: Path) -> Loaded:
+        return {key: self._loaded.setdefault(key, tensor) for key, tensor in super().load(folder).items()}
+
+
+def _mutant(engine: type[Reference], fault: str, case: str, check: str) -> Mutant:
+    return Mutant(engine, "double-prefix", fault, (case, check))
+
+
+_REACHES, _SHARE, _TWICE = (
+    "every_style_of_a_tensor_reaches_one_target",
+    "two_tensors_never_share_a_target",
+    "mapping_twice_equals_mapping_once",
+)
+_LOAD, _EACH, _BROKEN = (
+    "a_load_gives_every_tensor_of_the_checkpoint",
+    "each_load_gives_its_own_checkpoint",
+    "a_broken_checkpoint_is_refused",
+)
+
+MUTANTS = (
+    _mutant(PrefixTwice, "adds .moe to names that have it (vllm#41206)", "remap-gemma4-moe-weight", _REACHES),
+    _mutant(PrefixTwicePacked, "adds .moe to packed names that have it", "remap-gemma4-moe-packed", _REACHES),
+    _mutant(RootTwice, "puts its own root before names that have it", "remap-gemma4-twice-plain", _TWICE),
+    _mutant(
+        SecondScaleUnmapped, ".moe names keep weight_scale_2 unmapped", "remap-gemma4-moe-weight-scale-2", _REACHES
+    ),
+    _mutant(GroupIndexUnmapped, ".moe names keep g_idx unmapped", "remap-gemma4-moe-g-idx", _REACHES),
+    _mutant(SuffixLost, "maps bias onto weight", "remap-gemma4-plain-every-suffix", _SHARE),
+    _mutant(
+        MultimodalPackedKept,
+        "drops the multimodal prefix of single experts only",
+        "remap-gemma4-multimodal-packed",
+        _REACHES,
+    ),
+    _mutant(ExpertTenIsOne, "reads expert 10 as 1", "remap-gemma4-plain-every-suffix", _SHARE),
+    _mutant(GateUpSwappedPacked, "swaps gate and up of packed experts", "load-gemma4-packed-one-file", _LOAD),
+    _mutant(ExpertsInStringOrder, "stacks expert 10 before 2", "load-gemma4-plain-one-file", _LOAD),
+    _mutant(SquareGateUpTransposed, "transposes w13 where 2F = H", "load-gemma4-packed-square-gate-up", _LOAD),
+    _mutant(SquareDownTransposed, "transposes w2 where F = H", "load-gemma4-plain-square-down", _LOAD),
+    _mutant(FirstLoadStays, "keeps the first load's tensors", "load-gemma4-packed-twice", _EACH),
+    _mutant(
+        MissingExpertUnwritten, "leaves a missing expert uninitialised", "load-gemma4-plain-missing-expert", _BROKEN
+    ),
+    _mutant(
+        RouterScaleDefaults, "takes 1 for a missing router scale", "load-gemma4-packed-missing-router-scale", _BROKEN
+    ),
+    _mutant(ExtraExpertIgnored, "ignores an expert that the config lacks", "load-gemma4-plain-extra-expert", _BROKEN),
+    _mutant(ShapesUnchecked, "takes any shape", "load-gemma4-packed-fewer-experts", _BROKEN),
+    _mutant(TruncatedShardFilled, "fills a truncated shard with zeros", "load-gemma4-packed-truncated-shard", _BROKEN),
+)

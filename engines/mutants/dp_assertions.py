@@ -1,0 +1,205 @@
+"""Capturers that take the wrong rows for their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from moe_conformance.engine import CaptureSession, CaptureSpec, Rows
+from moe_conformance.engines.mutants.mutant import Mutant
+from moe_conformance.engines.reference import Reference
+from moe_conformance.errors import InputError
+from moe_conformance.reference_impl.capture import Capturer, row_counts
+
+
+class _SeesOtherRows(Reference):
+    """A reference whose capturer is told something else about the rows than what is true."""
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        return _Misled(spec, self)
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        raise NotImplementedError
+
+
+class _Misled(Capturer):
+    def __init__(self, spec: CaptureSpec, mutant: _SeesOtherRows) -> None:
+        super().__init__(spec)
+        self.mutant = mutant
+
+    def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+        super().capture(layer_id, *self.mutant.mislead(ids, rows, self.spec))
+
+
+def _only(ids: Tensor, start: int, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+    """The rows from `start` on, as many as this rank owns, passed on as its own."""
+    own = rows.counts[spec.dp_rank]
+    return ids[start : start + own], replace(rows, kind="local")
+
+
+class AssumesConcatenated(_SeesOtherRows):
+    name = "assumes-concatenated"
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        return ids, replace(rows, kind="concatenated")
+
+
+class AssumesLocalWithinCapacity(_SeesOtherRows):
+    """Any tensor that fits the buffer is taken for the local rows."""
+
+    name = "assumes-local-within-capacity"
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        fits = rows.kind == "concatenated" and 0 < rows.counts[spec.dp_rank] <= ids.shape[0] <= spec.max_tokens
+        return _only(ids, 0, rows, spec) if fits else (ids, rows)
+
+
+class TakesFirstRanksRows(_SeesOtherRows):
+    name = "takes-first-ranks-rows"
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        right = row_counts(rows.counts, spec.dp_rank, spec.tp_size)["concatenated"] == ids.shape[0]
+        return _only(ids, 0, rows, spec) if rows.kind == "concatenated" and right else (ids, rows)
+
+
+class AssumesEqualCounts(_SeesOtherRows):
+    name = "assumes-equal-counts"
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        if rows.kind != "concatenated" or ids.shape[0] != sum(rows.counts):
+            return ids, rows
+        start = min(spec.dp_rank * rows.counts[spec.dp_rank], sum(rows.counts) - rows.counts[spec.dp_rank])
+        return _only(ids, start, rows, spec)
+
+
+class CountsOneRankTooFew(_SeesOtherRows):
+    """The running sum of counts stops one rank early, which is right for ranks 0 and 1 of any layout without rank 2."""
+
+    name = "counts-one-rank-too-few"
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        if rows.kind != "concatenated" or ids.shape[0] != sum(rows.counts) or spec.dp_rank < 2:
+            return ids, rows
+        return _only(ids, sum(rows.counts[: spec.dp_rank - 1]), rows, spec)
+
+
+class CountsPaddingAsRows(_SeesOtherRows):
+    """In gathered slices, the ranks before are taken to have no padding."""
+
+    name = "counts-padding-as-rows"
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        right = row_counts(rows.counts, spec.dp_rank, spec.tp_size)["sequence_gathered"] == ids.shape[0]
+        if rows.kind != "sequence_gathered" or not right:
+            return ids, rows
+        return _only(ids, sum(rows.counts[: spec.dp_rank]), rows, spec)
+
+
+class KeepsOwnSliceOnly(_SeesOtherRows):
+    """Every tensor-parallel rank repeats its slice instead of gathering the others'."""
+
+    name = "keeps-own-slice-only"
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        return ids, replace(rows, gather=lambda part: part.repeat(spec.tp_size, 1))
+
+
+class AcceptsAnyCount(_SeesOtherRows):
+    name = "accepts-any-count"
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        want = row_counts(rows.counts, spec.dp_rank, spec.tp_size)[rows.kind]
+        if ids.shape[0] > want:
+            return ids[:want], rows
+        return ids, rows
+
+
+class RefusesWithoutNumbers(_SeesOtherRows):
+    name = "refuses-without-numbers"
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        if ids.shape[0] != row_counts(rows.counts, spec.dp_rank, spec.tp_size)[rows.kind]:
+            raise InputError("ids: unexpected number of rows")
+        return ids, rows
+
+
+class KeepsFirstStepsStart(_SeesOtherRows):
+    """Where the own rows begin is computed in the first step and not again."""
+
+    name = "keeps-first-steps-start"
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        self.start: int | None = None
+        return super().capture_session(spec)
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        if rows.kind != "concatenated" or ids.shape[0] != sum(rows.counts):
+            return ids, rows
+        if self.start is None:
+            self.start = sum(rows.counts[: spec.dp_rank])
+        return _only(ids, self.start, rows, spec)
+
+
+def _mutant(engine: type[Reference], fault: str, case: str, check: str) -> Mutant:
+    return Mutant(engine, "dp-assertions", fault, killed_by=(case, check))
+
+
+_OWN, _REFUSED = "test_every_rank_records_its_own_rows", "test_wrong_row_counts_are_refused_by_number"
+
+MUTANTS = (
+    _mutant(
+        AssumesConcatenated,
+        "refuses every layout but the concatenated one (vllm#37879)",
+        "capture-local-tp1-dp2-fewer-first",
+        _OWN,
+    ),
+    _mutant(
+        TakesFirstRanksRows,
+        "takes the first rows of concatenated ids on every rank",
+        "capture-concatenated-tp1-dp2-fewer-first",
+        _OWN,
+    ),
+    _mutant(
+        AssumesEqualCounts,
+        "multiplies its own count by its rank to find its rows",
+        "capture-concatenated-tp1-dp2-fewer-first",
+        _OWN,
+    ),
+    _mutant(
+        CountsOneRankTooFew,
+        "stops the running sum of counts one rank early",
+        "capture-concatenated-tp1-dp4-unequal",
+        _OWN,
+    ),
+    _mutant(
+        CountsPaddingAsRows,
+        "skips the rows of the ranks before in gathered slices, but not their padding",
+        "capture-sequence-gathered-tp2-dp2-fewer-first",
+        _OWN,
+    ),
+    _mutant(
+        KeepsOwnSliceOnly,
+        "repeats its own slice instead of gathering the others'",
+        "capture-sequence-shard-tp2-dp2-fewer-first",
+        _OWN,
+    ),
+    _mutant(
+        KeepsFirstStepsStart,
+        "keeps the first step's start of its rows",
+        "capture-concatenated-counts-change",
+        "test_counts_may_change_between_steps",
+    ),
+    _mutant(
+        AcceptsAnyCount,
+        "cuts surplus rows off without a word",
+        "capture-local-wrong-count-rank1",
+        _REFUSED,
+    ),
+    _mutant(
+        RefusesWithoutNumbers,
+        "refuses a row count without saying which",
+        "capture-concatenated-wrong-count-rank0",
+        _REFUSED,
+    ),
+)

@@ -1,0 +1,136 @@
+"""Layers that let a padded width meet an unpadded one, or padding reach the result."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_conformance.engine import LayerInputs
+from moe_conformance.engines.mutants.mutant import Mutant
+from moe_conformance.engines.reference import Reference
+from moe_conformance.reference_impl import layer as stage
+from moe_conformance.reference_impl import padding
+
+
+class SharedAddedBeforeCut(Reference):
+    name = "shared-added-before-cut"
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        if inputs.shared_w13 is None or inputs.latent_out is not None:
+            return super().layer(inputs)
+        with patch.object(stage, "unpad", lambda x, width: x):
+            return super().layer(inputs)[..., : inputs.x.shape[-1]]
+
+
+class PlainLayerIsNotCut(Reference):
+    """The fix of the fix: cut only where there is a shared expert or a latent projection (vllm#40865)."""
+
+    name = "plain-layer-is-not-cut"
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        if inputs.shared_w13 is not None or inputs.latent_out is not None:
+            return super().layer(inputs)
+        with patch.object(stage, "unpad", lambda x, width: x):
+            return super().layer(inputs)
+
+
+class LatentProjectsPadding(Reference):
+    """The output projection is widened with zeros instead of the padding being cut: zero times garbage is garbage."""
+
+    name = "latent-projects-padding"
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        if inputs.latent_out is None:
+            return super().layer(inputs)
+
+        def widened(x: Tensor, weight: Tensor) -> Tensor:
+            return F.linear(x, padding.pad(weight, x.shape[-1]) if weight is inputs.latent_out else weight)
+
+        with patch.object(stage, "unpad", lambda x, width: x), patch.object(stage.F, "linear", widened):
+            return super().layer(inputs)
+
+
+class GateAndUpPaddedAsOne(Reference):
+    """Rows are added below up only, so that the kernel takes up's first rows for gate's last."""
+
+    name = "gate-and-up-padded-as-one"
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        def as_one(w13: Tensor, w2: Tensor, hidden: int, intermediate: int) -> tuple[Tensor, Tensor]:
+            _, down = padding.pad_expert_weights(w13, w2, hidden, intermediate)
+            rows = 2 * intermediate - w13.shape[1]
+            return F.pad(w13, (0, hidden - w13.shape[2], 0, rows)), down
+
+        with patch.object(stage, "pad_expert_weights", as_one):
+            return super().layer(inputs)
+
+
+class UninitialisedPadding(Reference):
+    """The padded input columns come from torch.empty: garbage times zero weights is not zero."""
+
+    name = "uninitialised-padding"
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        def pad(x: Tensor, width: int) -> Tensor:
+            wide = x.new_empty(*x.shape[:-1], width)
+            wide[..., : x.shape[-1]] = x
+            return wide
+
+        with patch.object(stage, "pad", pad):
+            return super().layer(inputs)
+
+
+class GraphBreaks(Reference):
+    """A value read on the host in the middle of the layer."""
+
+    name = "graph-breaks"
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        if inputs.padded_hidden and inputs.logits.numel() and float(inputs.logits.max()) == float("inf"):
+            return torch.zeros_like(inputs.x)
+        return super().layer(inputs)
+
+
+_CHECK = "padding_never_reaches_the_output"
+
+MUTANTS = (
+    Mutant(
+        SharedAddedBeforeCut,
+        "shape-mismatch",
+        "the shared output is added before the padded routed output is cut (vllm#40794)",
+        ("layer-nemotron-3-nano-shared-padded-hidden-padded-intermediate", _CHECK),
+    ),
+    Mutant(
+        PlainLayerIsNotCut,
+        "shape-mismatch",
+        "a layer without shared expert and latent projection is not cut (vllm#40865)",
+        ("layer-gpt-oss-padded-hidden-padded-intermediate", _CHECK),
+    ),
+    Mutant(
+        LatentProjectsPadding,
+        "shape-mismatch",
+        "the latent output projection reads the padded columns",
+        ("layer-tiny-latent-padded-hidden", _CHECK),
+    ),
+    Mutant(
+        GateAndUpPaddedAsOne,
+        "shape-mismatch",
+        "gate and up are padded as one block",
+        ("layer-intermediate-shared-padded-intermediate", _CHECK),
+    ),
+    Mutant(
+        UninitialisedPadding,
+        "shape-mismatch",
+        "the padded input columns are never written",
+        ("layer-tiny-padded-hidden", _CHECK),
+    ),
+    Mutant(
+        GraphBreaks,
+        "shape-mismatch",
+        "the padded path reads a value on the host",
+        ("trace-both-padded-hidden-padded-intermediate", "fake_tensors_have_the_true_shape"),
+    ),
+)

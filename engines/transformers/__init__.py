@@ -1,0 +1,86 @@
+"""transformers as an engine: its own routers, experts, blocks and loader are what is judged.
+
+Importing this package imports neither transformers nor torch. Not offered: capture (transformers has no capturer)
+and remap (its renaming happens inside the load).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_conformance.engine import (
+    Engine,
+    EngineInfo,
+    LayerInputs,
+    MoESpec,
+    RouteInputs,
+    RouterHandle,
+    RouterSpec,
+    Routing,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Transformers(Engine):
+    """Stages are offered as far as the installed transformers has the classes that stand behind them."""
+
+    name = "transformers"
+
+    # Of "eager", "batched_mm" and "grouped_mm" the only one that takes any width and any id: from_pretrained's choice,
+    # grouped_mm, wants rows of a multiple of 16 bytes. A subclass may judge the others.
+    experts_implementation = "eager"
+
+    @classmethod
+    def environment(cls) -> Mapping[str, str]:
+        return {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+
+    @classmethod
+    def missing(cls) -> str | None:
+        absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
+        return f"not installed: {', '.join(absent)}" if absent else None
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(self.name, version("transformers"), "cpu")
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        from moe_conformance.engines.transformers import layer, loading, routing
+
+        return {
+            "describe": frozenset(),
+            "route": routing.methods(),
+            "router_module": routing.methods(),
+            "layer": layer.features(),
+            "load": loading.styles(),
+        }
+
+    def describe(self, config: Any) -> MoESpec:
+        from moe_conformance.engines.transformers import describe as stage
+
+        return stage.describe(config)
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        from moe_conformance.engines.transformers import routing as stage
+
+        return stage.route(inputs)
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        from moe_conformance.engines.transformers import routing as stage
+
+        return stage.router_module(spec)
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        from moe_conformance.engines.transformers import layer as stage
+
+        return stage.layer(inputs, self.experts_implementation)
+
+    def load(self, folder: Path) -> Mapping[str, Tensor]:
+        from moe_conformance.engines.transformers import loading as stage
+
+        return stage.load(folder)

@@ -1,1 +1,0 @@
-"""The reference implementation as an engine."""

@@ -1,0 +1,158 @@
+"""vLLM on a CPU, releases 0.19 to 0.32: its real capturer, router, loader and expert layer.
+
+One file a stage. A release is never asked for its number: stages look at attributes and signatures, and one that
+cannot be imported is not offered, without harm to the others. This module imports neither vllm nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moe_conformance.engine import (
+    CaptureSession,
+    CaptureShape,
+    CaptureSpec,
+    CheckpointName,
+    Engine,
+    EngineInfo,
+    LayerInputs,
+    RouteInputs,
+    RouterHandle,
+    RouterSpec,
+    Routing,
+)
+from moe_conformance.errors import Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAMING_STYLES = frozenset({"plain", "moe", "packed", "multimodal"})
+
+
+class VLLM(Engine):
+    name = "vllm"
+
+    @classmethod
+    def environment(cls) -> Mapping[str, str]:
+        """A small CPU cache, no network, no telemetry, few words. Set before vllm is imported."""
+        return {
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return None if find_spec("vllm") else "vllm is not installed; see ci/releases.py for an environment with it"
+
+    @property
+    def info(self) -> EngineInfo:
+        from moe_conformance.engines.vllm import runtime
+
+        return EngineInfo(self.name, runtime.release(), "cpu")
+
+    @cached_property
+    def _offered(self) -> Mapping[str, frozenset[str]]:
+        probes: dict[str, Callable[[], frozenset[str]]] = {
+            "capture_shape": _capture_shape,
+            "route": _gemma4,
+            "router_module": _gemma4,
+            "layer": _layer,
+            "capture_session": _capture_session,
+            "remap": _naming_styles,
+            "load": _naming_styles,
+        }
+        found = {}
+        for stage, probe in probes.items():
+            try:
+                found[stage] = probe()
+            except ImportError:
+                continue
+        return found
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        return self._offered
+
+    def _want(self, stage: str) -> None:
+        if stage not in self._offered:
+            raise Unsupported(f"{stage}: this release of vLLM, or this environment, lacks what it needs")
+
+    def capture_shape(self, config: Any, side: Literal["worker", "reader"]) -> CaptureShape:
+        self._want("capture_shape")
+        from moe_conformance.engines.vllm import sizes as stage
+
+        return stage.capture_shape(config, side)
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        self._want("route")
+        from moe_conformance.engines.vllm import closure as stage
+
+        return stage.route(inputs)
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        self._want("router_module")
+        from moe_conformance.engines.vllm import closure as stage
+
+        return stage.router_module(spec)
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        self._want("layer")
+        from moe_conformance.engines.vllm import layer as stage
+
+        return stage.layer(inputs)
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        self._want("capture_session")
+        from moe_conformance.engines.vllm import capture as stage
+
+        return stage.Session(spec)
+
+    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
+        self._want("remap")
+        from moe_conformance.engines.vllm import weights as stage
+
+        return stage.remap(config, names)
+
+    def load(self, folder: Path) -> Mapping[str, Tensor]:
+        self._want("load")
+        from moe_conformance.engines.vllm import weights as stage
+
+        return stage.load(folder)
+
+
+def _capture_shape() -> frozenset[str]:
+    from moe_conformance.engines.vllm import sizes as stage
+
+    stage.recorder()
+    return frozenset({"worker", "reader"})
+
+
+def _capture_session() -> frozenset[str]:
+    from moe_conformance.engines.vllm import capture as stage
+
+    # Out of range ids must be refused on any path; that a release does not is a finding, not a missing feature.
+    return stage.row_kinds() | {"bounds"}
+
+
+def _gemma4() -> frozenset[str]:
+    import vllm.model_executor.models.gemma4  # noqa: F401
+
+    return frozenset({"gemma4"})
+
+
+def _layer() -> frozenset[str]:
+    from moe_conformance.engines.vllm import layer as stage
+
+    return stage.features()
+
+
+def _naming_styles() -> frozenset[str]:
+    _gemma4()
+    return NAMING_STYLES

@@ -1,0 +1,138 @@
+"""vLLM's routed-experts capturer, fed rows in the layouts its forward context speaks of."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterator
+from types import CodeType, SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from moe_conformance.engines.vllm import runtime, sizes
+from torch import Tensor
+
+from moe_conformance.engine import CaptureSpec, Rows
+from moe_conformance.errors import InputError, Unsupported
+
+
+def row_kinds() -> frozenset[str]:
+    """The layouts this release's capturer asks about, read from the names its code uses.
+
+    A capturer that asks for no data-parallel counts takes this rank's rows only: such a release refuses to bind it
+    where all ranks' rows arrive.
+    """
+    rec = sizes.recorder()
+    words: set[Any] = set()
+    for name, cls in vars(rec).items():
+        if inspect.isclass(cls) and "Capturer" in name:
+            for function in vars(cls).values():
+                if inspect.isfunction(function):
+                    words |= _words(function.__code__)
+    kinds = {"local"}
+    if "num_tokens_across_dp_cpu" in words:
+        kinds.add("concatenated")
+    if "tp_size" in words:
+        kinds.add("sequence_shard")
+    if "local_sizes" in words:
+        kinds.add("sequence_gathered")
+    return frozenset(kinds)
+
+
+def _words(code: CodeType) -> set[Any]:
+    nested = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    strings = {constant for constant in code.co_consts if isinstance(constant, str)}
+    return set(code.co_names) | strings | {word for inner in nested for word in _words(inner)}
+
+
+@functools.lru_cache(maxsize=16)
+def _model_config(layers: int, top_k: int, experts: int) -> Any:
+    """The real ModelConfig of a model of these sizes whose every layer has experts, under the names most models use."""
+    values = {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_hidden_layers": layers,
+        "num_experts": experts, "num_experts_per_tok": top_k, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 64,
+        "intermediate_size": 64, "moe_intermediate_size": 64, "max_position_embeddings": 256,
+    }  # fmt: skip
+    with runtime.config_folder(values) as folder:
+        return runtime.model_config(folder)
+
+
+class Session:
+    """A capturer of one worker. A step ends when it is read: the model runner clears the buffer before the next."""
+
+    def __init__(self, spec: CaptureSpec) -> None:
+        runtime.start()
+        self.spec = spec
+        self.rec = sizes.recorder()
+        config = sizes._vllm_config(
+            _model_config(spec.layers, spec.top_k, spec.experts), spec.dp_rank, spec.dp_size, spec.tp_size
+        )
+        self._stack = contextlib.ExitStack()
+        self._capturer = self._stack.enter_context(sizes.capturer(config, spec.max_tokens, spec.tp_rank))
+        self._step_is_over = True
+
+    def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+        if rows.kind.startswith("sequence") and self.spec.dp_size == 1:
+            raise Unsupported("vLLM splits rows among tensor-parallel ranks with two data-parallel ranks or more only")
+        real = self._capturer.real
+        if self._step_is_over and hasattr(real, "clear_buffer"):
+            real.clear_buffer()
+        self._step_is_over = False
+        with self._forward(rows):
+            real.capture(layer_id, ids)
+
+    @contextlib.contextmanager
+    def _forward(self, rows: Rows) -> Iterator[None]:
+        """The forward context of a step, as the runner of the experts sets it up around the router."""
+        from vllm.forward_context import override_forward_context
+
+        split = rows.kind.startswith("sequence")
+        with contextlib.ExitStack() as stack:
+            metadata = None
+            if self.spec.dp_size > 1:
+                metadata = _dp_metadata(rows.counts)
+                sizes_of = getattr(metadata, "sp_local_sizes", None)
+                if sizes_of is not None:
+                    stack.enter_context(sizes_of(self.spec.tp_size if split else 1))
+            if hasattr(self.rec, "get_tp_group"):
+                stack.enter_context(patch.object(self.rec, "get_tp_group", lambda: _group(rows)))
+            stack.enter_context(override_forward_context(SimpleNamespace(dp_metadata=metadata)))
+            yield
+
+    def read(self, num_tokens: int) -> Tensor:
+        """returns [n, L, K]: what the model runner would hand on."""
+        self._step_is_over = True
+        real = self._capturer.real
+        if hasattr(real, "snapshot_routing_data"):
+            return real.snapshot_routing_data(num_tokens)
+        if hasattr(real, "attn_gid"):
+            slots = torch.zeros((real.attn_gid + 1, num_tokens), dtype=torch.int64)
+            return real.get_routed_experts(slots, num_tokens).routing_data
+        return self._capturer.buffer()[:num_tokens].clone()
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _dp_metadata(counts: tuple[int, ...]) -> Any:
+    from vllm.forward_context import DPMetadata
+
+    tokens = torch.tensor(counts, dtype=torch.int32)
+    offered = {"num_tokens_across_dp_cpu": tokens, "max_tokens_across_dp_cpu": tokens.max()}
+    names = {item.name for item in dataclasses.fields(DPMetadata)}
+    return DPMetadata(**{name: value for name, value in offered.items() if name in names})
+
+
+def _group(rows: Rows) -> Any:
+    """The tensor-parallel group, whose only collective here is the case's own."""
+
+    def all_gather(slice_of_rows: Tensor, dim: int = 0) -> Tensor:
+        if rows.gather is None:
+            raise InputError(f"rows of kind {rows.kind!r}: got no gather, want one; this capturer calls all_gather")
+        return rows.gather(slice_of_rows)
+
+    return SimpleNamespace(all_gather=all_gather)

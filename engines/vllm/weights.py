@@ -1,0 +1,146 @@
+"""Names and weights of Gemma 4, through vLLM's own mapping and its own loader."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from moe_conformance.engines.vllm import runtime
+from torch import Tensor, nn
+
+from moe_conformance.engine import CheckpointName
+from moe_conformance.errors import CheckpointError
+
+Named = Iterable[tuple[str, Tensor]]
+# vLLM's shard ids of a gated expert, in the words of a checkpoint.
+SHARDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+class _Listener:
+    """Stands for AutoWeightsLoader: maps names as it does, and writes down what it would load."""
+
+    heard: list[tuple[str, Tensor]]
+
+    def __init__(self, module: nn.Module, **_: Any) -> None:
+        pass
+
+    def load_weights(self, weights: Named, *, mapper: Any = None) -> set[str]:
+        self.heard.extend(weights if mapper is None else mapper.apply(weights))
+        return set()
+
+
+def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
+    """The names under which vLLM loads each tensor, one for each expert and part where it splits a packed one.
+
+    A name that ends in the projection is given its `.weight`, as vLLM's loaders of an expert take both for one.
+    """
+    with runtime.config_folder(config) as folder:
+        vllm_config = runtime.engine_config(folder)
+        model = _model(vllm_config, "meta")
+        mapped = {}
+        for entry in names:
+            tensor = torch.empty(entry.shape, device="meta")
+            found = [name for name, _ in _heard(model, vllm_config, entry.name, tensor)]
+            mapped[entry.name] = tuple(re.sub(r"\.(gate|up|down)_proj$", r"\g<0>.weight", name) for name in found)
+    return mapped
+
+
+def _model(vllm_config: Any, device: str) -> nn.Module:
+    from vllm.model_executor.models import gemma4
+
+    with runtime.building(vllm_config, torch.float32), torch.device(device):
+        return gemma4.Gemma4ForCausalLM(vllm_config=vllm_config)
+
+
+def _heard(model: nn.Module, vllm_config: Any, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What vLLM makes of one tensor on its way down: wrapper, model, decoder, experts."""
+    weights: Named = [(name, tensor)]
+    if hasattr(vllm_config.model_config.hf_config, "text_config"):
+        from vllm.model_executor.models.gemma4_mm import Gemma4ForConditionalGeneration as Wrapper
+
+        weights = [(n.removeprefix("language_model."), t) for n, t in Wrapper.hf_to_vllm_mapper.apply(weights)]
+    weights = _listen(model.load_weights, weights)
+    if "AutoWeightsLoader" in type(model.model).load_weights.__code__.co_names:
+        inner = [(n.removeprefix("model."), t) for n, t in weights if n.startswith("model.")]
+        outer = [(n, t) for n, t in weights if not n.startswith("model.")]
+        weights = [*outer, *((f"model.{n}", t) for n, t in _listen(model.model.load_weights, inner))]
+    for found, part in weights:
+        yield from _expert_names(model, found, part)
+
+
+def _listen(load: Any, weights: Named) -> list[tuple[str, Tensor]]:
+    from vllm.model_executor.models import gemma4
+
+    heard: list[tuple[str, Tensor]] = []
+    with patch.object(gemma4, "AutoWeightsLoader", type("Listener", (_Listener,), {"heard": heard})):
+        load(iter(weights))
+    return heard
+
+
+def _expert_names(model: nn.Module, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """A packed tensor that is split by the expert layer's own load_weights; any other name as it is."""
+    path, _, rest = name.rpartition(".experts.")
+    packed = re.fullmatch(r"(?:gate_up|down)_proj(?:\.(\w+))?", rest)
+    try:
+        layer = model.get_submodule(f"{path}.experts.routed_experts") if packed else None
+    except AttributeError:
+        layer = None
+    if packed is None or layer is None or not hasattr(layer, "load_weights"):
+        return [(name, tensor)]
+    suffix, found = packed[1] or "weight", []
+
+    def weight_loader(*, loaded_weight: Tensor, shard_id: str, expert_id: int, **_: Any) -> bool:
+        found.append((f"{path}.experts.{expert_id}.{SHARDS[shard_id]}.{suffix}", loaded_weight))
+        return True
+
+    parameters = {n: p for n, p in layer.named_parameters(recurse=False)}
+    loaders = {n: p.weight_loader for n, p in parameters.items()}
+    try:
+        for parameter in parameters.values():
+            parameter.weight_loader = weight_loader
+        list(layer.load_weights([(rest, tensor)]))
+    finally:
+        for n, parameter in parameters.items():
+            parameter.weight_loader = loaders[n]
+    return found
+
+
+@torch.no_grad()
+def load(folder: Path) -> Mapping[str, Tensor]:
+    """Load the folder with vLLM's default loader into a real model whose every parameter was NaN."""
+    from vllm.config import LoadConfig, set_current_vllm_config
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    vllm_config = runtime.engine_config(folder)
+    model = _model(vllm_config, "cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    with set_current_vllm_config(vllm_config):
+        loader = DefaultModelLoader(LoadConfig(load_format="safetensors", use_tqdm_on_load=False))
+        loader.load_weights(model, vllm_config.model_config)
+    unwritten = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+    if unwritten:
+        raise CheckpointError(f"load: got NaN in {', '.join(unwritten)}, want every parameter written")
+    return dict(_canonical(model))
+
+
+CANONICAL = {
+    "w13_weight": "experts.w13",
+    "w2_weight": "experts.w2",
+    "router.proj.weight": "router.proj",
+    "router.scale": "router.scale",
+    "per_expert_scale": "router.per_expert_scale",
+}
+
+
+def _canonical(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """vLLM's [E, 2F, H] with gate above up and [E, H, F] are the canonical layouts."""
+    for name, parameter in model.named_parameters():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        end = next((end for end in CANONICAL if name.endswith(f".{end}")), None)
+        if layer and end:
+            yield f"layers.{layer[1]}.{CANONICAL[end]}", parameter.detach().clone()

@@ -1,0 +1,75 @@
+"""Layer cases: shared x latent x padded, at tiny dims that are distinct, dims that coincide, and dims of real models."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+from moe_conformance.case import Case
+
+# T tokens, E experts, K of them, H hidden, D latent, F expert and Fs shared intermediate; Dp, Hp, Fp padded widths.
+TINY = {"T": 7, "E": 5, "K": 3, "H": 20, "D": 12, "F": 10, "Fs": 14, "Hp": 24, "Dp": 16, "Fp": 16}
+# 2F = H and D = F: an orientation or a width guessed from a coincidence shows here.
+EQUAL = {"T": 8, "E": 8, "K": 2, "H": 16, "D": 8, "F": 8, "Fs": 16, "Hp": 32, "Dp": 16, "Fp": 16}
+# Nemotron-3-Nano as TRT-LLM's NVFP4 experts see it: 2688 and 1856 go to multiples of 256 (vllm#40794).
+NANO = {"T": 2, "E": 3, "K": 1, "H": 2688, "D": 1024, "F": 1856, "Fs": 3712, "Hp": 2816, "Dp": 1280, "Fp": 2048}
+# gpt-oss: 2880 goes to 3072, and the layer has neither a shared expert nor a latent projection (vllm#40865).
+GPT_OSS = {"T": 2, "E": 2, "K": 1, "H": 2880, "D": 0, "F": 2880, "Fs": 0, "Hp": 3072, "Dp": 0, "Fp": 3072}
+
+
+def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "core", **recipe: Any) -> Case:
+    recipe = {"method": "softmax_topk_renorm", "activation": "silu", "scale": 2.5, "dtype": "float32", **recipe}
+    if "tokens" in recipe:
+        dims = {**dims, "T": recipe.pop("tokens")}
+    needs = {recipe["method"], *(part for part in parts), *(["scale"] if recipe["scale"] != 1 else [])}
+    if recipe["activation"] != "silu":
+        needs.add(recipe["activation"])
+    return Case(
+        "-".join(["layer", name, *(part.replace("_", "-") for part in parts or ("plain",))]),
+        stage="layer",
+        clause="padding.cut-before-add",
+        recipe={**recipe, **dims, "parts": parts},
+        needs=frozenset(needs),
+        tier=tier,
+    )
+
+
+def _subsets(*names: str) -> list[tuple[str, ...]]:
+    return [tuple(n for n, on in zip(names, chosen, strict=True) if on) for chosen in product((0, 1), repeat=len(names))]
+
+
+EIGHT = _subsets("shared", "latent", "padded_hidden")
+PADDED = [parts for parts in EIGHT if "padded_hidden" in parts]
+
+VALUE_CASES = (
+    *(_case("tiny", TINY, parts, "smoke" if "padded_hidden" in parts else "core") for parts in EIGHT),
+    *(_case("tiny-scale1", TINY, parts, scale=1.0) for parts in EIGHT),
+    *(_case("equal", EQUAL, parts) for parts in PADDED),
+    *(_case("zero-tokens", TINY, parts, tokens=0) for parts in PADDED),
+    *(_case("one-token", TINY, parts, tokens=1) for parts in PADDED),
+    *(_case("both", TINY, (*parts, "padded_intermediate")) for parts in PADDED),
+    _case("intermediate", TINY, ("shared", "padded_intermediate")),
+    _case("gemma4", TINY, ("shared", "padded_hidden"), method="gemma4", activation="gelu_tanh"),
+    _case("gemma4", TINY, (), method="gemma4", activation="gelu_tanh", scale=1.0),
+    _case("no-renorm", TINY, ("shared", "padded_hidden"), method="softmax_topk"),
+    _case("tiny-bf16", TINY, ("shared", "padded_hidden"), dtype="bfloat16"),
+    _case("nemotron-3-nano", NANO, ("shared", "padded_hidden", "padded_intermediate")),
+    _case("nemotron-3-nano-bf16", NANO, ("shared", "padded_hidden", "padded_intermediate"), dtype="bfloat16"),
+    _case("nemotron-3-nano-scale1", NANO, ("shared", "padded_hidden"), scale=1.0),
+    _case("nemotron-latent", NANO, ("shared", "latent", "padded_hidden")),
+    _case("gpt-oss", GPT_OSS, ("padded_hidden", "padded_intermediate"), scale=1.0),
+)
+
+TRACE_CASES = tuple(
+    Case(
+        case.id.replace("layer-", "trace-", 1),
+        stage="layer",
+        clause="padding.traceable",
+        recipe=case.recipe,
+        needs=case.needs | {"traceable"},
+    )
+    for case in VALUE_CASES
+    if case.id.startswith(("layer-tiny-scale1", "layer-both"))
+)
+
+CASES = (*VALUE_CASES, *TRACE_CASES)

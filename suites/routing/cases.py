@@ -1,0 +1,43 @@
+"""Routing cases: what a router must read at call time, and what it must choose."""
+
+from __future__ import annotations
+
+from moe_conformance.case import Case
+
+# How new values reach a module that is already built.
+CHANGES = (
+    "functional-call",
+    "replaced-parameter",
+    "in-place-update",
+    "data-swap",
+    "load-state-dict",
+    "load-state-dict-assign",
+    "to-dtype",
+    "to-dtype-overwrite",
+    "deepcopy",
+    "from-meta",
+    "compiled",
+    "compiled-functional-call",
+)
+# The first shows the seed's fault on every engine of the class, in a second.
+SMOKE = ("functional-call", "deepcopy")
+
+CLOSURE_CASES = tuple(
+    Case(
+        f"closure-{method.replace('_', '-')}-{tensor.replace('_', '-')}-{change}",
+        stage="router_module",
+        clause="closure.current-values",
+        recipe={"method": method, "tensor": tensor, "change": change},
+        needs=frozenset({method}),
+        tier="smoke" if change in SMOKE and tensor == "per_expert_scale" else "core",
+    )
+    for method, tensors in (
+        ("gemma4", ("per_expert_scale", "proj", "scale")),
+        ("softmax_topk_renorm", ("proj",)),
+        ("softmax_topk", ("proj",)),
+    )
+    for tensor in tensors
+    for change in CHANGES
+)
+
+CASES = CLOSURE_CASES
