@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from moe_conformance.kernels import launch
 from moe_conformance.kernels.capture import capture_blocks, capture_kernel
 from moe_conformance.kernels.padding import resize_blocks, resize_kernel
 from moe_conformance.kernels.routing import route_blocks, route_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),
@@ -50,9 +49,16 @@ class Shape:
     vector: int = 0
 
 
-def route_shape(model: str, dtype: str, tokens: int, experts: int, top_k: int, stride: int, gemma4: bool = False) -> Shape:
+def route_shape(
+    model: str, dtype: str, tokens: int, experts: int, top_k: int, stride: int, gemma4: bool = False
+) -> Shape:
     numbers = {"tokens": tokens, "experts": experts, "stride_lt": experts * stride, "stride_le": stride, "stride_se": 1}
-    constants = {"TOP_K": top_k, "RENORMALIZE": True, "HAS_SCALE": gemma4, **route_blocks(tokens, experts, top_k, False)}
+    constants = {
+        "TOP_K": top_k,
+        "RENORMALIZE": True,
+        "HAS_SCALE": gemma4,
+        **route_blocks(tokens, experts, top_k, False),
+    }
     pointers = {"logits_ptr": dtype, "scale_ptr": dtype, "ids_ptr": "i32", "weights_ptr": "fp32"}
     return Shape(f"route {model} {dtype} E{experts} K{top_k}", route_kernel, pointers, numbers, constants)
 
@@ -158,7 +164,10 @@ def main() -> int:
         print("TRITON_INTERPRET is set: got interpreted kernels, want compilable ones; unset it", file=sys.stderr)
         return 1
     failures, start = [], time.perf_counter()
-    print(f"triton {triton.__version__}\n{'kernel':44}{'target':>10}{'regs':>6}{'spill':>7}{'shared':>8}{'vector':>8}{'s':>7}")
+    print(
+        f"triton {triton.__version__}\n"
+        f"{'kernel':44}{'target':>10}{'regs':>6}{'spill':>7}{'shared':>8}{'vector':>8}{'s':>7}"
+    )
     for shape in SHAPES:
         for target in TARGETS:
             arch = f"sm_{target.arch}" if target.backend == "cuda" else target.arch

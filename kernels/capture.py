@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from moe_conformance.kernels.launch import interpreted, require_device
 from torch import Tensor
 
 from moe_conformance.errors import InputError
-from moe_conformance.kernels.launch import interpreted, require_device
 
 # Ids that one program checks and writes: 32 a thread at 4 warps, so 512 rows of 8. More rows take two launches.
 _ONE_PROGRAM = 4096
@@ -102,15 +102,13 @@ def _(ids: Tensor, start: int, count: int, buffer: Tensor, layer_id: int, expert
     return None
 
 
-def capture(
-    ids: Tensor, start: int, count: int, buffer: Tensor, layer_id: int, experts: int, rejected: Tensor
-) -> None:
+def capture(ids: Tensor, start: int, count: int, buffer: Tensor, layer_id: int, experts: int, rejected: Tensor) -> None:
     """buffer[:count, layer_id] = ids[start : start + count], or nothing at all if one of these ids is no expert.
 
     ids: [rows, K] int32 or int64, any strides; rows outside the range are never read. buffer: [tokens, L, K], an
-    integer dtype that holds `experts` - 1. rejected: [L] int32, 0 where nothing is wrong; a bad id leaves 1 + its row of
-    the range there, and the layer takes nothing more until the reference's `raise_rejected` has read it. Never waits for
-    the device, so it can be recorded in a CUDA graph.
+    integer dtype that holds `experts` - 1. rejected: [L] int32, 0 where nothing is wrong; a bad id leaves 1 + its row
+    of the range there, and the layer takes nothing more until the reference's `raise_rejected` has read it. Never
+    waits for the device, so it can be recorded in a CUDA graph.
     Raises InputError for shapes, dtypes, rows or a layer id out of range.
     """
     if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):

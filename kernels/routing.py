@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from moe_conformance.kernels.launch import interpreted, load_float32, require_device
 from torch import Tensor
 
 from moe_conformance.engine import RouteInputs, Routing
 from moe_conformance.errors import InputError
-from moe_conformance.kernels.launch import interpreted, load_float32, require_device
 
 # One program holds all experts of its tokens in registers: 64-bit sort keys, 32 a thread at 4 warps and 4 tokens.
 MAX_EXPERTS = 1024
@@ -49,10 +49,10 @@ def route_kernel(
     scores = scores / tl.sum(scores, axis=1)[:, None]
 
     # The bits of a score order as it does (none is negative), a NaN above all; the low half breaks ties to the
-    # lowest id, so no two keys are equal. -1, below every key, marks what is taken or is no expert.
+    # lowest id, so no two keys are equal. Lanes beyond E score no more than an expert, and lose every tie. -1, below
+    # every key, marks what is taken.
     bits = tl.where(scores == scores, scores.to(tl.int32, bitcast=True), 0x7FC00000)
     keys = (bits.to(tl.int64) << 32) | (BLOCK_E - 1 - offs_e).to(tl.int64)[None, :]
-    keys = tl.where(mask_e, keys, -1)
 
     ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     weights = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
@@ -75,7 +75,7 @@ def route_kernel(
 
 
 def route_blocks(tokens: int, experts: int, top_k: int, interpret: bool) -> dict[str, int]:
-    """Tile sizes. Compiled: one warp a token where E >= 128. Interpreted: as few programs as fit, cost is per program."""
+    """Tile sizes. Compiled: one warp a token where E >= 128. Interpreted: few programs, for cost is per program."""
     block_e = triton.next_power_of_2(experts)
     elements = 65536 if interpret else 512
     block_t = max(4, min(elements // block_e, triton.next_power_of_2(tokens), 64 if not interpret else elements))
@@ -87,9 +87,7 @@ def route_blocks(tokens: int, experts: int, top_k: int, interpret: bool) -> dict
     mutates_args=(),
     schema="(Tensor logits, int top_k, bool renormalize, Tensor? per_expert_scale) -> (Tensor, Tensor)",
 )
-def _route(
-    logits: Tensor, top_k: int, renormalize: bool, per_expert_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _route(logits: Tensor, top_k: int, renormalize: bool, per_expert_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     scale = logits if per_expert_scale is None else per_expert_scale
     require_device(logits=logits, per_expert_scale=scale)
     tokens, experts = logits.shape
@@ -155,13 +153,13 @@ def gemma4(logits: Tensor, top_k: int, per_expert_scale: Tensor) -> Routing:
     _check_logits(logits, top_k)
     if per_expert_scale.shape != logits.shape[-1:]:
         raise InputError(
-            f"per_expert_scale: got shape {list(per_expert_scale.shape)}, want [{logits.shape[-1]}], one for each expert"
+            f"per_expert_scale: got shape {list(per_expert_scale.shape)}, want [{logits.shape[-1]}], one an expert"
         )
     return Routing(*_route(logits, top_k, True, per_expert_scale))
 
 
 def route(inputs: RouteInputs) -> Routing:
-    """Route by the named method. Raises InputError for inputs the kernel does not take, or a scale that is not there."""
+    """Route by the named method. Raises InputError for inputs the kernel does not take, or a missing scale."""
     if inputs.method != "gemma4":
         return softmax_topk(inputs.logits, inputs.top_k, renormalize=inputs.method == "softmax_topk_renorm")
     if inputs.per_expert_scale is None:

@@ -133,3 +133,7 @@ def diff(before: str, after: str) -> None:
         click.echo(str(change))
     click.echo(f"{len(changes)} changed, {sum(change.is_worse for change in changes)} worse")
     sys.exit(any(change.is_worse for change in changes))
+
+
+if __name__ == "__main__":
+    main()

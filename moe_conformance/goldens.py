@@ -38,3 +38,17 @@ class Amber(AmberSnapshotExtension):
     @classmethod
     def matches_test_location(cls, **_: Any) -> bool:
         return True
+
+
+@cache
+def recorded(bug_class: str, check: str) -> dict[str, str]:
+    """Serialised facts of each case in one golden file; empty where there is no file."""
+    file = FOLDER / bug_class / f"{check}.{Amber.file_extension}"
+    if not file.exists():
+        return {}
+    return {snapshot.name: str(snapshot.data) for snapshot in Amber.serializer_class.read_file(str(file))}
+
+
+def matches(bug_class: str, check: str, case: str, facts: Any) -> bool:
+    """Whether facts are what the golden says, outside a pytest session."""
+    return recorded(bug_class, check).get(case) == Amber().serialize(facts)

@@ -68,17 +68,19 @@ def poison_(tensor: Tensor) -> Tensor:
 def poisoned_allocations() -> Iterator[None]:
     """Inside, every torch.empty, empty_like and new_empty of any engine comes back filled with NaN or INT_MAX.
 
-    torch's own switch (torch.utils.deterministic.fill_uninitialized_memory).
+    torch's own switch (torch.utils.deterministic.fill_uninitialized_memory), which works in deterministic mode only.
+    The mode is set below torch.use_deterministic_algorithms, which would import Dynamo and Inductor, seconds of it.
     """
+    deterministic = torch.utils.deterministic
     was_on, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    fill = deterministic.fill_uninitialized_memory
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(was_on, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch._C._set_deterministic_algorithms(was_on, warn_only=warn_only)
+        deterministic.fill_uninitialized_memory = fill
 
 
 def windows(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:

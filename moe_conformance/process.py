@@ -52,8 +52,9 @@ class EngineProcess:
             environment = getattr(cls, "environment", dict)()
             self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
             # -P: the working directory must not come first on the path; discovery.extend_path appends it.
+            # -u: what the engine printed before it died must not die in a buffer.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "moe_conformance.host", self.target.name, self.target.path],
+                [sys.executable, "-P", "-u", "-m", "moe_conformance.host", self.target.name, self.target.path],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True,
                 env={**os.environ, **self.environment, **environment}, start_new_session=True,
             )

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_conformance.engine import CaptureShape, MoESpec
-from moe_conformance.errors import DenseModelError
 from moe_conformance.reference_impl.config_families import (
     EXPERTS,
     FAMILIES,
@@ -25,6 +23,9 @@ from moe_conformance.reference_impl.config_families import (
 )
 from moe_conformance.reference_impl.config_layers import block_types
 from moe_conformance.reference_impl.config_scope import Scope, levels, plain
+
+from moe_conformance.engine import CaptureShape, MoESpec
+from moe_conformance.errors import DenseModelError
 
 
 def describe(config: Any) -> MoESpec:
@@ -56,21 +57,18 @@ def capture_shape(config: Any) -> CaptureShape:
 
 def _candidates(values: Mapping[str, Any]) -> Iterator[tuple[Scope, Family]]:
     """The levels that may describe the MoE, innermost first, each with the family that says how to read it."""
+    root = _name(values)
     found = False
     for path, level in [*levels(values, NESTED), *levels(values, NESTED_LAST)]:
-        own = str(level.get("model_type") or "")
-        inherits = path.endswith("text_config") or (not path and not found)
-        family = family_of(own) if own in FAMILIES or inherits else None
-        if family is None and inherits and not own:
-            family = family_of(_name(values))
-        if family is None and not any(level.get(key) is not None for key in (*EXPERTS, *TOP_K)):
-            continue
         if not path and found:
-            continue
-        found = True
-        name = _name(values) if own in ("", _name(values)) else f"{_name(values)} ({own})"
-        scope = Scope(level, path, name)
-        yield scope, family or by_its_keys(scope)
+            continue  # what lies below describes the model
+        own = str(level.get("model_type") or "")
+        text = path.endswith("text_config") or not path
+        family = family_of(own or root) if text else FAMILIES.get(own)
+        if family is not None or any(level.get(key) is not None for key in (*EXPERTS, *TOP_K)):
+            found = True
+            scope = Scope(level, path, root if own in ("", root) else f"{root} ({own})")
+            yield scope, family or by_its_keys(scope)
 
 
 def _name(values: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ NESTED_LAST = ("vision_config",)
 
 @dataclass(frozen=True)
 class Shared:
-    """count: keys of the number of shared experts, or that number. width: keys of one's width, () for a routed one's."""
+    """count: keys of how many there are, or the number. width: keys of the width of one, () for a routed one's."""
 
     count: tuple[str, ...] | int = SHARED_COUNT
     width: tuple[str, ...] = ()
@@ -54,10 +54,10 @@ class Family:
     layers: rule for the MoE layers. num_layers: keys of the number of layers, () where the list of blocks gives it.
     experts_under: key of the level that holds experts, top-k and width. top_k: keys, or the number the model fixes.
     width: keys of an expert's width, or that width. width_of_hidden: key of the ratio of width to hidden_size.
-    width_entry: which entry to take of a width that is a list of something else than layers.
-    extra_experts: key of further experts without weights that the router also chooses among.
-    latent: key of the width the experts work in, latent_required: whether it must be set. switch: key that must be true. least_experts: fewer is a dense
-    model. encoder: rule and layer keys of an encoder. pyramid: experts of each layer under a legacy key.
+    width_entry: which entry to take of a width that is a list of something else than layers. extra_experts: key of
+    further experts without weights that the router also chooses among. latent: key of the width the experts work
+    in, latent_required: whether it must be set. switch: key that must be true. least_experts: fewer is a dense model.
+    encoder: rule and layer keys of an encoder. pyramid: legacy key with the experts of each layer.
     """
 
     layers: Rule = every_layer

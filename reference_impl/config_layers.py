@@ -155,7 +155,8 @@ def step_to_last(step_key: str) -> Rule:
 
 
 def _indices(scope: Scope, key: str, indices: Any, total: int) -> tuple[int, ...]:
-    outside = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < total]
-    if outside:
-        raise scope.error(WHAT, f"{key} has {outside}; want indices from 0 to {total - 1}")
-    return tuple(sorted(set(indices)))
+    """Those of the listed layers that the model has: a model cut short keeps its list."""
+    wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or i < 0]
+    if wrong:
+        raise scope.error(WHAT, f"{key} has {wrong}; want layer indices")
+    return tuple(sorted({i for i in indices if i < total}))

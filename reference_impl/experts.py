@@ -19,14 +19,7 @@ def gated_mlp(x: Tensor, w13: Tensor, w2: Tensor, activation: str) -> Tensor:
     return F.linear(act * up, w2)
 
 
-@torch.library.custom_op("moe_conformance::routed_experts", mutates_args=())
-def routed_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, activation: str) -> Tensor:
-    """Sum over each token's experts of weight times expert output, accumulated in float32 or wider.
-
-    x: [T, D]; w13: [E, 2F, D]; w2: [E, D, F]; ids: [T, K] int in [0, E); weights: [T, K] float32.
-    returns [T, D] in x's dtype. An opaque operator, as in engines: which rows an expert gets depends on data, which
-    neither fake tensors nor torch.compile can follow. Raises InputError for an id out of range.
-    """
+def _routed_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, activation: str) -> Tensor:
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < w13.shape[0]:
         raise InputError(f"ids: got {int(ids.min())} to {int(ids.max())}, want 0 to {w13.shape[0] - 1}")
     total = x.new_zeros(x.shape[0], w2.shape[1], dtype=weights.dtype)  # [T, D]
@@ -37,6 +30,24 @@ def routed_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Ten
     return total.to(x.dtype)
 
 
-@routed_experts.register_fake
-def _(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, activation: str) -> Tensor:
+def _routed_experts_shape(
+    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, activation: str
+) -> Tensor:
     return x.new_empty(x.shape[0], w2.shape[1])
+
+
+# An opaque operator, as in engines: which rows an expert gets depends on data, which neither fake tensors nor
+# torch.compile can follow. Registered below torch.library.custom_op, whose first call imports all of Dynamo.
+_library = torch.library.Library("moe_conformance", "FRAGMENT")
+_library.define("routed_experts(Tensor x, Tensor w13, Tensor w2, Tensor ids, Tensor weights, str activation) -> Tensor")
+_library.impl("routed_experts", _routed_experts, "CompositeExplicitAutograd")
+torch.library.register_fake("moe_conformance::routed_experts", _routed_experts_shape, lib=_library)
+
+
+def routed_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, activation: str) -> Tensor:
+    """Sum over each token's experts of weight times expert output, accumulated in float32 or wider.
+
+    x: [T, D]; w13: [E, 2F, D]; w2: [E, D, F]; ids: [T, K] int in [0, E); weights: [T, K] float32 or float64.
+    returns [T, D] in x's dtype. Raises InputError for an id out of range.
+    """
+    return torch.ops.moe_conformance.routed_experts(x, w13, w2, ids, weights, activation)

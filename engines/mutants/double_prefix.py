@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -54,14 +54,10 @@ class RootTwice(_Renamed):
         return "decoder." + target
 
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
-        bare = [CheckpointName(name.removeprefix("decoder."), shape) for name, shape in map(_pair, names)]
+        bare = [CheckpointName(entry.name.removeprefix("decoder."), entry.shape) for entry in names]
         mapped = super().remap(config, bare)
         own = {entry.name: mapped[entry.name.removeprefix("decoder.")] for entry in names}
         return {n: tuple("decoder." + t for t in ts) if n.startswith("decoder.") else ts for n, ts in own.items()}
-
-
-def _pair(entry: CheckpointName) -> tuple[str, tuple[int, ...]]:
-    return entry.name, entry.shape
 
 
 class SecondScaleUnmapped(_Renamed):
@@ -105,16 +101,6 @@ class ExpertTenIsOne(_Renamed):
 Loaded = dict[str, "Tensor"]
 
 
-def _changed(change: Callable[[str, Tensor], Tensor]) -> type[Reference]:
-    """The reference, with `change(key, tensor)` applied to what it loaded."""
-
-    class Changed(Reference):
-        def load(self, folder: Path) -> Loaded:
-            return {key: change(key, tensor) for key, tensor in super().load(folder).items()}
-
-    return Changed
-
-
 def _is_packed(folder: Path) -> bool:
     return any(b".gate_up_proj" in file.read_bytes() for file in folder.glob("*.safetensors"))
 
@@ -138,12 +124,19 @@ class ExpertsInStringOrder(Reference):
         return loaded
 
 
-SquareGateUpTransposed = _changed(
-    lambda key, tensor: tensor.mT if key.endswith(".w13") and tensor.shape[1] == tensor.shape[2] else tensor
-)
-SquareDownTransposed = _changed(
-    lambda key, tensor: tensor.mT if key.endswith(".w2") and tensor.shape[1] == tensor.shape[2] else tensor
-)
+class SquareGateUpTransposed(Reference):
+    """The layout is read off the shape, and 2F = H reads as the other one."""
+
+    owner = "w13"
+
+    def load(self, folder: Path) -> Loaded:
+        loaded = super().load(folder)
+        square = [k for k, t in loaded.items() if k.endswith(f".{self.owner}") and t.shape[1] == t.shape[2]]
+        return loaded | {key: loaded[key].mT for key in square}
+
+
+class SquareDownTransposed(SquareGateUpTransposed):
+    owner = "w2"
 
 
 class MissingExpertUnwritten(Reference):
@@ -240,13 +233,11 @@ _LOAD, _EACH, _BROKEN = (
 )
 
 MUTANTS = (
-    _mutant(PrefixTwice, "adds .moe to names that have it (vllm#41206)", "remap-gemma4-moe-weight", _REACHES),
+    _mutant(PrefixTwice, "adds .moe to names that have it", "remap-gemma4-moe-weight", _REACHES),
     _mutant(PrefixTwicePacked, "adds .moe to packed names that have it", "remap-gemma4-moe-packed", _REACHES),
     _mutant(RootTwice, "puts its own root before names that have it", "remap-gemma4-twice-plain", _TWICE),
-    _mutant(
-        SecondScaleUnmapped, ".moe names keep weight_scale_2 unmapped", "remap-gemma4-moe-weight-scale-2", _REACHES
-    ),
-    _mutant(GroupIndexUnmapped, ".moe names keep g_idx unmapped", "remap-gemma4-moe-g-idx", _REACHES),
+    _mutant(SecondScaleUnmapped, "leaves weight_scale_2 of .moe names", "remap-gemma4-moe-weight-scale-2", _REACHES),
+    _mutant(GroupIndexUnmapped, "leaves g_idx of .moe names", "remap-gemma4-moe-g-idx", _REACHES),
     _mutant(SuffixLost, "maps bias onto weight", "remap-gemma4-plain-every-suffix", _SHARE),
     _mutant(
         MultimodalPackedKept,
@@ -260,12 +251,8 @@ MUTANTS = (
     _mutant(SquareGateUpTransposed, "transposes w13 where 2F = H", "load-gemma4-packed-square-gate-up", _LOAD),
     _mutant(SquareDownTransposed, "transposes w2 where F = H", "load-gemma4-plain-square-down", _LOAD),
     _mutant(FirstLoadStays, "keeps the first load's tensors", "load-gemma4-packed-twice", _EACH),
-    _mutant(
-        MissingExpertUnwritten, "leaves a missing expert uninitialised", "load-gemma4-plain-missing-expert", _BROKEN
-    ),
-    _mutant(
-        RouterScaleDefaults, "takes 1 for a missing router scale", "load-gemma4-packed-missing-router-scale", _BROKEN
-    ),
+    _mutant(MissingExpertUnwritten, "leaves a missing expert unwritten", "load-gemma4-plain-missing-expert", _BROKEN),
+    _mutant(RouterScaleDefaults, "fills in a router scale", "load-gemma4-packed-missing-router-scale", _BROKEN),
     _mutant(ExtraExpertIgnored, "ignores an expert that the config lacks", "load-gemma4-plain-extra-expert", _BROKEN),
     _mutant(ShapesUnchecked, "takes any shape", "load-gemma4-packed-fewer-experts", _BROKEN),
     _mutant(TruncatedShardFilled, "fills a truncated shard with zeros", "load-gemma4-packed-truncated-shard", _BROKEN),

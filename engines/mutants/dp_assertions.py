@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from moe_conformance.engines.mutants.mutant import Mutant
+from moe_conformance.engines.reference import Reference
+from moe_conformance.reference_impl.capture import Capturer, row_counts
 from torch import Tensor
 
 from moe_conformance.engine import CaptureSession, CaptureSpec, Rows
-from moe_conformance.engines.mutants.mutant import Mutant
-from moe_conformance.engines.reference import Reference
 from moe_conformance.errors import InputError
-from moe_conformance.reference_impl.capture import Capturer, row_counts
 
 
 class _SeesOtherRows(Reference):
@@ -45,16 +45,6 @@ class AssumesConcatenated(_SeesOtherRows):
         return ids, replace(rows, kind="concatenated")
 
 
-class AssumesLocalWithinCapacity(_SeesOtherRows):
-    """Any tensor that fits the buffer is taken for the local rows."""
-
-    name = "assumes-local-within-capacity"
-
-    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
-        fits = rows.kind == "concatenated" and 0 < rows.counts[spec.dp_rank] <= ids.shape[0] <= spec.max_tokens
-        return _only(ids, 0, rows, spec) if fits else (ids, rows)
-
-
 class TakesFirstRanksRows(_SeesOtherRows):
     name = "takes-first-ranks-rows"
 
@@ -69,13 +59,10 @@ class AssumesEqualCounts(_SeesOtherRows):
     def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
         if rows.kind != "concatenated" or ids.shape[0] != sum(rows.counts):
             return ids, rows
-        start = min(spec.dp_rank * rows.counts[spec.dp_rank], sum(rows.counts) - rows.counts[spec.dp_rank])
-        return _only(ids, start, rows, spec)
+        return _only(ids, spec.dp_rank * rows.counts[spec.dp_rank], rows, spec)
 
 
 class CountsOneRankTooFew(_SeesOtherRows):
-    """The running sum of counts stops one rank early, which is right for ranks 0 and 1 of any layout without rank 2."""
-
     name = "counts-one-rank-too-few"
 
     def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
@@ -85,8 +72,6 @@ class CountsOneRankTooFew(_SeesOtherRows):
 
 
 class CountsPaddingAsRows(_SeesOtherRows):
-    """In gathered slices, the ranks before are taken to have no padding."""
-
     name = "counts-padding-as-rows"
 
     def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
@@ -97,8 +82,6 @@ class CountsPaddingAsRows(_SeesOtherRows):
 
 
 class KeepsOwnSliceOnly(_SeesOtherRows):
-    """Every tensor-parallel rank repeats its slice instead of gathering the others'."""
-
     name = "keeps-own-slice-only"
 
     def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
@@ -125,8 +108,6 @@ class RefusesWithoutNumbers(_SeesOtherRows):
 
 
 class KeepsFirstStepsStart(_SeesOtherRows):
-    """Where the own rows begin is computed in the first step and not again."""
-
     name = "keeps-first-steps-start"
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:

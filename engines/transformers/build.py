@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedModel
 
 from moe_conformance.errors import ConfigError, Unsupported
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # before 5.0
+    from transformers.modeling_utils import no_init_weights
 
 
 def as_config(config: Any) -> Any:
@@ -36,7 +40,7 @@ def language_part(config: Any) -> Any:
     return part if type(text) is type(part) else text
 
 
-def model_class(config_class: type) -> type[PreTrainedModel]:
+def model_class(config_class: Any) -> Any:
     """The bare model (no head) that transformers builds from this config class.
 
     Parts of composite models are in no mapping: then it is the class of their modeling module that declares the config.
@@ -57,7 +61,7 @@ def _annotated_config(candidate: type) -> Any:
     return getattr(inspect.getmodule(candidate), annotation, None) if isinstance(annotation, str) else annotation
 
 
-def build(config: Any) -> nn.Module:
+def build(config: Any) -> Any:
     """The bare model in eval mode: real classes, real shapes, no memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         return model_class(type(config))(config).eval()

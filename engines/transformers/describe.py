@@ -1,20 +1,20 @@
 """What a config says about its experts, read off the model that transformers builds from it.
 
-No config key is read: widths and counts are parameter shapes, and top-k is the width of the ids that a forward
-of each MoE block hands to its experts. So it stands beside the reference, which reads keys, as a second opinion.
+Widths and counts are parameter shapes, and top-k is the width of the ids that a forward of each MoE block hands to
+its experts; config keys are not consulted. So it stands beside the reference, which reads keys, as a second opinion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from moe_conformance.engines.transformers.build import as_config, build, language_part
 from torch import Tensor, nn
 
 from moe_conformance.engine import MoESpec
-from moe_conformance.engines.transformers.build import as_config, build, language_part
 from moe_conformance.errors import ConfigError, DenseModelError, Unsupported
 
 LAYER_LISTS = ("layers", "layer", "blocks", "block")
@@ -22,8 +22,8 @@ SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 
 # Routers that hand masks to their experts, so that no ids can be seen; K is fixed in their forward.
 FIXED_TOP_K = {
-    "NllbMoeTop2Router": 2,  # modeling_nllb_moe.py, NllbMoeTop2Router.route_tokens: argmax twice
-    "SwitchTransformersTop1Router": 1,  # modeling_switch_transformers.py, SwitchTransformersTop1Router: one argmax
+    "NllbMoeTop2Router": 2,  # transformers 5.23 modeling_nllb_moe.py, lines 222 and 231: argmax twice
+    "SwitchTransformersTop1Router": 1,  # transformers 5.23 modeling_switch_transformers.py, line 103: one argmax
 }
 
 # Classes of `shared_experts` that are one expert, of a width of its own; the others are n experts side by side.
@@ -50,13 +50,14 @@ def describe(config: Any) -> MoESpec:
     lists = dict(_layer_lists(model))
     blocks = {name: _blocks(layers, config) for name, layers in lists.items()}
     if not any(blocks.values()):
+        stacks = ", ".join(f"{name} ({len(layers)})" for name, layers in lists.items()) or "no stack of layers at all"
         raise DenseModelError(
-            f"{type(config).__name__}: {type(model).__name__} built from it has no routed experts in any of "
-            f"{', '.join(f'{name} ({len(layers)})' for name, layers in lists.items())}; it is a dense model"
+            f"{config.model_type}: {type(model).__name__} built from this config has no routed experts in {stacks}; "
+            "it is a dense model, or the key that makes it a Mixture of Experts is off"
         )
-    decoder = max((name for name in lists if not name.startswith("encoder.")), key=lambda name: len(blocks[name]))
-    encoder = next((name for name in lists if name.startswith("encoder.")), None)
-    every = list(blocks[decoder].values()) or list(blocks[encoder or decoder].values())
+    decoder = max(_decoders(lists), key=lambda name: len(blocks[name]))
+    encoder = next((name for name in lists if name not in _decoders(lists)), None)
+    every = list((blocks[decoder] or blocks[encoder or decoder]).values())
     first = every[0]
     return MoESpec(
         num_layers=len(lists[decoder]),
@@ -86,6 +87,11 @@ def _layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield name, module
 
 
+def _decoders(names: Iterable[str]) -> list[str]:
+    """The stacks of an encoder-decoder's decoder; every stack of any other model."""
+    return [name for name in names if name.startswith("decoder.")] or list(names)
+
+
 def _blocks(layers: nn.ModuleList, config: Any) -> dict[int, Block]:
     found = {}
     for index, layer in enumerate(layers):
@@ -105,15 +111,16 @@ def _is_doge(module: nn.Module) -> bool:
     return {"router_gate", "down_embed", "up_embed"} <= set(dict(module.named_children()))
 
 
-def _read(layer: nn.Module, block: nn.Module, config: Any) -> Block:
+def _read(layer: nn.Module, block: Any, config: Any) -> Block:
     if type(block).__name__ == "VitPoseBackboneMoeMLP":
-        raise Unsupported("describe: vitpose chooses the expert by data set: there is no router and no top-k")
+        # No router: each image's data set names one expert, a linear map of what a dense layer before it made.
+        return Block(len(block.experts), 1, block.fc1.in_features, block.fc1.in_features, block.fc1.out_features, 0, 0)
     if _is_doge(block):  # each expert is one row down and one row up, beside one dense MLP
         experts, hidden = block.down_embed.weight.shape
         return Block(experts, block.top_k, hidden, hidden, 1, 1, block.down_proj.weight.shape[1])
     router = next(child for name, child in block.named_children() if name in ("router", "gate"))
     hidden = next(p.shape[1] for p in router.parameters() if p.ndim == 2)
-    experts, width, intermediate = _expert_shape(block)
+    experts, width, intermediate = _expert_shape(block, router)
     # dots3_note alone gives its shared experts another width than its routed ones, and they lie side by side too.
     one_shared = getattr(config, "shared_experts_intermediate_size", intermediate)
     shared, shared_intermediate = _shared(layer, one_shared)
@@ -121,7 +128,7 @@ def _read(layer: nn.Module, block: nn.Module, config: Any) -> Block:
     return Block(experts, top_k, hidden, width, intermediate, shared, shared_intermediate)
 
 
-def _expert_shape(block: nn.Module) -> tuple[int, int, int]:
+def _expert_shape(block: Any, router: Any) -> tuple[int, int, int]:
     """(E, width, intermediate) from the experts' parameters."""
     if not hasattr(block, "experts"):  # jetmoe: [E, 2F, H] and [E, H, F] hang on the block
         experts, width, intermediate = block.output_linear.weight.shape
@@ -130,7 +137,8 @@ def _expert_shape(block: nn.Module) -> tuple[int, int, int]:
     tensors = {name: tuple(tensor.shape) for name, tensor in experts.named_parameters()}
     if "mlp.w1" in tensors:  # dbrx: the experts stacked along rows, [E F, H]
         rows, width = tensors["mlp.w1"]
-        return experts.num_experts, width, rows // experts.num_experts
+        count = router.layer.out_features
+        return count, width, rows // count
     if "gate_up_proj" in tensors:
         # [E, 2F, D] with [E, D, F], or both transposed; no pair of shapes fits both.
         count, first, second = tensors["gate_up_proj"]
@@ -139,8 +147,13 @@ def _expert_shape(block: nn.Module) -> tuple[int, int, int]:
     if "up_proj" in tensors:  # no gate: [E, F, D]
         count, intermediate, width = tensors["up_proj"]
         return count, width, intermediate
-    each = [child for child in experts.children() if any(True for _ in child.parameters())]
-    intermediate, width = next(p.shape for p in each[0].parameters() if p.ndim == 2)
+    each = [[p.shape for p in child.parameters() if p.ndim == 2] for child in experts.children()]
+    each = [shapes for shapes in each if shapes]  # one module an expert, and perhaps a dropout
+    if not each:
+        raise Unsupported(
+            f"describe: the parameters of {type(experts).__name__} are laid out in no known way: {tensors}"
+        )
+    intermediate, width = each[0][0]
     return len(each), width, intermediate
 
 
@@ -164,7 +177,7 @@ class _Seen(Exception):
     """Carries what the experts were given out of the block's forward."""
 
 
-def _top_k(block: nn.Module, router: nn.Module, hidden: int) -> int:
+def _top_k(block: Any, router: Any, hidden: int) -> int:
     """K as three tokens of a real forward show it; an attribute where the experts see no ids."""
     if type(router).__name__ in FIXED_TOP_K:
         return FIXED_TOP_K[type(router).__name__]
@@ -181,11 +194,11 @@ def _top_k(block: nn.Module, router: nn.Module, hidden: int) -> int:
         return ids[0].shape[1]
     for owner in (router, block):
         if hasattr(owner, "top_k"):
-            return owner.top_k
+            return int(owner.top_k)
     raise Unsupported(f"describe: top-k of {type(block).__name__} is in no ids and no attribute")
 
 
-def _given_to_experts(block: nn.Module, x: Tensor) -> tuple[Any, ...]:
+def _given_to_experts(block: Any, x: Tensor) -> tuple[Any, ...]:
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Seen(*args, *kwargs.values())
 

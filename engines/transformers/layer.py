@@ -14,11 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moe_conformance.engines.transformers.families import DEEPSEEK_V2, GEMMA4, MISTRAL_LARGE4, MIXTRAL, Family
+from moe_conformance.engines.transformers.routing import GivenLogits
 from torch import Tensor, nn
 
 from moe_conformance.engine import LayerInputs
-from moe_conformance.engines.transformers.families import DEEPSEEK_V2, GEMMA4, MISTRAL_LARGE4, MIXTRAL, Family
-from moe_conformance.engines.transformers.routing import GivenLogits
 from moe_conformance.errors import Unsupported
 
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
@@ -53,7 +53,7 @@ def layer(inputs: LayerInputs, experts_implementation: str) -> Tensor:
         return block(inputs.x.unsqueeze(0)).squeeze(0)
 
 
-def _block(family: Family, inputs: LayerInputs, experts_implementation: str) -> nn.Module:
+def _block(family: Family, inputs: LayerInputs, experts_implementation: str) -> Any:
     experts, _, hidden = inputs.w13.shape
     others = {family.intermediate: inputs.w2.shape[-1], family.activation: ACTIVATIONS[inputs.activation]}
     if family in (DEEPSEEK_V2, MISTRAL_LARGE4):
@@ -88,7 +88,7 @@ class Gemma4Experts(nn.Module):
         return self.experts(flat, ids, weights).view_as(x)
 
 
-def _shared(mlp: type[nn.Module], config: Any, inputs: LayerInputs) -> nn.Module:
+def _shared(mlp: Any, config: Any, inputs: LayerInputs) -> nn.Module:
     """The block's shared expert; a layer without one gets one column of zeros."""
     gate_up, down = inputs.shared_w13, inputs.shared_w2
     if gate_up is None or down is None:

@@ -44,7 +44,7 @@ class VLLM(Engine):
             "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error",
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_LOGGING_LEVEL": "CRITICAL",
             "VLLM_NO_USAGE_STATS": "1",
         }
 

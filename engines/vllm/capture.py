@@ -78,12 +78,25 @@ class Session:
     def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
         if rows.kind.startswith("sequence") and self.spec.dp_size == 1:
             raise Unsupported("vLLM splits rows among tensor-parallel ranks with two data-parallel ranks or more only")
-        real = self._capturer.real
-        if self._step_is_over and hasattr(real, "clear_buffer"):
-            real.clear_buffer()
+        with self._begun_step(), self._forward(rows):
+            self._capturer.real.capture(layer_id, ids)
+
+    @contextlib.contextmanager
+    def _begun_step(self) -> Iterator[None]:
+        """Clear the buffer for a new step. A capture that raises takes the clearing back: it was not its doing."""
+        clear = getattr(self._capturer.real, "clear_buffer", None)
+        if clear is None or not self._step_is_over:
+            yield
+            return
+        before = self._capturer.buffer().clone()
+        clear()
+        try:
+            yield
+        except Exception:
+            written = self._capturer.buffer() != 0
+            self._capturer.buffer().copy_(torch.where(written, self._capturer.buffer(), before))
+            raise
         self._step_is_over = False
-        with self._forward(rows):
-            real.capture(layer_id, ids)
 
     @contextlib.contextmanager
     def _forward(self, rows: Rows) -> Iterator[None]:

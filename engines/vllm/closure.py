@@ -44,6 +44,8 @@ def router_module(spec: RouterSpec) -> RouterHandle:
             parts = {"moe": gemma4.Gemma4MoE(text, prefix="model.layers.0.moe")}
         else:
             layer = gemma4.Gemma4DecoderLayer(text, cache_config=config.cache_config, prefix="model.layers.0")
+            # Routing starts after the projection, whose parameters are of a class that nobody can deep-copy.
+            layer.router.proj = nn.Identity()
             parts = {"router": layer.router, "experts": layer.experts}
     module = Router(nn.ModuleDict(parts), spec.top_k)
     name = next(name for name, _ in module.named_parameters() if name.endswith("per_expert_scale"))
@@ -57,9 +59,7 @@ def route(inputs: RouteInputs) -> Routing:
         raise Unsupported(f"route: {inputs.method}; its kernel needs vLLM's compiled library for a GPU")
     experts = inputs.logits.shape[-1]
     handle = router_module(RouterSpec("gemma4", experts, inputs.top_k, 32, torch.float32))
-    scale = inputs.per_expert_scale
-    handle.module.get_parameter(handle.tensors["per_expert_scale"]).copy_(
-        torch.ones(experts) if scale is None else scale
-    )
+    scale = torch.ones(experts) if inputs.per_expert_scale is None else inputs.per_expert_scale
+    handle.module.get_parameter(handle.tensors["per_expert_scale"]).copy_(scale)
     weights, ids = handle.module(inputs.logits)
     return Routing(ids, weights)

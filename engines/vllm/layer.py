@@ -106,7 +106,7 @@ def _build(inputs: LayerInputs, experts: int, width: int) -> Any:
         "params_dtype": inputs.x.dtype,
         "renormalize": inputs.method != "softmax_topk",
         "prefix": next(_PREFIXES),
-        "activation": {"silu": "silu", "gelu_tanh": "gelu_tanh"}[inputs.activation],
+        "activation": _activation(inputs.activation),
         "custom_routing_function": functools.partial(_route, inputs),
     }
     if inputs.shared_w13 is not None:
@@ -117,6 +117,13 @@ def _build(inputs: LayerInputs, experts: int, width: int) -> Any:
     if inputs.scale != 1:
         offered |= {"routed_scaling_factor": inputs.scale, "apply_routed_scale_to_output": True}
     return layer_class()(**offered)
+
+
+def _activation(name: str) -> str:
+    """The release's word for it. The first ones know only "gelu", which is what their Gemma 4 asks for."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    return name if name in {item.value for item in MoEActivation} else name.removesuffix("_tanh")
 
 
 def _route(
@@ -155,12 +162,14 @@ def _experts(inputs: LayerInputs, x: Tensor, weights: Tensor, ids: Tensor) -> Te
     The padded columns of the weights are zero, so that a padded column of x matters only if it is not finite.
     """
     width, padded = inputs.w13.shape[-1], x.shape[-1]
-    act = (
-        nn.functional.silu if inputs.activation == "silu" else functools.partial(nn.functional.gelu, approximate="tanh")
-    )
-    w13 = nn.functional.pad(inputs.w13, (0, padded - width))[ids.long()]  # [T, K, 2F, P]
-    gate, up = torch.einsum("tkfp,tp->tkf", w13, x).chunk(2, dim=-1)
-    each = torch.einsum("tkdf,tkf->tkd", inputs.w2[ids.long()], act(gate) * up)  # [T, K, D]
+    gelu_tanh = functools.partial(nn.functional.gelu, approximate="tanh")
+    act = nn.functional.silu if inputs.activation == "silu" else gelu_tanh
+    total = x.new_zeros(x.shape[0], width)
+    for expert in range(inputs.w13.shape[0]):
+        w13 = nn.functional.pad(inputs.w13[expert], (0, padded - width))  # [2F, P]
+        gate, up = nn.functional.linear(x, w13).chunk(2, dim=-1)  # [T, F]
+        weight = weights.masked_fill(ids != expert, 0).sum(-1, keepdim=True)  # [T, 1]
+        total += weight.to(x.dtype) * nn.functional.linear(act(gate) * up, inputs.w2[expert])
     out = poison_(x.new_empty(x.shape))
-    out[:, :width] = (each * weights.to(each.dtype).unsqueeze(-1)).sum(1)
+    out[:, :width] = total
     return out

@@ -160,7 +160,7 @@ def _reader(rec: ModuleType, vllm_config: Any) -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def _shared_buffer(rec: ModuleType, vllm_config: Any) -> Iterator[None]:
-    """Shared memory under the worker's name, large enough for one row of any model, so that the reader is judged alone."""
+    """Shared memory under the worker's name, large enough for a row of any model: the reader is judged alone."""
     name = f"{rec._BUFFER_PREFIX}_{vllm_config.instance_id}_{vllm_config.parallel_config.data_parallel_rank}"
     with _without_files(rec, vllm_config) as lock:
         memory = shared_memory.SharedMemory(name=name, create=True, size=1 << 20)

@@ -36,7 +36,7 @@ class _Listener:
 def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
     """The names under which vLLM loads each tensor, one for each expert and part where it splits a packed one.
 
-    A name that ends in the projection is given its `.weight`, as vLLM's loaders of an expert take both for one.
+    A name that ends in an expert's projection is given its `.weight`: vLLM's loaders take both for one.
     """
     with runtime.config_folder(config) as folder:
         vllm_config = runtime.engine_config(folder)
@@ -45,7 +45,7 @@ def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[st
         for entry in names:
             tensor = torch.empty(entry.shape, device="meta")
             found = [name for name, _ in _heard(model, vllm_config, entry.name, tensor)]
-            mapped[entry.name] = tuple(re.sub(r"\.(gate|up|down)_proj$", r"\g<0>.weight", name) for name in found)
+            mapped[entry.name] = tuple(re.sub(r"\.experts\.\d+\.\w+_proj$", r"\g<0>.weight", name) for name in found)
     return mapped
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,26 +32,27 @@ def read_slots(engine: Engine, address: object, slots: Sequence[int]) -> Tensor:
         return reader.read(slots)
 
 
-def read_for(engine: Engine, address: object, slots: Sequence[int], seconds: float) -> tuple[int, list[Tensor]]:
-    """Read over and over while somebody writes rows of one id each: how often that id changed, and rows of several."""
-    changes, torn = -1, []
-    last = None
-    end = time.monotonic() + seconds
-    with contextlib.closing(engine.capture_reader(address)) as reader:
-        while time.monotonic() < end:
-            got = reader.read(slots).flatten(1)  # [n, L K]
-            torn += [row.unique() for row in got[(got != got[:, :1]).any(dim=1)]]
-            changes += last is None or not torch.equal(last, got)
-            last = got
-    return changes, torn
-
-
 def own_store(engine: Engine, spec: CaptureSpec, slots: Sequence[int], rows: Tensor, reply: Path) -> None:
     """Make a store, tell its address, and hold it until killed."""
     store = engine.capture_store(spec)
     store.write(slots, rows)
     _write(reply, store.address)
     time.sleep(2 * START_SECONDS)
+    store.close()
+
+
+def rewrite_store(engine: Engine, spec: CaptureSpec, ids: Sequence[int], reply: Path) -> None:
+    """Make a store, tell its address, and fill it with one id after the other until killed."""
+    slots, shape = range(spec.max_tokens), (spec.max_tokens, spec.layers, spec.top_k)
+    filled = [torch.full(shape, expert_id, dtype=torch.int32) for expert_id in ids]
+    store = engine.capture_store(spec)
+    store.write(slots, filled[0])
+    _write(reply, store.address)
+    end = time.monotonic() + 2 * START_SECONDS
+    for rows in itertools.cycle(filled):
+        store.write(slots, rows)
+        if time.monotonic() > end:
+            break
     store.close()
 
 
@@ -90,8 +93,12 @@ class OtherProcess:
             raise Nonconformance(f"other process: got {told.text}, want an answer")
         return told
 
-    def ended(self) -> bool:
-        return self._process.poll() is not None
+    def stop(self) -> None:
+        """Halt it where it stands, be it half-way through a write."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """kill -9, with no chance to clean up."""

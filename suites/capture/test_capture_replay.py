@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import Any
 
@@ -24,12 +25,12 @@ from moe_conformance.suites.capture.cases import (
     TWO_SESSIONS,
     UNWRITTEN,
 )
-from moe_conformance.suites.capture.other_process import OtherProcess, own_store, read_for, read_slots
+from moe_conformance.suites.capture.other_process import OtherProcess, own_store, read_slots, rewrite_store
 from torch import Tensor
 
 from moe_conformance import compare
 from moe_conformance.case import Case, check
-from moe_conformance.engine import CaptureSession, CaptureSpec, Engine, Rows
+from moe_conformance.engine import CaptureReader, CaptureSession, CaptureSpec, Engine, Rows
 from moe_conformance.errors import Nonconformance, Unsupported
 from moe_conformance.inputs import poison_
 
@@ -197,26 +198,35 @@ def test_another_process_reads_each_tokens_rows(engine: Engine, case: Case) -> N
 
 @check(STORE_TORN)
 def test_a_reader_never_sees_a_torn_row(engine: Engine, case: Case) -> None:
-    # 32768 ids a token, so that one write takes long enough to be caught half-way.
-    spec = CaptureSpec(max_tokens=8, layers=512, top_k=64, experts=EXPERTS)
-    slots = list(range(spec.max_tokens))
-    versions = [torch.full((spec.max_tokens, spec.layers, spec.top_k), 30 * n, dtype=torch.int32) for n in range(8)]
-    with closing(engine.capture_store(spec)) as store:
-        store.write(slots, versions[0])
-        with closing(OtherProcess(read_for, engine, store.address, slots, 1.0)) as reader:
-            writes = 0
-            while not reader.ended() and writes < 10**6:
-                writes += 1
-                store.write(slots, versions[writes % len(versions)])
-                time.sleep(0.0005)  # let the other process start
-            changes, torn = reader.wait()
-    if torn:
-        ids = torn[0].tolist()[:4]
-        raise Nonconformance(
-            f"rows read while somebody wrote: got {len(torn)} torn, first of ids {ids}, want one write's"
-        )
-    if not changes:
-        raise Nonconformance(f"rows read for 1 s while somebody wrote {writes} times: got no change, want the new rows")
+    # 2^20 ids a write, far more than a model has, so that a writer spends much of its time in one.
+    spec = CaptureSpec(max_tokens=4, layers=2048, top_k=128, experts=40000)
+    slots, seen = list(range(spec.max_tokens)), set()
+    with (
+        closing(OtherProcess(rewrite_store, engine, spec, (5000, 10000, 15000), pass_reply=True)) as writer,
+        closing(engine.capture_reader(writer.wait())) as reader,
+    ):
+        for turn in range(40):
+            time.sleep(0.003 + 0.0007 * (turn % 7))
+            got = read_while_stopped(writer, reader, slots).flatten(1)  # [n, L K]
+            torn = (got != got[:, :1]).any(dim=1)
+            if torn.any():
+                slot, ids = int(torn.int().argmax()), got[torn][0].unique().tolist()
+                raise Nonconformance(f"slot {slot} read half-way through a write: got ids {ids}, want one write's")
+            seen.add(int(got[0, 0]))
+    if len(seen) == 1:
+        raise Nonconformance(f"40 reads while somebody wrote: got ids {seen} each time, want those of several writes")
+
+
+def read_while_stopped(writer: OtherProcess, reader: CaptureReader, slots: list[int]) -> Tensor:
+    """Read with the writer halted, or, where the reader waits for it, when the writer was let go on."""
+    with ThreadPoolExecutor(1) as threads:
+        writer.stop()
+        try:
+            reading = threads.submit(reader.read, slots)
+            wait([reading], timeout=0.1)
+        finally:
+            writer.go_on()
+        return reading.result()
 
 
 @check(STORE_OWNER_KILLED)
@@ -240,9 +250,9 @@ def test_memory_does_not_outlive_a_killed_owner(engine: Engine, case: Case) -> N
 
 @check(STORE_OWNER_CLOSES)
 def test_a_closed_store_cannot_be_opened(engine: Engine, case: Case) -> None:
-    store = engine.capture_store(spec_of(11))
-    store.write(SLOTS, record_of(0, len(SLOTS)).int())
-    store.close()
+    with closing(engine.capture_store(spec_of(11))) as store:
+        store.write(SLOTS, record_of(0, len(SLOTS)).int())
+        compare.equal("slots before", read_slots(engine, store.address, SLOTS), record_of(0, len(SLOTS)))
     compare.refused("reader of a closed store", lambda: read_slots(engine, store.address, SLOTS))
 
 

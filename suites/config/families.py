@@ -35,6 +35,9 @@ TYPES: Keys = {"mlp_layer_types": SCATTERED}
 FIRST_K: Keys = {"first_k_dense_replace": LEADING_DENSE}
 SECOND_OF_TWO: Keys = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
 
+# One group: 11 experts do not divide.
+GROUPS: Keys = {"n_group": 1, "topk_group": 1}
+
 N_SHARED: Keys = {"n_shared_experts": 2}
 NUM_SHARED: Keys = {"num_shared_experts": 2}
 MOE_SHARED: Keys = {"moe_num_shared_experts": 2}
@@ -45,18 +48,18 @@ WIDE_SHARED: Keys = {"shared_intermediate_size": SHARED_WIDTH}
 FAMILIES: dict[str, tuple[str, Keys]] = {
     "afmoe": ("AfmoeConfig", NUM_EXPERTS | OWN_WIDTH | NUM_SHARED | {"num_dense_layers": LEADING_DENSE}),
     "aria": ("AriaTextConfig", {"moe_num_experts": EXPERTS, "moe_topk": TOP_K} | PLAIN_WIDTH | MOE_SHARED),
-    "axk1": ("AXK1Config", N_ROUTED | OWN_WIDTH | TYPES | N_SHARED),
+    "axk1": ("AXK1Config", N_ROUTED | OWN_WIDTH | GROUPS | TYPES | N_SHARED),
     "axk2": ("AXK2Config", N_ROUTED | OWN_WIDTH | TYPES | N_SHARED),
-    "bailing-hybrid": ("BailingHybridConfig", PER_TOKEN | OWN_WIDTH | TYPES | NUM_SHARED),
-    "beam": ("BeamConfig", NUM_EXPERTS | OWN_WIDTH | TYPES),
+    "bailing-hybrid": ("BailingHybridConfig", PER_TOKEN | OWN_WIDTH | GROUPS | TYPES | NUM_SHARED),
+    "beam": ("BeamConfig", NUM_EXPERTS | OWN_WIDTH | GROUPS | TYPES),
     "cohere2-moe": (
         "Cohere2MoeConfig",
         NUM_EXPERTS | PLAIN_WIDTH | TYPES | NUM_SHARED | {"prefix_dense_intermediate_size": DENSE_WIDTH},
     ),
     "deepseek-ocr2": ("DeepseekOcr2TextConfig", N_ROUTED | OWN_WIDTH | TYPES | N_SHARED),
     "deepseek-v2": ("DeepseekV2Config", N_ROUTED | OWN_WIDTH | FIRST_K | N_SHARED),
-    "deepseek-v3": ("DeepseekV3Config", N_ROUTED | OWN_WIDTH | FIRST_K | N_SHARED),
-    "deepseek-v32": ("DeepseekV32Config", N_ROUTED | OWN_WIDTH | TYPES | N_SHARED),
+    "deepseek-v3": ("DeepseekV3Config", N_ROUTED | OWN_WIDTH | GROUPS | FIRST_K | N_SHARED),
+    "deepseek-v32": ("DeepseekV32Config", N_ROUTED | OWN_WIDTH | GROUPS | TYPES | N_SHARED),
     "deepseek-v4": ("DeepseekV4Config", N_ROUTED | MOE_WIDTH | {"mlp_layer_types": ["hash_moe"] * 2 + ["moe"] * 7}),
     "diffusion-gemma": ("DiffusionGemmaTextConfig", TOP_K_EXPERTS | OWN_WIDTH),
     "doge": ("DogeConfig", NUM_EXPERTS | PLAIN_WIDTH | {"is_moe": True}),
@@ -156,7 +159,8 @@ FAMILIES: dict[str, tuple[str, Keys]] = {
     ),
     "olmoe": ("OlmoeConfig", NUM_EXPERTS | PLAIN_WIDTH),
     "openai-privacy-filter": ("OpenAIPrivacyFilterConfig", NUM_LOCAL | PLAIN_WIDTH),
-    "phimoe": ("PhimoeConfig", NUM_LOCAL | PLAIN_WIDTH),
+    # Its router (SparseMixer) takes two whatever the key says.
+    "phimoe": ("PhimoeConfig", NUM_LOCAL | PLAIN_WIDTH | {"num_experts_per_tok": 2}),
     "qwen2-moe": ("Qwen2MoeConfig", NUM_EXPERTS | OWN_WIDTH | ONE_SHARED | SECOND_OF_TWO),
     "qwen3-5-moe": ("Qwen3_5MoeTextConfig", NUM_EXPERTS | MOE_WIDTH | ONE_SHARED),
     "qwen3-moe": ("Qwen3MoeConfig", NUM_EXPERTS | OWN_WIDTH | SECOND_OF_TWO),
@@ -283,9 +287,14 @@ PARENTS: dict[str, Parent] = {
 }
 
 
-def nested_keys(slug: str) -> dict[str, Any]:
+# transformers 4 builds this parent's text_config only where it says its type.
+TYPED = {"aria": {"model_type": "aria_text"}}
+
+
+def nested_keys(slug: str) -> Keys:
+    """The keyword arguments of the slug's parent class."""
     _, path, rest = PARENTS[slug]
-    keys = flat_keys(slug)
+    keys = flat_keys(slug) | TYPED.get(slug, {})
     for name in reversed(path):
         keys = {name: keys}
     return keys | rest

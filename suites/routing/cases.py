@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_conformance.case import Case
+from moe_conformance.suites.routing.routing_cases import ROUTING_CASES
 
 # How new values reach a module that is already built.
 CHANGES = (
@@ -40,4 +41,4 @@ CLOSURE_CASES = tuple(
     for change in CHANGES
 )
 
-CASES = CLOSURE_CASES
+CASES = (*CLOSURE_CASES, *ROUTING_CASES)

@@ -11,8 +11,9 @@ _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def _case(clause: str, row: str) -> Case:
     """A row is: method, E, K, T, dtype, logits, layout, tier."""
     method, experts, top_k, tokens, dtype, logits, layout, tier = row.split()
+    suffix = "" if layout == "contiguous" else f"-{layout}"
     return Case(
-        f"route-{method}-e{experts}-k{top_k}-t{tokens}-{dtype}-{logits}{'' if layout == 'contiguous' else '-' + layout}",
+        f"route-{method}-e{experts}-k{top_k}-t{tokens}-{dtype}-{logits}{suffix}",
         stage="route",
         clause=clause,
         recipe={

@@ -29,12 +29,14 @@ ROUTER = ("proj.weight", "scale", "per_expert_scale")
 
 
 def spell(style: str, layer: int, part: str, expert: int | None = None, suffix: str = "weight") -> str:
-    """The checkpoint's name of an expert tensor; packed styles have no expert, and no suffix for "weight"."""
+    """The checkpoint's name of an expert tensor; packed styles have neither expert nor suffix.
+
+    Exporters do not agree on how to name the scales of a packed tensor, so nothing is asked of engines there.
+    """
     words = style.split("-")
     block = ("model.language_model" if "multimodal" in words else "model") + f".layers.{layer}"
     if "packed" in words:
-        end = "" if suffix == "weight" else f".{suffix}"
-        return f"{block}.{'moe' if 'moe' in words else 'experts'}.{part}{end}"
+        return f"{block}.{'moe' if 'moe' in words else 'experts'}.{part}"
     return f"{block}.{'moe.' if 'moe' in words else ''}experts.{expert}.{part}.{suffix}"
 
 
@@ -58,7 +60,6 @@ ONE_TARGET = (
     _remap("plain", suffixes=SUFFIXES, tail="-every-suffix"),
     *(_remap("moe", "plain", (suffix,), f"-{suffix.replace('_', '-')}") for suffix in SUFFIXES),
     _remap("packed", "plain"),
-    _remap("packed", "plain", ("weight_scale",), "-weight-scale"),
     _remap("moe-packed", "packed"),
     _remap("multimodal-plain", suffixes=SUFFIXES, tail="-every-suffix"),
     _remap("multimodal-packed", "multimodal-plain"),
@@ -71,7 +72,7 @@ IDEMPOTENT = tuple(
         f"remap-gemma4-twice-{style}",
         "remap",
         "remap.idempotent",
-        {"style": style, "suffixes": ("weight", "weight_scale") if "packed" in style else SUFFIXES},
+        {"style": style, "suffixes": ("weight",) if "packed" in style else SUFFIXES},
         needs=frozenset(style.split("-")),
     )
     for style in ("plain", "moe", "packed", "moe-packed", "multimodal-moe", "multimodal-packed")

@@ -1,0 +1,336 @@
+"""Capturers, stores and readers that give back other ids than were captured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from moe_conformance.engines.mutants.mutant import Mutant
+from moe_conformance.engines.reference import Reference
+from moe_conformance.reference_impl import store as store_stage
+from moe_conformance.reference_impl.capture import Capturer, capture
+from moe_conformance.reference_impl.store import HostReader, HostStore
+from torch import Tensor
+
+from moe_conformance.engine import CaptureReader, CaptureSession, CaptureSpec, CaptureStore, Rows
+
+
+class _WithParts(Reference):
+    """The reference with another capturer, store or reader."""
+
+    session: type[Capturer] = Capturer
+    store: type[HostStore] = HostStore
+    reader: type[HostReader] = HostReader
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        return self.session(spec)
+
+    def capture_store(self, spec: CaptureSpec) -> CaptureStore:
+        return self.store(spec)
+
+    def capture_reader(self, address: Any) -> CaptureReader:
+        return self.reader(address)
+
+
+# Sessions ---------------------------------------------------------------------------------------------------------
+
+
+class NegativeLayerWraps(_WithParts):
+    name = "negative-layer-wraps"
+
+    class session(Capturer):
+        def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+            wraps = -self.spec.layers <= layer_id < 0
+            super().capture(layer_id + self.spec.layers if wraps else layer_id, ids, rows)
+
+
+class IgnoresLayersPastTheEnd(_WithParts):
+    name = "ignores-layers-past-the-end"
+
+    class session(Capturer):
+        def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+            if layer_id < self.spec.layers:
+                super().capture(layer_id, ids, rows)
+
+
+class NarrowsTo8Bits(_WithParts):
+    name = "narrows-to-8-bits"
+
+    class session(Capturer):
+        @staticmethod
+        def write(ids: Tensor, *where: Any) -> None:
+            capture(ids % 256, *where)
+
+
+class NarrowsTo16Bits(_WithParts):
+    name = "narrows-to-16-bits"
+
+    class session(Capturer):
+        def __init__(self, spec: CaptureSpec) -> None:
+            super().__init__(spec)
+            if self.buffer.dtype == torch.int32:
+                self.buffer = self.buffer.short()
+
+
+class ChecksIdsAfterNarrowing(_WithParts):
+    name = "checks-ids-after-narrowing"
+
+    class session(Capturer):
+        @staticmethod
+        def write(ids: Tensor, *where: Any) -> None:
+            capture(ids.int(), *where)
+
+
+class IgnoresShrunkSteps(_WithParts):
+    name = "ignores-shrunk-steps"
+
+    class session(Capturer):
+        def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+            if rows.counts[self.spec.dp_rank] >= int(self.rows_in_step):
+                super().capture(layer_id, ids, rows)
+
+
+class ReadsOnce(_WithParts):
+    name = "reads-once"
+
+    class session(Capturer):
+        def read(self, num_tokens: int) -> Tensor:
+            kept: dict[int, Tensor] = self.__dict__.setdefault("kept", {})
+            return kept.setdefault(num_tokens, super().read(num_tokens))
+
+
+class ReadsAnyRow(_WithParts):
+    name = "reads-any-row"
+
+    class session(Capturer):
+        def read(self, num_tokens: int) -> Tensor:
+            self.rows_in_step.fill_(self.spec.max_tokens)
+            return super().read(num_tokens)
+
+
+class KeepsEarlierLayers(_WithParts):
+    name = "keeps-earlier-layers"
+
+    class session(Capturer):
+        def read(self, num_tokens: int) -> Tensor:
+            self.step_of_layer[self.step_of_layer >= 0] = self.step
+            return super().read(num_tokens)
+
+
+class ZeroForUnwrittenLayers(_WithParts):
+    name = "zero-for-unwritten-layers"
+
+    class session(Capturer):
+        def read(self, num_tokens: int) -> Tensor:
+            return super().read(num_tokens).clamp(min=0)
+
+
+class CopiesTooLate(_WithParts):
+    name = "copies-too-late"
+
+    class session(Capturer):
+        def write(self, *arguments: Any) -> None:  # type: ignore[override]
+            capture(*arguments)
+            self.__dict__.setdefault("late", []).append(arguments)
+
+        def read(self, num_tokens: int) -> Tensor:
+            for arguments in self.__dict__.pop("late", []):
+                capture(*arguments)
+            return super().read(num_tokens)
+
+
+class IgnoresStrides(_WithParts):
+    name = "ignores-strides"
+
+    class session(Capturer):
+        @staticmethod
+        def write(ids: Tensor, *where: Any) -> None:
+            capture(ids.as_strided(ids.shape, (ids.shape[1], 1)), *where)
+
+
+class OneBufferForAll(_WithParts):
+    name = "one-buffer-for-all"
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        session = Capturer(spec)
+        _, layers, top_k = session.buffer.shape
+        key = layers, top_k, session.buffer.dtype
+        session.buffer = self.buffers.setdefault(key, session.buffer.new_full((512, layers, top_k), 0))
+        return session
+
+
+# Stores -----------------------------------------------------------------------------------------------------------
+
+
+class NegativeSlotWraps(_WithParts):
+    name = "negative-slot-wraps"
+
+    class reader(HostReader):
+        def read(self, slots: Sequence[int]) -> Tensor:
+            size = self.address.shape[0]
+            return super().read([slot + size if -size <= slot < 0 else slot for slot in slots])
+
+
+class StoresBytes(_WithParts):
+    name = "stores-bytes"
+
+    class store(HostStore):
+        def write(self, slots: Sequence[int], rows: Tensor) -> None:
+            super().write(slots, torch.where(rows < 0, rows, rows % 256))
+
+
+class StoreFilledWithZeros(_WithParts):
+    name = "store-filled-with-zeros"
+
+    class store(HostStore):
+        def __init__(self, spec: CaptureSpec) -> None:
+            super().__init__(spec)
+            self.write(range(spec.max_tokens), torch.zeros(self.address.shape, dtype=torch.int32))
+
+
+class WritesFromTheFirstSlotOn(_WithParts):
+    name = "writes-from-the-first-slot-on"
+
+    class store(HostStore):
+        def write(self, slots: Sequence[int], rows: Tensor) -> None:
+            super().write([(slots[0] + i) % self.address.shape[0] for i in range(len(slots))], rows)
+
+
+class ReadsInSlotOrder(_WithParts):
+    name = "reads-in-slot-order"
+
+    class reader(HostReader):
+        def read(self, slots: Sequence[int]) -> Tensor:
+            return super().read(sorted(slots))
+
+
+class ReaderTakesMemoryAlong(_WithParts):
+    name = "reader-takes-memory-along"
+
+    def capture_reader(self, address: Any) -> CaptureReader:
+        with patch.object(store_stage, "_attach", store_stage.SharedMemory):
+            return HostReader(address)
+
+
+class WritesLayersWithoutLock(_WithParts):
+    name = "writes-layers-without-lock"
+
+    class store(HostStore):
+        def write(self, slots: Sequence[int], rows: Tensor) -> None:
+            super().write(slots[:0], rows[:0])
+            held = store_stage._rows(self._segment, self.address)
+            for slot, row in zip(slots, rows.numpy(), strict=True):
+                for layer, ids in enumerate(row):
+                    held[slot, layer] = ids
+
+
+class KeepsReadersOpen(_WithParts):
+    name = "keeps-readers-open"
+
+    class reader(HostReader):
+        def close(self) -> None:
+            pass
+
+    def __init__(self) -> None:
+        self.readers: dict[Any, HostReader] = {}
+
+    def capture_reader(self, address: Any) -> CaptureReader:
+        if address not in self.readers:
+            self.readers[address] = self.reader(address)
+        return self.readers[address]
+
+
+def _mutant(engine: type[Reference], fault: str, case: str, check: str) -> Mutant:
+    return Mutant(engine, "capture-replay", fault, killed_by=(case, check))
+
+
+_STEPS = "test_each_step_shows_its_own_rows"
+_UNWRITTEN = "test_what_this_step_did_not_capture_is_unreadable"
+_LAYERS = "test_layer_ids_out_of_range_are_refused"
+_NARROW = "test_every_expert_id_survives_storage"
+_STRIDES = "test_ids_are_recorded_whatever_their_strides"
+_READER = "test_another_process_reads_each_tokens_rows"
+
+MUTANTS = (
+    _mutant(NegativeLayerWraps, "counts negative layer ids from the end", "capture-layer-minus-one", _LAYERS),
+    _mutant(IgnoresLayersPastTheEnd, "ignores a layer id past the end", "capture-layer-one-past", _LAYERS),
+    _mutant(NarrowsTo8Bits, "keeps 8 bits of an id whatever E is", "capture-narrow-e257", _NARROW),
+    _mutant(NarrowsTo16Bits, "keeps ids in int16 whatever E is", "capture-narrow-e40000", _NARROW),
+    _mutant(
+        ChecksIdsAfterNarrowing,
+        "narrows int64 ids to int32 before it checks their range",
+        "capture-expert-two-to-32",
+        "test_expert_ids_that_do_not_fit_are_refused",
+    ),
+    _mutant(IgnoresShrunkSteps, "keeps a longer step's rows when a shorter comes", "capture-steps-shrink", _STEPS),
+    _mutant(ReadsOnce, "gives a read's result again in the next step", "capture-steps-same", _STEPS),
+    _mutant(ReadsAnyRow, "gives rows of an earlier, longer step", "capture-unwritten-rows-beyond", _UNWRITTEN),
+    _mutant(
+        KeepsEarlierLayers,
+        "gives an earlier step's ids for a layer not captured",
+        "capture-unwritten-layer-of-earlier-step-same-count",
+        _UNWRITTEN,
+    ),
+    _mutant(
+        ZeroForUnwrittenLayers,
+        "gives expert 0 for a layer never captured",
+        "capture-unwritten-layer-never-captured",
+        _UNWRITTEN,
+    ),
+    _mutant(CopiesTooLate, "copies the ids when read, not when captured", "capture-ids-int32-contiguous", _STRIDES),
+    _mutant(IgnoresStrides, "reads ids as if they were contiguous", "capture-ids-int64-transposed", _STRIDES),
+    _mutant(
+        OneBufferForAll,
+        "has one buffer for all sessions",
+        "capture-two-sessions",
+        "test_sessions_share_no_state",
+    ),
+    _mutant(
+        NegativeSlotWraps,
+        "counts negative slots from the end",
+        "store-slot-minus-one",
+        "test_slots_out_of_range_are_refused",
+    ),
+    _mutant(
+        StoresBytes,
+        "keeps 8 bits of an id on the host",
+        "store-narrow-e257",
+        "test_every_expert_id_survives_the_store",
+    ),
+    _mutant(
+        StoreFilledWithZeros,
+        "gives expert 0 for a slot never written",
+        "store-unwritten-slots",
+        "test_slots_never_written_are_unreadable",
+    ),
+    _mutant(
+        WritesFromTheFirstSlotOn,
+        "writes to consecutive slots",
+        "store-slots-of-chunks",
+        "test_slots_belong_to_one_token_at_a_time",
+    ),
+    _mutant(ReadsInSlotOrder, "reads slots in ascending order", "store-reader-in-another-process", _READER),
+    _mutant(
+        ReaderTakesMemoryAlong,
+        "lets a reading process remove the shared memory when it ends",
+        "store-reader-in-another-process",
+        _READER,
+    ),
+    _mutant(
+        WritesLayersWithoutLock,
+        "writes layer after layer while somebody reads",
+        "store-no-torn-rows",
+        "test_a_reader_never_sees_a_torn_row",
+    ),
+    _mutant(
+        KeepsReadersOpen,
+        "serves the rows of an owner that is gone",
+        "store-owner-closes",
+        "test_a_closed_store_cannot_be_opened",
+    ),
+)

@@ -1,0 +1,252 @@
+"""Faults of class config-keys: a key, a nesting, a rule or a list that the engine does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+from unittest.mock import patch
+
+from moe_conformance.engines.mutants.mutant import Mutant
+from moe_conformance.engines.reference import Reference
+from moe_conformance.reference_impl import config as stage
+from moe_conformance.reference_impl import config_families as families
+from moe_conformance.reference_impl.config_scope import Scope, plain
+
+from moe_conformance.engine import CaptureShape, MoESpec
+from moe_conformance.errors import ConfigError, DenseModelError
+
+_DESCRIBED = "a_config_says_what_the_model_is"
+_BOTH_SIDES = "both_sides_of_capture_take_the_sizes_of_the_model"
+_NO_ANSWER = "a_config_without_answer_is_refused_with_the_keys"
+_NO_EXPERTS = "a_dense_model_is_refused_by_name"
+
+Side = Literal["worker", "reader"]
+
+
+def text_level(config: Any) -> Mapping[str, Any]:
+    values = plain(config)
+    return values.get("text_config") or values
+
+
+class ReadsOnlyOneKey(Reference):
+    """The seed, on both sides."""
+
+    name = "reads-only-one-key"
+    sides: tuple[Side, ...] = ("worker", "reader")
+
+    def capture_shape(self, config: Any, side: Side) -> CaptureShape:
+        if side not in self.sides:
+            return super().capture_shape(config, side)
+        if "num_experts_per_tok" not in text_level(config):
+            raise AttributeError(f"{type(config).__name__!r} object has no attribute 'num_experts_per_tok'")
+        return super().capture_shape(config, side)
+
+
+class ReaderReadsOnlyOneKey(ReadsOnlyOneKey):
+    """Half a fix: the worker knows the other name."""
+
+    name = "reader-reads-only-one-key"
+    sides: tuple[Side, ...] = ("reader",)
+
+
+class KnowsTwoTopKNames(Reference):
+    """The seed's fix, and no family further."""
+
+    name = "knows-two-top-k-names"
+
+    def capture_shape(self, config: Any, side: Side) -> CaptureShape:
+        with patch.object(families, "FAMILIES", _with_top_k(("num_experts_per_tok", "top_k_experts"))):
+            return super().capture_shape(config, side)
+
+
+def _with_top_k(keys: tuple[str, ...]) -> dict[str, families.Family]:
+    return {
+        name: family if isinstance(family.top_k, int) else replace(family, top_k=keys)
+        for name, family in families.FAMILIES.items()
+    }
+
+
+class ReaderLooksAtTheTopLevelOnly(Reference):
+    name = "reader-looks-at-the-top-level-only"
+
+    def capture_shape(self, config: Any, side: Side) -> CaptureShape:
+        if side == "worker":
+            return super().capture_shape(config, side)
+        with patch.object(stage, "NESTED", ()):
+            return super().capture_shape(config, side)
+
+
+class ThinkerIsNotOpened(Reference):
+    name = "thinker-is-not-opened"
+
+    def describe(self, config: Any) -> MoESpec:
+        with patch.object(stage, "NESTED", ("text_config",)):
+            return super().describe(config)
+
+
+class DenseLayersAreOffByOne(Reference):
+    """i > first_k_dense_replace."""
+
+    name = "dense-layers-are-off-by-one"
+
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        first = plain(config).get("first_k_dense_replace")
+        kept = tuple(i for i in spec.moe_layers if first is None or i > first)
+        return replace(spec, moe_layers=kept)
+
+
+class StepStartsAtLayerZero(Reference):
+    """i % decoder_sparse_step, not i + 1."""
+
+    name = "step-starts-at-layer-zero"
+
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        values = text_level(config)
+        step, dense = values.get("decoder_sparse_step"), values.get("mlp_only_layers") or ()
+        if not step:
+            return spec
+        return replace(spec, moe_layers=tuple(i for i in range(spec.num_layers) if i % step == 0 and i not in dense))
+
+
+class TopKListIsItsFirstEntry(Reference):
+    name = "top-k-list-is-its-first-entry"
+
+    def capture_shape(self, config: Any, side: Side) -> CaptureShape:
+        shape = super().capture_shape(config, side)
+        top_k = self.describe(config).top_k
+        return shape if isinstance(top_k, int) else shape._replace(top_k=top_k[0])
+
+
+class MissingTopKIsOne(Reference):
+    name = "missing-top-k-is-one"
+
+    def describe(self, config: Any) -> MoESpec:
+        try:
+            return super().describe(config)
+        except DenseModelError:
+            raise
+        except ConfigError as error:
+            if "top-k: found none" not in str(error):
+                raise
+            return super().describe({**text_level(config), "num_experts_per_tok": 1})
+
+
+class LastAliasWins(Reference):
+    name = "last-alias-wins"
+
+    def describe(self, config: Any) -> MoESpec:
+        with patch.object(Scope, "find", _last_of):
+            return super().describe(config)
+
+
+def _last_of(scope: Scope, what: str, keys: tuple[str, ...]) -> tuple[str, Any]:
+    found = [(key, scope.get(key)) for key in keys if scope.get(key) is not None]
+    if not found:
+        raise scope.error(what, f"found none of {', '.join(keys)}")
+    return found[-1]
+
+
+class TopKAboveExpertsIsCut(Reference):
+    name = "top-k-above-experts-is-cut"
+
+    def describe(self, config: Any) -> MoESpec:
+        values = plain(config)
+        top_k, experts = values.get("num_experts_per_tok"), values.get("num_local_experts")
+        if isinstance(top_k, int) and isinstance(experts, int) and top_k > experts > 0:
+            return super().describe({**values, "num_experts_per_tok": experts})
+        return super().describe(config)
+
+
+class SwitchIsNotRead(Reference):
+    """A config with expert sizes counts as MoE though its experts are switched off."""
+
+    name = "switch-is-not-read"
+
+    def describe(self, config: Any) -> MoESpec:
+        return super().describe(_switched_on(plain(config)))
+
+
+def _switched_on(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    on = {key: True for key in ("enable_moe_block", "is_moe") if key in values}
+    return {**values, **on, **{k: _switched_on(v) for k, v in values.items() if isinstance(v, Mapping)}}
+
+
+class DenseModelHasOneExpert(Reference):
+    name = "dense-model-has-one-expert"
+
+    def describe(self, config: Any) -> MoESpec:
+        try:
+            return super().describe(config)
+        except DenseModelError:
+            values = text_level(config)
+            total, width = values.get("num_hidden_layers", 1), values.get("intermediate_size", 1)
+            return MoESpec(total, tuple(range(total)), 1, 1, values.get("hidden_size", 1), width)
+
+
+class SharedWidthIsOfOne(Reference):
+    """The width of one shared expert, where there are two."""
+
+    name = "shared-width-is-of-one"
+
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        if spec.shared_experts < 2 or spec.shared_intermediate_size is None:
+            return spec
+        return replace(spec, shared_intermediate_size=spec.shared_intermediate_size // spec.shared_experts)
+
+
+class WidthIsTheDenseOne(Reference):
+    """intermediate_size before moe_intermediate_size."""
+
+    name = "width-is-the-dense-one"
+
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        return replace(
+            spec, moe_intermediate_size=text_level(config).get("intermediate_size") or spec.moe_intermediate_size
+        )
+
+
+class LegacyKeysAreForObjects(Reference):
+    """A plain config.json with first_k_dense_replace counts as MoE throughout."""
+
+    name = "legacy-keys-are-for-objects"
+
+    def describe(self, config: Any) -> MoESpec:
+        if not isinstance(config, Mapping):
+            return super().describe(config)
+        with patch.object(Scope, "optional", lambda scope, what, key, default, least=0: default):
+            return super().describe(config)
+
+
+def _mutant(engine: type[Reference], fault: str, case: str, check: str) -> Mutant:
+    return Mutant(engine, "config-keys", fault, (case, check))
+
+
+MUTANTS = (
+    _mutant(
+        ReadsOnlyOneKey, "capture reads num_experts_per_tok only (vllm#41401)", "capture-shape-gemma4", _BOTH_SIDES
+    ),
+    _mutant(ReaderReadsOnlyOneKey, "the reader's half was not fixed", "capture-shape-gemma4-nested", _BOTH_SIDES),
+    _mutant(KnowsTwoTopKNames, "capture knows two names of top-k", "capture-shape-dbrx", _BOTH_SIDES),
+    _mutant(
+        ReaderLooksAtTheTopLevelOnly, "the reader opens no text_config", "capture-shape-llama4-nested", _BOTH_SIDES
+    ),
+    _mutant(ThinkerIsNotOpened, "thinker_config is not opened", "config-qwen3-omni-thinker-nested", _DESCRIBED),
+    _mutant(DenseLayersAreOffByOne, "one leading dense layer too many", "config-deepseek-v3", _DESCRIBED),
+    _mutant(StepStartsAtLayerZero, "the sparse step counts from layer 0", "config-qwen3-moe", _DESCRIBED),
+    _mutant(
+        TopKListIsItsFirstEntry, "takes the first of a list", "capture-shape-hunyuan-v1-moe-top-k-list", _BOTH_SIDES
+    ),
+    _mutant(MissingTopKIsOne, "a missing top-k becomes 1", "config-gemma4-without-top-k-experts", _NO_ANSWER),
+    _mutant(LastAliasWins, "of two aliases that differ the last one wins", "config-qwen3-moe-two-counts", _NO_ANSWER),
+    _mutant(TopKAboveExpertsIsCut, "cuts a top-k above the experts", "config-mixtral-top-k-above-experts", _NO_ANSWER),
+    _mutant(SwitchIsNotRead, "experts that are switched off count", "config-gemma4-switched-off", _NO_EXPERTS),
+    _mutant(DenseModelHasOneExpert, "a dense model passes as one expert", "config-llama-dense", _NO_EXPERTS),
+    _mutant(SharedWidthIsOfOne, "the width of one shared expert for the sum", "config-afmoe", _DESCRIBED),
+    _mutant(WidthIsTheDenseOne, "the dense width for the experts'", "config-qwen3-moe", _DESCRIBED),
+    _mutant(LegacyKeysAreForObjects, "ignores legacy keys of a config.json", "config-kimi-linear-hub", _DESCRIBED),
+)

@@ -1,0 +1,122 @@
+"""Does the engine find what a config says, on every path and in every spelling, and does it say what it misses?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+from moe_conformance.suites.config.cases import CAPTURE_REFUSED, CAPTURED, DENSE, DESCRIBED, REFUSED, SAVED
+
+from moe_conformance.case import Case, check
+from moe_conformance.compare import refused, same
+from moe_conformance.engine import Engine, MoESpec
+from moe_conformance.errors import Nonconformance, Unsupported
+
+SIDES = ("worker", "reader")
+
+
+@check(DESCRIBED)
+def test_a_config_says_what_the_model_is(engine: Engine, case: Case) -> dict[str, Any]:
+    return _facts(engine.describe(_config(case)))
+
+
+@check(SAVED)
+def test_a_saved_config_says_the_same_as_the_object(engine: Engine, case: Case) -> None:
+    config = _config(case)
+    saved = json.loads(json.dumps(config.to_diff_dict()))  # as config.json, but for its spelling of infinity
+    same("describe(config.json)", _facts(engine.describe(saved)), _facts(engine.describe(config)))
+
+
+@check(CAPTURED)
+def test_both_sides_of_capture_take_the_sizes_of_the_model(engine: Engine, case: Case) -> None:
+    want = case["want"]
+    shapes = {side: engine.capture_shape(_config(case), side) for side in SIDES}
+    for side, shape in shapes.items():
+        same(f"{side}: layers", shape.layers, want["layers"])
+        same(f"{side}: top_k", shape.top_k, want["top_k"])
+        if shape.experts is not None:
+            same(f"{side}: experts", shape.experts, want["experts"])
+
+
+@check(REFUSED)
+def test_a_config_without_answer_is_refused_with_the_keys(engine: Engine, case: Case) -> None:
+    config = _config(case)
+    _refused("describe", lambda: engine.describe(config), case)
+
+
+@check(DENSE)
+def test_a_dense_model_is_refused_by_name(engine: Engine, case: Case) -> None:
+    config = _config(case)
+    _refused("describe", lambda: engine.describe(config), case)
+
+
+@check(CAPTURE_REFUSED)
+def test_both_sides_of_capture_refuse_by_name(engine: Engine, case: Case) -> None:
+    config = _config(case)
+    for side in SIDES:
+        _refused(side, lambda side=side: engine.capture_shape(config, side), case)
+
+
+def _config(case: Case) -> Any:
+    """The config object of the recipe, or its plain dict."""
+    keys = json.loads(json.dumps(case["keys"]))  # a copy that the engine may change
+    name = case.recipe.get("class")
+    if name is None:
+        return keys
+    import transformers
+
+    config_class = getattr(transformers, name, None)
+    if config_class is None:
+        raise Unsupported(f"transformers {transformers.__version__} has no {name}")
+    return config_class(**keys)
+
+
+def _refused(what: str, call: Callable[[], Any], case: Case) -> None:
+    """An error on purpose with the names of the recipe; one that fell out of an attribute or key lookup says nothing.
+
+    Keys are named as they are spelled, a dense model by its model type or its class (qwen3_moe, Qwen3MoeConfig).
+    """
+    by_name = case.clause == "config.refuse-dense"
+    error = refused(what, call, () if by_name else case["names"])
+    if isinstance(error, AttributeError | LookupError | TypeError):
+        raise Nonconformance(f"{what}: stumbled over {type(error).__name__}, want an error that is meant: {error}")
+    if by_name and _letters(case["names"][0]) not in _letters(str(error)):
+        raise Nonconformance(f"{what}: {type(error).__name__} does not name {case['names'][0]}: {error}")
+
+
+def _letters(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _facts(spec: MoESpec) -> dict[str, Any]:
+    """A spec in few lines, defaults left out: layers as ranges, one value for each MoE layer as runs."""
+    facts = {
+        "layers": spec.num_layers,
+        "moe_layers": _ranges(spec.moe_layers),
+        "experts": _runs(spec.num_experts),
+        "top_k": _runs(spec.top_k),
+        "hidden": spec.hidden_size,
+        "width": _runs(spec.moe_intermediate_size),
+    }
+    if spec.shared_experts or spec.shared_intermediate_size is not None:
+        facts["shared"] = f"{spec.shared_experts} of summed width {spec.shared_intermediate_size}"
+    if spec.latent_size is not None:
+        facts["latent"] = spec.latent_size
+    if spec.encoder_moe_layers:
+        facts["encoder_moe_layers"] = _ranges(spec.encoder_moe_layers)
+    return facts
+
+
+def _ranges(indices: tuple[int, ...]) -> str:
+    """(0, 1, 2, 5) -> "0-2 5"."""
+    runs = [[index for _, index in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _runs(values: int | tuple[int, ...]) -> int | str:
+    """(2, 2, 3) -> "2x2 1x3"."""
+    if isinstance(values, int):
+        return values
+    return " ".join(f"{len(list(run))}x{value}" for value, run in groupby(values))

@@ -1,0 +1,74 @@
+"""Every mutant fails the case that is named for it, and nothing outside its class."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
+import pytest
+
+import moe_conformance.engines.mutants
+import moe_conformance.suites
+from moe_conformance.case import Case
+from moe_conformance.clauses import BUG_CLASSES
+from moe_conformance.discovery import Target
+from moe_conformance.engines.mutants.mutant import Mutant
+from moe_conformance.goldens import matches
+from moe_conformance.judge import Judge
+from moe_conformance.verdict import Verdict
+
+SEEDS = ("config-keys", "closure-capture", "double-prefix", "dp-assertions", "shape-mismatch")
+
+
+def modules(package: object, prefix: str) -> Iterator[object]:
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):  # type: ignore[attr-defined]
+        if found.name.rpartition(".")[2].startswith(prefix):
+            yield importlib.import_module(found.name)
+
+
+MUTANTS: list[Mutant] = [
+    mutant for module in modules(moe_conformance.engines.mutants, "") for mutant in getattr(module, "MUTANTS", ())
+]
+CHECKS: list[tuple[str, str, Case]] = [
+    (module.__name__, name, case)
+    for module in modules(moe_conformance.suites, "test_")
+    for name, function in vars(module).items()
+    for case in getattr(function, "moe_cases", ())
+]
+
+
+def verdict(judge: Judge, module: str, name: str, case: Case) -> Verdict:
+    outcome = judge.run(module, name, case)
+    if outcome.verdict is Verdict.PASS and outcome.facts is not None:
+        same = matches(case.bug_class, name.removeprefix("test_"), case.id, outcome.facts)
+        return Verdict.PASS if same else Verdict.FAIL
+    return outcome.verdict
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.engine.name)
+def test_a_mutant_fails_its_named_case_and_nothing_outside_its_class(mutant: Mutant) -> None:
+    """Its own case, and the smoke cases of every other class."""
+    judge = Judge(Target(mutant.engine.name, f"{mutant.engine.__module__}:{mutant.engine.__qualname__}"))
+    case_id, check = mutant.killed_by
+    (named,) = (row for row in CHECKS if (row[2].id, row[1].removeprefix("test_")) == (case_id, check))
+    assert named[2].bug_class == mutant.bug_class
+    assert verdict(judge, *named) is Verdict.FAIL
+    strangers = [row for row in CHECKS if row[2].tier == "smoke" and row[2].bug_class != mutant.bug_class]
+    failed = [f"{case.id}: {name}" for module, name, case in strangers if verdict(judge, module, name, case) != "pass"]
+    assert failed == []
+
+
+@pytest.mark.parametrize("bug_class", BUG_CLASSES)
+def test_every_class_has_smoke_cases(bug_class: str) -> None:
+    assert any(case.tier == "smoke" for _, _, case in CHECKS if case.bug_class == bug_class)
+
+
+@pytest.mark.parametrize("bug_class", SEEDS)
+def test_each_seed_has_its_fault_and_two_relatives(bug_class: str) -> None:
+    assert sum(mutant.bug_class == bug_class for mutant in MUTANTS) >= 3
+
+
+def test_mutants_have_names_of_their_own() -> None:
+    names = [mutant.engine.name for mutant in MUTANTS]
+    assert len(set(names)) == len(names)

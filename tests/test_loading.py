@@ -1,0 +1,325 @@
+"""The reference's checkpoint names and loads, beyond what is asked of every engine: hostile and broken files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from moe_conformance.reference_impl import loading, remap
+from moe_conformance.suites.weights import checkpoint
+from safetensors.torch import load_file, save_file
+
+from moe_conformance.engine import CheckpointName
+from moe_conformance.errors import CheckpointError, ConfigError, DenseModelError
+
+RECIPE = {"style": "plain", "widths": "distinct", "shards": 2, "shuffled": False}
+FIRST, LAST = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+DOWN = "model.layers.1.experts.10.down_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole checkpoint of single experts in two shards, in a folder of its own."""
+    inside = tmp_path / "checkpoint"
+    inside.mkdir()
+    checkpoint.write(inside, RECIPE)
+    return inside
+
+
+def edit(path: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def retensor(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], shards: int = 1) -> None:
+    """Change the tensors and write them again, with an index that agrees."""
+    named = load_file(folder / FIRST) | load_file(folder / LAST)
+    for file in (FIRST, LAST, INDEX):
+        (folder / file).unlink()
+    change(named)
+    checkpoint.save(folder, named, shards)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        loading.load(folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("widths", checkpoint.WIDTHS)
+def test_the_checkpoint_has_the_names_and_shapes_of_transformers(widths: str) -> None:
+    module = pytest.importorskip("transformers.models.gemma4.modeling_gemma4")
+    for multimodal, name in ((False, "Gemma4ForCausalLM"), (True, "Gemma4ForConditionalGeneration")):
+        cls = getattr(module, name)
+        config = checkpoint.config(widths, multimodal)
+        with torch.device("meta"):
+            model = cls(cls.config_class.from_dict(config))
+        want = {n: tuple(t.shape) for n, t in model.state_dict().items() if n != "lm_head.weight"}  # tied
+        meta = {n: torch.empty(s, device="meta") for n, s in checkpoint.shapes(widths).items()}
+        got = checkpoint.styled(meta, "multimodal-packed" if multimodal else "packed")
+        assert {n: tuple(t.shape) for n, t in got.items()} == want
+        assert config["architectures"] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("model.layers.10.experts.3.gate_proj.weight", "layers.10.experts.3.gate_proj.weight"),
+        ("model.layers.1.moe.experts.10.up_proj.g_idx", "layers.1.experts.10.up_proj.g_idx"),
+        ("model.language_model.layers.0.moe.experts.7.down_proj.qzeros", "layers.0.experts.7.down_proj.qzeros"),
+        ("language_model.model.layers.0.experts.7.down_proj.bias", "layers.0.experts.7.down_proj.bias"),
+        ("model.layers.0.experts.7.down_proj", "layers.0.experts.7.down_proj.weight"),
+        ("model.layers.0.router.proj.weight", "layers.0.router.proj"),
+        ("model.language_model.layers.0.router.scale", "layers.0.router.scale"),
+        ("model.layers.0.moe.per_expert_scale", "layers.0.router.per_expert_scale"),
+        # Outside the MoE block: left alone.
+        ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
+        ("model.layers.0.mlp.experts.0.gate_proj.weight", "model.layers.0.mlp.experts.0.gate_proj.weight"),
+        ("model.layers.0.experts_norm.weight", "model.layers.0.experts_norm.weight"),
+        (
+            "model.vision_tower.layers.0.experts.0.up_proj.weight",
+            "model.vision_tower.layers.0.experts.0.up_proj.weight",
+        ),
+        ("model.layers.0.experts\n", "model.layers.0.experts\n"),
+    ],
+)
+def test_a_name_reaches_its_target_and_stays(name: str, target: str) -> None:
+    config = checkpoint.config("distinct", layers=11, experts=11)
+    assert remap.remap(config, [CheckpointName(name)]) == {name: (target,)}
+    assert remap.remap(config, [CheckpointName(target)]) == {target: (target,)}
+
+
+@pytest.mark.parametrize("block", ["experts", "moe", "moe.experts"])
+@pytest.mark.parametrize("end", ["", ".weight_scale"])
+def test_a_packed_name_reaches_every_expert(block: str, end: str) -> None:
+    config = checkpoint.config("distinct", experts=3)
+    name = f"model.layers.0.{block}.gate_up_proj{end}"
+    parts = [f"{e}.{part}" for e in range(3) for part in ("gate_proj", "up_proj")]
+    want = tuple(f"layers.0.experts.{part}{end or '.weight'}" for part in parts)
+    assert remap.remap(config, [CheckpointName(name, (3, 96, 64))])[name] == want
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "moe.moe.experts.0.gate_proj.weight",
+        "experts.experts.0.gate_proj.weight",
+        "experts.0.gate_proj.weight_scale_3",
+        "experts.0.w1.weight",
+        "experts.01.gate_proj.weight",
+        "experts.٣.gate_proj.weight",
+        "experts.-1.gate_proj.weight",
+        "experts.11.gate_proj.weight",
+        f"experts.{'9' * 5000}.gate_proj.weight",
+        "experts.0.gate_proj.weight\n",
+        "experts",
+        "router.bias",
+        "moe.router.scale",
+    ],
+)
+def test_an_unknown_name_in_the_block_is_refused(rest: str) -> None:
+    with pytest.raises(CheckpointError, match=r"rename|remove|different models"):
+        remap.remap(checkpoint.config("distinct"), [CheckpointName(f"model.layers.0.{rest}")])
+
+
+@pytest.mark.parametrize("layer", ["3", "01", "9" * 5000])
+def test_a_layer_that_the_model_lacks_is_refused(layer: str) -> None:
+    with pytest.raises(CheckpointError, match="layer"):
+        remap.remap(checkpoint.config("distinct"), [CheckpointName(f"model.layers.{layer}.router.scale")])
+
+
+def test_packed_experts_of_another_number_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="want 11 experts first"):
+        remap.remap(checkpoint.config("distinct"), [CheckpointName("model.layers.0.experts.down_proj", (10, 64, 48))])
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "a/../b.safetensors", "..\\x.safetensors"])
+def test_a_shard_outside_the_folder_is_never_opened(folder: Path, shard: str) -> None:
+    (folder / LAST).rename(folder.parent / "outside.safetensors")
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {n: shard if f == LAST else f for n, f in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    assert "in the same folder" in refusal(folder)
+
+
+def test_shards_may_be_links_as_in_the_hubs_cache(folder: Path) -> None:
+    (folder / LAST).rename(folder.parent / "blob")
+    (folder / LAST).symlink_to(folder.parent / "blob")
+    assert len(loading.load(folder)) == 5 * checkpoint.LAYERS
+
+
+def test_what_was_loaded_outlives_the_file(folder: Path) -> None:
+    want = checkpoint.write(folder, RECIPE | {"style": "packed"})
+    loaded = loading.load(folder)
+    for file in folder.glob("*.safetensors"):
+        with file.open("r+b") as stream:
+            stream.write(b"\xff" * file.stat().st_size)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in want.items())
+
+
+@pytest.mark.parametrize("value", [7, None, ["x"], "model.bin", "", "."])
+def test_an_index_that_names_no_safetensors_file_is_refused(folder: Path, value: object) -> None:
+    edit(folder / INDEX, lambda index: index["weight_map"].update({DOWN: value}))
+    assert DOWN in refusal(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "[" * 100_000, '{"a": 1, "a": 2}', "\ud800"])
+def test_json_garbage_is_refused(folder: Path, file: str, text: str) -> None:
+    (folder / file).write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert file in refusal(folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, "x"])
+def test_an_index_without_a_weight_map_is_refused(folder: Path, weight_map: object) -> None:
+    edit(folder / INDEX, lambda index: index.update(weight_map=weight_map))
+    assert "weight_map" in refusal(folder)
+
+
+def test_a_tensor_that_only_the_index_has_is_refused(folder: Path) -> None:
+    edit(folder / INDEX, lambda index: index["weight_map"].update(ghost=FIRST))
+    assert "in the index but not in its shard, first ghost" in refusal(folder)
+
+
+def test_a_tensor_that_only_a_shard_has_is_refused(folder: Path) -> None:
+    edit(folder / INDEX, lambda index: index["weight_map"].pop(DOWN))
+    assert "in a shard but not in the index" in refusal(folder)
+
+
+def test_a_tensor_in_another_shard_than_the_index_says_is_refused(folder: Path) -> None:
+    edit(
+        folder / INDEX,
+        lambda index: index["weight_map"].update({DOWN: LAST if DOWN in load_file(folder / FIRST) else FIRST}),
+    )
+    assert DOWN in refusal(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
+@pytest.mark.parametrize("file", [FIRST, LAST])
+def test_a_shard_cut_anywhere_is_refused(folder: Path, file: str, keep: int) -> None:
+    (folder / file).write_bytes((folder / file).read_bytes()[:keep])
+    assert file in refusal(folder)
+
+
+@pytest.mark.parametrize("size", [0, 2**63, 2**64 - 1])
+def test_a_shard_with_a_lying_header_is_refused(folder: Path, size: int) -> None:
+    data = (folder / LAST).read_bytes()
+    (folder / LAST).write_bytes(size.to_bytes(8, "little") + data[8:])
+    assert LAST in refusal(folder)
+
+
+def test_a_folder_in_place_of_a_shard_is_refused(folder: Path) -> None:
+    (folder / LAST).unlink()
+    (folder / LAST).mkdir()
+    assert LAST in refusal(folder)
+
+
+def test_a_folder_without_tensors_or_config_is_refused(tmp_path: Path) -> None:
+    assert "config.json" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config("distinct")))
+    assert "neither" in refusal(tmp_path)
+
+
+def test_one_file_beside_an_index_is_refused(folder: Path) -> None:
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    assert "remove the one that is not meant" in refusal(folder)
+
+
+def _under_two_names(named: dict[str, torch.Tensor]) -> None:
+    named[DOWN.replace("experts", "moe.experts")] = named[DOWN].clone()
+
+
+def _packed_too(named: dict[str, torch.Tensor]) -> None:
+    named["model.layers.1.experts.down_proj"] = torch.zeros(checkpoint.EXPERTS, 64, 48, dtype=torch.bfloat16)
+
+
+def _router_twice(named: dict[str, torch.Tensor]) -> None:
+    named["model.layers.1.moe.per_expert_scale"] = named["model.layers.1.router.per_expert_scale"].clone()
+
+
+@pytest.mark.parametrize("change", [_under_two_names, _packed_too, _router_twice])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_one_tensor_in_two_styles_is_refused(folder: Path, change: Callable, shards: int) -> None:
+    retensor(folder, change, shards)
+    assert "hold the same weights; remove one of them" in refusal(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_integers_without_a_quantization_config_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    retensor(folder, lambda named: named.update({n: t.to(dtype) for n, t in named.items() if ".experts." in n}))
+    assert "want one of F64, F32, F16, BF16" in refusal(folder)
+
+
+def test_one_expert_of_another_dtype_is_refused(folder: Path) -> None:
+    retensor(folder, lambda named: named.update({DOWN: named[DOWN].float()}))
+    assert "F32" in refusal(folder)
+
+
+def test_scales_without_a_quantization_config_are_refused(folder: Path) -> None:
+    scales = {f"model.layers.0.experts.{e}.down_proj.weight_scale": torch.ones(1) for e in range(checkpoint.EXPERTS)}
+    retensor(folder, lambda named: named.update(scales))
+    assert "no quantization_config" in refusal(folder)
+
+
+@pytest.mark.parametrize("experts", [10, 12])
+def test_a_config_of_another_number_of_experts_is_refused(folder: Path, experts: int) -> None:
+    edit(folder / "config.json", lambda config: config.update(num_experts=experts))
+    assert "config.json" in refusal(folder) or "missing" in refusal(folder)
+
+
+def test_a_config_with_a_further_layer_says_what_is_missing(folder: Path) -> None:
+    edit(folder / "config.json", lambda config: config.update(checkpoint.config("distinct", layers=4)))
+    message = refusal(folder)
+    assert all(f"layers.3.{name}" in message for name in ("experts.w13", "experts.w2", "router.proj", "router.scale"))
+
+
+def test_a_dense_or_silent_config_is_refused_as_such(folder: Path) -> None:
+    edit(folder / "config.json", lambda config: config.update(enable_moe_block=False, num_experts=None))
+    with pytest.raises(DenseModelError):
+        loading.load(folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ConfigError):
+        loading.load(folder)
+
+
+def test_tensors_outside_the_block_are_not_judged(folder: Path) -> None:
+    extra = {"model.vision_tower.patch.weight": torch.zeros(2), "model.rotary_emb.inv_freq": torch.ones(4)}
+    retensor(folder, lambda named: named.update(extra))
+    assert len(loading.load(folder)) == 5 * checkpoint.LAYERS
+
+
+def test_quantised_experts_keep_each_suffix_under_its_own_key(folder: Path) -> None:
+    experts, seen = checkpoint.EXPERTS, {}
+
+    def quantise(named: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in named if ".experts." in name]:
+            number = len(seen) + 1
+            stem = name.removesuffix(".weight")
+            rows, columns = named[name].shape
+            named[name] = torch.full((rows, columns // 2), number % 251, dtype=torch.uint8)
+            named[f"{stem}.weight_scale_2"] = seen[stem] = torch.tensor(float(number))
+
+    retensor(folder, quantise)
+    edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "modelopt"}))
+    loaded = loading.load(folder)
+    assert loaded["layers.2.experts.w13"].shape == (experts, 96, 32)
+    assert loaded["layers.2.experts.w13.weight_scale_2"].shape == (experts, 2)
+    assert loaded["layers.2.experts.w2.weight_scale_2"].shape == (experts,)
+    for e in range(experts):
+        for at, part in enumerate(("gate_proj", "up_proj")):
+            want = seen[f"model.layers.2.experts.{e}.{part}"]
+            assert loaded["layers.2.experts.w13.weight_scale_2"][e, at] == want
+            assert (loaded["layers.2.experts.w13"][e, 48 * at : 48 * at + 48] == want % 251).all()
+
+
+def test_one_missing_scale_is_named(folder: Path) -> None:
+    stem = "model.layers.0.experts"
+    scales = {f"{stem}.{e}.down_proj.input_scale": torch.ones(()) for e in range(checkpoint.EXPERTS) if e != 10}
+    retensor(folder, lambda named: named.update(scales))
+    edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "modelopt"}))
+    assert "layers.0.experts.10.down_proj.input_scale" in refusal(folder)

@@ -1,0 +1,74 @@
+"""The pytest plugin is inert in other people's sessions, and the checkout shadows nobody's packages."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROBE = """
+import os, sys
+BEFORE = dict(os.environ)
+def pytest_sessionfinish():
+    ours = sorted(name for name in sys.modules if name.startswith("moe_conformance"))
+    heavy = sorted({"torch", "triton", "transformers", "numpy"} & sys.modules.keys())
+    changed = sorted(k for k in os.environ.keys() | BEFORE.keys()
+                     if os.environ.get(k) != BEFORE.get(k) and not k.startswith("PYTEST"))
+    print("PROBE", ours, heavy, changed)
+"""
+
+
+def pytest_in(folder: Path, *arguments: str, **environment: str) -> str:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env={**clean, **environment}, text=True, capture_output=True
+    )
+    return done.stdout + done.stderr
+
+
+def test_an_empty_session_loads_the_door_and_nothing_behind_it(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(PROBE)
+    (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
+    printed = pytest_in(tmp_path, "-m", "pytest", "-s", "-p", "no:cacheprovider")
+    assert "PROBE ['moe_conformance', 'moe_conformance.pytest_plugin'] [] []" in printed
+
+
+def test_the_plugin_adds_less_than_50_ms(tmp_path: Path) -> None:
+    printed = pytest_in(tmp_path, "-X", "importtime", "-m", "pytest", "-p", "no:cacheprovider")
+    found = re.search(r"\|\s*(\d+) \|\s+moe_conformance\.pytest_plugin$", printed, re.MULTILINE)
+    assert found is not None
+    assert int(found[1]) < 50_000  # microseconds, everything it imports included
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-c", "import pytest, sys; sys.exit(pytest.main())"],
+        ["-m", "pytest"],
+        ["-m", "pytest", "-n", "2"],
+    ],
+    ids=["pytest", "python -m pytest", "xdist"],
+)
+def test_kernels_stays_hugging_faces_in_the_checkout(tmp_path: Path, arguments: list[str]) -> None:
+    """A stand-in `kernels` is installed behind the checkout on the path; it must be the one that is imported."""
+    installed = tmp_path / "site"
+    (installed / "kernels").mkdir(parents=True)
+    (installed / "kernels" / "__init__.py").write_text("HUGGING_FACE = True\n")
+    test = tmp_path / "test_kernels_name.py"
+    test.write_text("def test_name():\n    import kernels\n    assert kernels.HUGGING_FACE\n")
+    options = ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "--confcutdir", str(ROOT)]
+    conftest = ["-p", "conftest"] if "pytest" in arguments else []
+    printed = pytest_in(ROOT, *arguments, *options, *conftest, str(test), PYTHONPATH=str(installed))
+    assert "1 passed" in printed, printed
+
+
+def test_an_engine_process_started_in_the_checkout_sees_hugging_faces_kernels(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("HUGGING_FACE = True\n")
+    code = "from moe_conformance.discovery import extend_path; extend_path(); import kernels; print(kernels.HUGGING_FACE)"
+    assert pytest_in(ROOT, "-P", "-c", code, PYTHONPATH=str(tmp_path)).strip() == "True"
