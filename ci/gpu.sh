@@ -37,6 +37,7 @@ PROJECT=$(ls "${WHEELS:-/nonexistent}"/moe_conformance-*.whl 2>/dev/null | tail 
 ISOLATION=(${WHEELS:+--no-build-isolation})
 "$PYTHON" -m pip install --quiet --no-deps --upgrade "${ISOLATION[@]}" --target "$SITE" "${PROJECT:-.}" || exit 1
 export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 TRITON_DEFAULT_FP_FUSION=1
+export NO_COLOR=1
 
 STATUS=0
 step() {

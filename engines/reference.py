@@ -41,7 +41,7 @@ class Reference(Engine):
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         return {
-            "describe": frozenset(),
+            "describe": frozenset({"refusals"}),
             "capture_shape": frozenset({"worker", "reader"}),
             "route": METHODS,
             "router_module": METHODS,

@@ -226,7 +226,7 @@ class Engine:
 
     `capabilities` maps each stage offered to the optional features of it that are offered:
 
-    describe          -
+    describe          "refusals": a config is checked for what is missing or contradicts itself
     capture_shape     "worker", "reader"
     route             the methods
     router_module     the methods

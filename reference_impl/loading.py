@@ -265,7 +265,8 @@ def _fits(pieces: Pieces, shape: tuple[int, ...], exact: bool) -> None:
 
 def _read(plan: Plan, shards: Mapping[str, Any]) -> dict[str, Tensor]:
     def get(entry: Stored) -> Tensor:
-        return shards[entry.shard].get_tensor(entry.name)
+        tensor: Tensor = shards[entry.shard].get_tensor(entry.name)
+        return tensor
 
     out: dict[str, Tensor] = {}
     for key, pieces in sorted(plan.items()):

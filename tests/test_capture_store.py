@@ -22,7 +22,7 @@ from moe_conformance.suites.capture.other_process import read_slots
 from moe_conformance.suites.capture.simulated_ranks import SimulatedStep, capture_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_conformance.engine import CaptureSpec, Rows
+from moe_conformance.engine import CaptureSpec, RowKind, Rows
 from moe_conformance.errors import InputError
 
 SPEC = CaptureSpec(max_tokens=6, layers=2, top_k=2, experts=250)
@@ -45,7 +45,7 @@ class _NoticesWaits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["concatenated", "local", "sequence_shard", "sequence_gathered"])
-def test_capture_never_waits_for_the_device(kind: str) -> None:
+def test_capture_never_waits_for_the_device(kind: RowKind) -> None:
     step = SimulatedStep((3, 5), tp=2)
     session = Capturer(step.spec(1))
     arriving = [step.rows(kind, 1, 0, layer) for layer in range(3)]
@@ -56,7 +56,7 @@ def test_capture_never_waits_for_the_device(kind: str) -> None:
             session.read(5)
 
 
-def _arrivals() -> Iterator[tuple[SimulatedStep, str, int, int]]:
+def _arrivals() -> Iterator[tuple[SimulatedStep, RowKind, int, int]]:
     for counts in itertools.product(range(5), repeat=2):
         for tp, kind, dp_rank in itertools.product((1, 2, 3), row_counts(counts, 0, 1), (0, 1)):
             for tp_rank in range(tp):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,31 +38,34 @@ def test_an_empty_session_loads_the_door_and_nothing_behind_it(tmp_path: Path) -
 
 
 def test_the_plugin_adds_less_than_50_ms(tmp_path: Path) -> None:
-    printed = pytest_in(tmp_path, "-X", "importtime", "-m", "pytest", "-p", "no:cacheprovider")
-    found = re.search(r"\|\s*(\d+) \|\s+moe_conformance\.pytest_plugin$", printed, re.MULTILINE)
-    assert found is not None
-    assert int(found[1]) < 50_000  # microseconds, everything it imports included
+    """Importing it and its look at the arguments, after pytest itself; the quickest of three, as machines are noisy."""
+    code = """
+import time, types, pathlib, pytest
+started = time.perf_counter()
+from moe_conformance import pytest_plugin
+config = types.SimpleNamespace(args=["tests"], invocation_params=types.SimpleNamespace(dir=pathlib.Path.cwd()))
+pytest_plugin.pytest_configure(config)
+print(time.perf_counter() - started)
+"""
+    assert min(float(pytest_in(tmp_path, "-c", code)) for _ in range(3)) < 0.050
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ["-c", "import pytest, sys; sys.exit(pytest.main())"],
-        ["-m", "pytest"],
-        ["-m", "pytest", "-n", "2"],
-    ],
+    [["-c", "import pytest, sys; sys.exit(pytest.main())"], ["-m", "pytest"], ["-m", "pytest", "-n", "2"]],
     ids=["pytest", "python -m pytest", "xdist"],
 )
 def test_kernels_stays_hugging_faces_in_the_checkout(tmp_path: Path, arguments: list[str]) -> None:
-    """A stand-in `kernels` is installed behind the checkout on the path; it must be the one that is imported."""
-    installed = tmp_path / "site"
-    (installed / "kernels").mkdir(parents=True)
-    (installed / "kernels" / "__init__.py").write_text("HUGGING_FACE = True\n")
-    test = tmp_path / "test_kernels_name.py"
-    test.write_text("def test_name():\n    import kernels\n    assert kernels.HUGGING_FACE\n")
-    options = ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "--confcutdir", str(ROOT)]
-    conftest = ["-p", "conftest"] if "pytest" in arguments else []
-    printed = pytest_in(ROOT, *arguments, *options, *conftest, str(test), PYTHONPATH=str(installed))
+    """In a folder laid out as ours, with our conftest.py and configuration, `kernels` is the installed package."""
+    installed, checkout = tmp_path / "site", tmp_path / "checkout"
+    for place, text in ((installed, "HUGGING_FACE = True\n"), (checkout, "HUGGING_FACE = False\n")):
+        (place / "kernels").mkdir(parents=True)
+        (place / "kernels" / "__init__.py").write_text(text)
+    for name in ("conftest.py", "pyproject.toml"):
+        (checkout / name).write_text((ROOT / name).read_text())
+    (checkout / "tests").mkdir()
+    (checkout / "tests" / "test_name.py").write_text("def test_name():\n    import kernels\n    assert kernels.HUGGING_FACE\n")
+    printed = pytest_in(checkout, *arguments, PYTHONPATH=str(installed))
     assert "1 passed" in printed, printed
 
 

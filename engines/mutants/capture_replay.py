@@ -222,7 +222,7 @@ class WritesLayersWithoutLock(_WithParts):
 
     class store(HostStore):
         def write(self, slots: Sequence[int], rows: Tensor) -> None:
-            super().write(slots[:0], rows[:0])
+            store_stage._slot_index(slots, self.address.shape[0])
             held = store_stage._rows(self._segment, self.address)
             for slot, row in zip(slots, rows.numpy(), strict=True):
                 for layer, ids in enumerate(row):

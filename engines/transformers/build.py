@@ -16,7 +16,7 @@ from moe_conformance.errors import ConfigError, Unsupported
 try:
     from transformers.initialization import no_init_weights
 except ImportError:  # before 5.0
-    from transformers.modeling_utils import no_init_weights
+    from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined,no-redef]
 
 
 def as_config(config: Any) -> Any:

@@ -50,7 +50,8 @@ def layer(inputs: LayerInputs, experts_implementation: str) -> Tensor:
         family = MIXTRAL if plain else MISTRAL_LARGE4
     block = _block(family, inputs, experts_implementation)
     with torch.no_grad():
-        return block(inputs.x.unsqueeze(0)).squeeze(0)
+        out: Tensor = block(inputs.x.unsqueeze(0)).squeeze(0)
+    return out
 
 
 def _block(family: Family, inputs: LayerInputs, experts_implementation: str) -> Any:
@@ -85,10 +86,11 @@ class Gemma4Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, 1)
         _, weights, ids = self.gate(flat)
-        return self.experts(flat, ids, weights).view_as(x)
+        out: Tensor = self.experts(flat, ids, weights).view_as(x)
+        return out
 
 
-def _shared(mlp: Any, config: Any, inputs: LayerInputs) -> nn.Module:
+def _shared(mlp: Any, config: Any, inputs: LayerInputs) -> Any:
     """The block's shared expert; a layer without one gets one column of zeros."""
     gate_up, down = inputs.shared_w13, inputs.shared_w2
     if gate_up is None or down is None:

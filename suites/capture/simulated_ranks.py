@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import CaptureSession, CaptureSpec, Rows
+from moe_conformance.engine import CaptureSession, CaptureSpec, RowKind, Rows
 
 # Ids are (row + 83 layer + 27 k) mod 251 with rows numbered through all ranks and padding, at most 83 of them: at one
 # layer and k every row has its own id, a row's ids differ, and so do the layers of a row.
@@ -42,7 +42,7 @@ class SimulatedStep:
         """[counts[dp_rank], L, K], what `read` must give."""
         return torch.stack([self.own(dp_rank, layer) for layer in range(layers)], dim=1)
 
-    def rows(self, kind: str, dp_rank: int, tp_rank: int, layer: int) -> tuple[Tensor, Rows]:
+    def rows(self, kind: RowKind, dp_rank: int, tp_rank: int, layer: int) -> tuple[Tensor, Rows]:
         """The ids [rows, K] that arrive on this rank, and what the capturer is told about them."""
         ranks = range(len(self.counts))
         slices = self._padded(dp_rank, layer).chunk(self.tp) if self.counts[dp_rank] else (self.own(dp_rank, layer),)
@@ -73,7 +73,7 @@ def _gather(parts: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda ids: torch.cat([part.to(ids) for part in parts])
 
 
-def capture_step(session: CaptureSession, step: SimulatedStep, kind: str, dp_rank: int, tp_rank: int = 0) -> None:
+def capture_step(session: CaptureSession, step: SimulatedStep, kind: RowKind, dp_rank: int, tp_rank: int = 0) -> None:
     """Capture every layer of a step in one layout."""
     for layer in range(LAYERS):
         session.capture(layer, *step.rows(kind, dp_rank, tp_rank, layer))

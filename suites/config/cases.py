@@ -149,7 +149,8 @@ CAPTURED = (
 
 def refused(name: str, keys: Keys, *names: str, config_class: str = "", tier: str = "core") -> Case:
     recipe: dict[str, Any] = {"keys": keys, "names": names} | ({"class": config_class} if config_class else {})
-    return Case(f"config-{name}", "describe", "config.say-what-is-missing", recipe, tier)
+    # A model library builds what a config says and leaves its values to the config class: it offers no refusals.
+    return Case(f"config-{name}", "describe", "config.say-what-is-missing", recipe, tier, frozenset({"refusals"}))
 
 
 GEMMA4 = flat_keys("gemma4")
