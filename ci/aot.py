@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from moe_conformance.kernels import launch
 from moe_conformance.kernels.capture import capture_blocks, capture_kernel
 from moe_conformance.kernels.padding import resize_blocks, resize_kernel
 from moe_conformance.kernels.routing import route_blocks, route_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),

@@ -34,6 +34,8 @@ if [ -n "$MISSING" ]; then
     "$PYTHON" -m pip install --quiet --no-deps "${SOURCE[@]}" --target "$SITE" $MISSING || exit 1
 fi
 PROJECT=$(ls "${WHEELS:-/nonexistent}"/moe_conformance-*.whl 2>/dev/null | tail -n 1)
+# setuptools would copy what an earlier build left there into the wheel.
+rm -rf build
 ISOLATION=(${WHEELS:+--no-build-isolation})
 "$PYTHON" -m pip install --quiet --no-deps --upgrade "${ISOLATION[@]}" --target "$SITE" "${PROJECT:-.}" || exit 1
 export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 TRITON_DEFAULT_FP_FUSION=1

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 import triton
-from moe_conformance.kernels.capture import capture
-from moe_conformance.kernels.padding import pad, unpad
-from moe_conformance.kernels.routing import gemma4
 from triton.testing import do_bench, do_bench_cudagraph
 
 from moe_conformance.inputs import integers, normal
+from moe_conformance.kernels.capture import capture
+from moe_conformance.kernels.padding import pad, unpad
+from moe_conformance.kernels.routing import gemma4
 
 TOKENS = (1, 64, 4096)
 # Gemma 4 26B-A4B routes and captures; Nemotron-3-Nano is padded (2688 to 2816).

@@ -45,9 +45,10 @@ class Reference(Engine):
             "capture_shape": frozenset({"worker", "reader"}),
             "route": METHODS,
             "router_module": METHODS,
-            "layer": METHODS | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", "traceable"},
-            "capture_session": ROW_KINDS | {"bounds"},
-            "capture_store": frozenset(),
+            "layer": METHODS
+            | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", "traceable"},
+            "capture_session": ROW_KINDS | {"layer_bounds", "expert_bounds", "unwritten"},
+            "capture_store": frozenset({"bounds", "unwritten"}),
             "remap": NAMING_STYLES,
             "load": NAMING_STYLES,
         }

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moe_conformance.engines.reference import METHODS, ROW_KINDS
-
 from moe_conformance.devices import gpu_count
 from moe_conformance.engine import (
     CaptureSession,
@@ -21,6 +19,7 @@ from moe_conformance.engine import (
     RouterSpec,
     Routing,
 )
+from moe_conformance.engines.reference import METHODS, ROW_KINDS
 from moe_conformance.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ class Triton(Engine):
     def __init__(self) -> None:
         import torch
         import triton
+
         from moe_conformance.kernels.launch import interpreted
 
         if not interpreted() and not torch.cuda.is_available():
@@ -66,7 +66,7 @@ class Triton(Engine):
             "router_module": METHODS,
             "layer": METHODS
             | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", "traceable"},
-            "capture_session": ROW_KINDS | {"bounds", "unwritten"},
+            "capture_session": ROW_KINDS | {"layer_bounds", "expert_bounds", "unwritten"},
         }
 
     def route(self, inputs: RouteInputs) -> Routing:
@@ -97,11 +97,12 @@ class Triton(Engine):
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         """inputs on the device of `info`."""
+        from torch.nn.functional import linear
+
         from moe_conformance.kernels.padding import pad, unpad
         from moe_conformance.kernels.routing import route
         from moe_conformance.reference_impl.experts import gated_mlp, routed_experts
         from moe_conformance.reference_impl.padding import pad_expert_weights
-        from torch.nn.functional import linear
 
         ids, weights = route(RouteInputs(inputs.logits, inputs.top_k, inputs.method, inputs.per_expert_scale))
         x = inputs.x if inputs.latent_in is None else linear(inputs.x, inputs.latent_in)  # [T, D]
@@ -117,10 +118,9 @@ class Triton(Engine):
         return routed + gated_mlp(inputs.x, inputs.shared_w13, inputs.shared_w2, "silu")
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        from moe_conformance.engine import Rows
         from moe_conformance.kernels import capture as kernel
         from moe_conformance.reference_impl.capture import Capturer
-
-        from moe_conformance.engine import Rows
 
         class KernelCapturer(Capturer):
             """The reference's choice of rows and its record of steps; the kernel checks and writes."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from moe_conformance.kernels.launch import interpreted, require_device
 from torch import Tensor
 
 from moe_conformance.errors import InputError
+from moe_conformance.kernels.launch import interpreted, require_device
 
 # Ids that one program checks and writes: 32 a thread at 4 warps, so 512 rows of 8. More rows take two launches.
 _ONE_PROGRAM = 4096

@@ -7,10 +7,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from moe_conformance.kernels.launch import interpreted, require_device
 from torch import Tensor
 
 from moe_conformance.errors import InputError
+from moe_conformance.kernels.launch import interpreted, require_device
 
 # Rows are copied as integers of their size, so every dtype keeps its bits in all three modes.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from moe_conformance.kernels.launch import interpreted, load_float32, require_device
 from torch import Tensor
 
 from moe_conformance.engine import RouteInputs, Routing
 from moe_conformance.errors import InputError
+from moe_conformance.kernels.launch import interpreted, load_float32, require_device
 
 # One program holds all experts of its tokens in registers: 64-bit sort keys, 32 a thread at 4 warps and 4 tokens.
 MAX_EXPERTS = 1024

@@ -58,7 +58,7 @@ CLAUSES: dict[str, Clause] = {
         ("vllm#41206", "sglang#29659", "Megatron-Bridge#4706"),
     ),
     "load.refuse-broken": Clause(
-        "double-prefix",
+        "weight-coverage",
         "A truncated, mistyped or hostile checkpoint must be refused whole, with nothing half-loaded.",
     ),
     "rows.own": Clause(

@@ -65,7 +65,16 @@ def run(
     import moe_conformance.suites
 
     suites = moe_conformance.suites.__path__[0]
-    arguments = [suites, "-c", str(Path(__file__).with_name("pytest.ini")), "--rootdir", suites, "-q", "--no-header", "-rN"]
+    arguments = [
+        suites,
+        "-c",
+        str(Path(__file__).with_name("pytest.ini")),
+        "--rootdir",
+        suites,
+        "-q",
+        "--no-header",
+        "-rN",
+    ]
     if not any(argument.startswith(("-n", "--numprocesses", "--pdb")) for argument in pytest_args):
         arguments += ["-n", "auto"]
     options = {"engine": engines, "class": classes, "case": cases, "known": known}

@@ -164,7 +164,7 @@ class Rows:
     kind: "concatenated", all ranks' rows in rank order; "local", this rank's rows; "sequence_shard", this
     tensor-parallel rank's slice of the local rows, each slice ceil(count / tp) rows, the last ones padding;
     "sequence_gathered", every rank's slices with their padding, data-parallel rank major, then tensor-parallel.
-    gather: for "sequence_shard", concatenates every tensor-parallel rank's slice along dim 0 in rank order
+    gather: given in every layout; for "sequence_shard" it concatenates every tensor-parallel rank's slice along dim 0 in rank order
     (the engine's all-gather).
     """
 
@@ -232,8 +232,9 @@ class Engine:
     router_module     the methods
     layer             "shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", the methods;
                       "traceable": `layer` itself can be traced (an adapter that builds modules in it cannot)
-    capture_session   the row kinds, "bounds" (layer ids and expert ids are range-checked on this path)
-    capture_store     -
+    capture_session   the row kinds; "layer_bounds", "expert_bounds": ids outside the buffer's layers, or outside [0, E),
+                      are rejected; "unwritten": what this step did not capture reads as -1 or raises
+    capture_store     "bounds": slots outside the store are rejected; "unwritten": as above
     remap             the naming styles of suites/weights
     load              the naming styles of suites/weights
     """
@@ -287,7 +288,7 @@ class Engine:
         raise Unsupported("capture_reader")
 
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
-        """The engine's own name, or names, for each checkpoint tensor of a model with this config."""
+        """The engine's own name, or names, for each checkpoint tensor of a model with this config (config.json's dict)."""
         raise Unsupported("remap")
 
     def load(self, folder: Path) -> Mapping[str, Tensor]:

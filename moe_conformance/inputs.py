@@ -72,7 +72,10 @@ def poisoned_allocations() -> Iterator[None]:
     The mode is set below torch.use_deterministic_algorithms, which would import Dynamo and Inductor, seconds of it.
     """
     deterministic = torch.utils.deterministic
-    was_on, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    was_on, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     fill = deterministic.fill_uninitialized_memory
     torch._C._set_deterministic_algorithms(True, warn_only=True)
     deterministic.fill_uninitialized_memory = True

@@ -133,7 +133,9 @@ class Judge:
         the standard library decides."""
         frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
         library = (str(Path(torch.__file__).parent), str(Path(traceback.__file__).parent))
-        own = [name for name in frames if not name.startswith(library) or "site-packages" in name and "torch" not in name]
+        own = [
+            name for name in frames if not name.startswith(library) or ("site-packages" in name and "torch" not in name)
+        ]
         suites = str(Path(importlib.import_module("moe_conformance.suites").__path__[0]))
         return bool(own) and (own[-1] == self.adapter_file or own[-1].startswith(suites))
 
@@ -150,15 +152,22 @@ def _probe(engine: Judged, capabilities: Mapping[str, frozenset[str]]) -> None:
     unknown = capabilities.keys() - set(STAGES)
     if unknown:
         raise ProbeFailure(f"capabilities: got {', '.join(sorted(unknown))}, want stages out of {', '.join(STAGES)}")
-    method = next((m for m in ("softmax_topk_renorm", "softmax_topk", "gemma4") if m in _methods(capabilities)), "gemma4")
+    method = next(
+        (m for m in ("softmax_topk_renorm", "softmax_topk", "gemma4") if m in _methods(capabilities)), "gemma4"
+    )
     scale = torch.ones(4) if method == "gemma4" else None
     logits = normal((3, 4), "probe-logits")
     trivial: dict[str, Any] = {
         "route": RouteInputs(logits, 2, method, scale),  # type: ignore[arg-type]
         "router_module": RouterSpec(method, 4, 2, 8, torch.float32),  # type: ignore[arg-type]
         "layer": LayerInputs(
-            normal((3, 8), "probe-x"), logits, normal((4, 12, 8), "probe-w13"), normal((4, 8, 6), "probe-w2"),
-            2, method, per_expert_scale=scale,  # type: ignore[arg-type]
+            normal((3, 8), "probe-x"),
+            logits,
+            normal((4, 12, 8), "probe-w13"),
+            normal((4, 8, 6), "probe-w2"),
+            2,
+            method,
+            per_expert_scale=scale,  # type: ignore[arg-type]
         ),
         "capture_session": CaptureSpec(max_tokens=4, layers=2, top_k=2, experts=4),
     }

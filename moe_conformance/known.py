@@ -71,7 +71,9 @@ def read(path: Path, checks: Mapping[str, frozenset[str]]) -> KnownFailures:
     engine = data.pop("engine", None)
     listed = data.pop("known", [])
     if not isinstance(engine, str) or not isinstance(listed, list) or data:
-        raise UsageError(f"{path}: want engine = \"NAME\" and [[known]] tables, got also {sorted(data)}, engine {engine!r}")
+        raise UsageError(
+            f'{path}: want engine = "NAME" and [[known]] tables, got also {sorted(data)}, engine {engine!r}'
+        )
     entries: dict[tuple[str, str], KnownFailure] = {}
     for number, raw in enumerate(listed, 1):
         entry = _entry(f"{path}, entry {number}", raw, checks)
@@ -85,7 +87,9 @@ def _entry(where: str, raw: Mapping[str, object], checks: Mapping[str, frozenset
     absent = {"case", "check", "kind", "issue"} - raw.keys()
     unknown = raw.keys() - _ENTRY_KEYS
     if absent or unknown:
-        raise UsageError(f"{where}: missing {sorted(absent)}, unknown {sorted(unknown)}; keys are {sorted(_ENTRY_KEYS)}")
+        raise UsageError(
+            f"{where}: missing {sorted(absent)}, unknown {sorted(unknown)}; keys are {sorted(_ENTRY_KEYS)}"
+        )
     when = raw.get("when", {})
     text = {key: raw[key] for key in raw.keys() - {"when"}}
     if not all(isinstance(value, str) for value in text.values()) or not isinstance(when, dict):

@@ -14,7 +14,6 @@ from typing import Any
 
 from moe_conformance.discovery import Target
 from moe_conformance.engine import EngineInfo
-from moe_conformance.errors import Unavailable
 from moe_conformance.verdict import Verdict
 
 # A vLLM process imports and initialises for up to 40 s on two busy cores.
@@ -55,8 +54,12 @@ class EngineProcess:
             # -u: what the engine printed before it died must not die in a buffer.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-u", "-m", "moe_conformance.host", self.target.name, self.target.path],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True,
-                env={**os.environ, **self.environment, **environment}, start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                text=True,
+                env={**os.environ, **self.environment, **environment},
+                start_new_session=True,
             )
             hello = self._answer(START_SECONDS)
             if "name" in hello:

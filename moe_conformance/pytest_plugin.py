@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("moe-conformance")
     group.addoption("--moe-engine", action="append", default=[], help="engine to judge: NAME or package.module:Class")

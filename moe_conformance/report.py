@@ -88,7 +88,9 @@ class Report:
             if name not in self.targets and (reason := missing(target)):
                 terminal.write_line(f"not judged: {name} ({reason})")
         if self.folder is not None:
-            (self.folder / "summary.md").write_text(markdown(self.results, rows, not_run, self.engines), encoding="utf-8")
+            (self.folder / "summary.md").write_text(
+                markdown(self.results, rows, not_run, self.engines), encoding="utf-8"
+            )
 
 
 def table(results: Iterable[Result], engines: Sequence[str]) -> list[list[str]]:
@@ -142,6 +144,11 @@ def markdown(
     for result in (result for result in results if result.verdict.is_bad):
         lines += [
             f"<details><summary>{result.verdict}: {result.engine} on {result.case} ({result.bug_class})</summary>",
-            "", "```text", result.message, "```", "", "</details>",
+            "",
+            "```text",
+            result.message,
+            "```",
+            "",
+            "</details>",
         ]
     return "\n".join(lines) + "\n"

@@ -57,7 +57,9 @@ class Session:
             if (case.id in wanted if wanted else in_tier(case, tier)) and (not classes or case.bug_class in classes)
         }
         self.updating = bool(config.getoption("update_snapshots", False))
-        if self.updating and ([target.name for target in self.targets] != ["reference"] or config.getoption("-n", None)):
+        if self.updating and (
+            [target.name for target in self.targets] != ["reference"] or config.getoption("-n", None)
+        ):
             raise UsageError("goldens are written from the reference engine in one process: --engine reference -n 0")
         files = [Path(name) for name in config.getoption("--moe-known")]
         by_case = {case_id: frozenset(named) for case_id, named in checks().items()} if files else {}
@@ -175,9 +177,9 @@ def _in_suites(report: pytest.TestReport, config: pytest.Config) -> bool:
 def _shares() -> dict[str, str]:
     """The engine process's part of the machine: one GPU, and its share of the cores."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))
-    }
+    threads = (
+        {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    )
     return {**threads, **pinned(os.environ.get("PYTEST_XDIST_WORKER", "gw0"))}
 
 

@@ -43,8 +43,14 @@ def relative(want: Tensor, roundings: float, dtype: torch.dtype, why: str) -> Bo
     return Bound(limit, f"{roundings:g} roundings of {dtype} ({why}), gamma_n = {gamma:.2e}, relative")
 
 
-def sums(magnitude: Tensor, terms: int, compute: torch.dtype, why: str, stored: Tensor | float = 0.0,
-         store: torch.dtype | None = None) -> Bound:
+def sums(
+    magnitude: Tensor,
+    terms: int,
+    compute: torch.dtype,
+    why: str,
+    stored: Tensor | float = 0.0,
+    store: torch.dtype | None = None,
+) -> Bound:
     """Probabilistic bound for sums of `terms` products accumulated in `compute`.
 
     magnitude: the same sums with every product replaced by its absolute value. stored: magnitude that is further

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moe_conformance.engine import CaptureShape, MoESpec
+from moe_conformance.errors import DenseModelError
 from moe_conformance.reference_impl.config_families import (
     EXPERTS,
     FAMILIES,
@@ -23,9 +25,6 @@ from moe_conformance.reference_impl.config_families import (
 )
 from moe_conformance.reference_impl.config_layers import block_types
 from moe_conformance.reference_impl.config_scope import Scope, levels, plain
-
-from moe_conformance.engine import CaptureShape, MoESpec
-from moe_conformance.errors import DenseModelError
 
 
 def describe(config: Any) -> MoESpec:

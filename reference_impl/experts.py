@@ -30,9 +30,7 @@ def _routed_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Te
     return total.to(x.dtype)
 
 
-def _routed_experts_shape(
-    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, activation: str
-) -> Tensor:
+def _routed_experts_shape(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, activation: str) -> Tensor:
     return x.new_empty(x.shape[0], w2.shape[1])
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from moe_conformance.reference_impl.remap import experts_of, parse
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_conformance.engine import MoESpec
 from moe_conformance.errors import CheckpointError
+from moe_conformance.reference_impl.remap import experts_of, parse
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The tensor that carries the weights themselves: as numbers, or as packed integers of GPTQ, AWQ, compressed-tensors.

@@ -23,12 +23,12 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from moe_conformance.reference_impl.capture import UNWRITTEN, storage_dtype, widen
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_conformance.engine import CaptureSpec
 from moe_conformance.errors import InputError
+from moe_conformance.reference_impl.capture import UNWRITTEN, storage_dtype, widen
 
 
 @dataclass(frozen=True)

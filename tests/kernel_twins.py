@@ -13,17 +13,17 @@ from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
+
+from moe_conformance import compare
+from moe_conformance.errors import InputError
+from moe_conformance.inputs import bits, distinct_logits, integers, normal, poison_
 from moe_conformance.kernels import capture as capture_kernels
 from moe_conformance.kernels import padding, routing
 from moe_conformance.kernels.capture import capture
 from moe_conformance.reference_impl import capture as reference_capture
 from moe_conformance.reference_impl import padding as reference_padding
 from moe_conformance.reference_impl import routing as reference_routing
-from torch import Tensor
-
-from moe_conformance import compare
-from moe_conformance.errors import InputError
-from moe_conformance.inputs import bits, distinct_logits, integers, normal, poison_
 from moe_conformance.tolerance import relative, softmax_weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from moe_conformance.reference_impl.capture import Capturer
-from moe_conformance.suites.capture.simulated_ranks import LAYERS, TOP_K, SimulatedStep
 from torch import Tensor
 
 from moe_conformance.engine import CaptureSpec, Rows
+from moe_conformance.reference_impl.capture import Capturer
+from moe_conformance.suites.capture.simulated_ranks import LAYERS, TOP_K, SimulatedStep
 
 DP, TP, COUNTS = 2, 2, (3, 5)
 

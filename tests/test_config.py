@@ -6,12 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from moe_conformance.reference_impl.config import capture_shape, describe
-from moe_conformance.reference_impl.config_families import FAMILIES, TOP_K, family_of
-from moe_conformance.suites.config.cases import CASES
 
 from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.errors import ConfigError, DenseModelError
+from moe_conformance.reference_impl.config import capture_shape, describe
+from moe_conformance.reference_impl.config_families import FAMILIES, TOP_K, family_of
+from moe_conformance.suites.config.cases import CASES
 
 MIXTRAL = {
     "model_type": "mixtral",

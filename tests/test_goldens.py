@@ -6,7 +6,9 @@ from moe_conformance.case import catalogue, checks
 from moe_conformance.clauses import BUG_CLASSES
 from moe_conformance.goldens import FOLDER, recorded
 
-FILES = sorted(path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts)
+FILES = sorted(
+    path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+)
 
 
 def test_every_golden_file_belongs_to_a_check() -> None:

@@ -17,12 +17,12 @@ if not gpu_count():
     pytest.skip("needs a GPU, and there is none", allow_module_level=True)
 
 import torch
-from moe_conformance.reference_impl.capture import Capturer, raise_rejected
 from torch import Tensor
 
 from moe_conformance.engine import CaptureSpec, Rows
 from moe_conformance.errors import InputError
 from moe_conformance.inputs import distinct_logits, integers, poison_
+from moe_conformance.reference_impl.capture import Capturer, raise_rejected
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU, though the machine has one", allow_module_level=True)

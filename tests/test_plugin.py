@@ -64,7 +64,9 @@ def test_kernels_stays_hugging_faces_in_the_checkout(tmp_path: Path, arguments: 
     for name in ("conftest.py", "pyproject.toml"):
         (checkout / name).write_text((ROOT / name).read_text())
     (checkout / "tests").mkdir()
-    (checkout / "tests" / "test_name.py").write_text("def test_name():\n    import kernels\n    assert kernels.HUGGING_FACE\n")
+    (checkout / "tests" / "test_name.py").write_text(
+        "def test_name():\n    import kernels\n    assert kernels.HUGGING_FACE\n"
+    )
     printed = pytest_in(checkout, *arguments, PYTHONPATH=str(installed))
     assert "1 passed" in printed, printed
 
@@ -72,5 +74,7 @@ def test_kernels_stays_hugging_faces_in_the_checkout(tmp_path: Path, arguments: 
 def test_an_engine_process_started_in_the_checkout_sees_hugging_faces_kernels(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("HUGGING_FACE = True\n")
-    code = "from moe_conformance.discovery import extend_path; extend_path(); import kernels; print(kernels.HUGGING_FACE)"
+    code = (
+        "from moe_conformance.discovery import extend_path; extend_path(); import kernels; print(kernels.HUGGING_FACE)"
+    )
     assert pytest_in(ROOT, "-P", "-c", code, PYTHONPATH=str(tmp_path)).strip() == "True"

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from moe_conformance.engines.reference import Reference
-from moe_conformance.engines.transformers import Transformers
 
 from moe_conformance import compare
 from moe_conformance.engine import LayerInputs, RouteInputs
+from moe_conformance.engines.reference import Reference
+from moe_conformance.engines.transformers import Transformers
 from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.inputs import distinct_logits, normal
 from moe_conformance.tolerance import sums

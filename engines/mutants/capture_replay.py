@@ -7,17 +7,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from moe_conformance.engines.mutants.mutant import Mutant
-from moe_conformance.engines.reference import Reference
-from moe_conformance.reference_impl import store as store_stage
-from moe_conformance.reference_impl.capture import Capturer, capture
-from moe_conformance.reference_impl.store import HostReader, HostStore
 from torch import Tensor
 
 from moe_conformance.engine import CaptureReader, CaptureSession, CaptureSpec, CaptureStore, Rows
+from moe_conformance.engines.mutants.mutant import Faulty, Mutant
+from moe_conformance.reference_impl import store as store_stage
+from moe_conformance.reference_impl.capture import Capturer, capture
+from moe_conformance.reference_impl.store import HostReader, HostStore
 
 
-class _WithParts(Reference):
+class _WithParts(Faulty):
     """The reference with another capturer, store or reader."""
 
     session: type[Capturer] = Capturer
@@ -38,8 +37,6 @@ class _WithParts(Reference):
 
 
 class NegativeLayerWraps(_WithParts):
-    name = "negative-layer-wraps"
-
     class session(Capturer):
         def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
             wraps = -self.spec.layers <= layer_id < 0
@@ -47,8 +44,6 @@ class NegativeLayerWraps(_WithParts):
 
 
 class IgnoresLayersPastTheEnd(_WithParts):
-    name = "ignores-layers-past-the-end"
-
     class session(Capturer):
         def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
             if layer_id < self.spec.layers:
@@ -56,8 +51,6 @@ class IgnoresLayersPastTheEnd(_WithParts):
 
 
 class NarrowsTo8Bits(_WithParts):
-    name = "narrows-to-8-bits"
-
     class session(Capturer):
         @staticmethod
         def write(ids: Tensor, *where: Any) -> None:
@@ -65,8 +58,6 @@ class NarrowsTo8Bits(_WithParts):
 
 
 class NarrowsTo16Bits(_WithParts):
-    name = "narrows-to-16-bits"
-
     class session(Capturer):
         def __init__(self, spec: CaptureSpec) -> None:
             super().__init__(spec)
@@ -75,8 +66,6 @@ class NarrowsTo16Bits(_WithParts):
 
 
 class ChecksIdsAfterNarrowing(_WithParts):
-    name = "checks-ids-after-narrowing"
-
     class session(Capturer):
         @staticmethod
         def write(ids: Tensor, *where: Any) -> None:
@@ -84,8 +73,6 @@ class ChecksIdsAfterNarrowing(_WithParts):
 
 
 class IgnoresShrunkSteps(_WithParts):
-    name = "ignores-shrunk-steps"
-
     class session(Capturer):
         def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
             if rows.counts[self.spec.dp_rank] >= int(self.rows_in_step):
@@ -93,8 +80,6 @@ class IgnoresShrunkSteps(_WithParts):
 
 
 class ReadsOnce(_WithParts):
-    name = "reads-once"
-
     class session(Capturer):
         def read(self, num_tokens: int) -> Tensor:
             kept: dict[int, Tensor] = self.__dict__.setdefault("kept", {})
@@ -102,8 +87,6 @@ class ReadsOnce(_WithParts):
 
 
 class ReadsAnyRow(_WithParts):
-    name = "reads-any-row"
-
     class session(Capturer):
         def read(self, num_tokens: int) -> Tensor:
             self.rows_in_step.fill_(self.spec.max_tokens)
@@ -111,8 +94,6 @@ class ReadsAnyRow(_WithParts):
 
 
 class KeepsEarlierLayers(_WithParts):
-    name = "keeps-earlier-layers"
-
     class session(Capturer):
         def read(self, num_tokens: int) -> Tensor:
             self.step_of_layer[self.step_of_layer >= 0] = self.step
@@ -120,16 +101,12 @@ class KeepsEarlierLayers(_WithParts):
 
 
 class ZeroForUnwrittenLayers(_WithParts):
-    name = "zero-for-unwritten-layers"
-
     class session(Capturer):
         def read(self, num_tokens: int) -> Tensor:
             return super().read(num_tokens).clamp(min=0)
 
 
 class CopiesTooLate(_WithParts):
-    name = "copies-too-late"
-
     class session(Capturer):
         def write(self, *arguments: Any) -> None:  # type: ignore[override]
             capture(*arguments)
@@ -142,8 +119,6 @@ class CopiesTooLate(_WithParts):
 
 
 class IgnoresStrides(_WithParts):
-    name = "ignores-strides"
-
     class session(Capturer):
         @staticmethod
         def write(ids: Tensor, *where: Any) -> None:
@@ -151,8 +126,6 @@ class IgnoresStrides(_WithParts):
 
 
 class OneBufferForAll(_WithParts):
-    name = "one-buffer-for-all"
-
     def __init__(self) -> None:
         self.buffers: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
@@ -168,8 +141,6 @@ class OneBufferForAll(_WithParts):
 
 
 class NegativeSlotWraps(_WithParts):
-    name = "negative-slot-wraps"
-
     class reader(HostReader):
         def read(self, slots: Sequence[int]) -> Tensor:
             size = self.address.shape[0]
@@ -177,16 +148,12 @@ class NegativeSlotWraps(_WithParts):
 
 
 class StoresBytes(_WithParts):
-    name = "stores-bytes"
-
     class store(HostStore):
         def write(self, slots: Sequence[int], rows: Tensor) -> None:
             super().write(slots, torch.where(rows < 0, rows, rows % 256))
 
 
 class StoreFilledWithZeros(_WithParts):
-    name = "store-filled-with-zeros"
-
     class store(HostStore):
         def __init__(self, spec: CaptureSpec) -> None:
             super().__init__(spec)
@@ -194,32 +161,24 @@ class StoreFilledWithZeros(_WithParts):
 
 
 class WritesFromTheFirstSlotOn(_WithParts):
-    name = "writes-from-the-first-slot-on"
-
     class store(HostStore):
         def write(self, slots: Sequence[int], rows: Tensor) -> None:
             super().write([(slots[0] + i) % self.address.shape[0] for i in range(len(slots))], rows)
 
 
 class ReadsInSlotOrder(_WithParts):
-    name = "reads-in-slot-order"
-
     class reader(HostReader):
         def read(self, slots: Sequence[int]) -> Tensor:
             return super().read(sorted(slots))
 
 
 class ReaderTakesMemoryAlong(_WithParts):
-    name = "reader-takes-memory-along"
-
     def capture_reader(self, address: Any) -> CaptureReader:
         with patch.object(store_stage, "_attach", store_stage.SharedMemory):
             return HostReader(address)
 
 
 class WritesLayersWithoutLock(_WithParts):
-    name = "writes-layers-without-lock"
-
     class store(HostStore):
         def write(self, slots: Sequence[int], rows: Tensor) -> None:
             store_stage._slot_index(slots, self.address.shape[0])
@@ -230,8 +189,6 @@ class WritesLayersWithoutLock(_WithParts):
 
 
 class KeepsReadersOpen(_WithParts):
-    name = "keeps-readers-open"
-
     class reader(HostReader):
         def close(self) -> None:
             pass
@@ -245,7 +202,7 @@ class KeepsReadersOpen(_WithParts):
         return self.readers[address]
 
 
-def _mutant(engine: type[Reference], fault: str, case: str, check: str) -> Mutant:
+def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
     return Mutant(engine, "capture-replay", fault, killed_by=(case, check))
 
 

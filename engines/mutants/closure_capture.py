@@ -7,8 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from moe_conformance.engine import RouterHandle, RouterSpec, Routing
-from moe_conformance.engines.mutants.mutant import Mutant
-from moe_conformance.engines.reference import Reference
+from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.reference_impl import routing
 
 
@@ -21,9 +20,7 @@ def _rewired(spec: RouterSpec, rewire: Callable[[routing.Router], Callable[[Tens
     return handle
 
 
-class ClosureKeepsParameter(Reference):
-    name = "closure-keeps-parameter"
-
+class ClosureKeepsParameter(Faulty):
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         def rewire(router: routing.Router) -> Callable[[Tensor], Routing]:
             per_expert_scale = router.per_expert_scale
@@ -32,16 +29,12 @@ class ClosureKeepsParameter(Reference):
         return _rewired(spec, rewire)
 
 
-class ClosureKeepsModule(Reference):
-    name = "closure-keeps-module"
-
+class ClosureKeepsModule(Faulty):
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         return _rewired(spec, lambda router: lambda logits: routing.gemma4(logits, spec.top_k, router.per_expert_scale))
 
 
-class FirstCallIsCached(Reference):
-    name = "first-call-is-cached"
-
+class FirstCallIsCached(Faulty):
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         def rewire(router: routing.Router) -> Callable[[Tensor], Routing]:
             kept: list[Tensor] = []
@@ -56,10 +49,8 @@ class FirstCallIsCached(Reference):
         return _rewired(spec, rewire)
 
 
-class ProjectionKeepsTensor(Reference):
+class ProjectionKeepsTensor(Faulty):
     """The fault one tensor further: every parameter but the projection is read when called."""
-
-    name = "projection-keeps-tensor"
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         handle = routing.build_router(spec)

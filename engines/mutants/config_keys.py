@@ -7,14 +7,12 @@ from dataclasses import replace
 from typing import Any, Literal
 from unittest.mock import patch
 
-from moe_conformance.engines.mutants.mutant import Mutant
-from moe_conformance.engines.reference import Reference
+from moe_conformance.engine import CaptureShape, MoESpec
+from moe_conformance.engines.mutants.mutant import Faulty, Mutant
+from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.reference_impl import config as stage
 from moe_conformance.reference_impl import config_families as families
 from moe_conformance.reference_impl.config_scope import Scope, plain
-
-from moe_conformance.engine import CaptureShape, MoESpec
-from moe_conformance.errors import ConfigError, DenseModelError
 
 _DESCRIBED = "a_config_says_what_the_model_is"
 _BOTH_SIDES = "both_sides_of_capture_take_the_sizes_of_the_model"
@@ -29,10 +27,9 @@ def text_level(config: Any) -> Mapping[str, Any]:
     return values.get("text_config") or values
 
 
-class ReadsOnlyOneKey(Reference):
+class ReadsOnlyOneKey(Faulty):
     """The seed, on both sides."""
 
-    name = "reads-only-one-key"
     sides: tuple[Side, ...] = ("worker", "reader")
 
     def capture_shape(self, config: Any, side: Side) -> CaptureShape:
@@ -46,14 +43,11 @@ class ReadsOnlyOneKey(Reference):
 class ReaderReadsOnlyOneKey(ReadsOnlyOneKey):
     """Half a fix: the worker knows the other name."""
 
-    name = "reader-reads-only-one-key"
     sides: tuple[Side, ...] = ("reader",)
 
 
-class KnowsTwoTopKNames(Reference):
+class KnowsTwoTopKNames(Faulty):
     """The seed's fix, and no family further."""
-
-    name = "knows-two-top-k-names"
 
     def capture_shape(self, config: Any, side: Side) -> CaptureShape:
         with patch.object(families, "FAMILIES", _with_top_k(("num_experts_per_tok", "top_k_experts"))):
@@ -67,9 +61,7 @@ def _with_top_k(keys: tuple[str, ...]) -> dict[str, families.Family]:
     }
 
 
-class ReaderLooksAtTheTopLevelOnly(Reference):
-    name = "reader-looks-at-the-top-level-only"
-
+class ReaderLooksAtTheTopLevelOnly(Faulty):
     def capture_shape(self, config: Any, side: Side) -> CaptureShape:
         if side == "worker":
             return super().capture_shape(config, side)
@@ -77,18 +69,14 @@ class ReaderLooksAtTheTopLevelOnly(Reference):
             return super().capture_shape(config, side)
 
 
-class ThinkerIsNotOpened(Reference):
-    name = "thinker-is-not-opened"
-
+class ThinkerIsNotOpened(Faulty):
     def describe(self, config: Any) -> MoESpec:
         with patch.object(stage, "NESTED", ("text_config",)):
             return super().describe(config)
 
 
-class DenseLayersAreOffByOne(Reference):
+class DenseLayersAreOffByOne(Faulty):
     """i > first_k_dense_replace."""
-
-    name = "dense-layers-are-off-by-one"
 
     def describe(self, config: Any) -> MoESpec:
         spec = super().describe(config)
@@ -97,10 +85,8 @@ class DenseLayersAreOffByOne(Reference):
         return replace(spec, moe_layers=kept)
 
 
-class StepStartsAtLayerZero(Reference):
+class StepStartsAtLayerZero(Faulty):
     """i % decoder_sparse_step, not i + 1."""
-
-    name = "step-starts-at-layer-zero"
 
     def describe(self, config: Any) -> MoESpec:
         spec = super().describe(config)
@@ -111,18 +97,14 @@ class StepStartsAtLayerZero(Reference):
         return replace(spec, moe_layers=tuple(i for i in range(spec.num_layers) if i % step == 0 and i not in dense))
 
 
-class TopKListIsItsFirstEntry(Reference):
-    name = "top-k-list-is-its-first-entry"
-
+class TopKListIsItsFirstEntry(Faulty):
     def capture_shape(self, config: Any, side: Side) -> CaptureShape:
         shape = super().capture_shape(config, side)
         top_k = self.describe(config).top_k
         return shape if isinstance(top_k, int) else shape._replace(top_k=top_k[0])
 
 
-class MissingTopKIsOne(Reference):
-    name = "missing-top-k-is-one"
-
+class MissingTopKIsOne(Faulty):
     def describe(self, config: Any) -> MoESpec:
         try:
             return super().describe(config)
@@ -134,9 +116,7 @@ class MissingTopKIsOne(Reference):
             return super().describe({**text_level(config), "num_experts_per_tok": 1})
 
 
-class LastAliasWins(Reference):
-    name = "last-alias-wins"
-
+class LastAliasWins(Faulty):
     def describe(self, config: Any) -> MoESpec:
         with patch.object(Scope, "find", _last_of):
             return super().describe(config)
@@ -149,9 +129,7 @@ def _last_of(scope: Scope, what: str, keys: tuple[str, ...]) -> tuple[str, Any]:
     return found[-1]
 
 
-class TopKAboveExpertsIsCut(Reference):
-    name = "top-k-above-experts-is-cut"
-
+class TopKAboveExpertsIsCut(Faulty):
     def describe(self, config: Any) -> MoESpec:
         values = plain(config)
         top_k, experts = values.get("num_experts_per_tok"), values.get("num_local_experts")
@@ -160,10 +138,8 @@ class TopKAboveExpertsIsCut(Reference):
         return super().describe(config)
 
 
-class SwitchIsNotRead(Reference):
+class SwitchIsNotRead(Faulty):
     """A config with expert sizes counts as MoE though its experts are switched off."""
-
-    name = "switch-is-not-read"
 
     def describe(self, config: Any) -> MoESpec:
         return super().describe(_switched_on(plain(config)))
@@ -174,9 +150,7 @@ def _switched_on(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**values, **on, **{k: _switched_on(v) for k, v in values.items() if isinstance(v, Mapping)}}
 
 
-class DenseModelHasOneExpert(Reference):
-    name = "dense-model-has-one-expert"
-
+class DenseModelHasOneExpert(Faulty):
     def describe(self, config: Any) -> MoESpec:
         try:
             return super().describe(config)
@@ -186,10 +160,8 @@ class DenseModelHasOneExpert(Reference):
             return MoESpec(total, tuple(range(total)), 1, 1, values.get("hidden_size", 1), width)
 
 
-class SharedWidthIsOfOne(Reference):
+class SharedWidthIsOfOne(Faulty):
     """The width of one shared expert, where there are two."""
-
-    name = "shared-width-is-of-one"
 
     def describe(self, config: Any) -> MoESpec:
         spec = super().describe(config)
@@ -198,10 +170,8 @@ class SharedWidthIsOfOne(Reference):
         return replace(spec, shared_intermediate_size=spec.shared_intermediate_size // spec.shared_experts)
 
 
-class WidthIsTheDenseOne(Reference):
+class WidthIsTheDenseOne(Faulty):
     """intermediate_size before moe_intermediate_size."""
-
-    name = "width-is-the-dense-one"
 
     def describe(self, config: Any) -> MoESpec:
         spec = super().describe(config)
@@ -210,10 +180,8 @@ class WidthIsTheDenseOne(Reference):
         )
 
 
-class LegacyKeysAreForObjects(Reference):
+class LegacyKeysAreForObjects(Faulty):
     """A plain config.json with first_k_dense_replace counts as MoE throughout."""
-
-    name = "legacy-keys-are-for-objects"
 
     def describe(self, config: Any) -> MoESpec:
         if not isinstance(config, Mapping):
@@ -222,7 +190,7 @@ class LegacyKeysAreForObjects(Reference):
             return super().describe(config)
 
 
-def _mutant(engine: type[Reference], fault: str, case: str, check: str) -> Mutant:
+def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
     return Mutant(engine, "config-keys", fault, (case, check))
 
 

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from moe_conformance.engines.mutants.mutant import Mutant
-from moe_conformance.engines.reference import Reference
-
 from moe_conformance.engine import CheckpointName
+from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class _Renamed(Reference):
+class _Renamed(Faulty):
     """The reference, with `rename` applied to each of its targets."""
 
     def rename(self, name: str, target: str) -> str:
@@ -105,7 +103,7 @@ def _is_packed(folder: Path) -> bool:
     return any(b".gate_up_proj" in file.read_bytes() for file in folder.glob("*.safetensors"))
 
 
-class GateUpSwappedPacked(Reference):
+class GateUpSwappedPacked(Faulty):
     def load(self, folder: Path) -> Loaded:
         loaded = super().load(folder)
         if _is_packed(folder):
@@ -113,7 +111,7 @@ class GateUpSwappedPacked(Reference):
         return loaded
 
 
-class ExpertsInStringOrder(Reference):
+class ExpertsInStringOrder(Faulty):
     """Experts of a per-expert checkpoint are stacked 0, 1, 10, 2, ..."""
 
     def load(self, folder: Path) -> Loaded:
@@ -124,7 +122,7 @@ class ExpertsInStringOrder(Reference):
         return loaded
 
 
-class SquareGateUpTransposed(Reference):
+class SquareGateUpTransposed(Faulty):
     """The layout is read off the shape, and 2F = H reads as the other one."""
 
     owner = "w13"
@@ -139,7 +137,7 @@ class SquareDownTransposed(SquareGateUpTransposed):
     owner = "w2"
 
 
-class MissingExpertUnwritten(Reference):
+class MissingExpertUnwritten(Faulty):
     """Coverage is counted in parameters, not in experts: what no expert wrote stays as allocated."""
 
     def load(self, folder: Path) -> Loaded:
@@ -156,7 +154,7 @@ class MissingExpertUnwritten(Reference):
         return loaded
 
 
-class RouterScaleDefaults(Reference):
+class RouterScaleDefaults(Faulty):
     """A router scale that the checkpoint lacks keeps the module's default of one."""
 
     def load(self, folder: Path) -> Loaded:
@@ -172,7 +170,7 @@ class RouterScaleDefaults(Reference):
         return loaded
 
 
-class ExtraExpertIgnored(Reference):
+class ExtraExpertIgnored(Faulty):
     def load(self, folder: Path) -> Loaded:
         from moe_conformance.reference_impl import loading
 
@@ -186,13 +184,13 @@ class ExtraExpertIgnored(Reference):
             return super().load(folder)
 
 
-class ShapesUnchecked(Reference):
+class ShapesUnchecked(Faulty):
     def load(self, folder: Path) -> Loaded:
         with patch("moe_conformance.reference_impl.loading._fits", lambda *_, **__: None):
             return super().load(folder)
 
 
-class TruncatedShardFilled(Reference):
+class TruncatedShardFilled(Faulty):
     """A shard cut short is read as far as it goes, and the rest is zero."""
 
     def load(self, folder: Path) -> Loaded:
@@ -207,7 +205,7 @@ class TruncatedShardFilled(Reference):
             return super().load(Path(copy))
 
 
-class FirstLoadStays(Reference):
+class FirstLoadStays(Faulty):
     """Tensors are cached by name, without the folder."""
 
     def __init__(self) -> None:
@@ -217,8 +215,9 @@ class FirstLoadStays(Reference):
         return {key: self._loaded.setdefault(key, tensor) for key, tensor in super().load(folder).items()}
 
 
-def _mutant(engine: type[Reference], fault: str, case: str, check: str) -> Mutant:
-    return Mutant(engine, "double-prefix", fault, (case, check))
+def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
+    bug_class = "weight-coverage" if check == "a_broken_checkpoint_is_refused" else "double-prefix"
+    return Mutant(engine, bug_class, fault, (case, check))
 
 
 _REACHES, _SHARE, _TWICE = (

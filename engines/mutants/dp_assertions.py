@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe_conformance.engines.mutants.mutant import Mutant
-from moe_conformance.engines.reference import Reference
-from moe_conformance.reference_impl.capture import Capturer, row_counts
 from torch import Tensor
 
 from moe_conformance.engine import CaptureSession, CaptureSpec, Rows
+from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.errors import InputError
+from moe_conformance.reference_impl.capture import Capturer, row_counts
 
 
-class _SeesOtherRows(Reference):
+class _SeesOtherRows(Faulty):
     """A reference whose capturer is told something else about the rows than what is true."""
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
@@ -39,23 +38,17 @@ def _only(ids: Tensor, start: int, rows: Rows, spec: CaptureSpec) -> tuple[Tenso
 
 
 class AssumesConcatenated(_SeesOtherRows):
-    name = "assumes-concatenated"
-
     def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
         return ids, replace(rows, kind="concatenated")
 
 
 class TakesFirstRanksRows(_SeesOtherRows):
-    name = "takes-first-ranks-rows"
-
     def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
         right = row_counts(rows.counts, spec.dp_rank, spec.tp_size)["concatenated"] == ids.shape[0]
         return _only(ids, 0, rows, spec) if rows.kind == "concatenated" and right else (ids, rows)
 
 
 class AssumesEqualCounts(_SeesOtherRows):
-    name = "assumes-equal-counts"
-
     def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
         if rows.kind != "concatenated" or ids.shape[0] != sum(rows.counts):
             return ids, rows
@@ -63,8 +56,6 @@ class AssumesEqualCounts(_SeesOtherRows):
 
 
 class CountsOneRankTooFew(_SeesOtherRows):
-    name = "counts-one-rank-too-few"
-
     def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
         if rows.kind != "concatenated" or ids.shape[0] != sum(rows.counts) or spec.dp_rank < 2:
             return ids, rows
@@ -72,8 +63,6 @@ class CountsOneRankTooFew(_SeesOtherRows):
 
 
 class CountsPaddingAsRows(_SeesOtherRows):
-    name = "counts-padding-as-rows"
-
     def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
         right = row_counts(rows.counts, spec.dp_rank, spec.tp_size)["sequence_gathered"] == ids.shape[0]
         if rows.kind != "sequence_gathered" or not right:
@@ -82,15 +71,11 @@ class CountsPaddingAsRows(_SeesOtherRows):
 
 
 class KeepsOwnSliceOnly(_SeesOtherRows):
-    name = "keeps-own-slice-only"
-
     def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
         return ids, replace(rows, gather=lambda part: part.repeat(spec.tp_size, 1))
 
 
 class AcceptsAnyCount(_SeesOtherRows):
-    name = "accepts-any-count"
-
     def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
         want = row_counts(rows.counts, spec.dp_rank, spec.tp_size)[rows.kind]
         if ids.shape[0] > want:
@@ -99,8 +84,6 @@ class AcceptsAnyCount(_SeesOtherRows):
 
 
 class RefusesWithoutNumbers(_SeesOtherRows):
-    name = "refuses-without-numbers"
-
     def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
         if ids.shape[0] != row_counts(rows.counts, spec.dp_rank, spec.tp_size)[rows.kind]:
             raise InputError("ids: unexpected number of rows")
@@ -108,8 +91,6 @@ class RefusesWithoutNumbers(_SeesOtherRows):
 
 
 class KeepsFirstStepsStart(_SeesOtherRows):
-    name = "keeps-first-steps-start"
-
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
         self.start: int | None = None
         return super().capture_session(spec)
@@ -122,7 +103,7 @@ class KeepsFirstStepsStart(_SeesOtherRows):
         return _only(ids, self.start, rows, spec)
 
 
-def _mutant(engine: type[Reference], fault: str, case: str, check: str) -> Mutant:
+def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
     return Mutant(engine, "dp-assertions", fault, killed_by=(case, check))
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moe_conformance.engines.mutants.mutant import Mutant
-from moe_conformance.engines.reference import Reference
-
 from moe_conformance.engine import RouteInputs, Routing
+from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +17,7 @@ UNIQUE = "ids_are_unique_and_in_range_for_any_row"
 AGAIN = "the_same_logits_give_the_same_bits_again"
 
 
-class SoftmaxAfterTopK(Reference):
+class SoftmaxAfterTopK(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
         ids, weights = super().route(inputs)
         if inputs.method == "softmax_topk":
@@ -27,7 +25,7 @@ class SoftmaxAfterTopK(Reference):
         return Routing(ids, weights)
 
 
-class NeverRenormalises(Reference):
+class NeverRenormalises(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
         ids, weights = super().route(replace(inputs, method="softmax_topk"))
         if inputs.per_expert_scale is not None:
@@ -35,7 +33,7 @@ class NeverRenormalises(Reference):
         return Routing(ids, weights)
 
 
-class SelectsByScaledScore(Reference):
+class SelectsByScaledScore(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
         if inputs.per_expert_scale is None:
             return super().route(inputs)
@@ -45,7 +43,7 @@ class SelectsByScaledScore(Reference):
         return Routing(ids, weights / weights.sum(-1, keepdim=True))
 
 
-class _Unscaled(Reference):
+class _Unscaled(Faulty):
     """Gemma 4 up to its last step, which a subclass gets wrong."""
 
     def route(self, inputs: RouteInputs) -> Routing:
@@ -72,13 +70,13 @@ class ScaleOfSlot(_Unscaled):
         return scale[: ids.shape[1]]
 
 
-class WeightsInAnotherOrder(Reference):
+class WeightsInAnotherOrder(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
         ids, weights = super().route(inputs)
         return Routing(ids.sort(dim=-1).values, weights)
 
 
-class LastExpertMasked(Reference):
+class LastExpertMasked(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
         logits = inputs.logits.clone()
         if inputs.top_k < logits.shape[1]:
@@ -86,7 +84,7 @@ class LastExpertMasked(Reference):
         return super().route(replace(inputs, logits=logits))
 
 
-class ScoresInLogitsDtype(Reference):
+class ScoresInLogitsDtype(Faulty):
     """vLLM's torch routing of Gemma 4, where there is no Triton, has softmax in the dtype of the logits."""
 
     def route(self, inputs: RouteInputs) -> Routing:
@@ -98,13 +96,13 @@ class ScoresInLogitsDtype(Reference):
         return Routing(ids, weights.float())
 
 
-class ExpWithoutMaximum(Reference):
+class ExpWithoutMaximum(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
         overflowing = inputs.logits.float().exp().isinf().any(-1, keepdim=True)
         return super().route(replace(inputs, logits=inputs.logits.masked_fill(overflowing, float("nan"))))
 
 
-class RepeatsExpertOnNaN(Reference):
+class RepeatsExpertOnNaN(Faulty):
     """vllm#39391: a NaN is never greater, so each of K searches for the maximum returns the first expert."""
 
     def route(self, inputs: RouteInputs) -> Routing:
@@ -112,7 +110,7 @@ class RepeatsExpertOnNaN(Reference):
         return Routing(ids.masked_fill(inputs.logits.isnan().any(-1, keepdim=True), 0), weights)
 
 
-class RepeatsExpertOnMinusInfinity(Reference):
+class RepeatsExpertOnMinusInfinity(Faulty):
     """What is chosen is masked with -inf, which is what the others of such a row hold already."""
 
     def route(self, inputs: RouteInputs) -> Routing:
@@ -122,7 +120,7 @@ class RepeatsExpertOnMinusInfinity(Reference):
         return Routing(ids.where(slot < others, ids[:, :1]), weights)
 
 
-class PaddingLaneWins(Reference):
+class PaddingLaneWins(Faulty):
     """Rows are widened to a power of two, and the added lanes beat a NaN."""
 
     def route(self, inputs: RouteInputs) -> Routing:
@@ -133,7 +131,7 @@ class PaddingLaneWins(Reference):
         return Routing(ids, weights)
 
 
-class TiesGoEitherWay(Reference):
+class TiesGoEitherWay(Faulty):
     """Two calls in four break ties to the highest id."""
 
     def __init__(self) -> None:
@@ -156,11 +154,11 @@ _PLAIN = "route-plain-e128-k8-t63-fp32-distinct"
 _RENORM = "route-renorm-e60-k4-t63-bf16-distinct"
 
 
-def _method(engine: type[Reference], fault: str, case: str, check: str = METHOD) -> Mutant:
+def _method(engine: type[Faulty], fault: str, case: str, check: str = METHOD) -> Mutant:
     return Mutant(engine, "routing-semantics", fault, (case, check))
 
 
-def _unique(engine: type[Reference], fault: str, case: str, check: str = UNIQUE) -> Mutant:
+def _unique(engine: type[Faulty], fault: str, case: str, check: str = UNIQUE) -> Mutant:
     return Mutant(engine, "ties-nan-duplicates", fault, (case, check))
 
 

@@ -9,15 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_conformance.engine import LayerInputs
-from moe_conformance.engines.mutants.mutant import Mutant
-from moe_conformance.engines.reference import Reference
+from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.reference_impl import layer as stage
 from moe_conformance.reference_impl import padding
 
 
-class SharedAddedBeforeCut(Reference):
-    name = "shared-added-before-cut"
-
+class SharedAddedBeforeCut(Faulty):
     def layer(self, inputs: LayerInputs) -> Tensor:
         if inputs.shared_w13 is None or inputs.latent_out is not None:
             return super().layer(inputs)
@@ -25,10 +22,8 @@ class SharedAddedBeforeCut(Reference):
             return super().layer(inputs)[..., : inputs.x.shape[-1]]
 
 
-class PlainLayerIsNotCut(Reference):
+class PlainLayerIsNotCut(Faulty):
     """The fix of the fix: cut only where there is a shared expert or a latent projection (vllm#40865)."""
-
-    name = "plain-layer-is-not-cut"
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         if inputs.shared_w13 is not None or inputs.latent_out is not None:
@@ -37,10 +32,8 @@ class PlainLayerIsNotCut(Reference):
             return super().layer(inputs)
 
 
-class LatentProjectsPadding(Reference):
+class LatentProjectsPadding(Faulty):
     """The output projection is widened with zeros instead of the padding being cut: zero times garbage is garbage."""
-
-    name = "latent-projects-padding"
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         if inputs.latent_out is None:
@@ -53,10 +46,8 @@ class LatentProjectsPadding(Reference):
             return super().layer(inputs)
 
 
-class GateAndUpPaddedAsOne(Reference):
+class GateAndUpPaddedAsOne(Faulty):
     """Rows are added below up only, so that the kernel takes up's first rows for gate's last."""
-
-    name = "gate-and-up-padded-as-one"
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         def as_one(w13: Tensor, w2: Tensor, hidden: int, intermediate: int) -> tuple[Tensor, Tensor]:
@@ -68,10 +59,8 @@ class GateAndUpPaddedAsOne(Reference):
             return super().layer(inputs)
 
 
-class UninitialisedPadding(Reference):
+class UninitialisedPadding(Faulty):
     """The padded input columns come from torch.empty: garbage times zero weights is not zero."""
-
-    name = "uninitialised-padding"
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         def pad(x: Tensor, width: int) -> Tensor:
@@ -83,10 +72,8 @@ class UninitialisedPadding(Reference):
             return super().layer(inputs)
 
 
-class GraphBreaks(Reference):
+class GraphBreaks(Faulty):
     """A value read on the host in the middle of the layer."""
-
-    name = "graph-breaks"
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         if inputs.padded_hidden and inputs.logits.numel() and float(inputs.logits.max()) == float("inf"):

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from moe_conformance.engines.transformers.build import as_config, build, language_part
 from torch import Tensor, nn
 
 from moe_conformance.engine import MoESpec
+from moe_conformance.engines.transformers.build import as_config, build, language_part
 from moe_conformance.errors import ConfigError, DenseModelError, Unsupported
 
 LAYER_LISTS = ("layers", "layer", "blocks", "block")

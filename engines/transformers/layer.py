@@ -14,11 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from moe_conformance.engines.transformers.families import DEEPSEEK_V2, GEMMA4, MISTRAL_LARGE4, MIXTRAL, Family
-from moe_conformance.engines.transformers.routing import GivenLogits
 from torch import Tensor, nn
 
 from moe_conformance.engine import LayerInputs
+from moe_conformance.engines.transformers.families import DEEPSEEK_V2, GEMMA4, MISTRAL_LARGE4, MIXTRAL, Family
+from moe_conformance.engines.transformers.routing import GivenLogits
 from moe_conformance.errors import Unsupported
 
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}

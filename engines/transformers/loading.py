@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_conformance.engines.transformers.families import GEMMA4
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from moe_conformance.engines.transformers.families import GEMMA4
 from moe_conformance.errors import CheckpointError
 
 # Module name below a Gemma 4 decoder layer -> canonical name.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from moe_conformance.engines.transformers.families import DEEPSEEK_V2, GEMMA4, MIXTRAL
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing
+from moe_conformance.engines.transformers.families import DEEPSEEK_V2, GEMMA4, MIXTRAL
 from moe_conformance.inputs import poison_
 
 ROUTERS = {"softmax_topk": DEEPSEEK_V2, "softmax_topk_renorm": MIXTRAL, "gemma4": GEMMA4}

@@ -12,10 +12,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from moe_conformance.engines.vllm import runtime, sizes
 from torch import Tensor
 
 from moe_conformance.engine import CaptureSpec, Rows
+from moe_conformance.engines.vllm import runtime, sizes
 from moe_conformance.errors import InputError, Unsupported
 
 

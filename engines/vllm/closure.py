@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from moe_conformance.engines.vllm import runtime
 from torch import Tensor, nn
 
 from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing
+from moe_conformance.engines.vllm import runtime
 from moe_conformance.errors import Unsupported
 
 

@@ -12,10 +12,10 @@ import itertools
 from typing import Any
 
 import torch
-from moe_conformance.engines.vllm import runtime
 from torch import Tensor, nn
 
 from moe_conformance.engine import LayerInputs
+from moe_conformance.engines.vllm import runtime
 from moe_conformance.inputs import poison_
 
 _PREFIXES = (f"model.layers.0.experts_{i}" for i in itertools.count())

@@ -18,10 +18,10 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from moe_conformance.engines.vllm import runtime
 from torch import Tensor
 
 from moe_conformance.engine import CaptureShape
+from moe_conformance.engines.vllm import runtime
 from moe_conformance.errors import Unsupported
 
 

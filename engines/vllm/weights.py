@@ -9,10 +9,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from moe_conformance.engines.vllm import runtime
 from torch import Tensor, nn
 
 from moe_conformance.engine import CheckpointName
+from moe_conformance.engines.vllm import runtime
 from moe_conformance.errors import CheckpointError
 
 Named = Iterable[tuple[str, Tensor]]

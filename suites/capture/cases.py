@@ -203,7 +203,7 @@ LAYER_BOUNDS = tuple(
         stage="capture_session",
         clause="replay.bounds",
         recipe={"layers": 3, "layer_id": layer_id},
-        needs=frozenset({"local", "bounds"}),
+        needs=frozenset({"local", "layer_bounds"}),
     )
     for name, layer_id in {"minus-one": -1, "minus-all": -3, "one-past": 3, "far-past": 300, "two-to-32": 2**32}.items()
 )
@@ -215,7 +215,7 @@ EXPERT_BOUNDS = tuple(
         stage="capture_session",
         clause="replay.bounds",
         recipe={"experts": 250, "expert_id": expert_id, "dtype": "int64"},
-        needs=frozenset({"local", "bounds"}),
+        needs=frozenset({"local", "expert_bounds"}),
     )
     for name, expert_id in {
         "one-past": 250,

@@ -8,6 +8,13 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from moe_conformance import compare
+from moe_conformance.case import Case, check
+from moe_conformance.engine import CaptureReader, CaptureSession, CaptureSpec, Engine, Rows
+from moe_conformance.errors import Nonconformance, Unsupported
+from moe_conformance.inputs import poison_
 from moe_conformance.suites.capture.cases import (
     EXPERT_BOUNDS,
     IDS_AS_THEY_COME,
@@ -26,13 +33,6 @@ from moe_conformance.suites.capture.cases import (
     UNWRITTEN,
 )
 from moe_conformance.suites.capture.other_process import OtherProcess, own_store, read_slots, rewrite_store
-from torch import Tensor
-
-from moe_conformance import compare
-from moe_conformance.case import Case, check
-from moe_conformance.engine import CaptureReader, CaptureSession, CaptureSpec, Engine, Rows
-from moe_conformance.errors import Nonconformance, Unsupported
-from moe_conformance.inputs import poison_
 
 LAYERS, TOP_K, EXPERTS = 3, 3, 250
 

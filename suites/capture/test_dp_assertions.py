@@ -5,6 +5,10 @@ from __future__ import annotations
 from contextlib import closing
 
 import torch
+
+from moe_conformance import compare
+from moe_conformance.case import Case, check
+from moe_conformance.engine import Engine, Rows
 from moe_conformance.suites.capture.cases import (
     CHANGING_COUNTS,
     CHANGING_LAYOUT,
@@ -16,10 +20,6 @@ from moe_conformance.suites.capture.cases import (
     tp_ranks_judged,
 )
 from moe_conformance.suites.capture.simulated_ranks import LAYERS, SimulatedStep, capture_step
-
-from moe_conformance import compare
-from moe_conformance.case import Case, check
-from moe_conformance.engine import Engine, Rows
 
 
 @check(OWN_ROWS + MARKED_PADDING)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_conformance.case import Case
 from moe_conformance.suites.config.families import (
     CLASSES,
     EXPERTS,
@@ -21,8 +22,6 @@ from moe_conformance.suites.config.families import (
     flat_keys,
     nested_keys,
 )
-
-from moe_conformance.case import Case
 
 SMOKE = {"config-gemma4-nested", "config-qwen3-moe", "config-nemotron-h", "config-hunyuan-v1-moe-top-k-list"}
 

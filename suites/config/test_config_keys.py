@@ -7,12 +7,11 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
-from moe_conformance.suites.config.cases import CAPTURE_REFUSED, CAPTURED, DENSE, DESCRIBED, REFUSED, SAVED
-
 from moe_conformance.case import Case, check
 from moe_conformance.compare import refused, same
 from moe_conformance.engine import Engine, MoESpec
 from moe_conformance.errors import Nonconformance, Unsupported
+from moe_conformance.suites.config.cases import CAPTURE_REFUSED, CAPTURED, DENSE, DESCRIBED, REFUSED, SAVED
 
 SIDES = ("worker", "reader")
 

@@ -35,7 +35,9 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
 
 
 def _subsets(*names: str) -> list[tuple[str, ...]]:
-    return [tuple(n for n, on in zip(names, chosen, strict=True) if on) for chosen in product((0, 1), repeat=len(names))]
+    return [
+        tuple(n for n, on in zip(names, chosen, strict=True) if on) for chosen in product((0, 1), repeat=len(names))
+    ]
 
 
 EIGHT = _subsets("shared", "latent", "padded_hidden")

@@ -61,7 +61,9 @@ def judge(what: str, method: str, answer: Any, hidden: Tensor, tensors: Tensors)
     # d log w = dl - sum of w dl: an error e in every logit changes a weight by at most a factor exp(2 e), twice where
     # a second normalisation follows.
     limit = want.abs() * (roundings + 4 * error.amax(-1, keepdim=True)) + torch.finfo(torch.float32).tiny
-    compare.close(f"{what}: weights", weights, want, Bound(limit, "softmax roundings in float32 plus the logits' error"))
+    compare.close(
+        f"{what}: weights", weights, want, Bound(limit, "softmax roundings in float32 plus the logits' error")
+    )
     return [" ".join(map(str, row)) for row in ids.sort(-1).values.tolist()]
 
 

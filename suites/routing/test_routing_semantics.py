@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from moe_conformance.suites.routing.routing_cases import METHOD_CASES, SHIFT_CASES, UNIQUE_CASES
 from torch import Tensor
 
 from moe_conformance import compare
@@ -14,6 +13,7 @@ from moe_conformance.case import Case, check
 from moe_conformance.engine import RouteInputs, Routing
 from moe_conformance.errors import Nonconformance
 from moe_conformance.inputs import bits, distinct_logits, integers, normal, poison_
+from moe_conformance.suites.routing.routing_cases import METHOD_CASES, SHIFT_CASES, UNIQUE_CASES
 from moe_conformance.tolerance import Bound, relative, softmax_weights, unit_roundoff
 
 NAN, INF = float("nan"), float("inf")

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moe_conformance.suites.weights.cases import PARTS, ROUTER, WIDTHS, spell, spell_router
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_conformance.inputs import normal
+from moe_conformance.suites.weights.cases import PARTS, ROUTER, WIDTHS, spell, spell_router
 
 LAYERS = 3
 EXPERTS = 11  # two digits, and not a power of two

@@ -8,6 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_conformance import compare
+from moe_conformance.case import Case, check
+from moe_conformance.engine import CheckpointName, Engine
+from moe_conformance.errors import CheckpointError, Nonconformance
 from moe_conformance.suites.weights import checkpoint
 from moe_conformance.suites.weights.cases import (
     BROKEN,
@@ -22,11 +26,6 @@ from moe_conformance.suites.weights.cases import (
     spell,
     spell_router,
 )
-
-from moe_conformance import compare
-from moe_conformance.case import Case, check
-from moe_conformance.engine import CheckpointName, Engine
-from moe_conformance.errors import CheckpointError, Nonconformance
 
 LAYERS, EXPERTS = 12, 12  # indices of one and of two digits, the one a prefix of the other
 SOME = (0, 1, 10, 11)
