@@ -29,7 +29,8 @@ CLAUSES: dict[str, Clause] = {
     ),
     "config.say-what-is-missing": Clause(
         "config-keys",
-        "A config that lacks a key or contradicts itself must be refused with an error that names every key looked for.",
+        "A config that lacks a key or contradicts itself must be refused with an error that names every key "
+        "looked for.",
         ("vllm#41401",),
     ),
     "config.refuse-dense": Clause(

@@ -35,7 +35,8 @@ class MoESpec:
     """What a config says about its Mixture-of-Experts layers.
 
     num_layers: decoder layers, MoE or not. moe_layers: their indices that have routed experts.
-    num_experts, top_k: one number, or one for each entry of moe_layers where the model varies them.
+    num_experts, top_k: one number, or one for each entry of moe_layers where the model varies them. num_experts
+    counts every id a router can give, identity (zero) experts included.
     shared_experts: how many always-on experts a layer has (0: none). shared_intermediate_size: the summed
     width of the shared experts. latent_size: width the routed experts work in when it is not hidden_size.
     encoder_moe_layers: as moe_layers, for the encoder of an encoder-decoder.
@@ -164,8 +165,8 @@ class Rows:
     kind: "concatenated", all ranks' rows in rank order; "local", this rank's rows; "sequence_shard", this
     tensor-parallel rank's slice of the local rows, each slice ceil(count / tp) rows, the last ones padding;
     "sequence_gathered", every rank's slices with their padding, data-parallel rank major, then tensor-parallel.
-    gather: given in every layout; for "sequence_shard" it concatenates every tensor-parallel rank's slice along dim 0 in rank order
-    (the engine's all-gather).
+    gather: the engine's all-gather, given in every layout; for "sequence_shard" it concatenates every tensor-parallel
+    rank's slice along dim 0 in rank order.
     """
 
     kind: RowKind
@@ -232,8 +233,8 @@ class Engine:
     router_module     the methods
     layer             "shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", the methods;
                       "traceable": `layer` itself can be traced (an adapter that builds modules in it cannot)
-    capture_session   the row kinds; "layer_bounds", "expert_bounds": ids outside the buffer's layers, or outside [0, E),
-                      are rejected; "unwritten": what this step did not capture reads as -1 or raises
+    capture_session   the row kinds; "layer_bounds", "expert_bounds": ids outside the buffer's layers, or outside
+                      [0, E), are rejected; "unwritten": what this step did not capture reads as -1 or raises
     capture_store     "bounds": slots outside the store are rejected; "unwritten": as above
     remap             the naming styles of suites/weights
     load              the naming styles of suites/weights
@@ -288,7 +289,7 @@ class Engine:
         raise Unsupported("capture_reader")
 
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
-        """The engine's own name, or names, for each checkpoint tensor of a model with this config (config.json's dict)."""
+        """The engine's own name, or names, for each checkpoint tensor of a model with this config, config.json's dict."""
         raise Unsupported("remap")
 
     def load(self, folder: Path) -> Mapping[str, Tensor]:

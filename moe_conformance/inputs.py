@@ -91,9 +91,8 @@ def windows(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32,
 
     No two rows are equal, nor are two matrices of a stack.
     """
-    *stack, rows, columns = shape
     strides = [61, 1]  # a prime row step keeps windows from lining up with powers of two
-    for _ in stack:
+    for _ in shape[:-2]:
         strides.insert(0, 1009 * strides[0])
     length = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
     return normal((length,), seed, dtype, std).as_strided(tuple(shape), tuple(strides)).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -49,7 +50,7 @@ class EngineProcess:
         if self._unavailable is None:
             cls = self.target.load()
             environment = getattr(cls, "environment", dict)()
-            self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+            self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, see close()
             # -P: the working directory must not come first on the path; discovery.extend_path appends it.
             # -u: what the engine printed before it died must not die in a buffer.
             self._process = subprocess.Popen(
@@ -106,14 +107,10 @@ class EngineProcess:
         """End the process and all it started."""
         if self._process is None:
             return
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._stderr):
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 pipe.close()  # type: ignore[union-attr]
-            except BrokenPipeError:
-                pass
         self._process = None

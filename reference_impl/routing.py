@@ -5,6 +5,8 @@ Arithmetic is float32, or float64 where the logits are float64, as every model h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +52,7 @@ def gemma4(logits: Tensor, top_k: int, per_expert_scale: Tensor) -> Routing:
     """
     if per_expert_scale.shape != logits.shape[-1:]:
         raise InputError(
-            f"per_expert_scale: got shape {list(per_expert_scale.shape)}, want [{logits.shape[-1]}], one for each expert"
+            f"per_expert_scale: got shape {list(per_expert_scale.shape)}, want [{logits.shape[-1]}], one an expert"
         )
     ids, weights = softmax_topk(logits, top_k, renormalize=True)
     return Routing(ids, weights * per_expert_scale[ids].to(weights.dtype))
@@ -74,7 +76,7 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 class FusedExperts(nn.Module):
     """Stands for a fused expert layer that is handed its routing function and calls it."""
 
-    def __init__(self, routing_function) -> None:
+    def __init__(self, routing_function: Callable[[Tensor], Routing]) -> None:
         super().__init__()
         self.routing_function = routing_function
 

@@ -1,4 +1,4 @@
-"""Layer cases: shared x latent x padded, at tiny dims that are distinct, dims that coincide, and dims of real models."""
+"""Layer cases: shared x latent x padded, at tiny distinct dims, dims that coincide, and dims of real models."""
 
 from __future__ import annotations
 
