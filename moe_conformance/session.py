@@ -75,11 +75,16 @@ class Session:
         pairs = [(target, case) for target in self.targets for case in listed if case.id in self.cases]
         metafunc.parametrize(("engine", "case"), pairs, ids=[f"{target.name}-{case.id}" for target, case in pairs])
 
+    @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Drop checks that nothing selected; keep each engine's tests together, so that its process starts once."""
+        """Drop checks that nothing selected, and keep together what shares a cost: an engine's process, and within it
+        a test module, whose imports and compilations one process should pay for."""
         items[:] = [item for item in items if not _is_empty(item)]
         order = {target.name: number for number, target in enumerate(self.targets)}
         items.sort(key=lambda item: order.get(_engine_of(item), -1))
+        for item in items:
+            if engine := _engine_of(item):
+                item.add_marker(pytest.mark.xdist_group(f"{engine}-{item.path.stem}"))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:

@@ -68,7 +68,7 @@ class Session:
         runtime.start()
         self.spec = spec
         self.rec = sizes.recorder()
-        config = sizes._vllm_config(
+        config = sizes.vllm_config_of(
             _model_config(spec.layers, spec.top_k, spec.experts), spec.dp_rank, spec.dp_size, spec.tp_size
         )
         self._stack = contextlib.ExitStack()

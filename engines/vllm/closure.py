@@ -54,12 +54,15 @@ def router_module(spec: RouterSpec) -> RouterHandle:
 
 @torch.no_grad()
 def route(inputs: RouteInputs) -> Routing:
-    """The torch routing function that vLLM's Gemma 4 calls on a CPU."""
+    """The torch routing function that vLLM's Gemma 4 calls on a CPU.
+
+    It is given float32, as in vLLM, whose router projection has that output dtype whatever the model's is.
+    """
     if inputs.method != "gemma4":
         raise Unsupported(f"route: {inputs.method}; its kernel needs vLLM's compiled library for a GPU")
     experts = inputs.logits.shape[-1]
     handle = router_module(RouterSpec("gemma4", experts, inputs.top_k, 32, torch.float32))
     scale = torch.ones(experts) if inputs.per_expert_scale is None else inputs.per_expert_scale
     handle.module.get_parameter(handle.tensors["per_expert_scale"]).copy_(scale)
-    weights, ids = handle.module(inputs.logits)
+    weights, ids = handle.module(inputs.logits.float())
     return Routing(ids, weights)

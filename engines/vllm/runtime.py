@@ -10,7 +10,7 @@ import functools
 import json
 import runpy
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -113,28 +113,41 @@ def _architectures_of(model_type: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _inspected_here() -> Iterator[None]:
-    """vLLM inspects each model class in a fresh process, 10 s each; here it is done in this one."""
+def _inspected_here() -> Iterator[list[str]]:
+    """vLLM inspects each model class in a fresh process, 10 s each; here it is done in this one.
+
+    Gives the reasons why a class could not be imported: vLLM's own error does not name them.
+    """
     from vllm.model_executor.models import registry
 
+    reasons: list[str] = []
+
+    def call_here(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except ImportError as error:
+            reasons.append(str(error))
+            raise
+
     if not hasattr(registry, "_run_in_subprocess"):
-        yield
+        yield reasons
         return
-    with patch.object(registry, "_run_in_subprocess", lambda call: call()):
-        yield
+    with patch.object(registry, "_run_in_subprocess", call_here):
+        yield reasons
 
 
 def model_config(folder: Path) -> Any:
     """vLLM's real ModelConfig of a folder. Raises Unsupported, with the reason, where vLLM cannot make one."""
     from vllm.config import ModelConfig
 
-    try:
-        with _inspected_here():
+    with _inspected_here() as reasons:
+        try:
             return ModelConfig(
                 model=str(folder), tokenizer=str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True
             )
-    except Exception as error:
-        raise Unsupported(f"vLLM makes no ModelConfig of this config: {type(error).__name__}: {error}") from error
+        except Exception as error:
+            why = "; ".join(reasons) or f"{type(error).__name__}: {error}"
+            raise Unsupported(f"vLLM makes no ModelConfig of this config: {why}") from error
 
 
 def engine_config(folder: Path, dtype: str = "float32") -> Any:

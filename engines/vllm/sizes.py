@@ -38,7 +38,7 @@ def capture_shape(config: Any, side: Literal["worker", "reader"]) -> CaptureShap
     rec = recorder()
     with runtime.config_folder(config) as folder, contextlib.ExitStack() as stack:
         experts = stack.enter_context(_experts_it_asks_for(rec))
-        vllm_config = _vllm_config(runtime.model_config(folder))
+        vllm_config = vllm_config_of(runtime.model_config(folder))
         if side == "worker":
             layers, top_k = stack.enter_context(capturer(vllm_config, 1)).buffer().shape[1:]
         else:
@@ -46,7 +46,7 @@ def capture_shape(config: Any, side: Literal["worker", "reader"]) -> CaptureShap
         return CaptureShape(int(layers), int(top_k), experts[-1] if experts else None)
 
 
-def _vllm_config(model_config: Any, dp_rank: int = 0, dp_size: int = 1, tp_size: int = 1) -> Any:
+def vllm_config_of(model_config: Any, dp_rank: int = 0, dp_size: int = 1, tp_size: int = 1) -> Any:
     """The part of a VllmConfig that the capturers read, around a real ModelConfig."""
     parallel = SimpleNamespace(data_parallel_rank=dp_rank, data_parallel_size=dp_size, tensor_parallel_size=tp_size)
     return SimpleNamespace(

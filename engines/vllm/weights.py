@@ -49,14 +49,14 @@ def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[st
     return mapped
 
 
-def _model(vllm_config: Any, device: str) -> nn.Module:
+def _model(vllm_config: Any, device: str) -> Any:
     from vllm.model_executor.models import gemma4
 
     with runtime.building(vllm_config, torch.float32), torch.device(device):
         return gemma4.Gemma4ForCausalLM(vllm_config=vllm_config)
 
 
-def _heard(model: nn.Module, vllm_config: Any, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _heard(model: Any, vllm_config: Any, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What vLLM makes of one tensor on its way down: wrapper, model, decoder, experts."""
     weights: Named = [(name, tensor)]
     if hasattr(vllm_config.model_config.hf_config, "text_config"):
@@ -81,7 +81,7 @@ def _listen(load: Any, weights: Named) -> list[tuple[str, Tensor]]:
     return heard
 
 
-def _expert_names(model: nn.Module, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+def _expert_names(model: Any, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     """A packed tensor that is split by the expert layer's own load_weights; any other name as it is."""
     path, _, rest = name.rpartition(".experts.")
     packed = re.fullmatch(r"(?:gate_up|down)_proj(?:\.(\w+))?", rest)
@@ -97,7 +97,7 @@ def _expert_names(model: nn.Module, name: str, tensor: Tensor) -> list[tuple[str
         found.append((f"{path}.experts.{expert_id}.{SHARDS[shard_id]}.{suffix}", loaded_weight))
         return True
 
-    parameters = {n: p for n, p in layer.named_parameters(recurse=False)}
+    parameters: dict[str, Any] = dict(layer.named_parameters(recurse=False))
     loaders = {n: p.weight_loader for n, p in parameters.items()}
     try:
         for parameter in parameters.values():
@@ -137,7 +137,7 @@ CANONICAL = {
 }
 
 
-def _canonical(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _canonical(model: Any) -> Iterator[tuple[str, Tensor]]:
     """vLLM's [E, 2F, H] with gate above up and [E, H, F] are the canonical layouts."""
     for name, parameter in model.named_parameters():
         layer = re.match(r"model\.layers\.(\d+)\.", name)

@@ -12,7 +12,7 @@ TINY = {"T": 7, "E": 5, "K": 3, "H": 20, "D": 12, "F": 10, "Fs": 14, "Hp": 24, "
 # 2F = H and D = F: an orientation or a width guessed from a coincidence shows here.
 EQUAL = {"T": 8, "E": 8, "K": 2, "H": 16, "D": 8, "F": 8, "Fs": 16, "Hp": 32, "Dp": 16, "Fp": 16}
 # Nemotron-3-Nano as TRT-LLM's NVFP4 experts see it: 2688 and 1856 go to multiples of 256 (vllm#40794).
-NANO = {"T": 2, "E": 3, "K": 1, "H": 2688, "D": 1024, "F": 1856, "Fs": 3712, "Hp": 2816, "Dp": 1280, "Fp": 2048}
+NANO = {"T": 2, "E": 2, "K": 1, "H": 2688, "D": 1024, "F": 1856, "Fs": 3712, "Hp": 2816, "Dp": 1280, "Fp": 2048}
 # gpt-oss: 2880 goes to 3072, and the layer has neither a shared expert nor a latent projection (vllm#40865).
 GPT_OSS = {"T": 2, "E": 2, "K": 1, "H": 2880, "D": 0, "F": 2880, "Fs": 0, "Hp": 3072, "Dp": 0, "Fp": 3072}
 
@@ -56,8 +56,8 @@ VALUE_CASES = (
     _case("no-renorm", TINY, ("shared", "padded_hidden"), method="softmax_topk"),
     _case("tiny-bf16", TINY, ("shared", "padded_hidden"), dtype="bfloat16"),
     _case("nemotron-3-nano", NANO, ("shared", "padded_hidden", "padded_intermediate")),
-    _case("nemotron-3-nano-bf16", NANO, ("shared", "padded_hidden", "padded_intermediate"), dtype="bfloat16"),
-    _case("nemotron-3-nano-scale1", NANO, ("shared", "padded_hidden"), scale=1.0),
+    _case("nemotron-3-nano-bf16", NANO, ("shared", "padded_hidden", "padded_intermediate"), "full", dtype="bfloat16"),
+    _case("nemotron-3-nano-scale1", NANO, ("shared", "padded_hidden"), "full", scale=1.0),
     _case("nemotron-latent", NANO, ("shared", "latent", "padded_hidden")),
     _case("gpt-oss", GPT_OSS, ("padded_hidden", "padded_intermediate"), scale=1.0),
 )

@@ -39,10 +39,12 @@ class Value:
 
 def _project(weight: Tensor, x: Value, dtype: torch.dtype) -> Value:
     """weight @ x, accumulated in float32 in any order and stored in dtype."""
-    weight = weight.double()
-    accumulated = math.sqrt(x.exact.numel()) * unit_roundoff(torch.float32) * (weight.abs() @ x.exact.abs())
-    inherited = (weight.square() @ x.spread.square()).sqrt()
-    return Value(weight @ x.exact, torch.hypot(inherited, accumulated)).stored(dtype)
+    size = weight.float().abs()  # a bound needs few digits
+    magnitude = (size @ x.exact.abs().float()).double()
+    accumulated = math.sqrt(x.exact.numel()) * unit_roundoff(torch.float32) * magnitude
+    largest = float(x.spread.max()) or 1.0  # squares of spreads may underflow float32
+    inherited = (size.square_() @ (x.spread / largest).square().float()).double().sqrt() * largest
+    return Value(weight.double() @ x.exact, torch.hypot(inherited, accumulated)).stored(dtype)
 
 
 def _gated_mlp(x: Value, w13: Tensor, w2: Tensor, activation: str, dtype: torch.dtype) -> Value:
