@@ -35,8 +35,6 @@ BASE = "0.20.0"
 # The wheels pin a torch that PyPI does not have; this project's pins take the place of theirs.
 PINNED = ("torch", "triton", "transformers")
 REPLACED = {*PINNED, "torchaudio", "torchcodec", "torchvision", "triton-cpu"}
-# Of no release's metadata here, but some of their vision models cannot be imported without it.
-EXTRA = ("torchvision",)
 # What this project's wheel needs and vLLM's metadata does not bring.
 HARNESS = ("click", "packaging", "pytest", "pytest-xdist", "syrupy")
 # From good to bad: a case is as bad as its worst check, a class as its worst case.
@@ -152,7 +150,7 @@ def _pins() -> dict[str, str]:
 def _environment(cache: Path) -> Path:
     """The environment's python. A half-built one has no marker and is built again."""
     pins = [_pins()[name] for name in PINNED]
-    recipe = [sys.version, BASE, *pins, *EXTRA, *(_pins()[name] for name in HARNESS)]
+    recipe = [sys.version, BASE, *pins, *(_pins()[name] for name in HARNESS)]
     folder = cache / f"env-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]}"
     python, marker = folder / "bin" / "python", folder / "complete"
     if marker.exists():
@@ -164,7 +162,7 @@ def _environment(cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         wheel = _wheel(BASE, Path(scratch))
         harness = [_pins()[name] for name in HARNESS]
-        _run(*install, *pins, *EXTRA, *_requirements(wheel), *harness, what="installation of what vLLM needs")
+        _run(*install, *pins, *_requirements(wheel), *harness, what="installation of what vLLM needs")
         _run(*install, "--no-deps", wheel, what="installation of vLLM")
     _write(marker, "\n".join(recipe))
     return python

@@ -289,7 +289,7 @@ class Engine:
         raise Unsupported("capture_reader")
 
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
-        """The engine's own name, or names, for each checkpoint tensor of a model with this config, config.json's dict."""
+        """The engine's own name, or names, for each checkpoint tensor of a model with this config (a plain dict)."""
         raise Unsupported("remap")
 
     def load(self, folder: Path) -> Mapping[str, Tensor]:

@@ -98,7 +98,10 @@ class Judge:
         reason = probe() if probe else None
         if reason:
             raise Unavailable(reason)
-        self.adapter_file = importlib.import_module(cls.__module__).__file__
+        # An adapter is a file, or the folder of its package.
+        file = Path(importlib.import_module(cls.__module__).__file__ or "")
+        suites = importlib.import_module("moe_conformance.suites")
+        self.adapters = (file.parent if file.name == "__init__.py" else file, Path(suites.__path__[0]))
         self.engine = Judged(cls(), target.path)
         self.capabilities = {stage: frozenset(needs) for stage, needs in self.engine.capabilities().items()}
         self.broken = ""
@@ -129,15 +132,19 @@ class Judge:
         return Outcome(Verdict.PASS, facts=facts)
 
     def _is_adapters(self, error: Exception) -> bool:
-        """Whether the adapter or the suite broke, rather than the engine: the innermost frame of neither torch nor
-        the standard library decides."""
-        frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-        library = (str(Path(torch.__file__).parent), str(Path(traceback.__file__).parent))
-        own = [
-            name for name in frames if not name.startswith(library) or ("site-packages" in name and "torch" not in name)
-        ]
-        suites = str(Path(importlib.import_module("moe_conformance.suites").__path__[0]))
-        return bool(own) and (own[-1] == self.adapter_file or own[-1].startswith(suites))
+        """Whether the adapter or a suite broke, rather than the engine.
+
+        The innermost frame decides that lies in neither torch nor the standard library, where both end up.
+        """
+        frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        own = [frame for frame in frames if not _is_library(frame)]
+        return bool(own) and any(own[-1] == place or place in own[-1].parents for place in self.adapters)
+
+
+def _is_library(file: Path) -> bool:
+    standard, torch_folder = Path(traceback.__file__).parent, Path(torch.__file__).parent
+    in_standard = standard in file.parents and "site-packages" not in file.parts[len(standard.parts) :]
+    return in_standard or torch_folder in file.parents or not file.is_absolute()
 
 
 def _describe(error: BaseException) -> str:

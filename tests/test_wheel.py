@@ -1,0 +1,89 @@
+"""What is installed: one top-level package, with its data, that judges an engine from any folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# One build serves these tests.
+pytestmark = pytest.mark.xdist_group("wheel")
+
+# The adapter that the README prints, word for word.
+README_ADAPTER = (ROOT / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy: setuptools leaves a build folder beside what it builds.
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(folder / "source")],
+        check=True,
+    )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which the wheel comes before the checkout."""
+    site = tmp_path_factory.mktemp("site")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    return {**clean, "PYTHONPATH": str(site)}
+
+
+def test_the_wheel_installs_nothing_but_its_namespace(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].removesuffix(".dist-info").split("-")[0] for name in names} == {"moe_conformance"}
+    assert "moe_conformance/py.typed" in names
+    assert any(name.startswith("moe_conformance/golden/closure-capture/") for name in names)
+    modules = {name for name in names if name.endswith(".py")}
+    for folder, package in (("suites", "suites"), ("kernels", "kernels"), ("engines", "engines")):
+        here = {str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*.py")}
+        assert {f"moe_conformance/{package}/{name}" for name in here} <= modules
+
+
+def test_the_wheel_judges_the_reference_by_name_of_its_package(installed: dict[str, str], tmp_path: Path) -> None:
+    command = ["-m", "pytest", "--pyargs", "moe_conformance.suites", "--moe-engine", "reference", "--moe-tier", "smoke"]
+    done = subprocess.run(
+        [sys.executable, *command, "-q"], cwd=tmp_path, env=installed, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "reference" in done.stdout and " passed" in done.stdout and "failed" not in done.stdout
+    assert str(ROOT) not in done.stdout
+
+
+def test_the_readmes_adapter_is_judged_without_touching_this_package(
+    installed: dict[str, str], tmp_path: Path
+) -> None:
+    assert 0 < len(README_ADAPTER.splitlines()) < 60
+    (tmp_path / "my_engine.py").write_text(README_ADAPTER)
+    command = ["-m", "moe_conformance.cli", "run", "--engine", "my_engine:MyEngine", "-n", "0"]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=installed, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "my-engine" in done.stdout
+
+
+def test_a_fault_in_the_readmes_adapter_is_noticed(installed: dict[str, str], tmp_path: Path) -> None:
+    unpadded = "[..., :width]"
+    assert README_ADAPTER.count(unpadded) == 1
+    (tmp_path / "my_engine.py").write_text(README_ADAPTER.replace(unpadded, ""))
+    command = ["-m", "moe_conformance.cli", "run", "--engine", "my_engine:MyEngine", "--tier", "smoke", "-n", "0"]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=installed, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "must be cut before" in done.stdout
