@@ -109,15 +109,25 @@ def _run(*command: str | Path, what: str) -> str:
 
 def _wheel(version: str, folder: Path) -> Path:
     """Download the wheel of a release. Raises ClickException naming the releases there are, or what keeps us off."""
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
-    wanted = (*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", folder, f"{PACKAGE}=={version}")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    wanted = (
+        *pip,
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        folder,
+        f"{PACKAGE}=={version}",
+    )
     try:
         _run(*wanted, what=f"download of {PACKAGE} {version}")
     except click.ClickException as error:
         if "No matching distribution" not in error.message:
             raise
         # A package index that cannot be reached looks to pip like one without the release.
-        listed = subprocess.run([*map(str, pip), "index", "versions", PACKAGE], capture_output=True, text=True).stdout
+        listed = subprocess.run([*pip, "index", "versions", PACKAGE], capture_output=True, text=True).stdout
         there = re.search(r"Available versions: (.*)", listed)
         if there is None:
             raise click.ClickException(f"{PACKAGE}: no package index answers; is there a network?") from error

@@ -88,7 +88,7 @@ class Reference(Engine):
 
         return stage.HostStore(spec)
 
-    def capture_reader(self, address: object) -> CaptureReader:
+    def capture_reader(self, address: Any) -> CaptureReader:
         from moe_conformance.reference_impl import store as stage
 
         return stage.HostReader(address)
@@ -98,7 +98,7 @@ class Reference(Engine):
 
         return stage.remap(config, names)
 
-    def load(self, folder: Path) -> Mapping[str, Tensor]:
+    def load(self, folder: Path) -> dict[str, Tensor]:
         from moe_conformance.reference_impl import loading as stage
 
         return stage.load(folder)

@@ -201,7 +201,8 @@ class CaptureSession(Protocol):
 class CaptureStore(Protocol):
     """The host side: rows kept by slot, read from another process through the picklable `address`."""
 
-    address: object
+    @property
+    def address(self) -> object: ...
 
     def write(self, slots: Sequence[int], rows: Tensor) -> None: ...
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def poisoned_allocations() -> Iterator[None]:
     torch's own switch (torch.utils.deterministic.fill_uninitialized_memory), which works in deterministic mode only.
     The mode is set below torch.use_deterministic_algorithms, which would import Dynamo and Inductor, seconds of it.
     """
-    deterministic = torch.utils.deterministic
+    deterministic: Any = torch.utils.deterministic  # a module whose attributes exist only at run time
     was_on, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from moe_conformance.case import Case
 from moe_conformance.discovery import Target
-from moe_conformance.engine import STAGES, CaptureSpec, EngineInfo, LayerInputs, RouteInputs, RouterSpec, Rows
+from moe_conformance.engine import STAGES, EngineInfo
 from moe_conformance.errors import Nonconformance, Unavailable, Unsupported
-from moe_conformance.inputs import normal
+from moe_conformance.probe import probe
 from moe_conformance.verdict import Verdict
 
 # Inputs up to this many elements are compared byte for byte after a call; larger ones by torch's version counter,
@@ -33,10 +33,6 @@ class Outcome:
     facts: Any = None
 
 
-class ProbeFailure(Exception):
-    """The adapter is not what it declares to be."""
-
-
 class Judged:
     """An engine as checks see it: a stage it lacks raises Unsupported, and a call that writes into its inputs fails.
 
@@ -49,7 +45,8 @@ class Judged:
         self.info: EngineInfo = raw.info
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
-        return self.raw.capabilities()
+        offered: Mapping[str, frozenset[str]] = self.raw.capabilities()
+        return offered
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.raw, name, None)
@@ -94,8 +91,8 @@ class Judge:
 
     def __init__(self, target: Target) -> None:
         cls = target.load()
-        probe = getattr(cls, "missing", None)
-        reason = probe() if probe else None
+        missing = getattr(cls, "missing", None)
+        reason = missing() if missing else None
         if reason:
             raise Unavailable(reason)
         # An adapter is a file, or the folder of its package.
@@ -106,7 +103,7 @@ class Judge:
         self.capabilities = {stage: frozenset(needs) for stage, needs in self.engine.capabilities().items()}
         self.broken = ""
         try:
-            _probe(self.engine, self.capabilities)
+            probe(self.engine, self.capabilities)
         except Exception as error:
             self.broken = f"the adapter failed its probe: {_describe(error)}"
 
@@ -152,66 +149,3 @@ def _describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     trace = "\n".join(f"  {Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}" for f in frames)
     return f"{type(error).__name__}: {error}\n{trace}"
-
-
-def _probe(engine: Judged, capabilities: Mapping[str, frozenset[str]]) -> None:
-    """Three trivial cases, and capability honesty: declared stages answer, the others raise Unsupported."""
-    unknown = capabilities.keys() - set(STAGES)
-    if unknown:
-        raise ProbeFailure(f"capabilities: got {', '.join(sorted(unknown))}, want stages out of {', '.join(STAGES)}")
-    method = next(
-        (m for m in ("softmax_topk_renorm", "softmax_topk", "gemma4") if m in _methods(capabilities)), "gemma4"
-    )
-    scale = torch.ones(4) if method == "gemma4" else None
-    logits = normal((3, 4), "probe-logits")
-    trivial: dict[str, Any] = {
-        "route": RouteInputs(logits, 2, method, scale),  # type: ignore[arg-type]
-        "router_module": RouterSpec(method, 4, 2, 8, torch.float32),  # type: ignore[arg-type]
-        "layer": LayerInputs(
-            normal((3, 8), "probe-x"),
-            logits,
-            normal((4, 12, 8), "probe-w13"),
-            normal((4, 8, 6), "probe-w2"),
-            2,
-            method,
-            per_expert_scale=scale,  # type: ignore[arg-type]
-        ),
-        "capture_session": CaptureSpec(max_tokens=4, layers=2, top_k=2, experts=4),
-    }
-    for stage in STAGES:
-        if stage not in capabilities:
-            _must_refuse(engine, stage, trivial.get(stage))
-    if "route" in capabilities:
-        ids, weights = engine.route(trivial["route"])
-        if tuple(ids.shape) != (3, 2) or tuple(weights.shape) != (3, 2) or ids.is_floating_point():
-            raise ProbeFailure("route: want (integer ids [3, 2], weights [3, 2]) for three tokens and two experts each")
-    if "layer" in capabilities:
-        output = engine.layer(trivial["layer"])
-        if tuple(output.shape) != (3, 8):
-            raise ProbeFailure(f"layer: got {list(output.shape)}, want [3, 8]")
-    if "capture_session" in capabilities:
-        session = engine.capture_session(trivial["capture_session"])
-        ids = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
-        session.capture(0, ids, Rows("local", (2,)))
-        got = session.read(2)
-        session.close()
-        if tuple(got.shape) != (2, 2, 2):
-            raise ProbeFailure(f"capture_session: read gave {list(got.shape)}, want [tokens 2, layers 2, top-k 2]")
-
-
-def _methods(capabilities: Mapping[str, frozenset[str]]) -> frozenset[str]:
-    return frozenset().union(*(capabilities.get(stage, ()) for stage in ("route", "router_module", "layer")))
-
-
-def _must_refuse(engine: Judged, stage: str, argument: Any) -> None:
-    """A stage that is not declared must not answer."""
-    arity = {"describe": 1, "capture_shape": 2, "remap": 2}.get(stage, 1)
-    try:
-        getattr(engine, stage)(*[argument] * arity)
-    except Unsupported:
-        return
-    except Exception as error:
-        raise ProbeFailure(
-            f"{stage}: not declared, so calling it must raise Unsupported; it raised {type(error).__name__}: {error}"
-        ) from error
-    raise ProbeFailure(f"{stage}: not declared in capabilities, yet it answers; declare it, so that it is judged")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from moe_conformance.discovery import Target
@@ -49,7 +50,7 @@ class EngineProcess:
     def _start(self) -> dict[str, Any] | None:
         if self._unavailable is None:
             cls = self.target.load()
-            environment = getattr(cls, "environment", dict)()
+            environment: Mapping[str, str] = getattr(cls, "environment", dict)()
             self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, see close()
             # -P: the working directory must not come first on the path; discovery.extend_path appends it.
             # -u: what the engine printed before it died must not die in a buffer.
@@ -100,7 +101,8 @@ class EngineProcess:
 
     def _last_words(self) -> str:
         self._stderr.seek(0)
-        tail = self._stderr.read()[-4000:].strip().splitlines()[-15:]
+        lines = self._stderr.read()[-8000:].strip().splitlines()
+        tail = [line for line in lines if not line.startswith("Extension modules:")][-30:]
         return "; its last words:\n" + "\n".join(f"  {line}" for line in tail) if tail else ""
 
     def close(self) -> None:

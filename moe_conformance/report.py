@@ -23,7 +23,7 @@ from moe_conformance.verdict import Result, Verdict
 
 def run_facts() -> dict[str, Any]:
     """Where a run happens, found without importing anything heavy."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("torch", "triton", "transformers", "safetensors", "pytest"):
         try:
             packages[name] = version(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ class Session:
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
         if not hasattr(pyfuncitem.function, "moe_cases"):
             return None
-        target, case = pyfuncitem.callspec.params["engine"], pyfuncitem.callspec.params["case"]
+        params: Mapping[str, Any] = pyfuncitem.callspec.params
+        target: Target = params["engine"]
+        case: Case = params["case"]
         check = pyfuncitem.originalname.removeprefix("test_")
         started = time.perf_counter()
         outcome = self._ask(target, pyfuncitem, case)
@@ -167,7 +170,7 @@ def _all_known(what: str, got: list[str], there: Any) -> list[str]:
 def _engine_of(item: pytest.Item) -> str:
     callspec = getattr(item, "callspec", None)
     target = callspec.params.get("engine") if callspec else None
-    return getattr(target, "name", "")
+    return target.name if isinstance(target, Target) else ""
 
 
 def _is_empty(item: pytest.Item) -> bool:

@@ -48,4 +48,5 @@ def routed_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Ten
     x: [T, D]; w13: [E, 2F, D]; w2: [E, D, F]; ids: [T, K] int in [0, E); weights: [T, K] float32 or float64.
     returns [T, D] in x's dtype. Raises InputError for an id out of range.
     """
-    return torch.ops.moe_conformance.routed_experts(x, w13, w2, ids, weights, activation)
+    output: Tensor = torch.ops.moe_conformance.routed_experts(x, w13, w2, ids, weights, activation)
+    return output

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_conformance.engine import EngineInfo, LayerInputs
 
-PROBE_WIDTH = 8  # the probe's layer; the fakes behave there, so that they are judged
+PROBE_WIDTH = 32  # the probe's layer; the fakes behave there, so that they are judged
 
 
 class _Fake:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 from unittest.mock import patch
 
@@ -108,7 +109,7 @@ class ZeroForUnwrittenLayers(_WithParts):
 
 class CopiesTooLate(_WithParts):
     class session(Capturer):
-        def write(self, *arguments: Any) -> None:  # type: ignore[override]
+        def write(self, *arguments: Any) -> None:
             capture(*arguments)
             self.__dict__.setdefault("late", []).append(arguments)
 
@@ -174,7 +175,7 @@ class ReadsInSlotOrder(_WithParts):
 
 class ReaderTakesMemoryAlong(_WithParts):
     def capture_reader(self, address: Any) -> CaptureReader:
-        with patch.object(store_stage, "_attach", store_stage.SharedMemory):
+        with patch.object(store_stage, "_attach", SharedMemory):
             return HostReader(address)
 
 

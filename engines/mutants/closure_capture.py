@@ -55,6 +55,7 @@ class ProjectionKeepsTensor(Faulty):
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         handle = routing.build_router(spec)
         handle.module.__class__ = _KeptProjection
+        assert isinstance(handle.module, _KeptProjection)
         handle.module.kept = [handle.module.proj]  # a list hides it from named_parameters
         return handle
 

@@ -42,7 +42,7 @@ class LatentProjectsPadding(Faulty):
         def widened(x: Tensor, weight: Tensor) -> Tensor:
             return F.linear(x, padding.pad(weight, x.shape[-1]) if weight is inputs.latent_out else weight)
 
-        with patch.object(stage, "unpad", lambda x, width: x), patch.object(stage.F, "linear", widened):
+        with patch.object(stage, "unpad", lambda x, width: x), patch.object(F, "linear", widened):
             return super().layer(inputs)
 
 

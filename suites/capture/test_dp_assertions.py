@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 
 import torch
 
@@ -78,7 +79,7 @@ def test_wrong_row_counts_are_refused_by_number(engine: Engine, case: Case) -> N
             rows = Rows(case["kind"], step.counts, gather=lambda ids: torch.cat([ids] * step.tp))
             compare.refused(
                 f"{wrong} rows on rank dp{dp_rank} tp{tp_rank}, where {case['fits']} fit",
-                lambda ids=ids, rows=rows: session.capture(LAYERS - 1, ids, rows),
+                partial(session.capture, LAYERS - 1, ids, rows),
                 # One digit stands in any message.
                 mentions=[str(number) for number in (wrong, case["fits"]) if number > 9],
             )

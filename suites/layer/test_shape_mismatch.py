@@ -53,7 +53,8 @@ def on(inputs: LayerInputs, device: str) -> LayerInputs:
     if device == "cpu":
         return inputs
     values = {item.name: getattr(inputs, item.name) for item in fields(inputs)}
-    return replace(inputs, **{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)})
+    moved: dict[str, Any] = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
+    return replace(inputs, **moved)
 
 
 @check(VALUE_CASES)
@@ -87,7 +88,8 @@ def test_fake_tensors_have_the_true_shape(engine: Any, case: Case) -> dict[str, 
     inputs = on(build(case), engine.info.device)
     mode = FakeTensorMode()
     values = {item.name: getattr(inputs, item.name) for item in fields(inputs)}
-    fake = replace(inputs, **{n: mode.from_tensor(v) for n, v in values.items() if isinstance(v, Tensor)})
+    faked: dict[str, Any] = {n: mode.from_tensor(v) for n, v in values.items() if isinstance(v, Tensor)}
+    fake = replace(inputs, **faked)
     with mode:
         got = engine.raw.layer(fake)
     return {"shape": [int(size) for size in got.shape], "dtype": str(got.dtype)}
@@ -103,7 +105,8 @@ def test_the_whole_layer_compiles_without_a_graph_break(engine: Any, case: Case)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(x: Tensor, logits: Tensor) -> Tensor:
-        return engine.raw.layer(replace_inputs(inputs, x, logits))
+        output: Tensor = engine.raw.layer(replace_inputs(inputs, x, logits))
+        return output
 
     try:
         got = compiled(inputs.x, inputs.logits)

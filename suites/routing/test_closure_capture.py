@@ -162,7 +162,7 @@ def from_meta(s: Subject, x: Tensor) -> Any:
 
 
 def compiled(s: Subject, x: Tensor) -> Any:
-    compiled_module = torch.compile(s.module, backend="aot_eager")
+    compiled_module: Callable[[Tensor], Any] = torch.compile(s.module, backend="aot_eager")
     judge("the compiled router before the change", s.method, compiled_module(s.x(s.old)), s.hidden, s.old)
     s.module.get_parameter(s.name).copy_(s.value)
     return compiled_module(x)

@@ -110,19 +110,18 @@ LOAD = (
 LOAD_TWICE = (_load("packed", "-twice"), _load("plain", "-twice", shards=3))
 
 
-def _broken(style: str, damage: str) -> Case:
+def _broken(style: str, damage: str, tier: str = "core") -> Case:
     recipe = {"style": style, "widths": "distinct", "shards": 2, "shuffled": False, "damage": damage}
-    return Case(
-        f"load-gemma4-{style}-{damage}", "load", "load.refuse-broken", recipe, needs=frozenset(style.split("-"))
-    )
+    needs = frozenset(style.split("-"))
+    return Case(f"load-gemma4-{style}-{damage}", "load", "load.refuse-broken", recipe, tier, needs)
 
 
 BROKEN = (
-    _broken("plain", "missing-expert"),
+    _broken("plain", "missing-expert", "smoke"),
     _broken("moe", "missing-expert"),
     _broken("plain", "extra-expert"),
     _broken("plain", "short-expert"),
-    _broken("packed", "missing-layer"),
+    _broken("packed", "missing-layer", "smoke"),
     _broken("packed", "fewer-experts"),
     _broken("packed", "transposed"),
     _broken("packed", "missing-router-scale"),

@@ -83,8 +83,15 @@ def config(widths: str, multimodal: bool = False, layers: int = LAYERS, experts:
 def shapes(widths: str, layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that the hub's text model saves, packed and without a multimodal prefix."""
     hidden, intermediate = WIDTHS[widths]
-    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-    norms += ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2")
+    norms = (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+        "post_feedforward_layernorm_1",
+        "post_feedforward_layernorm_2",
+        "pre_feedforward_layernorm_2",
+    )
     layer = {
         "layer_scalar": (1,),
         "self_attn.q_proj.weight": (HEADS * HEAD_DIM, hidden),
@@ -161,7 +168,7 @@ def save(folder: Path, named: Mapping[str, Tensor], shards: int, shuffled: bool 
     if shards == 1:
         save_file({n: t.contiguous() for n, t in named.items()}, folder / "model.safetensors", metadata)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(_deal(list(named), shards, shuffled), 1):
         file = f"model-{number:05}-of-{shards:05}.safetensors"
         save_file({n: named[n].contiguous() for n in names}, folder / file, metadata)
