@@ -7,14 +7,14 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from moe_conformance.case import Case
 from moe_conformance.discovery import Target
-from moe_conformance.engine import STAGES, EngineInfo
+from moe_conformance.engine import STAGES, Engine, EngineInfo
 from moe_conformance.errors import Nonconformance, Unavailable, Unsupported
 from moe_conformance.probe import probe
 from moe_conformance.verdict import Verdict
@@ -103,7 +103,7 @@ class Judge:
         self.capabilities = {stage: frozenset(needs) for stage, needs in self.engine.capabilities().items()}
         self.broken = ""
         try:
-            probe(self.engine, self.capabilities)
+            probe(cast(Engine, self.engine), self.capabilities)
         except Exception as error:
             self.broken = f"the adapter failed its probe: {_describe(error)}"
 

@@ -237,7 +237,7 @@ NARROW = tuple(
         recipe={"experts": experts},
         needs=frozenset({"local"}),
     )
-    for experts in (128, 129, 255, 256, 257, 300, 512, 32768, 32769, 40000, 65536, 65537)
+    for experts in (128, 129, 255, 256, 257, 300, 512, 32768, 32769, 40000, 65536)
 )
 
 IDS_AS_THEY_COME = tuple(

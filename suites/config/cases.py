@@ -284,7 +284,6 @@ CAPTURE_REFUSED = (
         "Gemma4TextConfig",
     ),
     capture_refused("llama-dense", "config.refuse-dense", LLAMA, "LlamaConfig"),
-    capture_refused("gemma4-switched-off", "config.refuse-dense", DENSE_GEMMA4, "Gemma4TextConfig"),
 )
 
 CASES = DESCRIBED + CAPTURED + REFUSED + DENSE + CAPTURE_REFUSED
