@@ -183,11 +183,12 @@ def _in_suites(report: pytest.TestReport, config: pytest.Config) -> bool:
 
 
 def _shares() -> dict[str, str]:
-    """The engine process's part of the machine: one GPU, and its share of the cores."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    threads = (
-        {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
-    )
+    """The engine process's part of the machine: its GPU, and one compute thread.
+
+    Thread pools of several workers that spin on the same cores made small cases ten times slower when measured; a
+    caller's own OMP_NUM_THREADS stands.
+    """
+    threads = {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": "1"}
     return {**threads, **pinned(os.environ.get("PYTEST_XDIST_WORKER", "gw0"))}
 
 

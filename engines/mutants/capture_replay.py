@@ -66,6 +66,23 @@ class NarrowsTo16Bits(_WithParts):
                 self.buffer = self.buffer.short()
 
 
+class NegativeIdsAreExpertZero(_WithParts):
+    class session(Capturer):
+        @staticmethod
+        def write(ids: Tensor, *where: Any) -> None:
+            capture(ids.clamp(min=0), *where)
+
+
+class LayerZeroBeginsTheStep(_WithParts):
+    """A model whose first layer is dense never captures layer 0."""
+
+    class session(Capturer):
+        def _mark(self, layer_id: int, count: int) -> None:
+            self.step += layer_id == 0
+            self.rows_in_step.fill_(count)
+            self.step_of_layer[layer_id] = torch.where(self.rejected[layer_id] == 0, self.step, -1)
+
+
 class ChecksIdsAfterNarrowing(_WithParts):
     class session(Capturer):
         @staticmethod
@@ -207,12 +224,12 @@ def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
     return Mutant(engine, "capture-replay", fault, killed_by=(case, check))
 
 
-_STEPS = "test_each_step_shows_its_own_rows"
-_UNWRITTEN = "test_what_this_step_did_not_capture_is_unreadable"
-_LAYERS = "test_layer_ids_out_of_range_are_refused"
-_NARROW = "test_every_expert_id_survives_storage"
-_STRIDES = "test_ids_are_recorded_whatever_their_strides"
-_READER = "test_another_process_reads_each_tokens_rows"
+_STEPS = "each_step_shows_its_own_rows"
+_UNWRITTEN = "what_this_step_did_not_capture_is_unreadable"
+_LAYERS = "layer_ids_out_of_range_are_refused"
+_NARROW = "every_expert_id_survives_storage"
+_STRIDES = "ids_are_recorded_whatever_their_strides"
+_READER = "another_process_reads_each_tokens_rows"
 
 MUTANTS = (
     _mutant(NegativeLayerWraps, "counts negative layer ids from the end", "capture-layer-minus-one", _LAYERS),
@@ -220,10 +237,22 @@ MUTANTS = (
     _mutant(NarrowsTo8Bits, "keeps 8 bits of an id whatever E is", "capture-narrow-e257", _NARROW),
     _mutant(NarrowsTo16Bits, "keeps ids in int16 whatever E is", "capture-narrow-e40000", _NARROW),
     _mutant(
+        NegativeIdsAreExpertZero,
+        "records expert 0 for a negative id",
+        "capture-expert-minus-one",
+        "expert_ids_that_do_not_fit_are_refused",
+    ),
+    _mutant(
+        LayerZeroBeginsTheStep,
+        "takes layer 0 for the beginning of every step",
+        "capture-unwritten-first-layer-dense-shrinks",
+        _UNWRITTEN,
+    ),
+    _mutant(
         ChecksIdsAfterNarrowing,
         "narrows int64 ids to int32 before it checks their range",
         "capture-expert-two-to-32",
-        "test_expert_ids_that_do_not_fit_are_refused",
+        "expert_ids_that_do_not_fit_are_refused",
     ),
     _mutant(IgnoresShrunkSteps, "keeps a longer step's rows when a shorter comes", "capture-steps-shrink", _STEPS),
     _mutant(ReadsOnce, "gives a read's result again in the next step", "capture-steps-same", _STEPS),
@@ -246,31 +275,31 @@ MUTANTS = (
         OneBufferForAll,
         "has one buffer for all sessions",
         "capture-two-sessions",
-        "test_sessions_share_no_state",
+        "sessions_share_no_state",
     ),
     _mutant(
         NegativeSlotWraps,
         "counts negative slots from the end",
         "store-slot-minus-one",
-        "test_slots_out_of_range_are_refused",
+        "slots_out_of_range_are_refused",
     ),
     _mutant(
         StoresBytes,
         "keeps 8 bits of an id on the host",
         "store-narrow-e257",
-        "test_every_expert_id_survives_the_store",
+        "every_expert_id_survives_the_store",
     ),
     _mutant(
         StoreFilledWithZeros,
         "gives expert 0 for a slot never written",
         "store-unwritten-slots",
-        "test_slots_never_written_are_unreadable",
+        "slots_never_written_are_unreadable",
     ),
     _mutant(
         WritesFromTheFirstSlotOn,
         "writes to consecutive slots",
         "store-slots-of-chunks",
-        "test_slots_belong_to_one_token_at_a_time",
+        "slots_belong_to_one_token_at_a_time",
     ),
     _mutant(ReadsInSlotOrder, "reads slots in ascending order", "store-reader-in-another-process", _READER),
     _mutant(
@@ -283,12 +312,12 @@ MUTANTS = (
         WritesLayersWithoutLock,
         "writes layer after layer while somebody reads",
         "store-no-torn-rows",
-        "test_a_reader_never_sees_a_torn_row",
+        "a_reader_never_sees_a_torn_row",
     ),
     _mutant(
         KeepsReadersOpen,
         "serves the rows of an owner that is gone",
         "store-owner-closes",
-        "test_a_closed_store_cannot_be_opened",
+        "a_closed_store_cannot_be_opened",
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import RouterHandle, RouterSpec, Routing
@@ -41,8 +42,49 @@ class FirstCallIsCached(Faulty):
 
             def route(logits: Tensor) -> Routing:
                 if not kept:
-                    kept.append(router.per_expert_scale.float())
-                return routing.gemma4(logits, spec.top_k, kept[0].clone())
+                    kept.append(router.per_expert_scale.float().clone())
+                return routing.gemma4(logits, spec.top_k, kept[0])
+
+            return route
+
+        return _rewired(spec, rewire)
+
+
+class CachedUntilVersionChanges(Faulty):
+    """Weight loaders write through `.data`, which neither moves the tensor nor counts up its version."""
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        def rewire(router: routing.Router) -> Callable[[Tensor], Routing]:
+            kept: dict[object, Tensor] = {}
+
+            def route(logits: Tensor) -> Routing:
+                scale = router.per_expert_scale
+                if torch.compiler.is_compiling():
+                    return routing.gemma4(logits, spec.top_k, scale)
+                key = (scale.data_ptr(), scale._version, scale.dtype)
+                if key not in kept:
+                    kept.clear()
+                    kept[key] = scale.double().clone()
+                return routing.gemma4(logits, spec.top_k, kept[key])
+
+            return route
+
+        return _rewired(spec, rewire)
+
+
+class NewestRouterAnswers(Faulty):
+    """Functions made in a loop over layers all reach for the loop's variable: its last value."""
+
+    def __init__(self) -> None:
+        self.newest: routing.Router | None = None
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        def rewire(router: routing.Router) -> Callable[[Tensor], Routing]:
+            self.newest = router
+
+            def route(logits: Tensor) -> Routing:
+                assert self.newest is not None
+                return routing.gemma4(logits, spec.top_k, self.newest.per_expert_scale)
 
             return route
 
@@ -91,6 +133,18 @@ MUTANTS = (
         "closure-capture",
         "the scale is converted at the first call and kept",
         ("closure-gemma4-per-expert-scale-load-state-dict", _CHECK),
+    ),
+    Mutant(
+        CachedUntilVersionChanges,
+        "closure-capture",
+        "the scale is converted again only when its address or its version counter changes",
+        ("closure-gemma4-per-expert-scale-data-copy", _CHECK),
+    ),
+    Mutant(
+        NewestRouterAnswers,
+        "closure-capture",
+        "every routing closure reads the router that was built last",
+        ("closure-gemma4-per-expert-scale-another-router", _CHECK),
     ),
     Mutant(
         ProjectionKeepsTensor,

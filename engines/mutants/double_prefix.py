@@ -185,6 +185,22 @@ class ExtraExpertIgnored(Faulty):
             return super().load(folder)
 
 
+class UnknownTensorsSkipped(Faulty):
+    """What matches no parameter is left out without a word."""
+
+    def load(self, folder: Path) -> Loaded:
+        from moe_conformance.reference_impl import loading, remap
+
+        def tolerant(name: str) -> Any:
+            try:
+                return remap.parse(name)
+            except CheckpointError:
+                return None
+
+        with patch.object(loading, "parse", tolerant):
+            return super().load(folder)
+
+
 class ShapesUnchecked(Faulty):
     def load(self, folder: Path) -> Loaded:
         with patch("moe_conformance.reference_impl.loading._fits", lambda *_, **__: None):
@@ -254,6 +270,7 @@ MUTANTS = (
     _mutant(MissingExpertUnwritten, "leaves a missing expert unwritten", "load-gemma4-plain-missing-expert", _BROKEN),
     _mutant(RouterScaleDefaults, "fills in a router scale", "load-gemma4-packed-missing-router-scale", _BROKEN),
     _mutant(ExtraExpertIgnored, "ignores an expert that the config lacks", "load-gemma4-plain-extra-expert", _BROKEN),
+    _mutant(UnknownTensorsSkipped, "skips what it has no place for", "load-gemma4-packed-unknown-tensor", _BROKEN),
     _mutant(ShapesUnchecked, "takes any shape", "load-gemma4-packed-fewer-experts", _BROKEN),
     _mutant(TruncatedShardFilled, "fills a truncated shard with zeros", "load-gemma4-packed-truncated-shard", _BROKEN),
 )

@@ -103,11 +103,33 @@ class KeepsFirstStepsStart(_SeesOtherRows):
         return _only(ids, self.start, rows, spec)
 
 
+class KeepsStartWhileOwnCountLasts(_SeesOtherRows):
+    """As a graph captured for this rank's batch size would, whatever the other ranks have since."""
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        self.starts: dict[int, int] = {}
+        return super().capture_session(spec)
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        if rows.kind != "concatenated" or ids.shape[0] != sum(rows.counts):
+            return ids, rows
+        start = self.starts.setdefault(rows.counts[spec.dp_rank], sum(rows.counts[: spec.dp_rank]))
+        return _only(ids, min(start, ids.shape[0] - rows.counts[spec.dp_rank]), rows, spec)
+
+
+class IdleRankTakesAnySlices(_SeesOtherRows):
+    """The count is checked where rows are kept: a rank without tokens keeps none."""
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        idle = rows.kind.startswith("sequence") and not rows.counts[spec.dp_rank]
+        return _only(ids, 0, rows, spec) if idle else (ids, rows)
+
+
 def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
     return Mutant(engine, "dp-assertions", fault, killed_by=(case, check))
 
 
-_OWN, _REFUSED = "test_every_rank_records_its_own_rows", "test_wrong_row_counts_are_refused_by_number"
+_OWN, _REFUSED = "every_rank_records_its_own_rows", "wrong_row_counts_are_refused_by_number"
 
 MUTANTS = (
     _mutant(
@@ -150,7 +172,19 @@ MUTANTS = (
         KeepsFirstStepsStart,
         "keeps the first step's start of its rows",
         "capture-concatenated-counts-change",
-        "test_counts_may_change_between_steps",
+        "counts_may_change_between_steps",
+    ),
+    _mutant(
+        KeepsStartWhileOwnCountLasts,
+        "keeps the start of its rows until its own count changes",
+        "capture-concatenated-other-counts-change",
+        "counts_may_change_between_steps",
+    ),
+    _mutant(
+        IdleRankTakesAnySlices,
+        "takes any number of slices' rows on a rank without tokens",
+        "capture-sequence-gathered-wrong-count-no-tokens",
+        _REFUSED,
     ),
     _mutant(
         AcceptsAnyCount,

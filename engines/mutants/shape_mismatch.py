@@ -39,8 +39,10 @@ class LatentProjectsPadding(Faulty):
         if inputs.latent_out is None:
             return super().layer(inputs)
 
+        linear = F.linear
+
         def widened(x: Tensor, weight: Tensor) -> Tensor:
-            return F.linear(x, padding.pad(weight, x.shape[-1]) if weight is inputs.latent_out else weight)
+            return linear(x, padding.pad(weight, x.shape[-1]) if weight is inputs.latent_out else weight)
 
         with patch.object(stage, "unpad", lambda x, width: x), patch.object(F, "linear", widened):
             return super().layer(inputs)
@@ -70,6 +72,25 @@ class UninitialisedPadding(Faulty):
 
         with patch.object(stage, "pad", pad):
             return super().layer(inputs)
+
+
+class CutsFromTheEnd(Faulty):
+    """[:-n] with the number of padded columns, which is empty where there are none."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        def unpad(x: Tensor, width: int) -> Tensor:
+            return x[..., : width - x.shape[-1]] if inputs.padded_hidden else x
+
+        with patch.object(stage, "unpad", unpad):
+            return super().layer(inputs)
+
+
+class AccumulatorIsReturned(Faulty):
+    """float32 sums are cast to x's dtype where the shared output is added, and nowhere else."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        output = super().layer(inputs)
+        return output if inputs.shared_w13 is not None else output.float()
 
 
 class GraphBreaks(Faulty):
@@ -113,6 +134,18 @@ MUTANTS = (
         "shape-mismatch",
         "the padded input columns are never written",
         ("layer-tiny-padded-hidden", _CHECK),
+    ),
+    Mutant(
+        CutsFromTheEnd,
+        "shape-mismatch",
+        "a padded width that equals the true one cuts everything",
+        ("layer-aligned-padded-hidden-padded-intermediate", _CHECK),
+    ),
+    Mutant(
+        AccumulatorIsReturned,
+        "shape-mismatch",
+        "the output is float32 in a layer without shared expert",
+        ("layer-tiny-bf16-padded-hidden", _CHECK),
     ),
     Mutant(
         GraphBreaks,

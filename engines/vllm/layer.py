@@ -109,9 +109,9 @@ def _build(inputs: LayerInputs, experts: int, width: int) -> Any:
         "activation": _activation(inputs.activation),
         "custom_routing_function": functools.partial(_route, inputs),
     }
-    if inputs.shared_w13 is not None:
+    if inputs.shared_w13 is not None and inputs.shared_w2 is not None:
         offered["shared_experts"] = SharedExpert(inputs.shared_w13, inputs.shared_w2)
-    if inputs.latent_in is not None:
+    if inputs.latent_in is not None and inputs.latent_out is not None:
         offered["routed_input_transform"] = Projection(inputs.latent_in)
         offered["routed_output_transform"] = Projection(inputs.latent_out)
     if inputs.scale != 1:

@@ -187,7 +187,7 @@ def building(config: Any, dtype: torch.dtype) -> Iterator[None]:
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
 
     start()
-    select = getattr(method, "select_unquantized_moe_backend", None)
+    select: Any = getattr(method, "select_unquantized_moe_backend", None)
 
     def select_any(*args: Any, **kwargs: Any) -> Any:
         try:

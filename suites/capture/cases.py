@@ -18,6 +18,7 @@ COUNTS = {
     "dp2-none-last": (5, 0),
     "dp2-one-first": (1, 6),
     "dp2-none": (0, 0),
+    "dp3-none-last": (4, 5, 0),  # [-0:] is every rank's rows, more than this one has room for
     "dp4-equal": (3, 3, 3, 3),
     "dp4-unequal": (2, 7, 1, 5),
     "dp4-some-none": (0, 6, 0, 3),
@@ -87,6 +88,18 @@ MARKED_PADDING = tuple(
     for kind in SPLIT
 )
 
+# One expert a token, and a rank with one token: shapes that squeeze() and broadcasting change.
+ONE_EXPERT = tuple(
+    Case(
+        f"capture-{kind.replace('_', '-')}-one-expert-a-token",
+        stage="capture_session",
+        clause="rows.own",
+        recipe={"kind": kind, "counts": (1, 4), "tp": 2, "top_k": 1},
+        needs=frozenset({kind}),
+    )
+    for kind in (*WHOLE, *SPLIT)
+)
+
 # The layout may differ from layer to layer: dispatch is chosen per layer. kinds: of layers 0, 1, 2.
 CHANGING_LAYOUT = tuple(
     Case(
@@ -102,15 +115,20 @@ CHANGING_LAYOUT = tuple(
     }.items()
 )
 
-# Every rank has more tokens in the second step, so that only where they start can go wrong.
+# Every rank has more tokens in the second step, so that only where they start can go wrong. Or the middle rank has as
+# many as before, and what it kept by its own count starts elsewhere.
 CHANGING_COUNTS = tuple(
     Case(
-        f"capture-{kind.replace('_', '-')}-counts-change",
+        f"capture-{kind.replace('_', '-')}-{name}",
         stage="capture_session",
         clause="rows.own",
-        recipe={"kind": kind, "steps": ((2, 1, 3), (5, 4, 7)), "tp": 2},
+        recipe={"kind": kind, "steps": steps, "tp": 2},
         needs=frozenset({kind}),
     )
+    for name, steps in {
+        "counts-change": ((2, 1, 3), (5, 4, 7)),
+        "other-counts-change": ((2, 4, 3), (5, 4, 7)),
+    }.items()
     for kind in (*WHOLE, *SPLIT)
 )
 
@@ -150,16 +168,21 @@ WRONG_COUNT = tuple(
     for rank in (0, 1)
 )
 
-# A rank without tokens must refuse rows too.
+# A rank without tokens must refuse rows too. At two tensor-parallel ranks 134 rows are gathered.
 NO_TOKENS_WRONG_COUNT = tuple(
     Case(
         f"capture-{kind.replace('_', '-')}-wrong-count-no-tokens",
         stage="capture_session",
         clause="rows.refuse-count",
-        recipe={"kind": kind, "counts": (24, 0, 71, 38), "tp": 1, "rank": 1, "fits": fits, "wrong": (24, 71, 132, 134)},
+        recipe={"kind": kind, "counts": (24, 0, 71, 38), "tp": tp, "rank": 1, "fits": fits, "wrong": wrong},
         needs=frozenset({kind}),
     )
-    for kind, fits in {"concatenated": 133, "local": 0}.items()
+    for kind, tp, fits, wrong in (
+        ("concatenated", 1, 133, (24, 71, 132, 134)),
+        ("local", 1, 0, (24, 71, 132, 134)),
+        ("sequence_shard", 2, 0, (12, 36, 132, 135)),
+        ("sequence_gathered", 2, 134, (12, 36, 132, 135)),
+    )
 )
 
 # What is readable -------------------------------------------------------------------------------------------------
@@ -194,6 +217,9 @@ UNWRITTEN = tuple(
         ("layer-of-earlier-step", ((5, (0, 1, 2)), (3, (0, 2))), 3),
         ("layer-of-earlier-step-same-count", ((5, (0, 1, 2)), (5, (0, 2))), 5),
         ("step-without-tokens", ((5, (0, 1, 2)), (0, (0, 1, 2))), 5),
+        # A model whose first layer is dense never captures layer 0.
+        ("first-layer-dense-shrinks", ((5, (1, 2)), (3, (1,))), 3),
+        ("first-layer-dense-grows", ((3, (1, 2)), (5, (1, 2))), 6),
     )
 )
 
@@ -220,6 +246,8 @@ EXPERT_BOUNDS = tuple(
         needs=frozenset({"local", *needs}),
     )
     for name, expert_id, needs in (
+        ("minus-one", -1, {"expert_bounds"}),
+        ("minus-two-to-8", 7 - 2**8, {"expert_bounds"}),
         ("one-past", 250, {"expert_bounds"}),
         ("two-to-8", 2**8 + 7, set()),
         ("two-to-16", 2**16 + 7, set()),
@@ -274,6 +302,7 @@ STORE_OWNER_KILLED = (_store("owner-killed", "replay.other-process"),)
 STORE_OWNER_CLOSES = (_store("owner-closes", "replay.other-process"),)
 # Slots of three chunks of one prompt, with another request's in between, and slots that change hands.
 STORE_SLOTS = (_store("slots-of-chunks", "replay.only-real-rows"),)
+STORE_TWO = (_store("two-stores", "replay.only-real-rows"),)
 STORE_NARROW = tuple(_store(f"narrow-e{n}", "replay.narrow", experts=n) for n in (128, 256, 257, 40000))
 STORE_UNWRITTEN = (_store("unwritten-slots", "replay.only-real-rows", frozenset({"unwritten"})),)
 STORE_BOUNDS = tuple(
@@ -285,6 +314,7 @@ CASES = (
     *OWN_ROWS,
     *SPELLED_OUT,
     *MARKED_PADDING,
+    *ONE_EXPERT,
     *CHANGING_LAYOUT,
     *CHANGING_COUNTS,
     *WRONG_COUNT,
@@ -301,6 +331,7 @@ CASES = (
     *STORE_OWNER_KILLED,
     *STORE_OWNER_CLOSES,
     *STORE_SLOTS,
+    *STORE_TWO,
     *STORE_NARROW,
     *STORE_UNWRITTEN,
     *STORE_BOUNDS,

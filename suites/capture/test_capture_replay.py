@@ -29,6 +29,7 @@ from moe_conformance.suites.capture.cases import (
     STORE_READER,
     STORE_SLOTS,
     STORE_TORN,
+    STORE_TWO,
     STORE_UNWRITTEN,
     TWO_SESSIONS,
     UNWRITTEN,
@@ -77,11 +78,15 @@ def unreadable(what: str, read: Any, of: tuple[slice | int, ...]) -> None:
 
 @check(SMALLER_STEP)
 def test_each_step_shows_its_own_rows(engine: Engine, case: Case) -> None:
+    """And what was read of the step before stays as it was read."""
+    before, read = 0, torch.zeros(0, LAYERS, TOP_K)
     with closing(engine.capture_session(spec_of(9))) as session:
         for step, tokens in enumerate(case["steps"]):
             capture_step(session, step, tokens)
+            compare.equal(f"earlier read of step {step - 1}", read, record_of(step - 1, before))
             for asked in range(tokens, -1, -1):
                 compare.equal(f"{asked} rows of step {step}", session.read(asked), record_of(step, tokens)[:asked])
+            before, read = tokens, session.read(tokens)
 
 
 @check(UNWRITTEN)
@@ -282,8 +287,24 @@ def test_slots_belong_to_one_token_at_a_time(engine: Engine, case: Case) -> None
         store.write([], prompt[:0].int())
         store.write([7, 10, 3], prompt[3:].int())
         with closing(engine.capture_reader(store.address)) as reader:
-            compare.equal("the prompt's rows", reader.read([9, 4, 1, 7, 10, 3]), prompt)
+            read = reader.read([9, 4, 1, 7, 10, 3])
+            compare.equal("the prompt's rows", read, prompt)
             compare.equal("the slot that the other request kept", reader.read([0]), other[2:])
+            store.write([9, 4, 1], other.int())
+            compare.equal("the prompt's rows, read before its slots changed hands", read, prompt)
+
+
+@check(STORE_TWO)
+def test_stores_share_no_memory(engine: Engine, case: Case) -> None:
+    """Two engines on one host: each reader sees its own store, also when the other one has closed."""
+    one, other = record_of(0, len(SLOTS)), record_of(1, len(SLOTS))
+    with closing(engine.capture_store(spec_of(11))) as kept:
+        with closing(engine.capture_store(spec_of(11))) as closed:
+            kept.write(SLOTS, one.int())
+            closed.write(SLOTS, other.int())
+            compare.equal("slots of the first store", read_slots(engine, kept.address, SLOTS), one)
+            compare.equal("slots of the second store", read_slots(engine, closed.address, SLOTS), other)
+        compare.equal("slots of the first store, the second closed", read_slots(engine, kept.address, SLOTS), one)
 
 
 @check(STORE_NARROW)
@@ -301,6 +322,16 @@ def test_slots_never_written_are_unreadable(engine: Engine, case: Case) -> None:
         store.write(SLOTS, record_of(0, len(SLOTS)).int())
         for slot in sorted(set(range(11)) - set(SLOTS)):
             unreadable(f"slot {slot}", lambda slot=slot: read_slots(engine, store.address, [slot]), (slice(None),))
+
+        # A slot's next owner did not capture layer 1; that of the owner before must not show through.
+        rows = record_of(1, len(SLOTS)).int()
+        rows[:, 1] = -1
+
+        def write_and_read() -> Tensor:
+            store.write(SLOTS, rows)
+            return read_slots(engine, store.address, SLOTS)
+
+        unreadable("layer 1 written as -1", write_and_read, (slice(None), 1))
 
 
 @check(STORE_BOUNDS)

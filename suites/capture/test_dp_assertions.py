@@ -15,17 +15,18 @@ from moe_conformance.suites.capture.cases import (
     CHANGING_LAYOUT,
     MARKED_PADDING,
     NO_TOKENS_WRONG_COUNT,
+    ONE_EXPERT,
     OWN_ROWS,
     SPELLED_OUT,
     WRONG_COUNT,
     tp_ranks_judged,
 )
-from moe_conformance.suites.capture.simulated_ranks import LAYERS, SimulatedStep, capture_step
+from moe_conformance.suites.capture.simulated_ranks import LAYERS, TOP_K, SimulatedStep, capture_step
 
 
-@check(OWN_ROWS + MARKED_PADDING)
+@check(OWN_ROWS + MARKED_PADDING + ONE_EXPERT)
 def test_every_rank_records_its_own_rows(engine: Engine, case: Case) -> None:
-    step = SimulatedStep(case["counts"], case["tp"], case.recipe.get("padding"))
+    step = SimulatedStep(case["counts"], case["tp"], case.recipe.get("padding"), case.recipe.get("top_k", TOP_K))
     for dp_rank, count in enumerate(step.counts):
         for tp_rank in tp_ranks_judged(case["kind"], count, step.tp):
             with closing(engine.capture_session(step.spec(dp_rank, tp_rank))) as session:

@@ -53,6 +53,18 @@ VARIANTS = (
     described("llama4-moe-layers", flat_keys("llama4") | {"moe_layers": [2, 3, 8]}, "Llama4TextConfig"),
     described("qwen2-moe-every-layer", flat_keys("qwen2-moe") | {"decoder_sparse_step": 1}, "Qwen2MoeConfig"),
     described("ernie4-5-moe-to-last", flat_keys("ernie4-5-moe") | {"moe_layer_end_index": -1}, "Ernie4_5_MoeConfig"),
+    # The first and the last layer of the window have experts: both ends are inside.
+    described(
+        "ernie4-5-moe-window-ends",
+        flat_keys("ernie4-5-moe") | {"moe_layer_start_index": 3, "moe_layer_end_index": 5},
+        "Ernie4_5_MoeConfig",
+    ),
+    described(
+        "switch-transformers-every-layer",
+        flat_keys("switch-transformers") | {"num_sparse_decoder_layers": LAYERS},
+        "SwitchTransformersConfig",
+    ),
+    described("nllb-moe-dense-encoder", flat_keys("nllb-moe") | {"encoder_sparse_step": 0}, "NllbMoeConfig"),
     described("nemotron-h-no-latent", flat_keys("nemotron-h") | {"moe_latent_size": None}, "NemotronHConfig"),
     described(
         "ernie4-5-moe-no-shared", flat_keys("ernie4-5-moe") | {"moe_num_shared_experts": 0}, "Ernie4_5_MoeConfig"
@@ -66,6 +78,14 @@ VARIANTS = (
         "longcat-flash-no-zero-experts", flat_keys("longcat-flash") | {"zero_expert_num": 0}, "LongcatFlashConfig"
     ),
 )
+# Sizes at the top that the model does not read, beside those of its text_config.
+ROOT_DIFFERS: Keys = {
+    "model_type": "qwen3_vl_moe",
+    "text_config": flat_keys("qwen3-vl-moe"),
+    "num_experts": EXPERTS + 2,
+    "num_experts_per_tok": TOP_K + 2,
+    "num_hidden_layers": LAYERS + 2,
+}
 # What lies on the hub: legacy keys that a config class turns into its own, aliases, a text config without its type.
 HUB = (
     described("axk1-hub", flat("axk1", "axk1", TYPES, first_k_dense_replace=2, moe_layer_freq=3)),
@@ -98,10 +118,19 @@ HUB = (
         "mistral-large4-hub", flat("mistral-large4", "mistral_large4_text", TYPES, first_k_dense_replace=LEADING_DENSE)
     ),
     described("qwen3-moe-hub", flat("qwen3-moe", "qwen3_moe")),
+    described("qwen3-vl-moe-root-differs", ROOT_DIFFERS),
     described("qwen3-vl-moe-hub", {"model_type": "qwen3_vl_moe", "text_config": flat_keys("qwen3-vl-moe")}),
     described(
         "step3p7-hub",
         {"model_type": "step3p7", "text_config": flat("step3p7", "step3p5", TYPES, moe_layers_enum="2,4,7")},
+    ),
+    described(
+        "step3p7-hub-list",
+        {"model_type": "step3p7", "text_config": flat("step3p7", "step3p5", TYPES, moe_layers_enum=[2, 4, 7])},
+    ),
+    described(
+        "unlimited-ocr-language-config",
+        {"model_type": "unlimited_ocr", "language_config": flat("unlimited-ocr", "unlimited_ocr_text")},
     ),
     described(
         "unlimited-ocr-hub", flat("unlimited-ocr", "unlimited_ocr_text", TYPES, first_k_dense_replace=LEADING_DENSE)
@@ -112,8 +141,8 @@ DESCRIBED = FLAT + NESTED + VARIANTS + HUB
 SAVED = tuple(case for case in DESCRIBED if case.recipe.get("class") not in (None, "Qwen3OmniMoeTalkerConfig"))
 
 
-def captured(slug: str, keys: Keys, config_class: str = "", top_k: int = TOP_K) -> Case:
-    want = {"layers": LAYERS, "top_k": top_k, "experts": EXPERTS}
+def captured(slug: str, keys: Keys, config_class: str = "") -> Case:
+    want = {"layers": LAYERS, "top_k": TOP_K, "experts": EXPERTS}
     recipe: dict[str, Any] = {"keys": keys, "want": want} | ({"class": config_class} if config_class else {})
     tier = "smoke" if slug.startswith("gemma4") else "core"
     return Case(
@@ -141,6 +170,7 @@ CAPTURED = (
         for slug in ("aria", "gemma4", "llama4", "qwen3-omni-thinker", "qwen3-vl-moe")
     ),
     captured("hunyuan-v1-moe-top-k-list", flat_keys("hunyuan-v1-moe") | {"moe_topk": UNEVEN}, "HunYuanMoEV1Config"),
+    captured("qwen3-vl-moe-root-differs", ROOT_DIFFERS),
     captured("qwen3-moe-hub", flat("qwen3-moe", "qwen3_moe")),
     captured("kimi-linear-hub", flat("kimi-linear", "kimi_linear", TYPES, first_k_dense_replace=LEADING_DENSE)),
 )

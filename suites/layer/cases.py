@@ -11,6 +11,10 @@ from moe_conformance.case import Case
 TINY = {"T": 7, "E": 5, "K": 3, "H": 20, "D": 12, "F": 10, "Fs": 14, "Hp": 24, "Dp": 16, "Fp": 16}
 # 2F = H and D = F: an orientation or a width guessed from a coincidence shows here.
 EQUAL = {"T": 8, "E": 8, "K": 2, "H": 16, "D": 8, "F": 8, "Fs": 16, "Hp": 32, "Dp": 16, "Fp": 16}
+# Widths that need no padding: nothing is to be cut, and [:-0] is empty.
+ALIGNED = {**TINY, "Hp": 20, "Dp": 12, "Fp": 10}
+# More tokens than a chunk or a tile has, and not a multiple of one; K far from E and from the small K above.
+MANY = {**TINY, "T": 131, "E": 11, "K": 8}
 # Nemotron-3-Nano as TRT-LLM's NVFP4 experts see it: 2688 and 1856 go to multiples of 256 (vllm#40794).
 NANO = {"T": 2, "E": 2, "K": 1, "H": 2688, "D": 1024, "F": 1856, "Fs": 3712, "Hp": 2816, "Dp": 1280, "Fp": 2048}
 # gpt-oss: 2880 goes to 3072, and the layer has neither a shared expert nor a latent projection (vllm#40865).
@@ -46,7 +50,8 @@ PADDED = [parts for parts in EIGHT if "padded_hidden" in parts]
 VALUE_CASES = (
     *(_case("tiny", TINY, parts, "smoke" if "padded_hidden" in parts else "core") for parts in EIGHT),
     *(_case("tiny-scale1", TINY, parts, scale=1.0) for parts in EIGHT),
-    *(_case("equal", EQUAL, parts) for parts in PADDED),
+    *(_case("equal", EQUAL, parts) for parts in EIGHT),
+    *(_case("aligned", ALIGNED, (*parts, "padded_intermediate")) for parts in PADDED),
     *(_case("zero-tokens", TINY, parts, tokens=0) for parts in PADDED),
     *(_case("one-token", TINY, parts, tokens=1) for parts in PADDED),
     *(_case("both", TINY, (*parts, "padded_intermediate")) for parts in PADDED),
@@ -54,7 +59,8 @@ VALUE_CASES = (
     _case("gemma4", TINY, ("shared", "padded_hidden"), method="gemma4", activation="gelu_tanh"),
     _case("gemma4", TINY, (), method="gemma4", activation="gelu_tanh", scale=1.0),
     _case("no-renorm", TINY, ("shared", "padded_hidden"), method="softmax_topk"),
-    _case("tiny-bf16", TINY, ("shared", "padded_hidden"), dtype="bfloat16"),
+    *(_case("tiny-bf16", TINY, parts, dtype="bfloat16") for parts in EIGHT),
+    _case("many-tokens", MANY, ("shared", "latent", "padded_hidden")),
     _case("nemotron-3-nano", NANO, ("shared", "padded_hidden", "padded_intermediate")),
     _case("nemotron-3-nano-bf16", NANO, ("shared", "padded_hidden", "padded_intermediate"), "full", dtype="bfloat16"),
     _case("nemotron-3-nano-scale1", NANO, ("shared", "padded_hidden"), "full", scale=1.0),

@@ -72,9 +72,8 @@ class Subject:
 
     def __init__(self, engine: Any, case: Case) -> None:
         self.method, tensor = case["method"], case["tensor"]
-        self.handle: RouterHandle = engine.router_module(
-            RouterSpec(self.method, EXPERTS, TOP_K, HIDDEN, torch.float32, EPS)
-        )
+        self.build = lambda: engine.router_module(RouterSpec(self.method, EXPERTS, TOP_K, HIDDEN, torch.float32, EPS))
+        self.handle: RouterHandle = self.build()
         if tensor not in self.handle.tensors:
             raise Unsupported(f"this router takes {self.handle.takes} and has no tensor {tensor}")
         self.device = torch.device(engine.info.device)
@@ -85,6 +84,7 @@ class Subject:
         self.name, self.value = self.handle.tensors[tensor], self.new[tensor].to(self.device)
         for canonical, name in self.handle.tensors.items():
             self.module.get_parameter(name).copy_(self.old[canonical])
+        self.module.eval()  # as for inference: what a module folds then must not stay either
 
     def x(self, tensors: Tensors) -> Tensor:
         """Hidden states, or the logits that these values make of them."""
@@ -116,7 +116,15 @@ def data_swap(s: Subject, x: Tensor) -> Any:
     return s.module(x)
 
 
+def data_copy(s: Subject, x: Tensor) -> Any:
+    """As weight loaders do: neither the Parameter nor its address nor its version counter changes."""
+    s.module.get_parameter(s.name).data.copy_(s.value)
+    return s.module(x)
+
+
 def load_state_dict(s: Subject, x: Tensor) -> Any:
+    s.module.load_state_dict(copy.deepcopy(s.module.state_dict()))  # a later load counts, too
+    s.module(x)
     s.module.load_state_dict(s.state())
     s.module(x)
     s.module.load_state_dict(s.state())  # loading twice equals loading once
@@ -154,6 +162,17 @@ def deepcopy(s: Subject, x: Tensor) -> Any:
     return answer
 
 
+def another_router(s: Subject, x: Tensor) -> Any:
+    """A model has a router in every layer: each answers with its own values, whichever was built last."""
+    other = s.build()
+    module = other.module.requires_grad_(False)
+    for canonical, name in other.tensors.items():
+        module.get_parameter(name).copy_(s.new[canonical])
+    answer = module.eval()(x)
+    judge("the first router after another was built", s.method, s.module(s.x(s.old)), s.hidden, s.old)
+    return answer
+
+
 def from_meta(s: Subject, x: Tensor) -> Any:
     state = s.state()
     s.module.to("meta").to_empty(device=s.device)
@@ -184,11 +203,13 @@ CHANGES: dict[str, Callable[[Subject, Tensor], Any]] = {
         replaced_parameter,
         in_place_update,
         data_swap,
+        data_copy,
         load_state_dict,
         load_state_dict_assign,
         to_dtype,
         to_dtype_overwrite,
         deepcopy,
+        another_router,
         from_meta,
         compiled,
         compiled_functional_call,

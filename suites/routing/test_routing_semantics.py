@@ -102,12 +102,16 @@ def shaped(what: str, inputs: RouteInputs, answer: Any) -> Routing:
     return Routing(ids.detach().cpu().long(), weights.detach().cpu())
 
 
-def judge(what: str, inputs: RouteInputs, answer: Routing) -> None:
-    """Ids must be a top K of these logits up to ties, weights what float64 gives at the reported ids."""
+def judge(what: str, inputs: RouteInputs, answer: Routing, shift: float = 0.0) -> None:
+    """Ids must be a top K of these logits up to ties, weights what float64 gives at the reported ids.
+
+    shift: what the engine had added to all logits. One that computes exp(l - logsumexp) rounds a number of its size,
+    once, and that error of an exponent is a relative error of every weight.
+    """
     logits = inputs.logits.double()
     if not logits.shape[0]:
         return
-    roundings = softmax_weights(logits, inputs.top_k)
+    roundings = softmax_weights(logits, inputs.top_k) + 2 * abs(shift)
 
     # Scores are compared as logits: a relative error of a score is an absolute one of its logarithm. Scores below the
     # smallest normal float32 may all be flushed to zero, and then tie; the softmax's denominator is at most E.
@@ -149,7 +153,7 @@ def test_a_constant_added_to_all_logits_changes_nothing(engine: Any, case: Case)
     for shift in (SHIFT[inputs.logits.dtype], -SHIFT[inputs.logits.dtype]):
         shifted = replace(inputs, logits=inputs.logits + shift)
         what = f"route of logits {shift:+g}"
-        judge(what, inputs, shaped(what, shifted, engine.route(shifted)))
+        judge(what, inputs, shaped(what, shifted, engine.route(shifted)), shift)
 
 
 @check(UNIQUE_CASES)

@@ -83,7 +83,10 @@ WIDTHS = {"distinct": (64, 48), "square-gate-up": (64, 32), "square-down": (64, 
 
 
 def _load(style: str, tail: str = "", tier: str = "core", **recipe: object) -> Case:
-    """widths: key into WIDTHS. shards: 1 means a single file without index. shuffled: tensors dealt out by turns."""
+    """widths: key into WIDTHS. shards: 1 means a single file without index. shuffled: tensors dealt out by turns.
+
+    layers: how many, if not few. stale_file: another checkpoint's shard lies beside, which the index does not name.
+    """
     defaults = {"style": style, "widths": "distinct", "shards": 2, "shuffled": False}
     recipe = defaults | recipe
     return Case(f"load-gemma4-{style}{tail}", "load", "load.whole", recipe, tier, frozenset(style.split("-")))
@@ -95,6 +98,8 @@ LOAD = (
     _load("packed", "-square-gate-up", widths="square-gate-up"),
     _load("packed", "-square-down", widths="square-down"),
     _load("packed", "-shuffled", shards=3, shuffled=True),
+    _load("packed", "-eleven-layers", layers=11),
+    _load("packed", "-stale-file", stale_file=True),
     _load("plain", "-one-file", shards=1),
     _load("plain", "-shuffled", shards=3, shuffled=True),
     _load("plain", "-square-gate-up", widths="square-gate-up"),
@@ -121,6 +126,13 @@ BROKEN = (
     _broken("moe", "missing-expert"),
     _broken("plain", "extra-expert"),
     _broken("plain", "short-expert"),
+    _broken("plain", "wide-expert"),
+    _broken("plain", "unknown-suffix"),
+    _broken("packed", "unknown-tensor"),
+    _broken("packed", "unknown-router-tensor"),
+    _broken("packed", "extra-layer"),
+    _broken("packed", "more-experts"),
+    _broken("packed", "router-transposed"),
     _broken("packed", "missing-layer", "smoke"),
     _broken("packed", "fewer-experts"),
     _broken("packed", "transposed"),

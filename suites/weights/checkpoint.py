@@ -21,6 +21,7 @@ from moe_conformance.suites.weights.cases import PARTS, ROUTER, WIDTHS, spell, s
 LAYERS = 3
 EXPERTS = 11  # two digits, and not a power of two
 HEADS, HEAD_DIM, VOCAB, DENSE = 2, 32, 128, 96
+STALE = "model-00003-of-00003.safetensors"  # the last in any order of names
 
 
 def config(widths: str, multimodal: bool = False, layers: int = LAYERS, experts: int = EXPERTS) -> dict[str, Any]:
@@ -114,16 +115,17 @@ def shapes(widths: str, layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
     return named | {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
 
 
-def tensors(widths: str, seed: str) -> dict[str, Tensor]:
+def tensors(widths: str, seed: str, layers: int = LAYERS) -> dict[str, Tensor]:
     """The tensors of `shapes`, hashed, bfloat16."""
-    return {name: normal(shape, f"{seed} {name}", torch.bfloat16, std=0.125) for name, shape in shapes(widths).items()}
+    named = shapes(widths, layers)
+    return {name: normal(shape, f"{seed} {name}", torch.bfloat16, std=0.125) for name, shape in named.items()}
 
 
-def styled(packed: Mapping[str, Tensor], style: str) -> dict[str, Tensor]:
+def styled(packed: Mapping[str, Tensor], style: str, layers: int = LAYERS) -> dict[str, Tensor]:
     """The same tensors under the names, and in the pieces, of a naming style."""
     words = style.split("-")
     renamed = dict(packed)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         block = f"model.layers.{layer}"
         gate_up, down = renamed.pop(f"{block}.experts.gate_up_proj"), renamed.pop(f"{block}.experts.down_proj")
         router = {part: renamed.pop(f"{block}.router.{part}") for part in ROUTER}
@@ -179,13 +181,16 @@ def save(folder: Path, named: Mapping[str, Tensor], shards: int, shuffled: bool 
 
 def write(folder: Path, recipe: Mapping[str, Any], seed: str = "checkpoint") -> dict[str, Tensor]:
     """Write the checkpoint of a `load` case, damaged if the recipe says so; return what a load must give."""
-    packed = tensors(recipe["widths"], seed)
-    named = styled(packed, recipe["style"])
+    widths, style, layers = recipe["widths"], recipe["style"], recipe.get("layers", LAYERS)
+    packed = tensors(widths, seed, layers)
+    named = styled(packed, style, layers)
     damage = recipe.get("damage")
     if damage in _TENSOR_DAMAGE:
-        _TENSOR_DAMAGE[damage](named, recipe["style"])
-    (folder / "config.json").write_text(json.dumps(config(recipe["widths"], "multimodal" in recipe["style"]), indent=2))
+        _TENSOR_DAMAGE[damage](named, style)
+    (folder / "config.json").write_text(json.dumps(config(widths, "multimodal" in style, layers), indent=2))
     save(folder, named, recipe["shards"], recipe["shuffled"])
+    if recipe.get("stale_file"):
+        save_file(styled(tensors(widths, "stale"), style), folder / STALE, {"format": "pt"})
     # The experts of the last layer lie in the last shard.
     last = folder / f"model-{recipe['shards']:05}-of-{recipe['shards']:05}.safetensors"
     if damage == "missing-shard":
@@ -212,6 +217,39 @@ def _short_expert(named: dict[str, Tensor], style: str) -> None:
     named[name] = named[name][:, :-16]
 
 
+def _wide_expert(named: dict[str, Tensor], style: str) -> None:
+    name = spell(style, 1, "down_proj", EXPERTS - 1)
+    named[name] = torch.cat([named[name], named[name][:, :16]], dim=1)
+
+
+def _unknown_suffix(named: dict[str, Tensor], style: str) -> None:
+    named[spell(style, 1, "up_proj", 0, "weight_offset")] = named[spell(style, 1, "up_proj", 0)].clone()
+
+
+def _unknown_tensor(named: dict[str, Tensor], style: str) -> None:
+    named[spell(style, 1, "side_proj")] = named[spell(style, 1, "down_proj")].clone()
+
+
+def _unknown_router_tensor(named: dict[str, Tensor], style: str) -> None:
+    named[spell_router(style, 1, "offset")] = named[spell_router(style, 1, "scale")].clone()
+
+
+def _extra_layer(named: dict[str, Tensor], style: str) -> None:
+    for part in ("gate_up_proj", "down_proj"):
+        named[spell(style, LAYERS, part)] = named[spell(style, 1, part)].clone()
+
+
+def _more_experts(named: dict[str, Tensor], style: str) -> None:
+    for part in ("gate_up_proj", "down_proj"):
+        name = spell(style, 1, part)
+        named[name] = torch.cat([named[name], named[name][:1]])
+
+
+def _router_transposed(named: dict[str, Tensor], style: str) -> None:
+    name = spell_router(style, 1, "proj.weight")
+    named[name] = named[name].T
+
+
 def _missing_layer(named: dict[str, Tensor], style: str) -> None:
     del named[spell(style, 1, "gate_up_proj")]
 
@@ -234,6 +272,13 @@ _TENSOR_DAMAGE = {
     "missing-expert": _missing_expert,
     "extra-expert": _extra_expert,
     "short-expert": _short_expert,
+    "wide-expert": _wide_expert,
+    "unknown-suffix": _unknown_suffix,
+    "unknown-tensor": _unknown_tensor,
+    "unknown-router-tensor": _unknown_router_tensor,
+    "extra-layer": _extra_layer,
+    "more-experts": _more_experts,
+    "router-transposed": _router_transposed,
     "missing-layer": _missing_layer,
     "fewer-experts": _fewer_experts,
     "transposed": _transposed,

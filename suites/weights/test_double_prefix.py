@@ -139,6 +139,23 @@ def test_two_tensors_never_share_a_target(engine: Engine, case: Case) -> None:
         if expert is None and suffix and len(targets) > 1:
             copies = 2 if tensor[1] == "gate_up_proj" else 1
             compare.same(f"names that {named[tensor].name} unpacks to", len(set(targets)), EXPERTS * copies)
+    # Attention, norms and the dense MLP, whose parts are called as an expert's.
+    beside = _beside(case["style"])
+    for name, targets in engine.remap(_config(case["style"]), beside).items():
+        for target in targets:
+            if target in owner:
+                raise Nonconformance(f"{target}: got both {owner[target]} and {name}, want one of them")
+
+
+def _beside(style: str) -> list[CheckpointName]:
+    """The tensors of two layers that are neither experts nor router."""
+    named = checkpoint.shapes("distinct", 2)
+    prefix = "model.language_model." if "multimodal" in style else "model."
+    return [
+        CheckpointName(prefix + name.removeprefix("model."), shape)
+        for name, shape in named.items()
+        if ".experts." not in name and ".router." not in name
+    ]
 
 
 @check(IDEMPOTENT)
