@@ -64,7 +64,7 @@ VALUE_CASES = (
     _case("nemotron-3-nano", NANO, ("shared", "padded_hidden", "padded_intermediate")),
     _case("nemotron-3-nano-bf16", NANO, ("shared", "padded_hidden", "padded_intermediate"), "full", dtype="bfloat16"),
     _case("nemotron-3-nano-scale1", NANO, ("shared", "padded_hidden"), "full", scale=1.0),
-    _case("nemotron-latent", NANO, ("shared", "latent", "padded_hidden")),
+    _case("nemotron-latent", NANO, ("shared", "latent", "padded_hidden"), "full"),
     _case("gpt-oss", GPT_OSS, ("padded_hidden", "padded_intermediate"), scale=1.0),
 )
 

@@ -95,7 +95,7 @@ def test_fake_tensors_have_the_true_shape(engine: Any, case: Case) -> dict[str, 
     return {"shape": [int(size) for size in got.shape], "dtype": str(got.dtype)}
 
 
-@check(case for case in TRACE_CASES if "padded_intermediate" not in case["parts"])  # a second each
+@check(case for case in TRACE_CASES if "padded_intermediate" in case["parts"])  # half a second each
 @torch.no_grad()
 def test_the_whole_layer_compiles_without_a_graph_break(engine: Any, case: Case) -> None:
     """torch.compile(fullgraph=True) traces it, and the traced layer computes what the eager one does."""
