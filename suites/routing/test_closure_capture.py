@@ -72,8 +72,9 @@ class Subject:
 
     def __init__(self, engine: Any, case: Case) -> None:
         self.method, tensor = case["method"], case["tensor"]
-        self.build = lambda: engine.router_module(RouterSpec(self.method, EXPERTS, TOP_K, HIDDEN, torch.float32, EPS))
-        self.handle: RouterHandle = self.build()
+        spec = RouterSpec(self.method, EXPERTS, TOP_K, HIDDEN, torch.float32, EPS)
+        self.build: Callable[[], RouterHandle] = lambda: engine.router_module(spec)
+        self.handle = self.build()
         if tensor not in self.handle.tensors:
             raise Unsupported(f"this router takes {self.handle.takes} and has no tensor {tensor}")
         self.device = torch.device(engine.info.device)
