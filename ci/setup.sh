@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 wanted=$(cat pyproject.toml ci/constraints.txt | sha256sum)
 if [ "$(cat .venv/made-from 2>/dev/null)" != "$wanted" ]; then
-    "${PYTHON:-python3.11}" -m venv .venv
+    "${PYTHON:-$(command -v python3.11 || echo python3)}" -m venv .venv
     # torch first: the pinned build satisfies every range that follows, so nothing pulls another one.
     .venv/bin/python -m pip install --quiet -c ci/constraints.txt torch
     .venv/bin/python -m pip install --quiet -c ci/constraints.txt -e '.[dev]'

@@ -114,7 +114,8 @@ def _cell(counts: Counter[Verdict]) -> str:
         for verdict, count in sorted(counts.items())
         if verdict not in (Verdict.PASS, Verdict.UNSUPPORTED)
     ]
-    return ", ".join([f"{counts[Verdict.PASS]}/{judged}" if judged else "unsupported", *others])
+    share = [f"{counts[Verdict.PASS]}/{judged}"] if judged else []
+    return ", ".join(share + others) or "unsupported"
 
 
 def _not_run(results: Sequence[Result], deselected: int) -> str:

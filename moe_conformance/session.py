@@ -44,6 +44,8 @@ class Session:
         # Snapshots are named by case id, which is the same for every test and engine; syrupy would rather not.
         config.addinivalue_line("filterwarnings", r"ignore:\s*Can not relate snapshot name:UserWarning")
         self.process: EngineProcess | None = None
+        # What was wrong with a whole engine is told once, not for each of its cases; the stream has them all.
+        self.told: set[tuple[str, str]] = set()
         self.report = None if self.is_worker else Report(config, self.targets, len(self.cases))
 
     def _read_options(self, config: pytest.Config) -> None:
@@ -108,6 +110,9 @@ class Session:
         info = self.process.info if self.process else None
         facts = {"version": info.version, "device": info.device} if info else {}
         pyfuncitem.user_properties.append((_PROPERTY, json.dumps([result.as_line(), facts])))
+        if verdict in (Verdict.UNAVAILABLE, Verdict.ERROR) and (target.name, outcome["message"]) in self.told:
+            pytest.skip(f"{verdict}, as told before")
+        self.told.add((target.name, outcome["message"]))
         if verdict.is_bad:
             pytest.fail(f"{verdict}: {target.name} on {case.id}: {message}", pytrace=False)
         if verdict is Verdict.UNSUPPORTED:
