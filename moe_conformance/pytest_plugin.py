@@ -33,7 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _runs_suites(config: pytest.Config) -> bool:
-    """Whether any argument is the suites' folder, lies in it, contains it or names the package."""
+    """Whether any argument is the suites' folder, the one above it, lies in it or names the package.
+
+    Not any folder above: somebody else's project often has the environment with this package inside.
+    """
     spec = importlib.util.find_spec("moe_conformance.suites")
     assert spec is not None and spec.submodule_search_locations
     suites = Path(spec.submodule_search_locations[0])
@@ -42,6 +45,6 @@ def _runs_suites(config: pytest.Config) -> bool:
         if place.split(".")[0] == "moe_conformance":
             return True
         path = Path(os.path.abspath(config.invocation_params.dir / place))
-        if path == suites or suites in path.parents or path in suites.parents:
+        if path in (suites, suites.parent) or suites in path.parents:
             return True
     return False

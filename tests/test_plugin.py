@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+
+from moe_conformance import pytest_plugin
 
 ROOT = Path(__file__).parent.parent
 PROBE = """
@@ -48,6 +52,16 @@ pytest_plugin.pytest_configure(config)
 print(time.perf_counter() - started)
 """
     assert min(float(pytest_in(tmp_path, "-c", code)) for _ in range(3)) < 0.050
+
+
+@pytest.mark.parametrize(
+    ("place", "is_ours"),
+    [(ROOT / "suites" / "layer", True), (ROOT / "suites", True), (ROOT, True), (ROOT.parent, False)],
+)
+def test_a_folder_that_holds_this_package_somewhere_is_not_a_run_of_its_suites(place: Path, is_ours: bool) -> None:
+    """As where an environment lies inside somebody's project."""
+    config = SimpleNamespace(args=[str(place)], invocation_params=SimpleNamespace(dir=Path.cwd()))
+    assert pytest_plugin._runs_suites(cast(pytest.Config, config)) is is_ours
 
 
 @pytest.mark.parametrize(
