@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_conformance.errors import InputError
 from moe_conformance.kernels.launch import interpreted, require_device
+from moe_conformance.operators import operator
 
 # Ids that one program checks and writes: 32 a thread at 4 warps, so 512 rows of 8. More rows take two launches.
 _ONE_PROGRAM = 4096
@@ -63,15 +64,7 @@ def capture_blocks(count: int, top_k: int, interpret: bool) -> dict[str, int]:
     return {"BLOCK_R": rows if whole else max(1, 1024 // block_k), "BLOCK_K": block_k}
 
 
-@torch.library.custom_op(
-    "moe_conformance::capture",
-    mutates_args=("buffer", "rejected"),
-    schema="(Tensor ids, SymInt start, SymInt count, Tensor(a!) buffer, SymInt layer_id, int experts, "
-    "Tensor(b!) rejected) -> ()",
-)
-def _capture(
-    ids: Tensor, start: int, count: int, buffer: Tensor, layer_id: int, experts: int, rejected: Tensor
-) -> None:
+def _launch(ids: Tensor, start: int, count: int, buffer: Tensor, layer_id: int, experts: int, rejected: Tensor) -> None:
     require_device(ids=ids, buffer=buffer, rejected=rejected)
     if not count:
         return
@@ -97,9 +90,12 @@ def _capture(
             )
 
 
-@_capture.register_fake
-def _(ids: Tensor, start: int, count: int, buffer: Tensor, layer_id: int, experts: int, rejected: Tensor) -> None:
-    return None
+_capture = operator(
+    "capture(Tensor ids, SymInt start, SymInt count, Tensor(a!) buffer, SymInt layer_id, int experts, "
+    "Tensor(b!) rejected) -> ()",
+    _launch,
+    lambda *arguments: None,
+)
 
 
 def capture(ids: Tensor, start: int, count: int, buffer: Tensor, layer_id: int, experts: int, rejected: Tensor) -> None:

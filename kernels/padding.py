@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import triton
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from moe_conformance.errors import InputError
 from moe_conformance.kernels.launch import interpreted, require_device
+from moe_conformance.operators import operator
 
 # Rows are copied as integers of their size, so every dtype keeps its bits in all three modes.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -77,26 +79,16 @@ def _resize(x: Tensor, columns: int, width: int, fill: int | float) -> Tensor:
     return out
 
 
-@torch.library.custom_op(
-    "moe_conformance::pad", mutates_args=(), schema="(Tensor x, SymInt width, Scalar fill) -> Tensor"
+def _fake(x: Tensor, width: int, fill: int | float = 0) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)
+
+
+_pad = operator(
+    "pad(Tensor x, SymInt width, Scalar fill) -> Tensor",
+    lambda x, width, fill: _resize(x, x.shape[-1], width, fill),
+    _fake,
 )
-def _pad(x: Tensor, width: int, fill: int | float) -> Tensor:
-    return _resize(x, x.shape[-1], width, fill)
-
-
-@torch.library.custom_op("moe_conformance::unpad", mutates_args=(), schema="(Tensor x, SymInt width) -> Tensor")
-def _unpad(x: Tensor, width: int) -> Tensor:
-    return _resize(x, width, width, 0)
-
-
-@_pad.register_fake
-def _(x: Tensor, width: int, fill: int | float) -> Tensor:
-    return x.new_empty(*x.shape[:-1], width)
-
-
-@_unpad.register_fake
-def _(x: Tensor, width: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], width)
+_unpad = operator("unpad(Tensor x, SymInt width) -> Tensor", lambda x, width: _resize(x, width, width, 0), _fake)
 
 
 def pad(x: Tensor, width: int, fill: float = 0.0) -> Tensor:
@@ -107,7 +99,7 @@ def pad(x: Tensor, width: int, fill: float = 0.0) -> Tensor:
     """
     if x.ndim == 0 or width < x.shape[-1]:
         raise InputError(f"pad: got shape {list(x.shape)}, want a last dim of at most the padded width {width}")
-    return x if width == x.shape[-1] else _pad(x, width, fill)
+    return x if width == x.shape[-1] else cast(Tensor, _pad(x, width, fill))
 
 
 def unpad(x: Tensor, width: int) -> Tensor:
@@ -117,4 +109,4 @@ def unpad(x: Tensor, width: int) -> Tensor:
     """
     if x.ndim == 0 or width > x.shape[-1]:
         raise InputError(f"unpad: got shape {list(x.shape)}, want a last dim of at least the true width {width}")
-    return x if width == x.shape[-1] else _unpad(x, width)
+    return x if width == x.shape[-1] else cast(Tensor, _unpad(x, width))

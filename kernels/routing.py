@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_conformance.engine import RouteInputs, Routing
 from moe_conformance.errors import InputError
 from moe_conformance.kernels.launch import interpreted, load_float32, require_device
+from moe_conformance.operators import operator
 
 # One program holds all experts of its tokens in registers: 64-bit sort keys, 32 a thread at 4 warps and 4 tokens.
 MAX_EXPERTS = 1024
@@ -82,12 +83,7 @@ def route_blocks(tokens: int, experts: int, top_k: int, interpret: bool) -> dict
     return {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": triton.next_power_of_2(top_k)}
 
 
-@torch.library.custom_op(
-    "moe_conformance::route",
-    mutates_args=(),
-    schema="(Tensor logits, int top_k, bool renormalize, Tensor? per_expert_scale) -> (Tensor, Tensor)",
-)
-def _route(logits: Tensor, top_k: int, renormalize: bool, per_expert_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _launch(logits: Tensor, top_k: int, renormalize: bool, per_expert_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     scale = logits if per_expert_scale is None else per_expert_scale
     require_device(logits=logits, per_expert_scale=scale)
     tokens, experts = logits.shape
@@ -114,10 +110,14 @@ def _route(logits: Tensor, top_k: int, renormalize: bool, per_expert_scale: Tens
     return ids, weights
 
 
-@_route.register_fake
-def _(logits: Tensor, top_k: int, renormalize: bool, per_expert_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake(logits: Tensor, top_k: int, renormalize: bool, per_expert_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
+
+
+_route = operator(
+    "route(Tensor logits, int top_k, bool renormalize, Tensor? per_expert_scale) -> (Tensor, Tensor)", _launch, _fake
+)
 
 
 def _check_logits(logits: Tensor, top_k: int) -> None:

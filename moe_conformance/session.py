@@ -78,16 +78,11 @@ class Session:
         pairs = [(target, case) for target in self.targets for case in listed if case.id in self.cases]
         metafunc.parametrize(("engine", "case"), pairs, ids=[f"{target.name}-{case.id}" for target, case in pairs])
 
-    @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Drop checks that nothing selected, and keep together what shares a cost: an engine's process, and within it
-        a test module, whose imports and compilations one process should pay for."""
+        """Drop checks that nothing selected, and go engine by engine, whose process starts once."""
         items[:] = [item for item in items if not _is_empty(item)]
         order = {target.name: number for number, target in enumerate(self.targets)}
         items.sort(key=lambda item: order.get(_engine_of(item), -1))
-        for item in items:
-            if engine := _engine_of(item):
-                item.add_marker(pytest.mark.xdist_group(f"{engine}-{item.path.stem}"))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
@@ -158,6 +153,14 @@ class Session:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
         if self.report is not None:
             self.report.finish(terminalreporter, exitstatus)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        if config.getoption("dist") != "loadscope":
+            return None
+        from moe_conformance.scheduler import OneEngineAWorker
+
+        return OneEngineAWorker(config, log, [target.name for target in self.targets])
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_auto_num_workers(self) -> int | None:

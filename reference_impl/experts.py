@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_conformance.errors import InputError
+from moe_conformance.operators import operator
 
 
 def gated_mlp(x: Tensor, w13: Tensor, w2: Tensor, activation: str) -> Tensor:
@@ -34,12 +34,12 @@ def _routed_experts_shape(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weigh
     return x.new_empty(x.shape[0], w2.shape[1])
 
 
-# An opaque operator, as in engines: which rows an expert gets depends on data, which neither fake tensors nor
-# torch.compile can follow. Registered below torch.library.custom_op, whose first call imports all of Dynamo.
-_library = torch.library.Library("moe_conformance", "FRAGMENT")
-_library.define("routed_experts(Tensor x, Tensor w13, Tensor w2, Tensor ids, Tensor weights, str activation) -> Tensor")
-_library.impl("routed_experts", _routed_experts, "CompositeExplicitAutograd")
-torch.library.register_fake("moe_conformance::routed_experts", _routed_experts_shape, lib=_library)
+# Opaque, as in engines: which rows an expert gets depends on data.
+_operator = operator(
+    "routed_experts(Tensor x, Tensor w13, Tensor w2, Tensor ids, Tensor weights, str activation) -> Tensor",
+    _routed_experts,
+    _routed_experts_shape,
+)
 
 
 def routed_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, activation: str) -> Tensor:
@@ -48,5 +48,5 @@ def routed_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Ten
     x: [T, D]; w13: [E, 2F, D]; w2: [E, D, F]; ids: [T, K] int in [0, E); weights: [T, K] float32 or float64.
     returns [T, D] in x's dtype. Raises InputError for an id out of range.
     """
-    output: Tensor = torch.ops.moe_conformance.routed_experts(x, w13, w2, ids, weights, activation)
+    output: Tensor = _operator(x, w13, w2, ids, weights, activation)
     return output

@@ -31,8 +31,6 @@ CHECKS = (
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-    # One worker runs them, since one process does.
-    pytest.mark.xdist_group("interpreted kernels"),
 ]
 
 

@@ -72,11 +72,6 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(tmp_path_factory.mktemp("fakes"), engines, "-n", "0", "--timeout", "20")
 
 
-# One run serves these tests, so they stay on one worker.
-together = pytest.mark.xdist_group("fakes")
-
-
-@together
 def test_a_wrong_engine_fails_and_is_told_why(fakes: Run) -> None:
     assert (fakes.code, fakes.verdicts["always-wrong"]) == (1, ["fail"] * 3)
     message = fakes.messages["always-wrong", "layer-tiny-plain"]
@@ -85,20 +80,17 @@ def test_a_wrong_engine_fails_and_is_told_why(fakes: Run) -> None:
     assert re.search(r"^always-wrong +0/3, 3 fail$", fakes.text, re.MULTILINE)
 
 
-@together
 def test_a_crash_costs_its_case_and_leaves_last_words(fakes: Run) -> None:
     assert fakes.verdicts["crashes"] == ["fail", "crash", "fail"]
     message = fakes.messages["crashes", "layer-tiny-latent"]
     assert "SIGSEGV" in message and "about to read address 1" in message
 
 
-@together
 def test_a_hang_costs_its_case_and_is_killed(fakes: Run) -> None:
     assert fakes.verdicts["hangs"] == ["fail", "timeout", "fail"]
     assert "no answer within 20 s; the process was killed" in fakes.messages["hangs", "layer-tiny-latent"]
 
 
-@together
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -113,18 +105,15 @@ def test_an_adapter_that_is_not_what_it_says_is_an_error(fakes: Run, name: str, 
     assert words in fakes.messages[name, "layer-tiny-plain"]
 
 
-@together
 def test_an_engine_asked_for_that_cannot_start_fails_the_run(fakes: Run) -> None:
     assert fakes.verdicts["not-installed"] == ["unavailable"] * 3
     assert "pip install fake-engine" in fakes.messages["not-installed", "layer-tiny-plain"]
 
 
-@together
 def test_what_an_engine_prints_is_not_taken_for_an_answer(fakes: Run) -> None:
     assert fakes.verdicts["noisy"] == ["fail"] * 3
 
 
-@together
 def test_the_stream_ends_with_a_footer_that_counts_every_verdict(fakes: Run) -> None:
     assert sum(len(verdicts) for verdicts in fakes.verdicts.values()) == len(CASES) * len(FAKES)
     assert "3 unavailable" in fakes.text

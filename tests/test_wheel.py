@@ -12,8 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# One build serves these tests.
-pytestmark = pytest.mark.xdist_group("wheel")
 
 # The adapter that the README prints, word for word.
 README_ADAPTER = (ROOT / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]

@@ -1,0 +1,37 @@
+"""Which xdist worker runs what: a worker stays with its engine, whose process it has paid for.
+
+Groups are told from test ids: xdist's own groups, by marker, do nothing under pytest 9.2 (pytest-xdist#1386).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+
+class OneEngineAWorker(LoadScopeScheduling):  # type: ignore[misc]
+    """A unit of work is a test module on one engine; next is one on the worker's engine, else on that with fewest."""
+
+    def __init__(self, config: pytest.Config, log: Any, engines: list[str]) -> None:
+        super().__init__(config, log)
+        self.engines = sorted(engines, key=len, reverse=True)  # of two that fit, the longer
+
+    def _split_scope(self, nodeid: str) -> str:
+        module, _, function = nodeid.partition("::")
+        parameters = function.partition("[")[2]
+        engine = next((name for name in self.engines if parameters.startswith(f"{name}-")), "")
+        return f"{engine}@{module}"
+
+    def _assign_work_unit(self, node: Any) -> None:
+        last = {worker: _engine(list(units)[-1]) for worker, units in self.assigned_work.items() if units}
+        workers = Counter(last.values())
+        first = min(self.workqueue, key=lambda scope: (_engine(scope) != last.get(node), workers[_engine(scope)]))
+        self.workqueue.move_to_end(first, last=False)
+        super()._assign_work_unit(node)
+
+
+def _engine(scope: str) -> str:
+    return scope.partition("@")[0]
