@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from moe_conformance.errors import Unsupported
+from moe_conformance.spec import LayerSpec
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,8 @@ class MoESpec:
     shared_experts: how many always-on experts a layer has (0: none). shared_intermediate_size: the summed
     width of the shared experts. latent_size: width the routed experts work in when it is not hidden_size.
     encoder_moe_layers: as moe_layers, for the encoder of an encoder-decoder.
+    layers: what each layer computes, one entry for each of moe_layers (for an encoder with experts alone, of
+    encoder_moe_layers); empty where the engine does not say.
     """
 
     num_layers: int
@@ -52,6 +55,7 @@ class MoESpec:
     shared_intermediate_size: int | None = None
     latent_size: int | None = None
     encoder_moe_layers: tuple[int, ...] = ()
+    layers: tuple[LayerSpec, ...] = ()
 
     @property
     def max_top_k(self) -> int:
@@ -154,6 +158,39 @@ class LayerInputs:
     padded_intermediate: int | None = None
 
 
+@dataclass(frozen=True)
+class BlockInputs:
+    """The MoE block of one layer of a model, by its config, and its input.
+
+    config: as in config.json, a plain dict with model_type. layer: decoder layer. tensors: canonical name -> tensor of
+    that layer, as `LayerSpec.tensors` names and shapes them, in x's dtype (router.selection_bias in float32, table in
+    int64). x: [B, S, H], what the block's router sees. token_ids: [B, S] int64, for models that route by token id.
+    state: [B, S, R], the previous MoE layer's router state, where the model passes it on; None in the first.
+    routing: ids [T, K] and weights to use instead of the router's, T = B S; id E marks a dropped pair.
+    implementation: the engine's own name for a way to compute the experts, None for its default.
+    """
+
+    config: Mapping[str, Any]
+    layer: int
+    tensors: Mapping[str, Tensor]
+    x: Tensor
+    token_ids: Tensor | None = None
+    state: Tensor | None = None
+    routing: Routing | None = None
+    implementation: str | None = None
+
+
+class BlockOutput(NamedTuple):
+    """output: [T, H] in x's dtype, shared experts and parallel dense MLP included, residual not.
+
+    routing: ids and weights [T, K] as the experts got them, in any order within a row; None where `inputs.routing` was
+    given or the engine cannot tell.
+    """
+
+    output: Tensor
+    routing: Routing | None
+
+
 RowKind = Literal["concatenated", "local", "sequence_shard", "sequence_gathered"]
 
 
@@ -234,6 +271,7 @@ class Engine:
     router_module     the methods
     layer             "shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", the methods;
                       "traceable": `layer` itself can be traced (an adapter that builds modules in it cannot)
+    block             the model types; "dropped_ids"; the names of further implementations, as "implementation:NAME"
     capture_session   the row kinds; "layer_bounds", "expert_bounds": ids outside the buffer's layers, or outside
                       [0, E), are rejected; "unwritten": what this step did not capture reads as -1 or raises
     capture_store     "bounds": slots outside the store are rejected; "unwritten": as above
@@ -278,6 +316,10 @@ class Engine:
         """Return the layer's output [T, H], in x's dtype."""
         raise Unsupported("layer")
 
+    def block(self, inputs: BlockInputs) -> BlockOutput:
+        """Compute the MoE block of a layer as the model of this config does."""
+        raise Unsupported("block")
+
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
         raise Unsupported("capture_session")
 
@@ -309,6 +351,7 @@ STAGES = (
     "route",
     "router_module",
     "layer",
+    "block",
     "capture_session",
     "capture_store",
     "remap",
