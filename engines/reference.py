@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import moe_conformance
 from moe_conformance.engine import (
+    BlockInputs,
+    BlockOutput,
     CaptureReader,
     CaptureSession,
     CaptureShape,
@@ -16,13 +18,18 @@ from moe_conformance.engine import (
     CheckpointName,
     Engine,
     EngineInfo,
+    ExpertMapSpec,
     LayerInputs,
     MoESpec,
+    Replicated,
+    ReplicateInputs,
     RouteInputs,
     RouterHandle,
     RouterSpec,
     Routing,
+    ShardInputs,
 )
+from moe_conformance.reference_impl.config_families import FAMILIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,14 +48,19 @@ class Reference(Engine):
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         return {
-            "describe": frozenset({"refusals"}),
+            "describe": frozenset({"refusals", "layers"}),
             "capture_shape": frozenset({"worker", "reader"}),
             "route": METHODS,
             "router_module": METHODS,
             "layer": METHODS
             | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", "traceable"},
+            "block": frozenset(FAMILIES) | {"dropped_ids"},
             "capture_session": ROW_KINDS | {"layer_bounds", "expert_bounds", "unwritten"},
             "capture_store": frozenset({"bounds", "unwritten"}),
+            "expert_map": frozenset({"contiguous", "round_robin", "idle_ranks"}),
+            "replicate": frozenset(),
+            "shard": frozenset({"not_gated", "bias", "gelu_tanh", "relu2"})
+            | {"tensor_parallel", "uneven_width", "idle_ranks", "shared", "replicas"},
             "remap": NAMING_STYLES,
             "load": NAMING_STYLES,
         }
@@ -69,7 +81,7 @@ class Reference(Engine):
         return stage.route(inputs)
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
-        from moe_conformance.reference_impl import routing as stage
+        from moe_conformance.reference_impl import router as stage
 
         return stage.build_router(spec)
 
@@ -77,6 +89,11 @@ class Reference(Engine):
         from moe_conformance.reference_impl import layer as stage
 
         return stage.moe_layer(inputs)
+
+    def block(self, inputs: BlockInputs) -> BlockOutput:
+        from moe_conformance.reference_impl import block as stage
+
+        return stage.block(inputs)
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
         from moe_conformance.reference_impl import capture as stage
@@ -92,6 +109,21 @@ class Reference(Engine):
         from moe_conformance.reference_impl import store as stage
 
         return stage.HostReader(address)
+
+    def expert_map(self, spec: ExpertMapSpec) -> Tensor:
+        from moe_conformance.reference_impl import expert_map as stage
+
+        return stage.expert_map(spec.experts, spec.rank, spec.ranks, spec.placement)
+
+    def replicate(self, inputs: ReplicateInputs) -> Replicated:
+        from moe_conformance.reference_impl import expert_map as stage
+
+        return stage.replicate(inputs)
+
+    def shard(self, inputs: ShardInputs) -> Tensor:
+        from moe_conformance.reference_impl import parallel as stage
+
+        return stage.shard(inputs)
 
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
         from moe_conformance.reference_impl import remap as stage

@@ -83,7 +83,7 @@ class Triton(Engine):
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         from moe_conformance.kernels.routing import route
-        from moe_conformance.reference_impl.routing import Router
+        from moe_conformance.reference_impl.router import Router
 
         class KernelRouter(Router):
             """The reference's router; its parameters are read, and its routing runs in the kernel, at call time."""
@@ -97,25 +97,11 @@ class Triton(Engine):
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         """inputs on the device of `info`."""
-        from torch.nn.functional import linear
-
         from moe_conformance.kernels.padding import pad, unpad
         from moe_conformance.kernels.routing import route
-        from moe_conformance.reference_impl.experts import gated_mlp, routed_experts
-        from moe_conformance.reference_impl.padding import pad_expert_weights
+        from moe_conformance.reference_impl.layer import padded_layer
 
-        ids, weights = route(RouteInputs(inputs.logits, inputs.top_k, inputs.method, inputs.per_expert_scale))
-        x = inputs.x if inputs.latent_in is None else linear(inputs.x, inputs.latent_in)  # [T, D]
-        hidden = inputs.padded_hidden or x.shape[1]
-        # Weights are padded once, when a model is loaded, so no kernel does it.
-        w13, w2 = pad_expert_weights(inputs.w13, inputs.w2, hidden, inputs.padded_intermediate or inputs.w2.shape[-1])
-        routed = routed_experts(pad(x, hidden), w13, w2, ids, weights, inputs.activation)  # [T, padded D]
-        routed = unpad(routed, x.shape[1]) * inputs.scale
-        if inputs.latent_out is not None:
-            routed = linear(routed, inputs.latent_out)  # [T, H]
-        if inputs.shared_w13 is None or inputs.shared_w2 is None:
-            return routed
-        return routed + gated_mlp(inputs.x, inputs.shared_w13, inputs.shared_w2, "silu")
+        return padded_layer(inputs, route, pad, unpad)
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
         from moe_conformance.engine import Rows

@@ -21,6 +21,12 @@ CLAUSES: dict[str, Clause] = {
         "and nesting that a model family uses.",
         ("vllm#41401", "transformers#45279", "Automodel#1361"),
     ),
+    "config.layers": Clause(
+        "config-keys",
+        "An engine must find in a config how its MoE layers compute: by the keys that the model reads, under their "
+        "names and with their defaults, each layer its own values; a key that the model never reads changes nothing.",
+        ("vllm#42855", "sglang#39939", "vllm#24119"),
+    ),
     "config.both-sides": Clause(
         "config-keys",
         "The worker that records routed experts and the reader that serves them must take the same sizes from the "
@@ -111,6 +117,74 @@ CLAUSES: dict[str, Clause] = {
         "ties-nan-duplicates",
         "Expert ids must be unique and in range for any row, ties, NaN and infinities included, the same every run.",
         ("vllm#39391", "sglang#30079"),
+    ),
+    "ranks.one-place": Clause(
+        "expert-map",
+        "Every expert must lie on exactly one rank, local ids must count up from 0 in the order of global ids, and no "
+        "rank may hold two experts more than another.",
+        ("vllm#21497",),
+    ),
+    "ranks.sum": Clause(
+        "expert-map",
+        "The parts of all ranks must sum to the unsharded layer, whichever experts, and what slice of them, each has.",
+        ("vllm-gaudi#1796", "transformers#45473", "transformers#46818"),
+    ),
+    "ranks.nothing-of-others": Clause(
+        "expert-map",
+        "A pair whose id is -1 or another rank's must contribute exactly zero, whatever its weight.",
+        ("vllm#46408", "vllm#48371", "sglang#30387"),
+    ),
+    "ranks.out-of-range": Clause(
+        "expert-map",
+        "An id out of range must raise or contribute zero; it must never wrap to an expert.",
+        ("vllm#46408", "flashinfer#1469"),
+    ),
+    "replicas.same-output": Clause(
+        "eplb",
+        "Redundant experts, and moving them, must leave the output unchanged.",
+        ("vllm-ascend#5311",),
+    ),
+    "replicas.choice": Clause(
+        "eplb",
+        "Each pair must go to a copy of the expert that the router chose, and a pair without expert to none.",
+        ("vllm-ascend#5311",),
+    ),
+    "replicas.load": Clause(
+        "eplb",
+        "Load must count each real pair once, by logical expert.",
+        ("vllm#22167", "vllm#38128"),
+    ),
+    "shared.once": Clause(
+        "shared-experts",
+        "The shared expert's output must be in the sum over ranks once, however many ranks there are.",
+        ("sglang#31475", "TensorRT-LLM#15922"),
+    ),
+    "routing.family": Clause(
+        "routing-semantics",
+        "Every family's router must choose by its own scores, bias and groups, and weigh by its own normalisation and "
+        "scale; a selection bias must never enter a weight.",
+        ("transformers#39581", "PaddleFormers#3452"),
+    ),
+    "block.combine": Clause(
+        "combine-algebra",
+        "Routing weights, scales, biases, norms and projections must each be applied exactly once, in their place.",
+        ("sglang#31017", "sglang-jax#1282", "vllm#24119", "vllm#45037", "Automodel#2591"),
+    ),
+    "block.activation": Clause(
+        "activation",
+        "Experts must compute the activation, clamps and layout of gate and up that the config names, whichever way "
+        "their products are computed.",
+        ("vllm#42855", "sglang#39939", "tokenspeed#1647", "vllm#51125", "vllm#49096"),
+    ),
+    "block.dropped": Clause(
+        "expert-map",
+        "A pair with the id one beyond all experts must contribute exactly zero.",
+        ("vllm#46408", "vllm#48371"),
+    ),
+    "block.shared": Clause(
+        "shared-experts",
+        "What every token passes must be added to the routed sum once, whatever the routing weights are.",
+        ("sglang#31475", "TensorRT-LLM#15922"),
     ),
 }
 

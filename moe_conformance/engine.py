@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from moe_conformance.errors import Unsupported
-from moe_conformance.spec import LayerSpec
+from moe_conformance.spec import LayerSpec, MLPSpec
 
 if TYPE_CHECKING:
     import torch
@@ -191,6 +191,65 @@ class BlockOutput(NamedTuple):
     routing: Routing | None
 
 
+@dataclass(frozen=True)
+class ExpertMapSpec:
+    """Experts to divide among ranks. rank: whose map is asked for. contiguous: each rank has a run of ids, in rank
+    order; round_robin: rank r has the ids that are r modulo the number of ranks."""
+
+    experts: int
+    rank: int
+    ranks: int
+    placement: Literal["contiguous", "round_robin"] = "contiguous"
+
+
+@dataclass(frozen=True)
+class ReplicateInputs:
+    """Which of several copies of its expert each pair goes to.
+
+    ids: [T, K] integer, logical ids in [0, E), or -1 for a pair that no expert takes. physical_to_logical: [P] int64,
+    the expert that each physical one is a copy of. experts: E. tokens: rows that are real; those behind are padding.
+    """
+
+    ids: Tensor
+    physical_to_logical: Tensor
+    experts: int
+    tokens: int
+
+
+class Replicated(NamedTuple):
+    """ids: [T, K] integer, physical ids, -1 where they were. load: [E] integer, real pairs of each logical expert."""
+
+    ids: Tensor
+    load: Tensor
+
+
+@dataclass(frozen=True)
+class ShardInputs:
+    """A batch that every rank has, all experts, and one rank's place: which of them it holds, and what slice of each.
+
+    x: [T, D]. ids: [T, K] int64 in [0, E), or -1 for a pair that no expert takes. weights: [T, K] float32.
+    experts: what each expert computes. tensors: canonical name -> tensor, whole, in x's dtype, as
+    `MLPSpec.tensors("experts", D, (E,))` and, of `shared`, `MLPSpec.tensors("shared", D)` name and shape them.
+    expert_map: [E] int32, this rank's local id of each expert, in any order, or -1 where another rank has it; with
+    physical_to_logical [P], the expert that each physical one is a copy of, [P] local ids of physical experts.
+    ep_rank, ep_size: among the ranks that divide the experts. tp_rank, tp_size: among those that have the same experts
+    and divide their width F, not always evenly. shared: an MLP of all tokens, added once to the routed sum.
+    """
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+    experts: MLPSpec
+    tensors: Mapping[str, Tensor]
+    expert_map: Tensor
+    ep_rank: int = 0
+    ep_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
+    shared: MLPSpec | None = None
+    physical_to_logical: Tensor | None = None
+
+
 RowKind = Literal["concatenated", "local", "sequence_shard", "sequence_gathered"]
 
 
@@ -265,7 +324,8 @@ class Engine:
 
     `capabilities` maps each stage offered to the optional features of it that are offered:
 
-    describe          "refusals": a config is checked for what is missing or contradicts itself
+    describe          "refusals": a config is checked for what is missing or contradicts itself; "layers":
+                      MoESpec.layers says what each MoE layer computes
     capture_shape     "worker", "reader"
     route             the methods
     router_module     the methods
@@ -275,6 +335,11 @@ class Engine:
     capture_session   the row kinds; "layer_bounds", "expert_bounds": ids outside the buffer's layers, or outside
                       [0, E), are rejected; "unwritten": what this step did not capture reads as -1 or raises
     capture_store     "bounds": slots outside the store are rejected; "unwritten": as above
+    expert_map        the placements; "idle_ranks": more ranks than experts
+    replicate         nothing
+    shard             "not_gated", "bias", the activations other than silu; "tensor_parallel", "uneven_width": a width
+                      that tp_size does not divide; "idle_ranks": a rank without experts; "shared"; "replicas":
+                      physical_to_logical
     remap             the naming styles of suites/weights
     load              the naming styles of suites/weights
     """
@@ -331,6 +396,18 @@ class Engine:
         """Open, in any process, what `capture_store` made."""
         raise Unsupported("capture_reader")
 
+    def expert_map(self, spec: ExpertMapSpec) -> Tensor:
+        """[E] integer: the rank's local id of each expert, -1 for those of other ranks."""
+        raise Unsupported("expert_map")
+
+    def replicate(self, inputs: ReplicateInputs) -> Replicated:
+        """Choose a physical expert for each pair and count the load."""
+        raise Unsupported("replicate")
+
+    def shard(self, inputs: ShardInputs) -> Tensor:
+        """Return this rank's part [T, D], in x's dtype: summed over all ranks it is the layer's output."""
+        raise Unsupported("shard")
+
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
         """The engine's own name, or names, for each checkpoint tensor of a model with this config (a plain dict)."""
         raise Unsupported("remap")
@@ -354,6 +431,9 @@ STAGES = (
     "block",
     "capture_session",
     "capture_store",
+    "expert_map",
+    "replicate",
+    "shard",
     "remap",
     "load",
 )

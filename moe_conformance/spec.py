@@ -20,7 +20,7 @@ class LogitsSpec:
     """How the router makes logits [T, classes] of its input [T, H].
 
     kind: "linear"; "gemma4", linear after rms_norm(x) * scale / sqrt(H); "zaya", an MLP of width `width` whose first
-    projection is added to that of the previous MoE layer; "none", no logits (a table of token ids chooses).
+    projection is added to that of the previous MoE layer; "none", no router: 0 for each of `width` classes.
     bias: of the projection. dtype: in which the projection is computed, whatever the weights are stored in.
     """
 
@@ -54,16 +54,17 @@ class RoutingSpec:
 
     logit_scale, logit_softcap: l = cap tanh(l scale / cap), without a cap where it is 0.
     score, score_dtype: of all classes; for select_on="logits" of the chosen ones alone (softmax over K of them).
-    selector: "topk"; "sparsemixer", K masked argmaxes in turn with threshold `jitter`; "table", ids by token id;
-    "product_keys", the best sums of two halves of the logits. select_on: what is compared, scores or logits; with
-    selection_bias a bias [E] is added to it, which the weights never see.
+    selector: "topk"; "sparsemixer", K masked argmaxes of the logits in turn with threshold `jitter`; "table", ids by
+    token id; "product_keys", the best sums of two halves of the logits (both are said with select_on="logits").
+    select_on: what is compared, scores or logits; with selection_bias a bias [E] is added to it, which the weights
+    never see.
     groups, top_groups, group_score, group_mask: only the experts of the best groups compete, the others count as
     group_mask. "top2_sum": of the two best compared values of a group.
     renormalize: "sum", divided by max(sum + epsilon, floor); "norm", divided by the norm of order norm_order.
     scale: then multiplied in. per_expert_scale: then each weight by its expert's own.
     identity_experts: that many last ids have no weights and pass x on. skip_expert: the last class means no expert,
     weight 0 and id 0. shared_classes: that many last logits belong to the shared experts: they are not chosen among,
-    are normalised together with the chosen, and their weights go to the shared experts.
+    the sigmoid of theirs and of the chosen are divided by their sum, and their weights go to the shared experts.
     """
 
     top_k: int
@@ -98,9 +99,10 @@ class MLPSpec:
 
     clamp and limit: "before", gate to at most limit and up to [-limit, limit], before the activation; "after", the
     activated gate to at most limit and up as before; "tanh", limit tanh(v / limit) of both, and the activation's own
-    sigmoid on the raw gate. alpha: silu is g sigmoid(alpha g). up_offset: added to up. dtype: of the activation.
-    bias: of both projections. weight_on: what the routing weight multiplies: the expert's output, its input, or what
-    enters w2. output_norm: eps of an RMSNorm of the expert's output, before the weight; 0 without.
+    sigmoid on the raw gate. up_limit: up's own limit, where above 0 (inkling2). alpha: silu is g sigmoid(alpha g).
+    up_offset: added to up. dtype: of the activation. bias: of both projections. weight_on: what the routing weight
+    multiplies: the expert's output, its input, or what enters w2. output_norm: eps of an RMSNorm of
+    (1 + experts.output_norm) * the expert's output, before the weight (muse_spark); 0 without.
     """
 
     width: int
@@ -114,6 +116,7 @@ class MLPSpec:
     bias: bool = False
     weight_on: Literal["output", "input", "w2_input"] = "output"
     output_norm: float = 0.0
+    up_limit: float = 0.0
 
     def tensors(self, prefix: str, hidden: int, lead: Shape = ()) -> dict[str, Shape]:
         """Names and shapes of its tensors; lead is (E,) for experts side by side."""
@@ -144,10 +147,14 @@ class SharedSpec:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """Experts work in width D: x -> latent.in -> (RMSNorm, where norm_eps > 0) -> experts -> latent.out."""
+    """Experts work in width D: x -> latent.in -> (RMSNorm, where norm_eps > 0) -> experts -> latent.out.
+
+    The RMSNorm multiplies by 1 + latent.norm (muse_spark). bias: of both projections (nemotron_h with mlp_bias).
+    """
 
     width: int
     norm_eps: float = 0.0
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,8 @@ class LayerSpec:
         router.proj [classes, H], router.bias, router.selection_bias, router.scale [H], router.per_expert_scale,
         router.global_scale [1], router.table [V, K] integer; experts.w13 [E, 2F, D] with gate above up, or
         experts.w1 [E, F, D] without a gate; experts.w2 [E, D, F]; experts.b13, .b1, .b2, .output_norm [D];
-        shared.w13, .w2, .gate [1, H]; latent.in [D, H], latent.out [H, D], latent.norm [D]; dense.w13, .w2;
+        shared.w13, .w2, .gate [1, H]; latent.in [D, H], latent.out [H, D], latent.in_bias,
+        latent.out_bias, latent.norm [D]; dense.w13, .w2;
         output.bias, output.norm [H]. For "zaya" the router's own: down.weight, down.bias, state_scale, norm,
         fc1.weight, fc1.bias, fc2.weight, fc2.bias, proj.
         """
@@ -213,7 +221,7 @@ class LayerSpec:
             found["router.proj"] = (self.classes, width)
             if self.logits.takes_state:
                 found["router.state_scale"] = (width,)
-        else:
+        elif self.logits.kind != "none":
             found["router.proj"] = (self.classes, hidden)
         if self.logits.kind == "gemma4":
             found["router.scale"] = (hidden,)
@@ -234,6 +242,8 @@ class LayerSpec:
                 found["shared.gate"] = (1, hidden)
         if self.latent is not None:
             found |= {"latent.in": (self.latent.width, hidden), "latent.out": (hidden, self.latent.width)}
+            if self.latent.bias:
+                found |= {"latent.in_bias": (self.latent.width,), "latent.out_bias": (hidden,)}
             if self.latent.norm_eps:
                 found["latent.norm"] = (self.latent.width,)
         if self.dense is not None:

@@ -54,10 +54,11 @@ class Family:
     layers: rule for the MoE layers. num_layers: keys of the number of layers, () where the list of blocks gives it.
     experts_under: key of the level that holds experts, top-k and width. top_k: keys, or the number the model fixes.
     width: keys of an expert's width, or that width. width_of_hidden: key of the ratio of width to hidden_size.
-    width_entry: which entry to take of a width that is a list of something else than layers. extra_experts: key of
-    further experts without weights that the router also chooses among. latent: key of the width the experts work
-    in, latent_required: whether it must be set. switch: key that must be true. least_experts: fewer is a dense model.
-    encoder: rule and layer keys of an encoder. pyramid: legacy key with the experts of each layer.
+    width_entry: which entry to take of a width that is a list of something else than layers. extra_experts: key and
+    default of further experts without weights that the router also chooses among. latent: key of the width that the
+    experts work in, latent_required: whether it must be set. switch: key that must be true. least_experts: fewer is a
+    dense model. encoder: rule, layer keys and width keys of an encoder. pyramid: legacy key with the experts of each
+    layer.
     """
 
     layers: Rule = every_layer
@@ -68,12 +69,12 @@ class Family:
     width_of_hidden: str = ""
     width_entry: int | None = None
     shared: Shared | None = None
-    extra_experts: str = ""
+    extra_experts: tuple[str, int] | None = None
     latent: str = ""
     latent_required: bool = False
     switch: str = ""
     least_experts: int = 0
-    encoder: tuple[Rule, tuple[str, ...]] | None = None
+    encoder: tuple[Rule, tuple[str, ...], tuple[str, ...]] | None = None
     pyramid: str = ""
 
 
@@ -152,7 +153,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2_moe": Family(leading_dense(2, "num_dense_layers")),
     "llama4_text": Family(listed, width=DENSE_WIDTH, shared=ONE_AS_WIDE),
     "longcat_flash": Family(
-        num_layers=("num_layers",), width=("expert_ffn_hidden_size",), extra_experts="zero_expert_num"
+        num_layers=("num_layers",), width=("expert_ffn_hidden_size",), extra_experts=("zero_expert_num", 256)
     ),
     "mellum": Family(typed(every_layer)),
     "mimo_v2_flash": Family(typed(leading_dense(1))),
@@ -171,11 +172,11 @@ FAMILIES: dict[str, Family] = {
         num_layers=("decoder_layers",),
         top_k=2,  # NllbMoeTop2Router
         width=("decoder_ffn_dim",),
-        encoder=(step_to_last("encoder_sparse_step"), ("encoder_layers",)),
+        encoder=(step_to_last("encoder_sparse_step"), ("encoder_layers",), ("encoder_ffn_dim",)),
     ),
     "olmoe": PLAIN_WIDTH,
     "openai_privacy_filter": PLAIN_WIDTH,
-    "phimoe": PLAIN_WIDTH,
+    "phimoe": replace(PLAIN_WIDTH, top_k=2),  # SparseMixer
     "qwen2_moe": QWEN_SHARED,
     "qwen3_5_moe_text": Family(shared=ONE),
     "qwen3_moe": QWEN,
@@ -192,7 +193,7 @@ FAMILIES: dict[str, Family] = {
         num_layers=("num_decoder_layers",),
         top_k=1,  # SwitchTransformersTop1Router
         width=("d_ff",),
-        encoder=(step_from_one("encoder_sparse_step", "num_sparse_encoder_layers"), ("num_layers",)),
+        encoder=(step_from_one("encoder_sparse_step", "num_sparse_encoder_layers"), ("num_layers",), ("d_ff",)),
     ),
     "unlimited_ocr_text": typed_or(leading_dense(1, FIRST_K)),
     # The router is the dataset index: one expert a sample, in every layer.
@@ -200,8 +201,9 @@ FAMILIES: dict[str, Family] = {
     "zaya": Family(),
 }
 
-# Parents whose model type is not that of their text model without "_text".
+# Parents whose model type is not that of their text model without "_text", and the one name that transformers 4 has.
 PARENTS = {
+    "Glm4vMoe_text": "glm4v_moe_text",
     "inkling_mm_model": "inkling_text",
     "qwen3_omni_moe": "qwen3_omni_moe_text",
     "qwen3_omni_moe_thinker": "qwen3_omni_moe_text",
@@ -209,11 +211,14 @@ PARENTS = {
 }
 
 
+def name_of(model_type: str) -> str:
+    """Under which name FAMILIES knows a model type; "" if it does not."""
+    names = (model_type, f"{model_type}_text", PARENTS.get(model_type, ""))
+    return next((name for name in names if name in FAMILIES), "")
+
+
 def family_of(model_type: str) -> Family | None:
-    for name in (model_type, f"{model_type}_text", PARENTS.get(model_type, "")):
-        if name in FAMILIES:
-            return FAMILIES[name]
-    return None
+    return FAMILIES.get(name_of(model_type))
 
 
 def by_its_keys(scope: Scope) -> Family:

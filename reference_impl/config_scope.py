@@ -25,6 +25,21 @@ class Scope:
         """The value, or None where the key is absent or null."""
         return self.values.get(key)
 
+    def below(self, key: str) -> Scope:
+        """The level under a key, empty where there is none."""
+        return Scope(plain(self.get(key) or {}), f"{self.path}.{key}".lstrip("."), self.model)
+
+    def own(self, layer: int) -> Mapping[str, Any]:
+        """What per_layer_config says of one layer; its keys are indices, as text perhaps padded."""
+        layers: Mapping[Any, Mapping[str, Any]] = self.get("per_layer_config") or {}
+        return next((own for index, own in layers.items() if int(index) == layer), {})
+
+    def at(self, layer: int, only: bool = False) -> Scope:
+        """This level as one layer sees it, or only what per_layer_config says of that layer."""
+        own = self.own(layer)
+        path = f"{self.path}.per_layer_config[{layer}]".lstrip(".") if own else self.path
+        return Scope(own if only else {**self.values, **own}, path, self.model)
+
     def error(self, what: str, problem: str) -> ConfigError:
         return ConfigError(f"{self.model}: {what}: {problem} (in {self.where} of the config)")
 
@@ -59,12 +74,10 @@ class Scope:
         Read, in this order, from per_layer_config (keyed by the layer's index), from a list with one entry for each
         of the model's `total` layers, or from one number for all of them.
         """
-        overrides = self.get("per_layer_config") or {}
         found = []
         for layer in layers:
-            own = overrides.get(layer, overrides.get(str(layer))) or {}
-            here = Scope(own, f"{self.path}.per_layer_config[{layer}]".lstrip("."), self.model)
-            scope = here if any(own.get(key) is not None for key in keys) else self
+            own = self.at(layer, only=True)
+            scope = own if any(own.get(key) is not None for key in keys) else self
             key, value = scope.find(what, keys)
             if isinstance(value, list | tuple):
                 if len(value) != total:

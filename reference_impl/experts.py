@@ -1,52 +1,149 @@
-"""Experts: each token's chosen gated MLPs, summed by routing weight."""
+"""Experts: one MLP in every form a model gives it, and each token's chosen ones summed by routing weight."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_conformance.errors import InputError
 from moe_conformance.operators import operator
+from moe_conformance.spec import MLPSpec
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda v: F.relu(v).square(),  # Primer, https://arxiv.org/abs/2109.08668
+}
 
 
-def gated_mlp(x: Tensor, w13: Tensor, w2: Tensor, activation: str) -> Tensor:
-    """w2 (act(gate) * up), where gate is the upper half of w13's rows and up the lower.
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums and norms are computed in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
-    x: [T, D]; w13: [2F, D]; w2: [D, F]. activation: "silu" or "gelu_tanh" (Hendrycks and Gimpel 2016, tanh form).
+
+def rms_norm(x: Tensor, scale: Tensor | float, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * scale for each row of x [T, D], in x's dtype (https://arxiv.org/abs/1910.07467)."""
+    return (F.rms_norm(x.to(wide(x.dtype)), x.shape[1:], eps=eps) * scale).to(x.dtype)
+
+
+def activate(projected: Tensor, spec: MLPSpec) -> Tensor:
+    """What enters w2: [T, 2F], gate beside up, or [T, F] without a gate -> [T, F] in the same dtype."""
+    dtype = projected.dtype
+    v = projected.to(wide(dtype)) if spec.dtype == "float32" else projected
+
+    def act(v: Tensor) -> Tensor:
+        return ACTIVATIONS[spec.activation](spec.alpha * v) / spec.alpha  # silu(a v) / a = v sigmoid(a v)
+
+    if not spec.gated:
+        return act(v).to(dtype)
+    gate, up = v.chunk(2, dim=1)
+    limit, up_limit = spec.limit, spec.up_limit or spec.limit
+    match spec.clamp:
+        case "no":
+            gate = act(gate)
+        case "before":
+            gate, up = act(gate.clamp(max=limit)), up.clamp(-up_limit, up_limit)
+        case "after":
+            gate, up = act(gate).clamp(max=limit), up.clamp(-up_limit, up_limit)
+        case "tanh":
+            gate = limit * torch.tanh(gate / limit) * torch.sigmoid(gate)
+            up = up_limit * torch.tanh(up / up_limit)
+    return (gate * (up + spec.up_offset)).to(dtype)
+
+
+def mlp(x: Tensor, spec: MLPSpec, tensors: Mapping[str, Tensor], prefix: str, weight: Tensor | None = None) -> Tensor:
+    """One expert, or a shared or dense MLP: w2 activate(w13 x).
+
+    x: [T, D]. tensors: as `spec.tensors(prefix, D)` names and shapes them. weight: [T, n], what the router gives each
+    token, multiplied in where `spec.weight_on` says; n > 1 for n MLPs side by side, each weight for its F / n columns.
+    returns [T, D] in x's dtype; where a weight multiplies the output, in the wider of both.
     """
-    gate, up = F.linear(x, w13).chunk(2, dim=-1)  # [T, F] each
-    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    return F.linear(act * up, w2)
+    first = "13" if spec.gated else "1"
+    if weight is not None and spec.weight_on == "input":
+        x = (x * weight).to(x.dtype)
+    projected = F.linear(x, tensors[f"{prefix}.w{first}"], tensors.get(f"{prefix}.b{first}"))
+    hidden = activate(projected, spec)  # [T, F]
+    if weight is not None and spec.weight_on == "w2_input":
+        hidden = (hidden * weight.repeat_interleave(hidden.shape[1] // weight.shape[1], dim=1)).to(x.dtype)
+    output = F.linear(hidden, tensors[f"{prefix}.w2"], tensors.get(f"{prefix}.b2"))
+    if spec.output_norm:
+        output = rms_norm(output * (1 + tensors[f"{prefix}.output_norm"]), 1.0, spec.output_norm)
+    return output * weight if weight is not None and spec.weight_on == "output" else output
 
 
-def _routed_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, activation: str) -> Tensor:
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < w13.shape[0]:
-        raise InputError(f"ids: got {int(ids.min())} to {int(ids.max())}, want 0 to {w13.shape[0] - 1}")
-    total = x.new_zeros(x.shape[0], w2.shape[1], dtype=weights.dtype)  # [T, D]
-    for expert in ids.unique().tolist():
-        token, slot = (ids == expert).nonzero(as_tuple=True)
-        output = gated_mlp(x[token], w13[expert], w2[expert], activation)
-        total.index_add_(0, token, output.to(total.dtype) * weights[token, slot, None])
+def _routed_experts(
+    x: Tensor,
+    names: Sequence[str],
+    experts: Sequence[Tensor],
+    ids: Tensor,
+    weights: Tensor,
+    count: int,
+    identity_experts: int,
+    *fields: Any,
+) -> Tensor:
+    spec, dropped = MLPSpec(*fields), count + identity_experts
+    total = x.new_zeros(x.shape, dtype=wide(x.dtype))  # [T, D]
+
+    chosen, pair = ids.flatten().sort()  # [T K], pairs of one expert side by side
+    if len(chosen) and not 0 <= int(chosen[0]) <= int(chosen[-1]) <= dropped:
+        raise InputError(
+            f"ids: got {int(chosen[0])} to {int(chosen[-1])}, want 0 to {dropped - 1}, or {dropped} for a dropped pair"
+        )
+    kept = chosen < dropped
+    chosen, pair = chosen[kept], pair[kept]
+    token, weight = pair // ids.shape[1], weights.flatten()[pair, None].to(total.dtype)
+    hit, sizes = chosen.unique_consecutive(return_counts=True)
+    slices = (part.split(sizes.tolist()) for part in (token, x[token], weight))
+    for expert, token_e, x_e, weight_e in zip(hit.tolist(), *slices, strict=True):
+        if expert < count:
+            # All but the output norm hold one row an expert.
+            own = {n: t if n == "experts.output_norm" else t[expert] for n, t in zip(names, experts, strict=True)}
+            output = mlp(x_e, spec, own, "experts", weight_e)
+        else:
+            output = x_e * weight_e
+        total.index_add_(0, token_e, output.to(total.dtype))
     return total.to(x.dtype)
 
 
-def _routed_experts_shape(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, activation: str) -> Tensor:
-    return x.new_empty(x.shape[0], w2.shape[1])
+def _routed_experts_shape(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 # Opaque, as in engines: which rows an expert gets depends on data.
+_spec = ", ".join(f"{f.type if f.type in ('int', 'float', 'bool') else 'str'} {f.name}" for f in fields(MLPSpec))
 _operator = operator(
-    "routed_experts(Tensor x, Tensor w13, Tensor w2, Tensor ids, Tensor weights, str activation) -> Tensor",
+    "routed_experts(Tensor x, str[] names, Tensor[] experts, Tensor ids, Tensor weights, int count, "
+    f"int identity_experts, {_spec}) -> Tensor",
     _routed_experts,
     _routed_experts_shape,
 )
 
 
-def routed_experts(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, activation: str) -> Tensor:
+def routed_experts(
+    x: Tensor,
+    spec: MLPSpec,
+    tensors: Mapping[str, Tensor],
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    identity_experts: int = 0,
+) -> Tensor:
     """Sum over each token's experts of weight times expert output, accumulated in float32 or wider.
 
-    x: [T, D]; w13: [E, 2F, D]; w2: [E, D, F]; ids: [T, K] int in [0, E); weights: [T, K] float32 or float64.
+    x: [T, D]. tensors: as `spec.tensors("experts", D, (E,))` names and shapes them. ids: [T, K] int; those from E on
+    are identity experts, which pass x on; the one behind the last of them marks a dropped pair, which adds nothing
+    whatever its weight is. weights: [T, K] float.
     returns [T, D] in x's dtype. Raises InputError for an id out of range.
     """
-    output: Tensor = _operator(x, w13, w2, ids, weights, activation)
+    names = list(spec.tensors("experts", *x.shape[1:]))
+    values = [getattr(spec, field.name) for field in fields(spec)]
+    experts, count = [tensors[name] for name in names], len(tensors["experts.w2"])
+    output: Tensor = _operator(x, names, experts, ids, weights, count, identity_experts, *values)
     return output

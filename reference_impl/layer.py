@@ -1,35 +1,175 @@
-"""One Mixture-of-Experts layer, in data order: route, project in, pad, experts, unpad, scale, project out, add."""
+"""One Mixture-of-Experts layer, in data order: route, the routed experts, the shared ones, a dense MLP, their sum."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_conformance.engine import LayerInputs, RouteInputs
-from moe_conformance.reference_impl.experts import gated_mlp, routed_experts
+from moe_conformance.engine import LayerInputs, RouteInputs, Routing
+from moe_conformance.reference_impl.experts import mlp, rms_norm, routed_experts
 from moe_conformance.reference_impl.padding import pad, pad_expert_weights, unpad
-from moe_conformance.reference_impl.routing import route
+from moe_conformance.reference_impl.router import router_logits
+from moe_conformance.reference_impl.routing import route, route_logits
+from moe_conformance.spec import DenseSpec, LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
+
+Tensors = Mapping[str, Tensor]
+
+
+class LayerOutput(NamedTuple):
+    """output: [T, H] in x's dtype. ids, weights: [T, K], as the experts got them. state: for the next MoE layer."""
+
+    output: Tensor
+    ids: Tensor
+    weights: Tensor
+    state: Tensor | None
+
+
+class Padding(NamedTuple):
+    """The widths an engine's expert kernel runs at, at least D and F, and how it widens and cuts, as in padding.py."""
+
+    hidden: int
+    intermediate: int
+    pad: Callable[[Tensor, int], Tensor]
+    unpad: Callable[[Tensor, int], Tensor]
+
+
+def layer(
+    x: Tensor,
+    spec: LayerSpec,
+    tensors: Tensors,
+    *,
+    token_ids: Tensor | None = None,
+    state: Tensor | None = None,
+    sequences: int = 1,
+    routing: Routing | None = None,
+) -> LayerOutput:
+    """What the layer computes of its input, without the residual around it.
+
+    x: [T, H], as the router sees it. tensors: as `spec.tensors()` names and shapes them. token_ids: [T] integer, for a
+    "table" selector. state: [T, R], the router state of the previous MoE layer, for a router that takes one.
+    sequences: how many of equal length x holds, one behind the other. routing: ids and weights [T, K] instead of the
+    router's, which still gives the state and the shared experts' weights; for dropped pairs see `routed_experts`.
+    """
+    logits, state = router_logits(x, spec.logits, tensors, state=state)  # [T, classes]
+    ids, weights, shared = route_logits(logits, spec.routing, tensors, token_ids=token_ids, sequences=sequences)
+    if routing is not None:
+        ids, weights = routing
+    return LayerOutput(experts_output(x, spec, tensors, ids, weights, shared), ids, weights, state)
+
+
+def experts_output(
+    x: Tensor,
+    spec: LayerSpec,
+    tensors: Tensors,
+    ids: Tensor,
+    weights: Tensor,
+    shared_weights: Tensor | None = None,
+    padding: Padding | None = None,
+) -> Tensor:
+    """All that follows the router: [T, H] -> [T, H]. Sums of two parts in the parts' dtype.
+
+    A model that adds its shared experts in float32 (LayerSpec.combine_dtype, hy_v3) gets the same bits: the sum of
+    two stored numbers is rounded once either way.
+    """
+    output = _routed(x, spec, tensors, ids, weights, padding)
+    if spec.shared is not None:
+        output = output + _shared(x, spec.shared, tensors, shared_weights)
+        if spec.shared.combine == "average":  # of the two sums, however many experts are in them (cohere2_moe)
+            output = output / 2
+    if spec.dense is not None:
+        output = output + _dense(x, spec.dense, tensors)
+    if spec.output_bias:
+        output = output + tensors["output.bias"]
+    if spec.output_norm:
+        output = rms_norm(output, tensors["output.norm"], spec.output_norm)
+    return output
+
+
+def _routed(
+    x: Tensor, spec: LayerSpec, tensors: Tensors, ids: Tensor, weights: Tensor, padding: Padding | None
+) -> Tensor:
+    """The routed sum: norm, project in, pad, experts, cut, scale, project out, norm; each where the model has it.
+
+    The padded columns are cut before anything else touches the sum, because whatever the kernel left there would enter
+    the projection or not fit the shared output (vllm#40794). The scale meets the routed sum only.
+    """
+    latent, norm_eps = spec.latent, spec.dense.norm_eps if spec.dense else 0.0
+    if norm_eps:
+        x = rms_norm(x, tensors["experts.norm"], norm_eps)
+    if latent is not None:
+        x = F.linear(x, tensors["latent.in"], tensors.get("latent.in_bias"))  # [T, D]
+        if latent.norm_eps:
+            x = rms_norm(x, 1 + tensors["latent.norm"], latent.norm_eps)
+    width = x.shape[1]
+    if padding is not None:
+        w13, w2 = pad_expert_weights(
+            tensors["experts.w13"], tensors["experts.w2"], padding.hidden, padding.intermediate
+        )
+        x, tensors = padding.pad(x, padding.hidden), {**tensors, "experts.w13": w13, "experts.w2": w2}
+    identity = spec.routing.identity_experts
+    output = routed_experts(x, spec.experts, tensors, ids, weights, identity_experts=identity)  # [T, padded D]
+    if padding is not None:
+        output = padding.unpad(output, width)
+    output = output * spec.output_scale  # [T, D]
+    if latent is not None:
+        output = F.linear(output, tensors["latent.out"], tensors.get("latent.out_bias"))  # [T, H]
+    return rms_norm(output, tensors["experts.sum_norm"], norm_eps) if norm_eps else output
+
+
+def _shared(x: Tensor, spec: SharedSpec, tensors: Tensors, weights: Tensor | None) -> Tensor:
+    """The always-on experts as one MLP; weights [T, n]: what the router gives each, where it does (inkling)."""
+    output = mlp(x, spec.mlp, tensors, "shared", weights)
+    return output * F.linear(x, tensors["shared.gate"]).sigmoid() if spec.gate else output
+
+
+def _dense(x: Tensor, spec: DenseSpec, tensors: Tensors) -> Tensor:
+    """The dense MLP beside the experts, between two norms where the model has them (gemma4)."""
+    if not spec.norm_eps:
+        return mlp(x, spec.mlp, tensors, "dense")
+    output = mlp(rms_norm(x, tensors["dense.norm"], spec.norm_eps), spec.mlp, tensors, "dense")
+    return rms_norm(output, tensors["dense.sum_norm"], spec.norm_eps)
 
 
 def moe_layer(inputs: LayerInputs) -> Tensor:
-    """The layer's output [T, H] in x's dtype; see LayerInputs for shapes.
+    """The layer's output [T, H] in x's dtype; see LayerInputs for shapes."""
+    return padded_layer(inputs, route, pad, unpad)
 
-    Order matters twice. The padded columns are cut before anything else touches the routed sum, because whatever
-    the kernel left there would enter the projection or not fit the shared output (vllm#40794). The scale meets the
-    routed sum only, never the shared expert.
-    """
+
+def padded_layer(
+    inputs: LayerInputs,
+    route: Callable[[RouteInputs], Routing],
+    pad: Callable[[Tensor, int], Tensor],
+    unpad: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """The same with an engine's own steps, which have the names, arguments and results of ours."""
     ids, weights = route(RouteInputs(inputs.logits, inputs.top_k, inputs.method, inputs.per_expert_scale))
-
-    x = inputs.x if inputs.latent_in is None else F.linear(inputs.x, inputs.latent_in)  # [T, D]
-    width, intermediate = x.shape[-1], inputs.w2.shape[-1]
-    hidden = inputs.padded_hidden or width
-    w13, w2 = pad_expert_weights(inputs.w13, inputs.w2, hidden, inputs.padded_intermediate or intermediate)
-
-    routed = routed_experts(pad(x, hidden), w13, w2, ids, weights, inputs.activation)  # [T, padded D]
-    routed = unpad(routed, width) * inputs.scale  # [T, D]
-
-    if inputs.latent_out is not None:
-        routed = F.linear(routed, inputs.latent_out)  # [T, H]
-    if inputs.shared_w13 is None or inputs.shared_w2 is None:
-        return routed
-    return routed + gated_mlp(inputs.x, inputs.shared_w13, inputs.shared_w2, "silu")
+    given = {
+        "experts.w13": inputs.w13,
+        "experts.w2": inputs.w2,
+        "shared.w13": inputs.shared_w13,
+        "shared.w2": inputs.shared_w2,
+        "latent.in": inputs.latent_in,
+        "latent.out": inputs.latent_out,
+    }
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    (_, hidden), (experts, width, intermediate) = inputs.x.shape, inputs.w2.shape
+    shared = padding = None
+    if "shared.w2" in tensors:
+        _, shared_width = tensors["shared.w2"].shape
+        shared = SharedSpec(MLPSpec(shared_width))
+    if inputs.padded_hidden or inputs.padded_intermediate:
+        padding = Padding(inputs.padded_hidden or width, inputs.padded_intermediate or intermediate, pad, unpad)
+    spec = LayerSpec(
+        hidden_size=hidden,
+        num_experts=experts,
+        logits=LogitsSpec(),
+        routing=RoutingSpec(inputs.top_k),
+        experts=MLPSpec(intermediate, inputs.activation),
+        shared=shared,
+        latent=LatentSpec(width) if "latent.in" in tensors else None,
+        output_scale=inputs.scale,
+    )
+    return experts_output(inputs.x, spec, tensors, ids, weights, padding=padding)

@@ -1,221 +1,167 @@
-"""Load the MoE tensors of a Gemma 4 checkpoint folder: all of them or, with a reason, none.
+"""Load the MoE tensors of a checkpoint folder: all of them or, with a reason, none.
 
 Three steps, and no tensor data is read before the first two have passed: list what the folder holds (config, index,
-shard headers), plan which checkpoint tensor fills which place, then read.
+shard headers), plan which checkpoint tensor fills which place, then read. What a family's tensors are called and how
+they lie is in checkpoint_names.py; shapes are checked against the config and never used to guess a layout.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from moe_conformance.engine import MoESpec
 from moe_conformance.errors import CheckpointError
-from moe_conformance.reference_impl.remap import experts_of, parse
+from moe_conformance.reference_impl.arrange import Sizes, part, to_canonical, to_stored
+from moe_conformance.reference_impl.checkpoint_files import CONFIG, Stored, open_shards, quantization, read_json
+from moe_conformance.reference_impl.checkpoint_names import Piece
+from moe_conformance.reference_impl.checkpoint_places import Places
+from moe_conformance.spec import Shape
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The tensor that carries the weights themselves: as numbers, or as packed integers of GPTQ, AWQ, compressed-tensors.
 CARRIERS = ("weight", "qweight", "weight_packed")
 FLOATS = ("F64", "F32", "F16", "BF16")
-# The parts of each expert tensor, in the order of its rows, and last the part that is all of them.
-OWNERS = {"w13": ("gate_proj", "up_proj", "gate_up_proj"), "w2": ("down_proj", "down_proj")}
-
-
-class Stored(NamedTuple):
-    """A tensor as its shard's header describes it. dtype: in safetensors' words, "BF16", "I8", ..."""
-
-    name: str
-    shard: str
-    shape: tuple[int, ...]
-    dtype: str
+INTEGERS = ("I64", "I32")
 
 
 class Key(NamedTuple):
-    """One tensor of the result. owner: "w13" or "w2"; "proj", "scale" or "per_expert_scale" of a router (suffix "")."""
+    """One tensor of the result. suffix: "weight" for the weights themselves."""
 
-    layer: int
-    owner: str
+    tensor: str
     suffix: str
 
     def __str__(self) -> str:
-        if not self.suffix:
-            return f"layers.{self.layer}.router.{self.owner}"
-        return f"layers.{self.layer}.experts.{self.owner}" + ("" if self.suffix == "weight" else f".{self.suffix}")
+        return self.tensor if self.suffix == "weight" else f"{self.tensor}.{self.suffix}"
 
 
-# (part, expert) -> tensor. expert is None where one tensor is the whole: a router's, or packed experts.
-Pieces = dict[tuple[str, int | None], Stored]
-Plan = dict[Key, Pieces]
+class Slot(NamedTuple):
+    """A part of a tensor. half: the gate rows (0) or the up rows (1); None is all of them, or all experts."""
+
+    half: int | None
+    expert: int | None
+
+
+class Filled(NamedTuple):
+    piece: Piece
+    entry: Stored
+
+
+Slots = dict[Slot, Filled]
+Plan = dict[Key, Slots]
 
 
 def load(folder: Path) -> dict[str, Tensor]:
-    """Load a folder of config.json and safetensors, one file or shards with an index.
+    """Load a folder of config.json and safetensors, one file or shards with an index, of any MoE family.
 
-    returns, for each MoE layer I, tensors of their own memory in the checkpoint's dtype:
-      layers.I.experts.w13 [E, 2F, H], gate rows above up rows; layers.I.experts.w2 [E, H, F];
-      layers.I.router.proj [E, H]; layers.I.router.scale [H]; layers.I.router.per_expert_scale [E].
+    returns, for each MoE layer I, tensors of their own memory in the checkpoint's dtype: layers.I.NAME for each name
+    of `LayerSpec.tensors`, shaped as there. The encoder of an encoder-decoder has encoder.layers.I.NAME, a second set
+    of experts for images (ernie4_5_vl_moe) layers.I.vision.NAME.
     Where the config has a quantization_config, widths and dtypes of weights are as stored, and every further suffix S
     comes as layers.I.experts.w13.S [E, 2, ...] (gate, up) and layers.I.experts.w2.S [E, ...]; from packed tensors
-    both as stored. Biases come the same way, in any checkpoint.
+    both as stored.
 
-    The layout is Gemma 4's, which the config fixes; shapes are checked against it and never used to guess it.
-    Tensors outside the MoE blocks are not read. Shards may be symbolic links (the hub's cache is made of them).
-    Raises CheckpointError, and ConfigError for a config that is not of a MoE model.
+    Tensors outside the MoE blocks are not read, nor those of further layers for multi-token prediction.
+    Raises CheckpointError, and ConfigError for a config that is not of a known MoE model.
     """
-    from moe_conformance.reference_impl.config import describe
-
     folder = Path(folder)
-    config = _json(folder / "config.json")
-    spec = describe(config)
+    config = read_json(folder / CONFIG)
+    places = Places(config)
     with ExitStack() as stack:
-        shards, stored = _open(folder, stack)
-        plan = _plan(spec, stored)
-        _check(spec, plan, quantised=bool(_quantization(config)))
+        shards, stored = open_shards(folder, stack)
+        plan = _plan(places, stored)
+        plan = _oriented(places, plan, config)
+        _check(places, plan, quantised=bool(quantization(config)))
         try:
-            return _read(plan, shards)
+            return _read(places, plan, shards)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{folder}: a shard changed while it was read ({error}); download it again"
             ) from error
 
 
-def _json(path: Path) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if twice := sorted({key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else ()):
-            raise CheckpointError(f"{path}: {', '.join(twice)} given twice; keep the one that is meant")
-        return dict(pairs)
-
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: not there; point to a folder with config.json and safetensors") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: got a JSON {type(found).__name__}, want an object; download it again")
-    return found
-
-
-def _quantization(config: Mapping[str, Any]) -> Any:
-    text = config.get("text_config")
-    return config.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
-
-
-def _open(folder: Path, stack: ExitStack) -> tuple[dict[str, Any], list[Stored]]:
-    """Open every shard and list its tensors; the index and the shards must agree on every name."""
-    single, index = folder / SINGLE, folder / INDEX
-    if single.exists() and index.exists():
-        raise CheckpointError(f"{folder}: has both {SINGLE} and {INDEX}; remove the one that is not meant")
-    if single.exists():
-        weight_map, files = None, [SINGLE]
-    else:
-        weight_map = _weight_map(index)
-        files = sorted(set(weight_map.values()))
-    shards, stored = {}, []
-    for file in files:
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder / file}: not there, but {INDEX} names it; download it")
-        try:
-            shard = stack.enter_context(safe_open(folder / file, framework="pt"))
-            for name in shard.keys():  # noqa: SIM118 - not a mapping
-                part = shard.get_slice(name)
-                stored.append(Stored(name, file, tuple(part.get_shape()), part.get_dtype()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / file}: damaged or cut short ({error}); download it again") from error
-        shards[file] = shard
-    if weight_map is not None:
-        held = {(entry.name, entry.shard) for entry in stored}
-        _none(held - weight_map.items(), "in a shard but not in the index", "write the index anew from the shards")
-        _none(weight_map.items() - held, "in the index but not in its shard", "download the shard again")
-    return shards, stored
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> shard, a plain file name beside the index."""
-    if not index.exists():
-        raise CheckpointError(f"{index.parent}: has neither {SINGLE} nor {INDEX}; download one")
-    weight_map = _json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: got no weight_map, want tensor names and their shards; download it again")
-    for name, file in weight_map.items():
-        # A name with a separator, a drive or ".." would read outside the folder.
-        if not isinstance(file, str) or not file.endswith(".safetensors") or any(c in file for c in "/\\:\0"):
-            raise CheckpointError(
-                f"{index}: {name}: got shard {file!r}, want the name of a .safetensors file in the same folder; "
-                "do not load this checkpoint unless you trust where it came from"
-            )
-    return weight_map
-
-
-def _none(entries: set[tuple[str, str]], trouble: str, cure: str) -> None:
-    if entries:
-        listed = ", ".join(f"{name} ({file})" for name, file in sorted(entries)[:8])
-        raise CheckpointError(f"{len(entries)} tensors are {trouble}, first {listed}; {cure}")
-
-
-def _plan(spec: MoESpec, stored: Sequence[Stored]) -> Plan:
-    """Give every MoE tensor its place; no place may be given twice, in one style or in two."""
+def _plan(places: Places, stored: Sequence[Stored]) -> Plan:
+    """Give every MoE tensor its place; no place may be given twice, in one spelling or in two."""
     plan: Plan = {}
     for entry in stored:
-        place = parse(entry.name)
-        if place is None:
-            continue
-        experts_of(spec, entry.name, place)
-        owner = next((owner for owner, parts in OWNERS.items() if place.part in parts), place.part)
-        pieces = plan.setdefault(Key(place.layer, owner, place.suffix), {})
-        piece = place.part, place.expert
-        for other, held in pieces.items():
-            # The same piece again, or a packed tensor beside pieces of it.
-            if other == piece or None in (other[1], piece[1]):
+        for tensor, piece, expert, suffix in places.locate(entry.name):
+            slots, slot = plan.setdefault(Key(tensor, suffix), {}), Slot(piece.half, expert)
+            if held := _held(slots, slot):
                 raise CheckpointError(
-                    f"{held.name} in {held.shard} and {entry.name} in {entry.shard} hold the same weights; "
+                    f"{held.entry.name} in {held.entry.shard} and {entry.name} in {entry.shard} hold the same weights; "
                     "remove one of them"
                 )
-        pieces[piece] = entry
+            slots[slot] = Filled(piece, entry)
     return plan
 
 
-def _check(spec: MoESpec, plan: Plan, quantised: bool) -> None:
+def _held(slots: Slots, slot: Slot) -> Filled | None:
+    """What is already there of a slot: the same, a whole it is part of, or a part of it."""
+    for half in (slot.half, None):
+        for expert in (slot.expert, None):
+            if found := slots.get(Slot(half, expert)):
+                return found
+    if None in slot:
+        return next((filled for other, filled in slots.items() if _meet(slot, other)), None)
+    return None
+
+
+def _meet(one: Slot, other: Slot) -> bool:
+    return all(a is None or b is None or a == b for a, b in zip(one, other, strict=True))
+
+
+def _oriented(places: Places, plan: Plan, config: Mapping[str, Any]) -> Plan:
+    """Say of packed experts that once were stored transposed which of the two they are (qwen3_vl_moe).
+
+    By the shape, or where it is the same both ways by the version of transformers that wrote the folder.
+    """
+    if not places.names.once_transposed:
+        return plan
+    version = str(config.get("transformers_version") or "")
+    turned = dict(plan)
+    for key, slots in plan.items():
+        if key.suffix != "weight" or ".experts." not in key.tensor or Slot(None, None) not in slots:
+            continue
+        piece, entry = slots[Slot(None, None)]
+        *lead, rows, columns = places.wanted[key.tensor]
+        if rows == columns and not version:
+            raise CheckpointError(
+                f"{entry.name} in {entry.shard}: {list(entry.shape)} may be transposed or not, and config.json has "
+                "no transformers_version; add the version that wrote the folder"
+            )
+        if entry.shape == (*lead, columns, rows) and (rows != columns or int(version.split(".")[0]) < 5):
+            turned[key] = {Slot(None, None): Filled(replace(piece, ops=("transposed",)), entry)}
+    return turned
+
+
+def _check(places: Places, plan: Plan, quantised: bool) -> None:
     """Every place filled, with the config's shapes and dtypes of one kind; or an error that lists what is not."""
     missing: list[str] = []
-    for position, layer in enumerate(spec.moe_layers):
-        experts, width, hidden = (
-            _at(spec.num_experts, position),
-            _at(spec.moe_intermediate_size, position),
-            spec.hidden_size,
-        )
-        want = {
-            "w13": (experts, 2 * width, hidden),
-            "w2": (experts, hidden, width),
-            "proj": (experts, hidden),
-            "scale": (hidden,),
-            "per_expert_scale": (experts,),
-        }
-        for owner, shape in want.items():
-            keys = [key for key in plan if key[:2] == (layer, owner)]
-            carriers = [key for key in keys if key.suffix in CARRIERS or not key.suffix]
-            if not carriers:
-                missing.append(str(Key(layer, owner, "weight" if owner in OWNERS else "")))
-            if len(carriers) > 1:
-                raise CheckpointError(f"{' and '.join(map(str, carriers))} are the same weights; remove one of them")
-            for key in keys:
-                missing += _missing_pieces(key, plan[key], experts)
-                _same_kind(plan[key])
-                if key.suffix in ("weight", ""):
-                    _fits(plan[key], shape, exact=not quantised or owner not in OWNERS)
-                elif key.suffix != "bias" and not quantised:
-                    raise CheckpointError(
-                        f"{key}: belongs to a quantised model, but config.json has no quantization_config; take "
-                        "config.json from where the tensors come from"
-                    )
+    by_tensor: dict[str, list[Key]] = {}
+    for key in plan:
+        by_tensor.setdefault(key.tensor, []).append(key)
+    for tensor, shape in places.wanted.items():
+        keys = by_tensor.get(tensor, [])
+        carriers = [key for key in keys if key.suffix in CARRIERS]
+        if not carriers:
+            missing.append(tensor)
+        if len(carriers) > 1:
+            raise CheckpointError(f"{' and '.join(map(str, carriers))} are the same weights; remove one of them")
+        for key in keys:
+            missing += _missing_slots(places, key, plan[key])
+            _same_kind(plan[key])
+            if key.suffix == "weight":
+                _fits(key, plan[key], _stored_shapes(plan[key], shape, places.sizes[tensor]), exact=not quantised)
+            elif not quantised:
+                raise CheckpointError(
+                    f"{key}: belongs to a quantised model, but config.json has no quantization_config; take "
+                    "config.json from where the tensors come from"
+                )
     if missing:
         raise CheckpointError(
             f"{len(missing)} tensors are missing from the checkpoint: {', '.join(missing[:8])}"
@@ -223,61 +169,97 @@ def _check(spec: MoESpec, plan: Plan, quantised: bool) -> None:
         )
 
 
-def _at(value: int | tuple[int, ...], position: int) -> int:
-    return value if isinstance(value, int) else value[position]
+def _missing_slots(places: Places, key: Key, slots: Slots) -> list[str]:
+    """Checkpoint names of what is not there, in the spelling of what is."""
+    first, (seen, entry) = next(iter(slots.items()))
+    experts = (None,) if first.expert is None else range(places.sizes[key.tensor].experts)
+    halves = (None,) if first.half is None else (0, 1)
+    gone = (Slot(half, e) for e in experts for half in halves if not _held(slots, Slot(half, e)))
+    return [_spelled(places, entry.name, seen, slot, key.suffix) for slot in gone]
 
 
-def _missing_pieces(key: Key, pieces: Pieces, experts: int) -> list[str]:
-    if any(expert is None for _, expert in pieces):
-        return []
-    wanted = ((part, expert) for expert in range(experts) for part in OWNERS[key.owner][:-1])
-    return [f"layers.{key.layer}.experts.{e}.{part}.{key.suffix}" for part, e in wanted if (part, e) not in pieces]
+def _spelled(places: Places, name: str, seen: Piece, slot: Slot, suffix: str) -> str:
+    """The name of a slot that lies beside the piece `seen`, whose own name is `name`."""
+    siblings = [p for p in places.names.pieces if p.target == seen.target and p.half == slot.half]
+    like = next(p for p in siblings if _block(p.pattern) == _block(seen.pattern))
+    before = name[: name.index(seen.pattern.split("{e}")[0].removesuffix("weight"))]
+    return f"{before}{like.pattern.replace('{e}', str(slot.expert)).removesuffix('weight')}{suffix}"
 
 
-def _same_kind(pieces: Pieces) -> None:
-    first, *rest = pieces.values()
-    for entry in rest:
-        if (entry.shape, entry.dtype) != (first.shape, first.dtype):
+def _block(pattern: str) -> str:
+    return pattern.removesuffix(".weight").rpartition(".")[0]
+
+
+def _same_kind(slots: Slots) -> None:
+    first_piece, first = next(iter(slots.values()))
+    for piece, entry in slots.values():
+        if entry.dtype != first.dtype or (piece == first_piece and entry.shape != first.shape):
             raise CheckpointError(
                 f"{entry.name} in {entry.shard}: got {entry.dtype} {list(entry.shape)}, want {first.dtype} "
                 f"{list(first.shape)} as {first.name} has; mend the export"
             )
 
 
-def _fits(pieces: Pieces, shape: tuple[int, ...], exact: bool) -> None:
-    """shape: of the result. exact: float, and the last dim too; not so where one stored element holds several."""
-    (part, expert), entry = next(iter(pieces.items()))
-    if expert is not None:
-        rows = shape[1] // len(OWNERS["w13"][:-1]) if part in OWNERS["w13"] else shape[1]
-        shape = (rows, shape[2])
-    compared = len(shape) if exact else len(shape) - 1
-    if len(entry.shape) != len(shape) or entry.shape[:compared] != shape[:compared]:
-        raise CheckpointError(
-            f"{entry.name} in {entry.shard}: got shape {list(entry.shape)}, want {list(shape)} as config.json says; "
-            "config.json and the tensors are of different models, or the export transposed them"
-        )
-    if exact and entry.dtype not in FLOATS:
-        raise CheckpointError(
-            f"{entry.name} in {entry.shard}: got dtype {entry.dtype}, want one of {', '.join(FLOATS)}; add the "
-            "quantization_config that it was made with, or export it unquantised"
-        )
-
-
-def _read(plan: Plan, shards: Mapping[str, Any]) -> dict[str, Tensor]:
-    def get(entry: Stored) -> Tensor:
-        tensor: Tensor = shards[entry.shard].get_tensor(entry.name)
-        return tensor
-
-    out: dict[str, Tensor] = {}
-    for key, pieces in sorted(plan.items()):
-        experts = sorted({expert for _, expert in pieces if expert is not None})
-        if not experts:
-            (whole,) = pieces.values()
-            out[str(key)] = get(whole).clone()  # what safetensors returns may still be the mapped file
-            continue
-        parts = [torch.stack([get(pieces[part, e]) for e in experts]) for part in OWNERS[key.owner][:-1]]  # [E, ...]
-        if len(parts) == 1:
-            out[str(key)] = parts[0]
-        else:
-            out[str(key)] = torch.cat(parts, dim=1) if key.suffix == "weight" else torch.stack(parts, dim=1)
+def _stored_shapes(slots: Slots, shape: Shape, sizes: Sizes) -> dict[Piece, Shape]:
+    """The shape each piece has in the file."""
+    out: dict[Piece, Shape] = {}
+    for slot, (piece, _) in slots.items():
+        if piece not in out:
+            cut = part(torch.empty(shape, device="meta"), piece, slot.expert)
+            first, *others = to_stored(cut, piece, sizes).shape
+            out[piece] = (first * piece.rows, *others)
     return out
+
+
+def _fits(key: Key, slots: Slots, shapes: Mapping[Piece, Shape], exact: bool) -> None:
+    """exact: float, and the last dim too; not so where one stored element may hold several, which a router's never."""
+    exact = exact or ".router." in key.tensor
+    kinds = INTEGERS if key.tensor.endswith("router.table") else FLOATS
+    for piece, entry in slots.values():
+        want = shapes[piece]
+        compared = len(want) if exact else len(want) - 1
+        if len(entry.shape) != len(want) or entry.shape[:compared] != want[:compared]:
+            raise CheckpointError(
+                f"{entry.name} in {entry.shard}: got shape {list(entry.shape)}, want {list(want)} as config.json says; "
+                "config.json and the tensors are of different models, or the export transposed them"
+            )
+        if exact and entry.dtype not in kinds:
+            raise CheckpointError(
+                f"{entry.name} in {entry.shard}: got dtype {entry.dtype}, want one of {', '.join(kinds)}; add the "
+                "quantization_config that it was made with, or export it unquantised"
+            )
+
+
+def _read(places: Places, plan: Plan, shards: Mapping[str, Any]) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for key, slots in sorted(plan.items()):
+        shape, sizes = places.wanted[key.tensor], places.sizes[key.tensor]
+        stored = {slot: shards[entry.shard].get_tensor(entry.name) for slot, (_, entry) in slots.items()}
+        if key.suffix == "weight" and _is_plain(slots, _stored_shapes(slots, shape, sizes)):
+            whole = torch.empty(shape, dtype=next(iter(stored.values())).dtype)
+            for slot, (piece, _) in slots.items():
+                row = stored[slot].chunk(piece.rows)[piece.row]
+                part(whole, piece, slot.expert).copy_(to_canonical(row, piece, sizes))
+            out[str(key)] = whole
+        else:
+            out[str(key)] = _as_stored(key, stored)
+    return out
+
+
+def _is_plain(slots: Slots, shapes: Mapping[Piece, Shape]) -> bool:
+    return all(e.dtype in (*FLOATS, *INTEGERS) and e.shape == shapes[piece] for piece, e in slots.values())
+
+
+def _as_stored(key: Key, stored: Mapping[Slot, Tensor]) -> Tensor:
+    """What belongs to quantised weights: experts on top of each other, gate beside up, or the one tensor itself."""
+    by_expert = any(slot.expert is not None for slot in stored)
+    if by_expert:
+        experts = sorted({slot.expert for slot in stored if slot.expert is not None})
+        halves = sorted({slot.half for slot in stored}, key=lambda half: half or 0)
+        parts = [torch.stack([stored[Slot(half, e)] for e in experts]) for half in halves]
+    else:
+        # What safetensors returns may still be the mapped file.
+        parts = [stored[slot].clone() for slot in sorted(stored, key=lambda slot: slot.half or 0)]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, dim=int(by_expert)) if key.suffix == "weight" else torch.stack(parts, dim=int(by_expert))

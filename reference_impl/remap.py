@@ -76,9 +76,9 @@ def parse(name: str) -> Place | None:
     block = _BLOCK.fullmatch(name)
     if block is None:
         return None
-    layer, rest = _index(name, "layer", block[1]), block[2]
+    layer, rest = index_of(name, "layer", block[1]), block[2]
     if one := _ONE_EXPERT.fullmatch(rest):
-        return Place(layer, one[2], _index(name, "expert", one[1]), one[3] or "weight")
+        return Place(layer, one[2], index_of(name, "expert", one[1]), one[3] or "weight")
     if packed := _PACKED.fullmatch(rest):
         return Place(layer, packed[1], None, packed[2] or "weight")
     # The scale sat in the block before it moved to the router; canonical names carry no ".weight".
@@ -92,7 +92,7 @@ def parse(name: str) -> Place | None:
     )
 
 
-def _index(name: str, what: str, digits: str) -> int:
+def index_of(name: str, what: str, digits: str) -> int:
     if not _NUMBER.fullmatch(digits):
         raise CheckpointError(
             f"{name[:200]!r}: got {what} {digits[:20]!r}, want a number without leading zeros and of at most six "

@@ -1,18 +1,90 @@
 """Routing: from router logits to the experts of each token and their weights.
 
-Arithmetic is float32, or float64 where the logits are float64, as every model here computes its scores.
+`route_logits` is every router of transformers 5.23 in the order in which they all act: condition the logits, score
+them, choose, weigh, normalise, scale. What differs from model to model stands in a RoutingSpec.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
-from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing
+from moe_conformance.engine import RouteInputs, Routing
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import poison_
+from moe_conformance.reference_impl.capacity import over_capacity
+from moe_conformance.spec import Precision, RoutingSpec
+
+
+class Routed(NamedTuple):
+    """ids: [T, K] int64. weights: [T, K] in the dtype of the scores. shared: [T, n], of n weighted shared experts."""
+
+    ids: Tensor
+    weights: Tensor
+    shared: Tensor | None
+
+
+def route_logits(
+    logits: Tensor,
+    spec: RoutingSpec,
+    tensors: Mapping[str, Tensor],
+    *,
+    token_ids: Tensor | None = None,
+    sequences: int = 1,
+) -> Routed:
+    """Choose and weigh the experts of each token.
+
+    logits: [T, classes] float. tensors: by the names of `LayerSpec.tensors`; only those that spec asks for are read.
+    token_ids: T integers in any shape, for a table. sequences: how many equally long ones the T tokens are, in order.
+    returns ids, unique and in range for any row; ties go to the lowest id, a NaN is larger than any number. An id of
+    an identity expert stays as it is; a pair that is skipped or over capacity has weight 0.
+    Raises InputError for a tensor that is missing or does not fit logits or spec.
+
+    >>> route_logits(torch.tensor([[0.0, 4.0, 4.0, 2.0]]), RoutingSpec(2, score="sigmoid", renormalize="sum"), {})[:2]
+    (tensor([[1, 2]]), tensor([[0.5000, 0.5000]]))
+    """
+    if logits.ndim != 2:
+        raise InputError(f"logits: got shape {list(logits.shape)}, want [T, E]; flatten the batch first")
+    logits = in_precision(logits, spec.score_dtype) * spec.logit_scale
+    if spec.logit_softcap:
+        logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
+    if spec.selector == "product_keys":
+        logits = sums_of_halves(logits)
+    classes = logits.shape[1] - spec.shared_classes
+    logits, shared_logits = logits[:, :classes], logits[:, classes:]
+
+    scores = logits if spec.select_on == "logits" else score(logits, spec)  # [T, classes]
+    if spec.selector == "table":
+        ids = ids_of_tokens(named(tensors, "router.table", None, spec.top_k), token_ids, len(logits))
+    else:
+        compared = scores + named(tensors, "router.selection_bias", classes) if spec.selection_bias else scores
+        ids = top_experts(best_groups(compared, spec), spec.top_k)
+
+    if spec.selector == "sparsemixer":
+        weights = sparsemixer(logits, ids, spec.jitter)
+    elif spec.shared_classes:
+        # Sigmoid scores over their sum, in logarithms: logits far below 0 have a weight where their score is 0.
+        chosen = torch.cat([logits.gather(1, ids), shared_logits], dim=1)  # [T, K + n]
+        weights = F.logsigmoid(chosen).softmax(dim=1)
+    else:
+        weights = scores.gather(1, ids)  # [T, K]
+        if spec.select_on == "logits":
+            weights = score(weights, spec)
+
+    weights = normalised(weights, ids, spec, classes, sequences) * spec.scale
+    if spec.global_scale:
+        weights = weights * named(tensors, "router.global_scale", 1).to(weights.dtype)
+    weights, shared = weights[:, : spec.top_k], weights[:, spec.top_k :]
+    if spec.per_expert_scale:
+        weights = weights * named(tensors, "router.per_expert_scale", classes)[ids].to(weights.dtype)
+    if spec.skip_expert:
+        skipped = ids == classes - 1
+        ids, weights = ids.masked_fill(skipped, 0), weights.masked_fill(skipped, 0.0)
+    return Routed(ids, weights, shared if spec.shared_classes else None)
 
 
 def top_experts(scores: Tensor, top_k: int) -> Tensor:
@@ -24,10 +96,107 @@ def top_experts(scores: Tensor, top_k: int) -> Tensor:
     >>> top_experts(torch.tensor([[0.1, 0.5, 0.5, 0.2]]), 2)
     tensor([[1, 2]])
     """
-    experts = scores.shape[-1]
+    experts = scores.shape[1]
     if not 1 <= top_k <= experts:
-        raise InputError(f"top_k: got {top_k}, want 1 to {experts}, the number of experts in the logits")
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        raise InputError(f"top_k: got {top_k}, want 1 to {experts}, the number that is chosen from")
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+
+
+def score(logits: Tensor, spec: RoutingSpec) -> Tensor:
+    """The score of each logit of a row, by spec.score."""
+    match spec.score:
+        case "softmax":
+            return logits.softmax(dim=1)
+        case "sigmoid":
+            return logits.sigmoid()
+        case "sqrt_softplus":
+            return F.softplus(logits).sqrt()
+
+
+def best_groups(compared: Tensor, spec: RoutingSpec) -> Tensor:
+    """compared [T, E], with spec.group_mask wherever an expert is not in one of the best groups of E / groups experts.
+
+    Sources: group_limited_greedy of DeepSeek-V2 ("max", masked with 0), noaux_tc of DeepSeek-V3 ("top2_sum", -inf).
+    """
+    if compared.shape[1] % spec.groups:
+        raise InputError(f"logits: got {compared.shape[1]} classes, want a multiple of the {spec.groups} groups")
+    groups: Tensor = compared.unflatten(1, (spec.groups, -1))  # [T, G, E / G]
+    many = {"max": 1, "top2_sum": 2}[spec.group_score]
+    best = groups.sort(dim=2, descending=True).values[..., :many]
+    chosen = top_experts(best.sum(dim=2), spec.top_groups)  # [T, top_groups]
+    dropped = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, chosen, False)  # [T, G]
+    return groups.masked_fill(dropped.unsqueeze(-1), spec.group_mask).flatten(1)
+
+
+def sums_of_halves(logits: Tensor) -> Tensor:
+    """[T, n * n], the sum of logit i of one half and j of the other at i * n + j, for logits [T, 2 n].
+
+    Doge reads its logits as [2, T, n], so with several tokens the halves of token t are not its own: they are rows t
+    and T + t of the 2 T rows of n logits. One token alone has its own two halves.
+    Source: product keys, Lample et al. 2019; transformers DogeCDMoE.
+    """
+    tokens, columns = logits.shape
+    if columns % 2:
+        raise InputError(f"logits: got {columns} columns, want an even number, twice the square root of E")
+    first, second = logits.reshape(2, tokens, columns // 2).unbind()  # [T, n]
+    return (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(1)
+
+
+def ids_of_tokens(table: Tensor, token_ids: Tensor | None, tokens: int) -> Tensor:
+    """Rows of table [V, K] by token id, as int64 [T, K]. Source: the hash layers of DeepSeek-V4."""
+    if token_ids is None or token_ids.numel() != tokens:
+        got = "None" if token_ids is None else f"{token_ids.numel()} of them"
+        raise InputError(f"token_ids: got {got}, want {tokens}, one a row of logits; a table chooses by token id")
+    if ((token_ids < 0) | (token_ids >= len(table))).any():
+        got = f"{int(token_ids.min())} to {int(token_ids.max())}"
+        raise InputError(f"token_ids: got {got}, want 0 to {len(table) - 1}, the rows of router.table")
+    return table[token_ids.reshape(-1)].long()
+
+
+def sparsemixer(logits: Tensor, ids: Tensor, jitter: float) -> Tensor:
+    """Weights [T, K] of PhiMoE: each chosen logit against those near it that are not chosen before it.
+
+    A logit l is near the chosen m where (m - l) / max(|l|, m) <= 2 jitter. logits: [T, E]; ids: [T, K], best first.
+    Source: SparseMixer-v2 in evaluation, Liu et al. 2024; transformers PhimoeTopKRouter.
+    """
+    weights = []
+    for chosen in ids.split(1, dim=1):  # [T, 1]
+        best = logits.gather(1, chosen)
+        far = (best - logits) / logits.abs().maximum(best) > 2 * jitter
+        weights.append(logits.masked_fill(far, -math.inf).softmax(dim=1).gather(1, chosen))
+        logits = logits.scatter(1, chosen, -math.inf)
+    return torch.cat(weights, dim=1)
+
+
+def normalised(weights: Tensor, ids: Tensor, spec: RoutingSpec, classes: int, sequences: int) -> Tensor:
+    """Weights [T, K] normalised, those of tokens over the capacity of their expert 0."""
+    dropped = torch.zeros_like(weights, dtype=torch.bool)
+    if spec.capacity is not None:
+        dropped = over_capacity(ids, weights[:, 0], spec.capacity, classes, sequences)
+        if not spec.capacity.renormalize_before:
+            weights = weights.masked_fill(dropped, 0.0)
+    match spec.renormalize:
+        case "sum":
+            weights = weights / (weights.sum(dim=1, keepdim=True) + spec.epsilon).clamp(min=spec.floor)
+        case "norm":
+            weights = weights / weights.norm(p=spec.norm_order, dim=1, keepdim=True)
+    return weights.masked_fill(dropped, 0.0)
+
+
+def in_precision(tensor: Tensor, precision: Precision) -> Tensor:
+    """The tensor in float32 where precision asks for it; float64 stays float64."""
+    return tensor.float() if precision == "float32" and tensor.dtype != torch.float64 else tensor
+
+
+def named(tensors: Mapping[str, Tensor], name: str, *shape: int | None) -> Tensor:
+    """tensors[name] of that shape, None for any size. Raises InputError where it is missing or of another shape."""
+    want = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+    if name not in tensors:
+        raise InputError(f"{name}: got no such tensor, want {want}; the spec needs it")
+    got = tensors[name].shape
+    if len(got) != len(shape) or any(size not in (None, there) for size, there in zip(shape, got, strict=True)):
+        raise InputError(f"{name}: got shape {list(got)}, want {want}")
+    return tensors[name]
 
 
 def softmax_topk(logits: Tensor, top_k: int, renormalize: bool) -> Routing:
@@ -36,12 +205,7 @@ def softmax_topk(logits: Tensor, top_k: int, renormalize: bool) -> Routing:
     logits: [T, E] float. returns ids [T, K] int64, weights [T, K] float32 (float64 for float64 logits).
     Source: Qwen2-MoE, OLMoE (renormalize from norm_topk_prob), Mixtral (always renormalises).
     """
-    scores = logits.softmax(dim=-1, dtype=_compute_dtype(logits))  # [T, E]
-    ids = top_experts(scores, top_k)
-    weights = scores.gather(-1, ids)  # [T, K]
-    if renormalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return Routing(ids, weights)
+    return Routing(*route_logits(logits, RoutingSpec(top_k, renormalize="sum" if renormalize else "no"), {})[:2])
 
 
 def gemma4(logits: Tensor, top_k: int, per_expert_scale: Tensor) -> Routing:
@@ -50,76 +214,14 @@ def gemma4(logits: Tensor, top_k: int, per_expert_scale: Tensor) -> Routing:
     logits: [T, E] float; per_expert_scale: [E] float. returns as softmax_topk; weights need not sum to 1.
     Source: Gemma 4 (transformers Gemma4TextRouter, vLLM Gemma4MoE).
     """
-    if per_expert_scale.shape != logits.shape[-1:]:
-        raise InputError(
-            f"per_expert_scale: got shape {list(per_expert_scale.shape)}, want [{logits.shape[-1]}], one an expert"
-        )
-    ids, weights = softmax_topk(logits, top_k, renormalize=True)
-    return Routing(ids, weights * per_expert_scale[ids].to(weights.dtype))
+    spec = RoutingSpec(top_k, renormalize="sum", per_expert_scale=True)
+    return Routing(*route_logits(logits, spec, {"router.per_expert_scale": per_expert_scale})[:2])
 
 
 def route(inputs: RouteInputs) -> Routing:
     """Route by the named method. Raises InputError for logits that are not [T, E], or a scale that is not there."""
-    if inputs.logits.ndim != 2:
-        raise InputError(f"logits: got shape {list(inputs.logits.shape)}, want [T, E]; flatten the batch first")
     if inputs.method == "gemma4":
         if inputs.per_expert_scale is None:
             raise InputError("per_expert_scale: got None, want [E]; the gemma4 method has one")
         return gemma4(inputs.logits, inputs.top_k, inputs.per_expert_scale)
     return softmax_topk(inputs.logits, inputs.top_k, renormalize=inputs.method == "softmax_topk_renorm")
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-class FusedExperts(nn.Module):
-    """Stands for a fused expert layer that is handed its routing function and calls it."""
-
-    def __init__(self, routing_function: Callable[[Tensor], Routing]) -> None:
-        super().__init__()
-        self.routing_function = routing_function
-
-    def forward(self, logits: Tensor) -> Routing:
-        return self.routing_function(logits)
-
-
-class Router(nn.Module):
-    """A router as engines build it: the expert layer owns a function that reaches back for the router's parameters.
-
-    That function is a bound method, which reads `self.per_expert_scale` when it is called. A local function that
-    names the Parameter, or even `self`, would keep the old object through functional_call, replacement or deepcopy.
-
-    forward(hidden [T, H]) returns (weights [T, K], ids [T, K]). For gemma4, logits are
-    proj(rms_norm(hidden) * scale / sqrt(H)); otherwise proj(hidden). Parameters are poisoned until loaded.
-    """
-
-    def __init__(self, spec: RouterSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.proj = _unloaded(spec.num_experts, spec.hidden_size, dtype=spec.dtype)
-        if spec.method == "gemma4":
-            self.scale = _unloaded(spec.hidden_size, dtype=spec.dtype)
-            self.per_expert_scale = _unloaded(spec.num_experts, dtype=spec.dtype)
-        self.experts = FusedExperts(self.select)
-
-    def select(self, logits: Tensor) -> Routing:
-        scale = self.per_expert_scale if self.spec.method == "gemma4" else None
-        return route(RouteInputs(logits, self.spec.top_k, self.spec.method, scale))
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        if self.spec.method == "gemma4":
-            hidden = nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=self.spec.norm_eps)
-            hidden = hidden * self.scale * hidden.shape[-1] ** -0.5
-        ids, weights = self.experts(nn.functional.linear(hidden, self.proj))
-        return weights, ids
-
-
-def _unloaded(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(poison_(torch.empty(shape, dtype=dtype)), requires_grad=False)
-
-
-def build_router(spec: RouterSpec) -> RouterHandle:
-    """The router of `spec` with its tensors by canonical name."""
-    module = Router(spec)
-    return RouterHandle(module, "hidden", {name: name for name, _ in module.named_parameters()})

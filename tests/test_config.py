@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +12,14 @@ import pytest
 
 from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.errors import ConfigError, DenseModelError
-from moe_conformance.reference_impl.config import capture_shape, describe
-from moe_conformance.reference_impl.config_families import FAMILIES, TOP_K, family_of
+from moe_conformance.reference_impl.config import capture_shape, describe, layer_of
+from moe_conformance.reference_impl.config_families import FAMILIES, TOP_K, family_of, name_of
+from moe_conformance.reference_impl.config_keys import keys_in
+from moe_conformance.reference_impl.config_methods import METHODS, dead_keys, method_keys
+from moe_conformance.spec import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
+from moe_conformance.suites.config import methods as said
 from moe_conformance.suites.config.cases import CASES
+from moe_conformance.suites.config.families import CLASSES, Keys, flat_keys
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -21,7 +29,9 @@ MIXTRAL = {
     "num_local_experts": 11,
     "num_experts_per_tok": 3,
 }
-MIXTRAL_SPEC = MoESpec(9, tuple(range(9)), 11, 3, 40, 24)
+MIXTRAL_SIZES = MoESpec(9, tuple(range(9)), 11, 3, 40, 24)
+MIXTRAL_LAYER = LayerSpec(40, 11, LogitsSpec(), RoutingSpec(3, renormalize="sum"), MLPSpec(24))
+MIXTRAL_SPEC = replace(MIXTRAL_SIZES, layers=(MIXTRAL_LAYER,) * 9)
 OTHER = {**MIXTRAL, "model_type": "never-heard-of"}
 DENSE = {"model_type": "llama", "num_hidden_layers": 9, "hidden_size": 40, "intermediate_size": 24}
 
@@ -54,7 +64,7 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
 
 
 def test_an_unknown_model_type_is_read_by_its_keys() -> None:
-    assert describe(OTHER) == MIXTRAL_SPEC
+    assert describe(OTHER) == MIXTRAL_SIZES
     leading = {**OTHER, "first_k_dense_replace": 4, "moe_intermediate_size": 22}
     assert describe(leading) == MoESpec(9, (4, 5, 6, 7, 8), 11, 3, 40, 22)
     shared = {**OTHER, "moe_intermediate_size": 22, "n_shared_experts": 2, "moe_latent_size": 16}
@@ -115,3 +125,231 @@ def test_every_plain_case_is_of_a_known_family() -> None:
     plain = [case for case in CASES if "class" not in case.recipe and case.clause != "config.refuse-dense"]
     assert plain and all(family_of(case["keys"]["model_type"]) for case in plain)
     assert len(FAMILIES) == 75
+    assert METHODS.keys() == FAMILIES.keys()
+    assert said.METHODS.keys() == CLASSES.keys() - {"vitpose-backbone"}
+
+
+LAGUNA = {
+    **MIXTRAL,
+    "model_type": "laguna",
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 22,
+    "mlp_layer_types": ["dense"] + ["sparse"] * 8,
+    "moe_routed_scaling_factor": 2.5,
+    "moe_router_logit_softcapping": 30.0,
+    "moe_apply_router_weight_on_input": False,
+}
+DEEPSEEK = {
+    **MIXTRAL,
+    "model_type": "deepseek_v3",
+    "num_local_experts": 12,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+
+
+def unknown(config: Keys, **changed: Any) -> Keys:
+    return {**config, "model_type": "never-heard-of", **changed}
+
+
+def test_an_unknown_model_type_computes_as_the_one_family_with_its_keys() -> None:
+    layer = layer_of(unknown(LAGUNA), 4)
+    assert layer == layer_of(LAGUNA, 4)
+    assert (layer.output_scale, layer.routing.logit_softcap, layer.routing.score) == (2.5, 30.0, "sigmoid")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (unknown(DEEPSEEK), "n_group, norm_topk_prob, routed_scaling_factor, topk_group.*deepseek_v3.*mistral4"),
+        (unknown(MIXTRAL), ": none; families with these keys:.*jamba.*mixtral"),
+        # One key less than the family has, one key more, one of its sizes not there.
+        (unknown({k: v for k, v in LAGUNA.items() if k != "moe_router_logit_softcapping"}), "with these keys: none"),
+        (unknown(LAGUNA, norm_topk_prob=True), "families with these keys: none"),
+        (unknown(LAGUNA, shared_expert_intermediate_size=None), "families with these keys: laguna"),
+        # The value is none that the family with these keys knows.
+        (
+            unknown(DEEPSEEK, topk_method="noaux_tc"),
+            "topk_group, topk_method; families with these keys: deepseek_v2; set model_type",
+        ),
+    ],
+)
+def test_an_unknown_model_type_whose_keys_leave_the_method_open_has_no_layers(config: Keys, says: str) -> None:
+    spec = describe(config)
+    assert spec.num_experts and spec.layers == ()
+    with pytest.raises(ConfigError, match=f"unknown model type, keys.*{says}"):
+        layer_of(config, spec.moe_layers[0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"norm_topk_prob": 1}, "norm_topk_prob: got 1, want one of True, False"),
+        ({"routed_scaling_factor": "2.5"}, "routed_scaling_factor: got '2.5', want a number"),
+        ({"routed_scaling_factor": None}, "routed_scaling_factor: got None, want a number"),
+        ({"routed_scaling_factor": True}, "routed_scaling_factor: got True, want a number"),
+        ({"hidden_act": "xielu"}, "hidden_act: got 'xielu', want one of 'silu', .*'relu2'"),
+        ({"hidden_act": ["silu"]}, "hidden_act: got .'silu'., want one of"),
+        ({"n_group": "4"}, "n_group: got '4', want a number or null"),
+        ({"n_group": 5}, "groups: got the best 2 of 5 for 12 experts"),
+        ({"topk_group": 6}, "groups: got the best 6 of 4 for 12 experts"),
+    ],
+)
+def test_a_method_key_that_means_nothing_leaves_the_layers_open_and_is_named(changed: Keys, says: str) -> None:
+    config = DEEPSEEK | changed
+    assert describe(config) == replace(describe(DEEPSEEK), layers=())
+    with pytest.raises(ConfigError, match=f"deepseek_v3: MoE method: {says}"):
+        layer_of(config, 5)
+
+
+STEP: Keys = {
+    **MIXTRAL,
+    "model_type": "step3p5",
+    "moe_intermediate_size": 24,
+    "share_expert_dim": 22,
+    "moe_layers_enum": "2,8",
+}
+
+
+@pytest.mark.parametrize("limits", [4.5, [4.5] * 8])
+def test_a_limit_is_given_for_each_layer_or_not_at_all(limits: Any) -> None:
+    with pytest.raises(ConfigError, match=r"swiglu_limits: got .*4\.5.*, want null or a list with an entry for each"):
+        layer_of(STEP | {"swiglu_limits": limits}, 8)
+
+
+def test_names_of_one_key_must_agree() -> None:
+    kimi = {**DEEPSEEK, "model_type": "kimi_linear", "moe_renormalize": True}
+    assert layer_of(kimi, 5).routing.renormalize == "sum"
+    with pytest.raises(ConfigError, match="moe_renormalize is True but norm_topk_prob is False"):
+        layer_of(kimi | {"norm_topk_prob": False}, 5)
+
+
+def test_a_layer_without_experts_is_refused_with_those_that_have_them() -> None:
+    with pytest.raises(ConfigError, match="deepseek_v3: MoE method: layer 2 has no experts; want one of 3, 4, 5"):
+        layer_of(DEEPSEEK, 2)
+
+
+def test_a_model_that_no_spec_can_say_is_refused_with_the_reason() -> None:
+    vitpose = {**MIXTRAL, "model_type": "vitpose_backbone", "mlp_ratio": 3}
+    assert describe(vitpose).num_experts == 11
+    with pytest.raises(ConfigError, match="not a router, chooses"):
+        layer_of(vitpose, 0)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"second_expert_policy": "random"}, {"router_dtype": "bfloat16"}, {"activation_function": "xielu"}]
+)
+def test_what_no_spec_can_say_leaves_the_layers_open(changed: Keys) -> None:
+    keys = flat_keys("nllb-moe") | {"model_type": "nllb-moe"}
+    assert describe(keys).layers and describe(keys | changed) == replace(describe(keys), layers=())
+
+
+def test_an_encoder_that_alone_has_experts_gives_its_own_layers() -> None:
+    keys = flat_keys("nllb-moe") | {"model_type": "nllb-moe", "decoder_sparse_step": 0, "encoder_ffn_dim": 26}
+    spec = describe(keys)
+    assert (spec.moe_layers, spec.encoder_moe_layers, len(spec.layers)) == ((), (5, 11), 2)
+    assert layer_of(keys, 11).experts.width == spec.moe_intermediate_size == 26
+
+
+def test_a_capacity_of_null_is_the_even_share() -> None:
+    keys = flat_keys("nllb-moe") | {"model_type": "nllb-moe"}
+    assert layer_of(keys, 2).routing.capacity == Capacity(64, 1.0, "batch")
+    assert layer_of(keys | {"expert_capacity": None}, 2).routing.capacity == Capacity(None, 1.0, "batch")
+
+
+def test_one_layers_own_values_are_found_under_a_padded_index() -> None:
+    own = {"05": {"num_experts_per_tok": 2, "routed_scaling_factor": 1.5}}
+    spec = describe(DEEPSEEK | {"per_layer_config": own})
+    assert spec.top_k == (3, 3, 2, 3, 3, 3)
+    assert [layer.routing.scale for layer in spec.layers] == [2.5, 2.5, 1.5, 2.5, 2.5, 2.5]
+
+
+def test_the_decoder_of_an_identity_expert_model_counts_those_with_weights() -> None:
+    keys = flat_keys("longcat-flash") | {"model_type": "longcat_flash"}
+    layer = layer_of(keys, 0)
+    assert (describe(keys).num_experts, layer.num_experts, layer.routing.identity_experts, layer.classes) == (
+        17,
+        11,
+        6,
+        17,
+    )
+    assert layer_of(keys | {"zero_expert_num": None}, 0).classes == 11
+
+
+@pytest.fixture(scope="module")
+def configs() -> Mapping[str, Any]:
+    """Slug -> a config of each class with a method, in its first way."""
+    transformers = pytest.importorskip("transformers")
+    return {slug: getattr(transformers, CLASSES[slug])(**said.layer_keys(slug, 0)) for slug in said.METHODS}
+
+
+def of_the_method(config: Keys) -> Keys:
+    """The level of the config that has the keys of the method."""
+    level: Keys = config["ffn_config"] if config["model_type"] == "dbrx" else config
+    return level
+
+
+def with_key(config: Keys, key: str, value: Any) -> Keys:
+    level = of_the_method(config) | {key: value}
+    return config | {"ffn_config": level} if config["model_type"] == "dbrx" else level
+
+
+FLIPS = {"n_group": 6, "num_expert_group": 6, "topk_group": 1, "n_shared_experts": 3}
+
+
+def flipped(key: str, value: Any) -> Any:
+    """Another value of the kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return FLIPS.get(key, value + 1)
+    if isinstance(value, list):
+        return value[1:] + value[:1]
+    return "relu" if value is not None else 3.5
+
+
+def test_every_key_of_a_method_changes_its_layers(configs: Mapping[str, Any]) -> None:
+    for slug, config in configs.items():
+        saved = config.to_dict()
+        name = name_of(saved["model_type"])
+        for part in vars(METHODS[name]).values():
+            for key in keys_in(part):
+                stored = next((alias for alias in key.names if alias in of_the_method(saved)), None)
+                assert stored is not None, f"{slug} has none of {key.names}"
+                value = of_the_method(saved)[stored]
+                other = describe(with_key(saved, stored, flipped(stored, value)))
+                assert other.layers != describe(config).layers, f"{slug}: {stored} {value!r}"
+
+
+def test_a_dead_key_changes_nothing(configs: Mapping[str, Any]) -> None:
+    dead = 0
+    for slug, config in configs.items():
+        saved = config.to_dict()
+        for key in dead_keys(saved["model_type"]):
+            value = of_the_method(saved)[key]
+            assert describe(with_key(saved, key, flipped(key, value))) == describe(config), f"{slug}: {key}"
+            dead += 1
+    assert dead == sum(map(len, (dead_keys(name) for name in FAMILIES)))
+
+
+def test_a_key_left_out_is_the_default_of_the_config_class(configs: Mapping[str, Any]) -> None:
+    for slug, config in configs.items():
+        keys = flat_keys(slug)
+        method = {alias for names in method_keys(name_of(config.model_type)) for alias in names}
+        keys = {key: value for key, value in keys.items() if key not in method or key == "n_shared_experts"}
+        # 8 groups, where that is the default.
+        keys |= {key: 16 for key in ("num_experts", "n_routed_experts") if key in keys}
+        plain = describe({"model_type": config.model_type, **keys})
+        assert plain.layers and plain == describe(type(config)(**keys)), slug
+
+
+def test_a_limit_of_none_is_no_limit() -> None:
+    assert layer_of(STEP, 8).experts == MLPSpec(24)
+    limited = layer_of(STEP | {"swiglu_limits": [0] * 8 + [4.5, 5.5]}, 8).experts
+    assert limited == MLPSpec(24, clamp="after", limit=4.5)
+    assert layer_of(STEP | {"swiglu_limits": [4.5] * 8 + [0]}, 8).experts.limit == math.inf

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from moe_conformance.engine import RouterHandle, RouterSpec, Routing
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.reference_impl import routing
+from moe_conformance.reference_impl.router import Router, build_router
 
 
-def _rewired(spec: RouterSpec, rewire: Callable[[routing.Router], Callable[[Tensor], Routing]]) -> RouterHandle:
+def _rewired(spec: RouterSpec, rewire: Callable[[Router], Callable[[Tensor], Routing]]) -> RouterHandle:
     """The reference's Gemma 4 router whose experts are handed another routing function."""
-    handle = routing.build_router(spec)
-    assert isinstance(handle.module, routing.Router)
+    handle = build_router(spec)
+    assert isinstance(handle.module, Router)
     if spec.method == "gemma4":
         handle.module.experts.routing_function = rewire(handle.module)
     return handle
@@ -23,7 +24,7 @@ def _rewired(spec: RouterSpec, rewire: Callable[[routing.Router], Callable[[Tens
 
 class ClosureKeepsParameter(Faulty):
     def router_module(self, spec: RouterSpec) -> RouterHandle:
-        def rewire(router: routing.Router) -> Callable[[Tensor], Routing]:
+        def rewire(router: Router) -> Callable[[Tensor], Routing]:
             per_expert_scale = router.per_expert_scale
             return lambda logits: routing.gemma4(logits, spec.top_k, per_expert_scale)
 
@@ -37,7 +38,7 @@ class ClosureKeepsModule(Faulty):
 
 class FirstCallIsCached(Faulty):
     def router_module(self, spec: RouterSpec) -> RouterHandle:
-        def rewire(router: routing.Router) -> Callable[[Tensor], Routing]:
+        def rewire(router: Router) -> Callable[[Tensor], Routing]:
             kept: list[Tensor] = []
 
             def route(logits: Tensor) -> Routing:
@@ -54,7 +55,7 @@ class CachedUntilVersionChanges(Faulty):
     """Weight loaders write through `.data`, which neither moves the tensor nor counts up its version."""
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
-        def rewire(router: routing.Router) -> Callable[[Tensor], Routing]:
+        def rewire(router: Router) -> Callable[[Tensor], Routing]:
             kept: dict[object, Tensor] = {}
 
             def route(logits: Tensor) -> Routing:
@@ -76,10 +77,10 @@ class NewestRouterAnswers(Faulty):
     """Functions made in a loop over layers all reach for the loop's variable: its last value."""
 
     def __init__(self) -> None:
-        self.newest: routing.Router | None = None
+        self.newest: Router | None = None
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
-        def rewire(router: routing.Router) -> Callable[[Tensor], Routing]:
+        def rewire(router: Router) -> Callable[[Tensor], Routing]:
             self.newest = router
 
             def route(logits: Tensor) -> Routing:
@@ -95,14 +96,14 @@ class ProjectionKeepsTensor(Faulty):
     """The fault one tensor further: every parameter but the projection is read when called."""
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
-        handle = routing.build_router(spec)
+        handle = build_router(spec)
         handle.module.__class__ = _KeptProjection
         assert isinstance(handle.module, _KeptProjection)
         handle.module.kept = [handle.module.proj]  # a list hides it from named_parameters
         return handle
 
 
-class _KeptProjection(routing.Router):
+class _KeptProjection(Router):
     kept: list[Tensor]
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

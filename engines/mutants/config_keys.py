@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 from unittest.mock import patch
@@ -12,9 +13,12 @@ from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.reference_impl import config as stage
 from moe_conformance.reference_impl import config_families as families
+from moe_conformance.reference_impl import config_fields, config_keys, config_methods
 from moe_conformance.reference_impl.config_scope import Scope, plain
+from moe_conformance.spec import LayerSpec
 
 _DESCRIBED = "a_config_says_what_the_model_is"
+_LAYERS = "a_config_says_how_its_layers_compute"
 _BOTH_SIDES = "both_sides_of_capture_take_the_sizes_of_the_model"
 _NO_ANSWER = "a_config_without_answer_is_refused_with_the_keys"
 _NO_EXPERTS = "a_dense_model_is_refused_by_name"
@@ -190,6 +194,124 @@ class LegacyKeysAreForObjects(Faulty):
             return super().describe(config)
 
 
+class ChangesLayers(Faulty):
+    """Each layer as `change` makes it of the right one."""
+
+    change: Callable[[LayerSpec], LayerSpec]
+
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        return replace(spec, layers=tuple(type(self).change(layer) for layer in spec.layers))
+
+
+def _epsilon_of_another_family(layer: LayerSpec) -> LayerSpec:
+    epsilon = 1e-20 if layer.routing.epsilon else 0.0
+    return replace(layer, routing=replace(layer.routing, epsilon=epsilon))
+
+
+def _renormalized(layer: LayerSpec) -> LayerSpec:
+    return replace(layer, routing=replace(layer.routing, renormalize="sum"))
+
+
+def _scaled_in_the_router(layer: LayerSpec) -> LayerSpec:
+    scale = layer.routing.scale * layer.output_scale
+    return replace(layer, routing=replace(layer.routing, scale=scale), output_scale=1.0)
+
+
+def _mask_of_deepseek_v3(layer: LayerSpec) -> LayerSpec:
+    return replace(layer, routing=replace(layer.routing, group_mask=-math.inf))
+
+
+def _routed_in_the_input_dtype(layer: LayerSpec) -> LayerSpec:
+    return replace(layer, logits=replace(layer.logits, dtype="input"))
+
+
+def _shared_like_the_experts(layer: LayerSpec) -> LayerSpec:
+    if layer.shared is None:
+        return layer
+    mlp = replace(layer.shared.mlp, clamp=layer.experts.clamp, limit=layer.experts.limit)
+    return replace(layer, shared=replace(layer.shared, mlp=mlp))
+
+
+class EpsilonIsThatOfTheLargestFamily(ChangesLayers):
+    change = staticmethod(_epsilon_of_another_family)
+
+
+class NormFlagIsNotRead(ChangesLayers):
+    change = staticmethod(_renormalized)
+
+
+class OutputScaleGoesIntoTheWeights(ChangesLayers):
+    change = staticmethod(_scaled_in_the_router)
+
+
+class MaskedGroupsAreMinusInfinity(ChangesLayers):
+    change = staticmethod(_mask_of_deepseek_v3)
+
+
+class RouterComputesInTheInputDtype(ChangesLayers):
+    change = staticmethod(_routed_in_the_input_dtype)
+
+
+class SharedExpertsAreClampedToo(ChangesLayers):
+    change = staticmethod(_shared_like_the_experts)
+
+
+class KnowsOnlyHiddenAct(Faulty):
+    """Under any other key an activation is silu."""
+
+    def describe(self, config: Any) -> MoESpec:
+        with patch.object(config_keys.Key, "read", _read_hidden_act_only):
+            return super().describe(config)
+
+
+_read = config_keys.Key.read
+
+
+def _read_hidden_act_only(key: config_keys.Key, scope: Scope, layer: int) -> Any:
+    return "silu" if key.of is config_fields.ACTIVATIONS and key.name != "hidden_act" else _read(key, scope, layer)
+
+
+class LimitsCountMoELayers(Faulty):
+    """The n-th MoE layer takes the n-th limit."""
+
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        values = text_level(config)
+        limits = values.get("swiglu_limits") or ()
+        layers = [
+            replace(layer, experts=replace(layer.experts, limit=limit or math.inf, clamp="after" if limit else "no"))
+            for layer, limit in zip(spec.layers, limits, strict=False)
+        ]
+        return replace(spec, layers=(*layers, *spec.layers[len(layers) :]))
+
+
+class AbsentGroupsAreOne(Faulty):
+    """A config.json without n_group has one group, whatever its model's default."""
+
+    def describe(self, config: Any) -> MoESpec:
+        values = plain(config)
+        absent = {key: 1 for key in ("n_group", "topk_group") if key not in values}
+        return super().describe({**values, **absent} if isinstance(config, Mapping) else config)
+
+
+class DeadNormFlagIsRead(Faulty):
+    """DeepSeek-V2's norm_topk_prob, which its model never reads."""
+
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        normed = text_level(config).get("norm_topk_prob")
+        return replace(spec, layers=tuple(map(_renormalized, spec.layers))) if normed else spec
+
+
+class HashedLayersAreNot(Faulty):
+    """Every layer of DeepSeek-V4 chooses by its scores."""
+
+    def describe(self, config: Any) -> MoESpec:
+        with patch.object(config_methods, "is_hashed", lambda scope, layer: False):
+            return super().describe(config)
+
+
 def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
     return Mutant(engine, "config-keys", fault, (case, check))
 
@@ -217,4 +339,17 @@ MUTANTS = (
     _mutant(SharedWidthIsOfOne, "the width of one shared expert for the sum", "config-afmoe", _DESCRIBED),
     _mutant(WidthIsTheDenseOne, "the dense width for the experts'", "config-qwen3-moe", _DESCRIBED),
     _mutant(LegacyKeysAreForObjects, "ignores legacy keys of a config.json", "config-kimi-linear-hub", _DESCRIBED),
+    _mutant(EpsilonIsThatOfTheLargestFamily, "the epsilon of another family", "config-layers-lfm2-moe", _LAYERS),
+    _mutant(NormFlagIsNotRead, "renormalises whatever the flag says", "config-layers-qwen3-moe-otherwise", _LAYERS),
+    _mutant(
+        OutputScaleGoesIntoTheWeights, "scales weights, where the model scales the sum", "config-layers-laguna", _LAYERS
+    ),
+    _mutant(MaskedGroupsAreMinusInfinity, "masks as DeepSeek-V3, not with 0", "config-layers-axk2", _LAYERS),
+    _mutant(RouterComputesInTheInputDtype, "a float32 router runs in bf16", "config-layers-flint", _LAYERS),
+    _mutant(SharedExpertsAreClampedToo, "clamps shared experts as routed", "config-layers-hy-v4", _LAYERS),
+    _mutant(KnowsOnlyHiddenAct, "knows one key of the activation", "config-layers-jetmoe", _LAYERS),
+    _mutant(LimitsCountMoELayers, "takes the clamp limit of another layer", "config-layers-step3p7", _LAYERS),
+    _mutant(AbsentGroupsAreOne, "forgets the default of n_group", "config-layers-deepseek-v3-hub", _LAYERS),
+    _mutant(DeadNormFlagIsRead, "reads a key that the model does not", "config-layers-deepseek-v2", _LAYERS),
+    _mutant(HashedLayersAreNot, "does not know layers that hash", "config-layers-deepseek-v4", _LAYERS),
 )

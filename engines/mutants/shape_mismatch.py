@@ -41,8 +41,8 @@ class LatentProjectsPadding(Faulty):
 
         linear = F.linear
 
-        def widened(x: Tensor, weight: Tensor) -> Tensor:
-            return linear(x, padding.pad(weight, x.shape[-1]) if weight is inputs.latent_out else weight)
+        def widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return linear(x, padding.pad(weight, x.shape[-1]) if weight is inputs.latent_out else weight, bias)
 
         with patch.object(stage, "unpad", lambda x, width: x), patch.object(F, "linear", widened):
             return super().layer(inputs)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_conformance.engine import (
+    BlockInputs,
+    BlockOutput,
     Engine,
     EngineInfo,
     LayerInputs,
@@ -50,13 +52,14 @@ class Transformers(Engine):
         return EngineInfo(self.name, version("transformers"), "cpu")
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
-        from moe_conformance.engines.transformers import layer, loading, routing
+        from moe_conformance.engines.transformers import block, layer, loading, routing
 
         return {
             "describe": frozenset(),
             "route": routing.methods(),
             "router_module": routing.methods(),
             "layer": layer.features(),
+            "block": block.features(),
             "load": loading.styles(),
         }
 
@@ -79,6 +82,11 @@ class Transformers(Engine):
         from moe_conformance.engines.transformers import layer as stage
 
         return stage.layer(inputs, self.experts_implementation)
+
+    def block(self, inputs: BlockInputs) -> BlockOutput:
+        from moe_conformance.engines.transformers import block as stage
+
+        return stage.block(inputs, self.experts_implementation)
 
     def load(self, folder: Path) -> Mapping[str, Tensor]:
         from moe_conformance.engines.transformers import loading as stage

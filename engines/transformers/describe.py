@@ -47,7 +47,7 @@ def describe(config: Any) -> MoESpec:
     """config: a transformers config, nested or flat, or its dict. Raises DenseModelError without routed experts."""
     config = language_part(as_config(config))
     model = build(config)
-    lists = dict(_layer_lists(model))
+    lists = dict(layer_lists(model))
     blocks = {name: _blocks(layers, config) for name, layers in lists.items()}
     if not any(blocks.values()):
         stacks = ", ".join(f"{name} ({len(layers)})" for name, layers in lists.items()) or "no stack of layers at all"
@@ -55,8 +55,8 @@ def describe(config: Any) -> MoESpec:
             f"{config.model_type}: {type(model).__name__} built from this config has no routed experts in {stacks}; "
             "it is a dense model, or the key that makes it a Mixture of Experts is off"
         )
-    decoder = max(_decoders(lists), key=lambda name: len(blocks[name]))
-    encoder = next((name for name in lists if name not in _decoders(lists)), None)
+    decoder = max(decoders(lists), key=lambda name: len(blocks[name]))
+    encoder = next((name for name in lists if name not in decoders(lists)), None)
     every = list((blocks[decoder] or blocks[encoder or decoder]).values())
     first = every[0]
     return MoESpec(
@@ -77,7 +77,7 @@ def _one_or_each(values: list[int]) -> int | tuple[int, ...]:
     return values[0] if len(set(values)) == 1 else tuple(values)
 
 
-def _layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+def layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     """The outermost stacks of layers, by name."""
     outer: list[str] = []
     for name, module in model.named_modules():
@@ -87,7 +87,7 @@ def _layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield name, module
 
 
-def _decoders(names: Iterable[str]) -> list[str]:
+def decoders(names: Iterable[str]) -> list[str]:
     """The stacks of an encoder-decoder's decoder; every stack of any other model."""
     return [name for name in names if name.startswith("decoder.")] or list(names)
 
@@ -96,13 +96,13 @@ def _blocks(layers: nn.ModuleList, config: Any) -> dict[int, Block]:
     found = {}
     for index, layer in enumerate(layers):
         for name, module in layer.named_modules():
-            if "attention" not in name and _is_moe(module):  # jetmoe has experts of attention too
+            if "attention" not in name and is_moe(module):  # jetmoe has experts of attention too
                 found[index] = _read(layer, module, config)
                 break
     return found
 
 
-def _is_moe(module: nn.Module) -> bool:
+def is_moe(module: nn.Module) -> bool:
     children = dict(module.named_children())
     return "experts" in children or {"input_linear", "output_linear", "router"} <= set(children) or _is_doge(module)
 

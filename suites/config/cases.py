@@ -22,8 +22,16 @@ from moe_conformance.suites.config.families import (
     flat_keys,
     nested_keys,
 )
+from moe_conformance.suites.config.methods import METHODS, layer_keys
 
-SMOKE = {"config-gemma4-nested", "config-qwen3-moe", "config-nemotron-h", "config-hunyuan-v1-moe-top-k-list"}
+SMOKE = {
+    "config-gemma4-nested",
+    "config-qwen3-moe",
+    "config-nemotron-h",
+    "config-hunyuan-v1-moe-top-k-list",
+    "config-layers-deepseek-v3",
+    "config-layers-step3p7",
+}
 
 
 def described(name: str, keys: Keys, config_class: str = "") -> Case:
@@ -137,8 +145,41 @@ HUB = (
     ),
 )
 DESCRIBED = FLAT + NESTED + VARIANTS + HUB
+
+
+def layered(name: str, keys: Keys, config_class: str = "") -> Case:
+    recipe: dict[str, Any] = {"keys": keys} | ({"class": config_class} if config_class else {})
+    case_id = f"config-layers-{name}"
+    tier = "smoke" if case_id in SMOKE else "core"
+    return Case(case_id, "describe", "config.layers", recipe, tier, frozenset({"layers"}))
+
+
+def way(number: int) -> str:
+    return ("", "-otherwise", "-third")[number]
+
+
+# What the config class takes for keys that a config leaves out: 8 groups, 3 layers that hash, 7 as the limit.
+LEFT_OUT = (
+    layered("deepseek-v3-hub", flat("deepseek-v3", "deepseek_v3", "n_group", "topk_group", n_routed_experts=16)),
+    layered("deepseek-v4-hub", flat("deepseek-v4", "deepseek_v4", TYPES)),
+    layered("gpt-oss-hub", flat("gpt-oss", "gpt_oss")),
+    layered("longcat-flash-hub", flat("longcat-flash", "longcat_flash", "zero_expert_num")),
+    layered("qwen3-next-hub", flat("qwen3-next", "qwen3_next")),
+    # A draft layer's limit follows those of the model's own layers.
+    layered(
+        "step3p7-draft",
+        flat("step3p7", "step3p5", swiglu_limits=[0.0] * (LAYERS - 1) + [4.5, 5.5], num_nextn_predict_layers=1),
+    ),
+)
+LAYERED = LEFT_OUT + tuple(
+    layered(f"{slug}{way(number)}", layer_keys(slug, number), CLASSES[slug])
+    for slug, ways in METHODS.items()
+    for number in range(len(ways))
+)
 # The talker's own parent has no model type: saved, it does not say what it is.
-SAVED = tuple(case for case in DESCRIBED if case.recipe.get("class") not in (None, "Qwen3OmniMoeTalkerConfig"))
+SAVED = tuple(
+    case for case in DESCRIBED + LAYERED if case.recipe.get("class") not in (None, "Qwen3OmniMoeTalkerConfig")
+)
 
 
 def captured(slug: str, keys: Keys, config_class: str = "") -> Case:
@@ -316,4 +357,4 @@ CAPTURE_REFUSED = (
     capture_refused("llama-dense", "config.refuse-dense", LLAMA, "LlamaConfig"),
 )
 
-CASES = DESCRIBED + CAPTURED + REFUSED + DENSE + CAPTURE_REFUSED
+CASES = DESCRIBED + LAYERED + CAPTURED + REFUSED + DENSE + CAPTURE_REFUSED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from moe_conformance.compare import refused, same
 from moe_conformance.engine import Engine, MoESpec
 from moe_conformance.errors import Nonconformance, Unsupported
 from moe_conformance.reference_impl.config import describe
-from moe_conformance.suites.config.cases import CAPTURE_REFUSED, CAPTURED, DENSE, DESCRIBED, REFUSED, SAVED
+from moe_conformance.spec import LayerSpec
+from moe_conformance.suites.config.cases import CAPTURE_REFUSED, CAPTURED, DENSE, DESCRIBED, LAYERED, REFUSED, SAVED
 
 SIDES: tuple[Literal["worker", "reader"], ...] = ("worker", "reader")
 
@@ -21,12 +23,13 @@ SIDES: tuple[Literal["worker", "reader"], ...] = ("worker", "reader")
 @check(DESCRIBED)
 def test_a_config_says_what_the_model_is(engine: Engine, case: Case) -> dict[str, Any]:
     """As an object, and the same in the form in which it is saved."""
-    config = _config(case)
-    facts = _facts(engine.describe(config))
-    if case in SAVED:
-        saved = json.loads(json.dumps(config.to_diff_dict()))  # as config.json, but for its spelling of infinity
-        same("describe(config.json)", _facts(engine.describe(saved)), facts)
-    return facts
+    return _said(engine, case, _facts)
+
+
+@check(LAYERED)
+def test_a_config_says_how_its_layers_compute(engine: Engine, case: Case) -> dict[str, Any]:
+    """Routing, experts, shared experts and how they are added, by the keys that the model reads and no others."""
+    return _said(engine, case, _layer_facts)
 
 
 @check(CAPTURED)
@@ -61,6 +64,15 @@ def test_both_sides_of_capture_refuse_on_purpose(engine: Engine, case: Case) -> 
     config = _config(case)
     for side in SIDES:
         _refused(side, partial(engine.capture_shape, config, side), case)
+
+
+def _said(engine: Engine, case: Case, facts_of: Callable[[MoESpec], dict[str, Any]]) -> dict[str, Any]:
+    config = _config(case)
+    facts = facts_of(engine.describe(config))
+    if case in SAVED:
+        saved = json.loads(json.dumps(config.to_diff_dict()))  # as config.json, but for its spelling of infinity
+        same("describe(config.json)", facts_of(engine.describe(saved)), facts)
+    return facts
 
 
 def _config(case: Case) -> Any:
@@ -111,6 +123,29 @@ def _facts(spec: MoESpec) -> dict[str, Any]:
     if spec.encoder_moe_layers:
         facts["encoder_moe_layers"] = _ranges(spec.encoder_moe_layers)
     return facts
+
+
+def _layer_facts(spec: MoESpec) -> dict[str, Any]:
+    """What layers compute, those that compute the same together; raises unless there is one for each MoE layer."""
+    indices = spec.moe_layers or spec.encoder_moe_layers
+    if len(spec.layers) != len(indices):
+        raise Nonconformance(f"layers: got {len(spec.layers)}, want one for each of the {len(indices)} MoE layers")
+    same_as: dict[LayerSpec, list[int]] = {}
+    for index, layer in zip(indices, spec.layers, strict=True):
+        same_as.setdefault(layer, []).append(index)
+    return {_ranges(tuple(places)): _differs(layer) for layer, places in same_as.items()}
+
+
+def _differs(spec: Any) -> dict[str, Any]:
+    """The fields of a spec that are not as by default, and those of the specs in it."""
+    found: dict[str, Any] = {}
+    for entry in fields(spec):
+        value = getattr(spec, entry.name)
+        if is_dataclass(value):
+            found |= {f"{entry.name}.{name}": own for name, own in _differs(value).items()}
+        elif value != entry.default:
+            found[entry.name] = float(value) if isinstance(entry.default, float) else value
+    return found
 
 
 def _ranges(indices: tuple[int, ...]) -> str:

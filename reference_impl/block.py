@@ -1,0 +1,65 @@
+"""The MoE block of one layer of a model: its config, its tensors by canonical name, an input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from moe_conformance.engine import BlockInputs, BlockOutput, Routing
+from moe_conformance.errors import InputError, Unsupported
+from moe_conformance.reference_impl.config import describe
+from moe_conformance.reference_impl.layer import layer
+from moe_conformance.spec import LayerSpec
+
+
+def block(inputs: BlockInputs) -> BlockOutput:
+    """Compute one layer's block; see BlockInputs for shapes.
+
+    Raises InputError for a layer without experts, and for tensors that are not exactly those of the layer; Unsupported
+    where the layer of this model cannot be said as a LayerSpec, and for an implementation by name.
+    """
+    if inputs.implementation is not None:
+        raise Unsupported(f"block by {inputs.implementation}")
+    spec = layer_spec(inputs.config, inputs.layer)
+    check_tensors(spec, inputs.tensors)
+
+    def flat(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.flatten(0, 1)  # [B, S, ...] -> [T, ...]
+
+    output, ids, weights, _ = layer(
+        inputs.x.flatten(0, 1),
+        spec,
+        inputs.tensors,
+        token_ids=flat(inputs.token_ids),
+        state=flat(inputs.state),
+        sequences=inputs.x.shape[0],
+        routing=inputs.routing,
+    )
+    return BlockOutput(output, None if inputs.routing is not None else Routing(ids, weights))
+
+
+def layer_spec(config: Mapping[str, Any], index: int) -> LayerSpec:
+    """What decoder layer `index` computes; of the encoder's layers where only those have experts."""
+    model = describe(config)
+    if not model.layers:
+        raise Unsupported(f"block of {config.get('model_type')}")
+    indices = model.moe_layers or model.encoder_moe_layers
+    if index not in indices:
+        raise InputError(f"layer: got {index}, want one that has experts, out of {', '.join(map(str, indices))}")
+    return model.layers[indices.index(index)]
+
+
+def check_tensors(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError, naming every one, for tensors that are missing, unknown or of another shape."""
+    want = spec.tensors()
+    troubles = [f"{name} is missing, want {list(shape)}" for name, shape in want.items() if name not in tensors]
+    troubles += [f"{name} is unknown" for name in tensors if name not in want]
+    troubles += [
+        f"{name}: got {list(tensors[name].shape)}, want {list(shape)}"
+        for name, shape in want.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if troubles:
+        raise InputError(f"tensors: {'; '.join(troubles)}; give exactly those of LayerSpec.tensors")

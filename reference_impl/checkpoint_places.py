@@ -1,0 +1,160 @@
+"""Where each tensor of a checkpoint belongs among the canonical tensors of its model's MoE layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from moe_conformance.errors import CheckpointError
+from moe_conformance.reference_impl.arrange import Sizes
+from moe_conformance.reference_impl.checkpoint_names import READ_PREFIXES, Piece, Stack, family_of, names_of
+from moe_conformance.reference_impl.config import describe
+from moe_conformance.reference_impl.remap import SUFFIXES, index_of
+from moe_conformance.spec import LayerSpec, Shape
+
+VISION = "vision."
+_NUMBERED = re.compile(r"(experts\.(?:expert_)?)([0-9]+)(?=\.)")
+
+
+class Place(NamedTuple):
+    """tensor: canonical name, layers.I.experts.w13 for example. suffix: "weight" for the weights themselves."""
+
+    tensor: str
+    piece: Piece
+    expert: int | None
+    suffix: str
+
+
+class Layer(NamedTuple):
+    """One MoE layer: canonical name -> shape, without the layer; counts; and what precedes it in canonical names."""
+
+    tensors: Mapping[str, Shape]
+    sizes: Sizes
+    prefix: str
+
+
+class Places:
+    """The MoE layers of a model and the names of their tensors, from its config.json.
+
+    wanted, sizes: shape, and counts of its layer, of every canonical tensor of the model.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Raises ConfigError for a config that is not of a known MoE model."""
+        self.names = names_of(config)
+        _, level = family_of(config)
+        spec = describe(config)
+        self._layers = {
+            (stack, index): self._layer(stack, index, layer, level)
+            for stack in self.names.stacks
+            for index, layer in _layers_of(stack, spec, level)
+        }
+        layers = self._layers.values()
+        self.wanted = {layer.prefix + name: shape for layer in layers for name, shape in layer.tensors.items()}
+        self.sizes = {layer.prefix + name: layer.sizes for layer in layers for name in layer.tensors}
+        # Layers for multi-token prediction, which follow the model's own, are no part of it.
+        self._first_extra = spec.num_layers
+        self._last = spec.num_layers + int(level.get("num_nextn_predict_layers") or 0)
+        self._moe_layers = spec.moe_layers
+        self._by_pattern: dict[str, list[Piece]] = {}
+        targets = {name for layer in layers for name in layer.tensors}
+        for piece in self.names.pieces:
+            if piece.target in targets:
+                self._by_pattern.setdefault(piece.pattern, []).append(piece)
+        # A name below one of these belongs to the block, known or not.
+        self._roots = tuple({f"{piece.pattern.split('.')[0]}." for piece in self.names.pieces})
+        prefixes = "|".join(re.escape(prefix) for prefix in {*READ_PREFIXES, self.names.prefix})
+        self._stacks = {
+            stack: re.compile(rf"(?:{prefixes}){re.escape(stack.path)}\.([0-9]+)\.{re.escape(stack.inner)}(.+)")
+            for stack in self.names.stacks
+        }
+
+    def _layer(self, stack: Stack, index: int, spec: LayerSpec, level: Mapping[str, Any]) -> Layer:
+        tensors = spec.tensors()
+        if self.names.second_width:
+            width = level[self.names.second_width][1]
+            second = replace(spec, experts=replace(spec.experts, width=width), shared=None).tensors()
+            tensors |= {VISION + name: shape for name, shape in second.items()}
+        shared = spec.shared.count if spec.shared else 1
+        identity = int(level.get(self.names.unread) or 0) if self.names.unread else 0
+        return Layer(tensors, Sizes(spec.num_experts, shared, identity), f"{stack.canonical}.{index}.")
+
+    def layers(self) -> Iterator[tuple[str, Layer]]:
+        """Each MoE layer with what precedes its tensors' names in a checkpoint."""
+        for (stack, index), layer in self._layers.items():
+            yield f"{self.names.prefix}{stack.path}.{index}.{stack.inner}", layer
+
+    def locate(self, name: str) -> list[Place]:
+        """The places that a checkpoint tensor fills: one, or more where a family stores several tensors as one.
+
+        returns [] for a tensor outside the MoE blocks, and for one that nothing reads. Raises CheckpointError for a
+        name within a block that is none of the family's, and for a layer or expert that the model lacks.
+        """
+        for stack, pattern in self._stacks.items():
+            if match := pattern.fullmatch(name):
+                return self._in_layer(stack, name, match[1], match[2])
+        return []
+
+    def _in_layer(self, stack: Stack, name: str, layer_digits: str, rest: str) -> list[Place]:
+        numbered = _NUMBERED.search(rest)
+        generic = _NUMBERED.sub(r"\1{e}", rest, count=1)
+        pieces, suffix = self._find(generic)
+        if not pieces and not rest.startswith(self._roots):
+            return []
+        index = index_of(name, "layer", layer_digits)
+        layer = self._layers.get((stack, index))
+        if layer is None:
+            if not pieces or self._is_extra(index):
+                return []
+            raise CheckpointError(
+                f"{name!r}: got layer {index}, want one of the config's MoE layers {list(self._moe_layers)}; "
+                "config.json and the tensors are of different models"
+            )
+        if not pieces:
+            raise CheckpointError(
+                f"{name!r}: got {rest!r} in the MoE block, want one of {', '.join(sorted(self._by_pattern))}, with "
+                f"{{e}} an expert, or for quantised weights one of {', '.join(SUFFIXES)} at the end; "
+                "rename the tensor or remove it from the checkpoint"
+            )
+        expert = index_of(name, "expert", numbered[2]) if numbered and "{e}" in pieces[0].pattern else None
+        return list(self._filled(name, layer, pieces, expert, suffix))
+
+    def _find(self, generic: str) -> tuple[list[Piece], str]:
+        if pieces := self._by_pattern.get(generic):
+            return pieces, "weight"
+        stem, _, suffix = generic.rpartition(".")
+        if suffix in SUFFIXES:
+            for pattern in (f"{stem}.weight", stem):
+                if pieces := self._by_pattern.get(pattern):
+                    return pieces, suffix
+        return [], ""
+
+    def _is_extra(self, index: int) -> bool:
+        return self._first_extra <= index < self._last
+
+    def _filled(self, name: str, layer: Layer, pieces: list[Piece], expert: int | None, suffix: str) -> Iterator[Place]:
+        experts, _, identity = layer.sizes
+        second = any(piece.experts == "second" for piece in pieces)
+        limit = experts * (1 + second) + identity * any(piece.experts == "identity" for piece in pieces)
+        if expert is not None and expert >= limit:
+            raise CheckpointError(
+                f"{name!r}: got expert {expert}, want 0 to {limit - 1} as config.json says; "
+                "config.json and the tensors are of different models"
+            )
+        for piece in pieces:
+            if expert is None:
+                yield Place(layer.prefix + piece.target, piece, None, suffix)
+            elif (piece.experts == "routed" and expert < experts) or (piece.experts == "second" and expert >= experts):
+                yield Place(layer.prefix + piece.target, piece, expert % experts, suffix)
+
+
+def _layers_of(stack: Stack, spec: Any, level: Mapping[str, Any]) -> Iterator[tuple[int, LayerSpec]]:
+    if stack.canonical == "layers":
+        yield from zip(spec.moe_layers, spec.layers, strict=True)
+        return
+    for index in spec.encoder_moe_layers:
+        layer = spec.layers[0]
+        width = int(level[stack.width]) if stack.width else layer.experts.width
+        yield index, replace(layer, experts=replace(layer.experts, width=width))

@@ -1,0 +1,115 @@
+"""The experts of a layer on several ranks: whole experts divided among them (EP), each expert's width divided (TP).
+
+One function is what one rank does. Its part is summed over ranks, which is the layer on every one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moe_conformance.engine import ShardInputs
+from moe_conformance.errors import InputError
+from moe_conformance.reference_impl.expert_map import even_split, held_experts, local_ids, physical_ids
+from moe_conformance.reference_impl.experts import mlp, routed_experts, wide
+from moe_conformance.reference_impl.ranks import Group, all_gather, reduce_scatter
+from moe_conformance.spec import MLPSpec
+
+Tensors = Mapping[str, Tensor]
+# (x [T, D], ids [T, K], weights [T, K]) -> [T, D]
+Part = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def slice_width(
+    spec: MLPSpec, tensors: Tensors, prefix: str, rank: int, size: int
+) -> tuple[MLPSpec, dict[str, Tensor]]:
+    """This rank's slice of an MLP's width F, as a narrower MLP: rows of gate, the same rows of up, columns of w2.
+
+    w13 is gate above up, so its slice is two pieces. b2 is added once, so rank 0 alone has it and the others zeros.
+    The sum of the slices is the MLP. tensors: as `MLPSpec.tensors(prefix)`, with or without a leading E. F need not be
+    a multiple of size. Raises InputError for an MLP that normalises its output: a sum of normalised slices is another.
+    """
+    if size == 1:
+        return spec, {name: tensors[name] for name in spec.tensors(prefix, 0)}
+    if spec.output_norm:
+        raise InputError(f"{prefix}: got an output norm, want none where the width is divided; divide the experts")
+    widths = even_split(spec.width, size)
+    start, width = sum(widths[:rank]), widths[rank]
+    blocks = 2 if spec.gated else 1
+
+    def rows(tensor: Tensor, dim: int) -> Tensor:
+        by_block: Tensor = tensor.unflatten(dim, (blocks, spec.width))  # [..., 2, F, D], or without D for a bias
+        return by_block.narrow(dim, start, width).flatten(dim - 1, dim)
+
+    first = "13" if spec.gated else "1"
+    sliced = {
+        f"{prefix}.w{first}": rows(tensors[f"{prefix}.w{first}"], -2),
+        f"{prefix}.w2": tensors[f"{prefix}.w2"].narrow(-1, start, width),
+    }
+    if spec.bias:
+        sliced[f"{prefix}.b{first}"] = rows(tensors[f"{prefix}.b{first}"], -1)
+        b2 = tensors[f"{prefix}.b2"]
+        sliced[f"{prefix}.b2"] = b2 if rank == 0 else torch.zeros_like(b2)
+    return replace(spec, width=width), sliced
+
+
+def take_experts(tensors: Tensors, held: Tensor) -> dict[str, Tensor]:
+    """The experts' tensors [E, ...] of the experts `held` [n], in that order; the output norm [D] is one for all."""
+    return {name: tensor if name.endswith("output_norm") else tensor[held] for name, tensor in tensors.items()}
+
+
+def experts_part(
+    x: Tensor, ids: Tensor, weights: Tensor, spec: MLPSpec, tensors: Tensors, expert_map: Tensor
+) -> Tensor:
+    """What this rank's experts add to the routed sum; pairs of other ranks' experts, and of none, add nothing.
+
+    x: [T, D]; ids: [T, K] global, -1 for none; weights: [T, K], not looked at for pairs that are not this rank's.
+    tensors: of the n experts that expert_map [E] gives local ids. returns [T, D] in x's dtype.
+    """
+    return routed_experts(x, spec, tensors, local_ids(ids, expert_map), weights)
+
+
+def shard(inputs: ShardInputs) -> Tensor:
+    """This rank's part of the layer, [T, D]: its slice of its experts, and its slice of the shared expert.
+
+    The shared expert is divided among all ranks, whatever experts they have, so that it is in the sum once.
+    """
+    ids, held = inputs.ids, held_experts(inputs.expert_map)
+    if inputs.physical_to_logical is not None:
+        experts = len(inputs.tensors["experts.w2"])
+        ids, held = physical_ids(ids, inputs.physical_to_logical, experts), inputs.physical_to_logical[held]
+    spec, tensors = slice_width(inputs.experts, inputs.tensors, "experts", inputs.tp_rank, inputs.tp_size)
+    tensors = take_experts(tensors, held)
+    output = experts_part(inputs.x, ids, inputs.weights, spec, tensors, inputs.expert_map)
+    if inputs.shared is None:
+        return output
+    rank, ranks = inputs.ep_rank * inputs.tp_size + inputs.tp_rank, inputs.ep_size * inputs.tp_size
+    return output + mlp(inputs.x, *slice_width(inputs.shared, inputs.tensors, "shared", rank, ranks), "shared")
+
+
+def through_all_gather(x: Tensor, ids: Tensor, weights: Tensor, part: Part, group: Group) -> Tensor:
+    """The routed sum of this rank's own tokens: every rank sees all tokens, and sums meet where the tokens came from.
+
+    x: [T, D], ids and weights [T, K], T differing from rank to rank, also 0. returns [T, D].
+    """
+    tokens = all_gather(group, x)
+    output = part(torch.cat(tokens), torch.cat(all_gather(group, ids)), torch.cat(all_gather(group, weights)))
+    return reduce_scatter(group, output, [len(own) for own in tokens])
+
+
+def through_all_to_all(x: Tensor, ids: Tensor, weights: Tensor, maps: Tensor, part: Part, group: Group) -> Tensor:
+    """As `through_all_gather`, with each token sent once to each rank that has a part of its experts, as DeepEP does.
+
+    maps: [ranks, E], every rank's expert map. A token without an expert goes nowhere and gets 0.
+    """
+    wanted = [torch.isin(ids, held_experts(expert_map)).any(-1).nonzero().flatten() for expert_map in maps]
+    sent = torch.cat(wanted)  # this rank's tokens by the rank they go to
+    rows = [len(tokens) for tokens in wanted]
+    arrived = [group.exchange(own[sent].split(rows)) for own in (x, ids, weights)]
+    output = part(*(torch.cat(parts) for parts in arrived))
+    returned = torch.cat(group.exchange(output.split([len(tokens) for tokens in arrived[0]])))
+    total = torch.zeros_like(x, dtype=wide(x.dtype)).index_add_(0, sent, returned.to(wide(x.dtype)))
+    return total.to(x.dtype)

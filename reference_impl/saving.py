@@ -1,0 +1,101 @@
+"""Save canonical MoE tensors as a checkpoint folder, named and laid out as the real model's `save_pretrained` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_conformance.errors import CheckpointError
+from moe_conformance.reference_impl.arrange import part, to_stored
+from moe_conformance.reference_impl.checkpoint_files import CONFIG, INDEX, SINGLE
+from moe_conformance.reference_impl.checkpoint_names import Piece
+from moe_conformance.reference_impl.checkpoint_places import Layer, Places
+
+
+def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shards: int = 1) -> None:
+    """Write config.json and safetensors that `load` reads back bit for bit, and transformers too beside the rest.
+
+    config: as in config.json. tensors: every canonical tensor of the model and no other, as `load` returns them.
+    shards: above 1, that many files of about the same size and an index.
+    Raises CheckpointError where a tensor is missing, unknown or of another shape; then nothing is written.
+    """
+    folder, places = Path(folder), Places(config)
+    _check(places, tensors)
+    named = dict(_named(places, tensors))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    metadata = {"format": "pt"}  # what transformers looks for
+    if shards == 1:
+        save_file(named, folder / SINGLE, metadata)
+        return
+    weight_map: dict[str, str] = {}
+    total = sum(tensor.nbytes for tensor in named.values())
+    files: list[dict[str, Tensor]] = [{} for _ in range(shards)]
+    written = 0
+    for name, tensor in named.items():
+        number = min(written * shards // max(total, 1), shards - 1)
+        files[number][name] = tensor
+        written += tensor.nbytes
+    for number, content in enumerate(files, 1):
+        file = f"model-{number:05}-of-{shards:05}.safetensors"
+        save_file(content, folder / file, metadata)
+        weight_map |= dict.fromkeys(content, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _check(places: Places, tensors: Mapping[str, Tensor]) -> None:
+    wanted = places.wanted
+    wrong = [f"{name} is missing" for name in sorted(wanted.keys() - tensors.keys())]
+    wrong += [f"{name} is unknown" for name in sorted(tensors.keys() - wanted.keys())]
+    wrong += [
+        f"{name}: got shape {list(tensors[name].shape)}, want {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} tensors do not fit the config: {'; '.join(wrong[:8])}{'; ...' if len(wrong) > 8 else ''}; "
+            "pass the canonical tensors of this model, all of them"
+        )
+
+
+def _named(places: Places, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint name and tensor, each of its own memory."""
+    for before, layer in places.layers():
+        by_pattern: dict[str, list[Piece]] = {}
+        for piece in places.names.written:
+            if piece.target in layer.tensors:
+                by_pattern.setdefault(piece.pattern, []).append(piece)
+        for pattern, pieces in by_pattern.items():
+            if "{e}" in pattern:
+                for piece in pieces:
+                    for number, tensor in _each(piece, layer, tensors):
+                        yield before + pattern.replace("{e}", str(number)), tensor
+            else:
+                rows = sorted(pieces, key=lambda piece: piece.row)
+                parts = [to_stored(part(tensors[layer.prefix + p.target], p, None), p, layer.sizes) for p in rows]
+                yield (
+                    before + pattern,
+                    (parts[0] if len(parts) == 1 else torch.cat(parts)).clone(memory_format=torch.contiguous_format),
+                )
+
+
+def _each(piece: Piece, layer: Layer, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """The number and the tensor of each expert."""
+    whole = tensors[layer.prefix + piece.target]
+    experts, _, identity = layer.sizes
+    if piece.experts == "identity":
+        for number in range(experts, experts + identity):
+            yield number, torch.zeros_like(part(whole, piece, 0), memory_format=torch.contiguous_format)
+        return
+    first = experts if piece.experts == "second" else 0
+    for expert in range(experts):
+        cut = to_stored(part(whole, piece, expert), piece, layer.sizes)
+        yield first + expert, cut.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,486 @@
+"""Tiny real models of every MoE family of transformers, with the composite around it where the family has one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+
+from moe_conformance import inputs
+from moe_conformance.reference_impl import checkpoint_names
+
+# The class that publishes checkpoints, where it is not the only ...ForCausalLM of its module.
+CLASSES = {
+    "aria_text": "AriaForConditionalGeneration",
+    "deepseek_ocr2_text": "DeepseekOcr2ForConditionalGeneration",
+    "diffusion_gemma_text": "DiffusionGemmaForBlockDiffusion",
+    "dots3_note_text": "Dots3NoteForConditionalGeneration",
+    "dots3_note_vision_encoder": "Dots3NoteVisionModel",
+    "ernie4_5_vl_moe_text": "Ernie4_5_VLMoeForConditionalGeneration",
+    "gemma4_text": "Gemma4ForConditionalGeneration",
+    "glm4v_moe_text": "Glm4vMoeForConditionalGeneration",
+    "glm5_next_text": "Glm5NextForConditionalGeneration",
+    "inkling2_text": "Inkling2ForConditionalGeneration",
+    "inkling_text": "InklingForConditionalGeneration",
+    "llama4_text": "Llama4ForConditionalGeneration",
+    "minimax_m3_vl_text": "MiniMaxM3SparseForConditionalGeneration",
+    "mistral_large4_text": "MistralLarge4ForConditionalGeneration",
+    "muse_spark_text": "MuseSparkForConditionalGeneration",
+    "nllb-moe": "NllbMoeForConditionalGeneration",
+    "openai_privacy_filter": "OpenAIPrivacyFilterForTokenClassification",
+    "qwen3_5_moe_text": "Qwen3_5MoeForConditionalGeneration",
+    "qwen3_omni_moe_talker_text": "Qwen3OmniMoeTalkerForConditionalGeneration",
+    "qwen3_omni_moe_text": "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "qwen3_vl_moe_text": "Qwen3VLMoeForConditionalGeneration",
+    "qwen4_exp_text": "Qwen4ExpForConditionalGeneration",
+    "step3p5": "Step3p7ForConditionalGeneration",
+    "switch_transformers": "SwitchTransformersForConditionalGeneration",
+    "unlimited_ocr_text": "UnlimitedOcrForConditionalGeneration",
+    "vitpose_backbone": "VitPoseBackbone",
+}
+
+# The class of the text model alone, where it writes a checkpoint of its own.
+TEXT_ONLY = {
+    "aria_text": "AriaTextForCausalLM",
+    "dots3_note_text": "Dots3NoteForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
+    "inkling2_text": "Inkling2ForCausalLM",
+    "inkling_text": "InklingForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
+    "minimax_m3_vl_text": "MiniMaxM3VLForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen4_exp_text": "Qwen4ExpForCausalLM",
+}
+
+# Sizes of the part with experts. 12 experts: two digits (names sort otherwise than numbers), no power of two.
+EXPERTS, TOP_K, HIDDEN, LAYERS = 12, 3, 32, 3
+TEXT: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "d_model": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "n_layers": LAYERS,
+    "num_layers": LAYERS,
+    "num_decoder_layers": LAYERS,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    **dict.fromkeys(("num_attention_heads", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    "num_key_value_heads": 4,
+    **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads", "num_sliding_attention_heads"), 4),
+    **dict.fromkeys(("head_dim", "d_kv", "kv_channels", "swa_head_dim"), 8),
+    **dict.fromkeys(("global_head_dim", "v_head_dim", "qk_nope_head_dim", "index_head_dim", "kv_lora_rank"), 8),
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "rotary_dim": 4,
+    "index_topk": 8,
+    "index_n_heads": 2,
+    "o_lora_rank": 4,
+    "o_groups": 2,
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_d_head"), 8),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_heads"), 2),
+    "linear_num_value_heads": 4,
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    "mamba_head_dim": 8,
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 8),
+    "n_groups": 2,
+    "mamba_dt_rank": 4,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), 64),
+    "hidden_size_per_layer_input": 8,
+    **dict.fromkeys(("d_rel", "rel_extent"), 4),
+    **dict.fromkeys(("hc_mult", "hc_count"), 2),
+    "hc_lowrank": 4,
+    **dict.fromkeys(("ple_embed_dim", "gated_norm_rank"), 8),
+    "max_position_embeddings": 64,
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size"), 4),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), EXPERTS),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "top_k_experts"), TOP_K),
+    **dict.fromkeys(("moe_topk", "moe_top_k", "moe_k"), TOP_K),
+    **dict.fromkeys(("n_group", "num_expert_group"), 4),
+    "topk_group": 2,
+    **dict.fromkeys(("routed_scaling_factor", "route_scale", "router_scaling_factor"), 2.5),
+    **dict.fromkeys(("moe_routed_scaling_factor", "moe_router_scaling_factor"), 2.5),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 2),
+    **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size", "share_expert_dim"), 28),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"), 28),
+    **dict.fromkeys(("dense_intermediate_size", "intermediate_size_mlp"), 36),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 1),
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "router_jitter_noise": 0.0,
+    "input_jitter_noise": 0.0,
+}
+# (expert width, dense width): all different from HIDDEN, or such that 2F = H, or F = H.
+WIDTHS = {"distinct": (20, 24), "square-gate-up": (16, 16), "square-down": (32, 32)}
+
+# Sizes of everything else: towers of one layer that nothing is put through.
+OTHER: dict[str, Any] = {
+    **dict.fromkeys(("num_hidden_layers", "depth", "encoder_layers", "n_layers"), 1),
+    **dict.fromkeys(("hidden_size", "d_model", "intermediate_size", "encoder_ffn_dim", "mlp_dim"), 32),
+    **dict.fromkeys(("out_hidden_size", "output_dim", "text_hidden_size", "vision_output_dim"), 32),
+    **dict.fromkeys(("projector_input_dim", "projector_output_dim", "projection_hidden_dim"), 32),
+    **dict.fromkeys(("projector_hidden_size", "merged_hidden_size"), 32),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "num_key_value_heads", "encoder_attention_heads"), 4),
+    "head_dim": 8,
+    "vocab_size": 64,
+    "mel_vocab_size": 8,
+    **dict.fromkeys(("num_position_embeddings", "position_embedding_size"), 16),
+    **dict.fromkeys(("posemb_grid_size", "pos_emb_height", "pos_emb_width"), 4),
+    "downsample_hidden_size": 8,
+    "deepstack_visual_indexes": [0],
+    "global_attn_indexes": [0],
+    "output_channels": 16,
+    "downsample_channels": [16, 32],
+    "image_size": 16,
+    "patch_size": 4,
+    "num_code_groups": 2,
+    "max_source_positions": 16,
+}
+
+# Where a family needs something of its own: dotted paths into its config.
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+ONE_DENSE = ["dense", "sparse", "sparse"]
+OWN: dict[str, dict[str, Any]] = {
+    "axk1": {"head_dim": 4},
+    "deepseek_v3": {"head_dim": 4},
+    "mimo_v2_flash": {"head_dim": 24, "layer_types": ["full_attention"] * LAYERS},
+    "glm4v_moe_text": {"text_config.rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+    "beam": {"mlp_layer_types": ONE_DENSE},
+    "flint": {"mlp_only_layers": [0]},
+    "step3p5": {"text_config.mlp_layer_types": ONE_DENSE},
+    "dbrx": {
+        "attn_config.rope_theta": 1e4,
+        "attn_config.clip_qkv": 8.0,
+        "attn_config.kv_n_heads": 2,
+        "ffn_config.ffn_hidden_size": "F",
+    },
+    "deepseek_ocr2_text": {"text_config.mlp_layer_types": ONE_DENSE},
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "moe"]},
+    "doge": {"is_moe": True, "num_experts": 16},
+    "dots3_note_vision_encoder": {"mlp_layer_types": ONE_DENSE, "adapter_in_dim": 32, "adapter_out_dim": 32},
+    "dots3_note_text": {
+        "text_config.layer_types": ["indexed_attention"] * LAYERS,
+        "vision_config.mlp_layer_types": ["dense"],
+        "vision_config.adapter_in_dim": 32,
+        "vision_config.adapter_out_dim": 32,
+        "audio_config.adapter_input_size": 32,
+        "audio_config.adapter_output_size": 32,
+    },
+    "ernie4_5_vl_moe_text": {
+        "text_config.moe_intermediate_size": ["F", 12],
+        "text_config.mlp_layer_types": ONE_DENSE,
+        "text_config.rope_parameters": MROPE,
+    },
+    "glm5_next_text": {
+        "text_config.mlp_layer_types": ONE_DENSE,
+        "text_config.index_kpool": 4,
+        "text_config.qk_rope_head_dim": 0,
+    },
+    # As many layers as the vision tower has foldings; with fewer it wants scipy.
+    "inkling_text": {"vision_config.n_layers": 6},
+    "qwen3_omni_moe_talker_text": {"text_config.shared_expert_intermediate_size": 28, "spatial_merge_size": 2},
+    "gemma4_text": {
+        "text_config.enable_moe_block": True,
+        "text_config.hidden_size_per_layer_input": 0,
+        "text_config.global_head_dim": 8,
+    },
+    "diffusion_gemma_text": {"text_config.global_head_dim": 8},
+    "minimax_m3_vl_text": {"projector_hidden_size": 32, "merged_hidden_size": 32},
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention", "mamba"]},
+    "jamba": {"expert_layer_offset": 0, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": {"head_dim": 4, "ffn_hidden_size": 36, "expert_ffn_hidden_size": "F", "zero_expert_num": 4},
+    "muse_spark_text": {
+        "text_config.moe_hidden_size": 16,
+        "out_hidden_size": 32,
+        "projector_hidden_size": 32,
+        "audio_config.num_hidden_layers": 1,
+        "audio_config.depths": [1],
+        "audio_config.hidden_sizes": [8],
+        "audio_config.patch_sizes": [4],
+    },
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"], "moe_latent_size": 16},
+    "nllb-moe": {
+        "decoder_ffn_dim": "F",
+        "encoder_ffn_dim": "F",
+        "encoder_sparse_step": 1,
+        "decoder_sparse_step": 1,
+        "expert_capacity": 8,
+    },
+    "switch_transformers": {"d_ff": "F", "num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 3},
+    "unlimited_ocr_text": {"text_config.mlp_layer_types": ONE_DENSE},
+    "vitpose_backbone": {
+        "part_features": 8,
+        "mlp_ratio": 2,
+        "num_experts": 6,
+        "image_size": [16, 8],
+        "patch_size": [4, 4],
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+}
+
+
+def model_class(family: str) -> type[PreTrainedModel]:
+    folder = CONFIG_MAPPING[family].__module__.split(".")[2]
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    name = CLASSES.get(family) or next(name for name in vars(module) if name.endswith("ForCausalLM"))
+    found: type[PreTrainedModel] = getattr(module, name)
+    return found
+
+
+def config(family: str, widths: str = "distinct", **own: Any) -> Any:
+    """A config object of the family's published class."""
+    cls = model_class(family).config_class
+    width, dense = WIDTHS[widths]
+    values = _shrunk(cls, TEXT | {"moe_intermediate_size": width, "intermediate_size": dense})
+    for path, value in (OWN.get(family, {}) | own).items():
+        *levels, key = path.split(".")
+        functools.reduce(lambda level, name: level.setdefault(name, {}), levels, values)[key] = _sized(value, width)
+    return cls(**values)
+
+
+def _sized(value: Any, width: int) -> Any:
+    if isinstance(value, list):
+        return [_sized(entry, width) for entry in value]
+    return width if value == "F" else value
+
+
+def _shrunk(cls: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Those of the sizes that the config class knows, and the same for the configs within it."""
+    out: dict[str, Any] = {}
+    for key, value in cls().to_dict().items():
+        if key in cls.sub_configs:
+            sub = cls.sub_configs[key]
+            sub = CONFIG_MAPPING[value["model_type"]] if sub is AutoConfig else sub
+            out[key] = _shrunk(sub, sizes if "text" in key or "ffn" in key else OTHER)
+            if sub.model_type:
+                out[key]["model_type"] = sub.model_type
+        elif key in sizes:
+            out[key] = sizes[key]
+    return out
+
+
+class Block(NamedTuple):
+    """One MoE block of a model. prefix: layers.I. of its canonical names; layer: the module of the decoder layer."""
+
+    prefix: str
+    path: str
+    module: Any
+    layer: Any
+
+
+@functools.cache
+def build(family: str, widths: str = "distinct", text_only: bool = False, **own: Any) -> PreTrainedModel:
+    """The model on the CPU in float32, its MoE blocks filled with hashed values. own: further keys of its config."""
+    torch.manual_seed(0)
+    cls, values = model_class(family), config(family, widths, **own)
+    if text_only:
+        cls, values = getattr(importlib.import_module(cls.__module__), TEXT_ONLY[family]), values.text_config
+    model: PreTrainedModel = cls(values).eval()
+    for block in blocks(model):
+        parts = [block.module] if block.module is not block.layer else _gemma_parts(block.layer)
+        parts += [block.layer.shared_mlp] if hasattr(block.layer, "shared_mlp") else []
+        parts += [block.module.shared_experts] if hasattr(block.module, "shared_experts") else []
+        for number, part in enumerate(parts):
+            for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
+                _fill(tensor.data, name, f"{family} {block.path} {number} {name}")
+    return model
+
+
+def _gemma_parts(layer: Any) -> list[nn.Module]:
+    own = ("mlp", "router", "experts", "pre_feedforward_layernorm", "post_feedforward_layernorm_1")
+    return [layer.get_submodule(n) for n in (*own, "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2")]
+
+
+def _fill(tensor: Tensor, name: str, seed: str) -> None:
+    if tensor.dtype == torch.int64:  # ids of experts by token id: K different ones a row
+        tensor.copy_(inputs.bits((tensor.shape[0], EXPERTS), seed).argsort(-1)[:, : tensor.shape[1]])
+        return
+    value = inputs.normal(tensor.shape, seed, std=0.25 if tensor.ndim > 1 else 0.5)
+    near_one = "norm" in name or name.endswith(("scale", "norm.weight"))
+    tensor.copy_(1 + value / 2 if near_one else value)
+    if name.endswith("balancing_biases"):  # zaya: from_pretrained of 5.23 sets this one to -1, whatever the file says
+        tensor[-1] = -1.0
+
+
+def is_moe(module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    if {"input_linear", "output_linear", "router"} <= children.keys() or "router_gate" in children:
+        return True
+    return "experts" in children
+
+
+def blocks(model: nn.Module) -> Iterator[Block]:
+    """Every MoE block; encoder.layers.I. of an encoder-decoder's encoder, layers.I.vision. of experts for images."""
+    two_stacks = any(name in ("decoder", "model.decoder") for name, _ in model.named_modules())
+    for path, module in model.named_modules():
+        found = re.search(r"(.*(?:layers|blocks|block))\.(\d+)", path)
+        if found is None or "attention" in path or not is_moe(module):
+            continue
+        if "encoder.language_model" in path:  # diffusion_gemma: the decoder's own parameters again
+            continue
+        index = re.search(r"(?:layers|blocks|block)\.(\d+)", path)
+        assert index is not None
+        prefix = "encoder.layers" if two_stacks and "encoder" in path and "blocks" not in path else "layers"
+        vision = "vision." if path.endswith("vision_moe") else ""
+        layer = model.get_submodule(path[: index.end()])
+        yield Block(f"{prefix}.{index[1]}.{vision}", path, module, layer)
+
+
+# Parameters of a block, by name within it, that are canonical tensors as they are.
+SAME = {
+    **dict.fromkeys(
+        (
+            "gate.weight",
+            "gate.wg.weight",
+            "router.weight",
+            "router.gate.weight",
+            "router.layer.weight",
+            "router.classifier.weight",
+            "router.proj.weight",
+            "router_gate.weight",
+            "gate.router_mlp.out_proj.weight",
+        ),
+        "router.proj",
+    ),
+    **dict.fromkeys(
+        (
+            "e_score_correction_bias",
+            "expert_bias",
+            "gate.e_score_correction_bias",
+            "gate.balancing_biases",
+            "router.e_score_correction_bias",
+        ),
+        "router.selection_bias",
+    ),
+    "router.bias": "router.bias",
+    "router.classifier.bias": "router.bias",
+    "router.scale": "router.scale",
+    "router.per_expert_scale": "router.per_expert_scale",
+    "gate.global_scale": "router.global_scale",
+    "gate.tid2eid": "router.table",
+    "gate.down_proj.weight": "router.down.weight",
+    "gate.down_proj.bias": "router.down.bias",
+    "gate.router_states_scale": "router.state_scale",
+    "gate.router_mlp.norm.weight": "router.norm",
+    **{f"gate.router_mlp.{name}": f"router.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")},
+    "experts.up_proj": "experts.w1",
+    "experts.down_proj_bias": "experts.b2",
+    "experts.post_expert_norm.weight": "experts.output_norm",
+    "input_linear.weight": "experts.w13",
+    "output_linear.weight": "experts.w2",
+    "shared_expert_gate.weight": "shared.gate",
+    **dict.fromkeys(("fc1_latent_proj.weight", "pre_expert_proj.weight"), "latent.in"),
+    **dict.fromkeys(("fc2_latent_proj.weight", "post_expert_proj.weight"), "latent.out"),
+    "pre_expert_norm.weight": "latent.norm",
+    "fc1_latent_proj.bias": "latent.in_bias",
+    "fc2_latent_proj.bias": "latent.out_bias",
+    "post_mlp_layernorm.weight": "output.norm",
+    "bias": "output.bias",
+    "pre_feedforward_layernorm.weight": "dense.norm",
+    "post_feedforward_layernorm_1.weight": "dense.sum_norm",
+    "pre_feedforward_layernorm_2.weight": "experts.norm",
+    "post_feedforward_layernorm_2.weight": "experts.sum_norm",
+}
+TRANSPOSED = ("AriaExperts", "GptOssExperts", "Llama4TextExperts", "OpenAIPrivacyFilterExperts")
+SEPARATE = {
+    "fc1.weight": "w1",
+    "wi.weight": "w1",
+    "fc2.weight": "w2",
+    "wo.weight": "w2",
+    "fc1.bias": "b1",
+    "fc2.bias": "b2",
+}
+
+
+def canonical(model: nn.Module) -> dict[str, Tensor]:
+    """The canonical tensors as the modules hold them: written down by class, apart from the table that load uses."""
+    out: dict[str, Tensor] = {}
+    for block in blocks(model):
+        found = _routed(block.module) | _always_on(block)
+        state = dict(block.module.named_parameters()) | dict(block.module.named_buffers())
+        found |= {SAME[name]: tensor for name, tensor in state.items() if name in SAME}
+        moe_statics = "gate.moe_statics.e_score_correction_bias"
+        if moe_statics in state:
+            found["router.selection_bias"] = state[moe_statics][0]
+        out |= {block.prefix + name: tensor.detach() for name, tensor in found.items()}
+    for block in blocks(model):  # ernie4_5_vl: text_moe and vision_moe lie beside the shared experts
+        parent = block.path.rpartition(".")[0]
+        if block.path.endswith("text_moe"):
+            out |= {block.prefix + n: t.detach() for n, t in _shared_mlp(model.get_submodule(parent)).items()}
+    return out
+
+
+def _routed(block: Any) -> dict[str, Tensor]:
+    experts = getattr(block, "experts", None)
+    if experts is None:
+        if hasattr(block, "down_embed"):  # doge: an expert is one row down and one row up
+            return {"experts.w1": block.down_embed.weight[:, None], "experts.w2": block.up_embed.weight[:, :, None]}
+        return {}
+    children = [
+        dict(child.named_parameters()) for name, child in experts.named_children() if name.startswith("expert_")
+    ]
+    if children:
+        leaves = SEPARATE.keys() & children[0].keys()
+        return {f"experts.{SEPARATE[leaf]}": torch.stack([child[leaf] for child in children]) for leaf in leaves}
+    own = dict(experts.named_parameters())
+    if "mlp.w1" in own:  # dbrx: the rows of one expert below those of another
+        count = block.router.layer.weight.shape[0]
+        gate, up, down = (own[f"mlp.{name}"].view(count, -1, own["mlp.w1"].shape[1]) for name in ("w1", "v1", "w2"))
+        return {"experts.w13": torch.cat((gate, up), dim=1), "experts.w2": down.mT}
+    found = {}
+    kind = type(experts).__name__
+    if "gate_up_proj" in own:
+        first = own["gate_up_proj"].mT if kind in TRANSPOSED else own["gate_up_proj"]
+        bias = own.get("gate_up_proj_bias")
+        if kind == "GptOssExperts":
+            first = torch.cat((first[:, 0::2], first[:, 1::2]), dim=1)
+            bias = torch.cat((own["gate_up_proj_bias"][:, 0::2], own["gate_up_proj_bias"][:, 1::2]), dim=1)
+        found["experts.w13"] = first[: own["down_proj"].shape[0]]  # longcat_flash has more rows than it reads
+        if bias is not None:
+            found["experts.b13"] = bias
+    found["experts.w2"] = own["down_proj"].mT if kind in TRANSPOSED else own["down_proj"]
+    return found
+
+
+def _always_on(block: Block) -> dict[str, Tensor]:
+    if hasattr(block.module, "down_embed"):
+        return _mlp(block.module, "dense")
+    if block.module is block.layer:
+        return _mlp(block.layer.mlp, "dense")
+    if hasattr(block.layer, "shared_mlp"):
+        beside = block.layer.shared_mlp
+        return {"shared.w13": beside.input_linear.weight, "shared.w2": beside.output_linear.weight}
+    return _shared_mlp(block.module)
+
+
+def _shared_mlp(block: Any) -> dict[str, Tensor]:
+    for name in ("shared_experts", "shared_expert", "shared_mlp"):
+        if isinstance(getattr(block, name, None), nn.Module):
+            return _mlp(getattr(block, name), "shared")
+    return {}
+
+
+def _mlp(module: Any, prefix: str) -> dict[str, Tensor]:
+    own = dict(module.named_parameters())
+    if "gate_proj" in own:  # inkling: [n, F, H], and [n, H, F]
+        gate, up = own["gate_proj"].flatten(0, 1), own["up_proj"].flatten(0, 1)
+        return {f"{prefix}.w13": torch.cat((gate, up)), f"{prefix}.w2": torch.cat(list(own["down_proj"]), dim=1)}
+    down = {f"{prefix}.w2": own["down_proj.weight"]}
+    if "gate_up_proj.weight" in own:
+        return down | {f"{prefix}.w13": own["gate_up_proj.weight"]}
+    if "gate_proj.weight" not in own:
+        biases = {"up_proj.bias": "b1", "down_proj.bias": "b2"}
+        down |= {f"{prefix}.{canonical}": own[name] for name, canonical in biases.items() if name in own}
+        return down | {f"{prefix}.w1": own["up_proj.weight"]}
+    return down | {f"{prefix}.w13": torch.cat((own["gate_proj.weight"], own["up_proj.weight"]))}
+
+
+# vitpose_backbone has no router: the data set that an image is of names the expert.
+FAMILIES = tuple(checkpoint_names.FAMILIES)
