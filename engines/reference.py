@@ -29,7 +29,7 @@ from moe_conformance.engine import (
     Routing,
     ShardInputs,
 )
-from moe_conformance.reference_impl.config_families import FAMILIES
+from moe_conformance.reference_impl.config.families import FAMILIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ class Reference(Engine):
         }
 
     def describe(self, config: Any) -> MoESpec:
-        from moe_conformance.reference_impl import config as stage
+        from moe_conformance.reference_impl.config import describe as stage
 
         return stage.describe(config)
 
@@ -111,26 +111,26 @@ class Reference(Engine):
         return stage.HostReader(address)
 
     def expert_map(self, spec: ExpertMapSpec) -> Tensor:
-        from moe_conformance.reference_impl import expert_map as stage
+        from moe_conformance.reference_impl.parallel import expert_map as stage
 
         return stage.expert_map(spec.experts, spec.rank, spec.ranks, spec.placement)
 
     def replicate(self, inputs: ReplicateInputs) -> Replicated:
-        from moe_conformance.reference_impl import expert_map as stage
+        from moe_conformance.reference_impl.parallel import expert_map as stage
 
         return stage.replicate(inputs)
 
     def shard(self, inputs: ShardInputs) -> Tensor:
-        from moe_conformance.reference_impl import parallel as stage
+        from moe_conformance.reference_impl.parallel import experts as stage
 
         return stage.shard(inputs)
 
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
-        from moe_conformance.reference_impl import remap as stage
+        from moe_conformance.reference_impl.checkpoint import remap as stage
 
         return stage.remap(config, names)
 
     def load(self, folder: Path) -> dict[str, Tensor]:
-        from moe_conformance.reference_impl import loading as stage
+        from moe_conformance.reference_impl.checkpoint import loading as stage
 
         return stage.load(folder)

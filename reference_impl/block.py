@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_conformance.engine import BlockInputs, BlockOutput, Routing
 from moe_conformance.errors import InputError, Unsupported
-from moe_conformance.reference_impl.config import describe
+from moe_conformance.reference_impl.config.describe import describe
 from moe_conformance.reference_impl.layer import layer
 from moe_conformance.spec import LayerSpec
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_conformance.errors import InputError
-from moe_conformance.reference_impl.quantised_experts import Project
+from moe_conformance.reference_impl.quantised.experts import Project
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import pytest
 
 from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.errors import ConfigError, DenseModelError
-from moe_conformance.reference_impl.config import capture_shape, describe, layer_of
-from moe_conformance.reference_impl.config_families import FAMILIES, TOP_K, family_of, name_of
-from moe_conformance.reference_impl.config_keys import keys_in
-from moe_conformance.reference_impl.config_methods import METHODS, dead_keys, method_keys
+from moe_conformance.reference_impl.config.describe import capture_shape, describe, layer_of
+from moe_conformance.reference_impl.config.families import FAMILIES, TOP_K, family_of, name_of
+from moe_conformance.reference_impl.config.keys import keys_in
+from moe_conformance.reference_impl.config.methods import METHODS, dead_keys, method_keys
 from moe_conformance.spec import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
 from moe_conformance.suites.config import methods as said
 from moe_conformance.suites.config.cases import CASES

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_conformance.engine import CheckpointName
 from moe_conformance.errors import CheckpointError, ConfigError, DenseModelError
-from moe_conformance.reference_impl import loading, remap
+from moe_conformance.reference_impl.checkpoint import loading, remap
 from moe_conformance.suites.weights import checkpoint
 
 RECIPE = {"style": "plain", "widths": "distinct", "shards": 2, "shuffled": False}

@@ -22,7 +22,7 @@ from moe_conformance.reference_impl.lora import (
     tensor_parallel,
     with_adapters,
 )
-from moe_conformance.reference_impl.quantised_experts import fp8_activations, plain, projected_experts
+from moe_conformance.reference_impl.quantised.experts import fp8_activations, plain, projected_experts
 from moe_conformance.spec import MLPSpec
 
 D64 = torch.float64

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from moe_conformance.errors import InputError
 from moe_conformance.inputs import integers
-from moe_conformance.reference_impl.expert_map import (
+from moe_conformance.reference_impl.experts import mlp, routed_experts
+from moe_conformance.reference_impl.layer import experts_output
+from moe_conformance.reference_impl.parallel.expert_map import (
     even_split,
     expert_load,
     expert_map,
@@ -19,9 +21,7 @@ from moe_conformance.reference_impl.expert_map import (
     local_ids,
     physical_ids,
 )
-from moe_conformance.reference_impl.experts import mlp, routed_experts
-from moe_conformance.reference_impl.layer import experts_output
-from moe_conformance.reference_impl.parallel import (
+from moe_conformance.reference_impl.parallel.experts import (
     Part,
     experts_part,
     slice_width,
@@ -29,7 +29,7 @@ from moe_conformance.reference_impl.parallel import (
     through_all_gather,
     through_all_to_all,
 )
-from moe_conformance.reference_impl.ranks import Group, all_gather, all_reduce, reduce_scatter, simulate
+from moe_conformance.reference_impl.parallel.ranks import Group, all_gather, all_reduce, reduce_scatter, simulate
 from moe_conformance.spec import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
 
 E, K, D = 11, 3, 6

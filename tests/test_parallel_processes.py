@@ -14,15 +14,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_conformance.inputs import distinct_logits, normal
-from moe_conformance.reference_impl.expert_map import expert_map, held_experts, physical_ids
-from moe_conformance.reference_impl.parallel import (
+from moe_conformance.reference_impl.parallel.expert_map import expert_map, held_experts, physical_ids
+from moe_conformance.reference_impl.parallel.experts import (
     experts_part,
     slice_width,
     take_experts,
     through_all_gather,
     through_all_to_all,
 )
-from moe_conformance.reference_impl.ranks import Group, Process, all_gather, all_reduce, reduce_scatter, simulate
+from moe_conformance.reference_impl.parallel.ranks import (
+    Group,
+    Process,
+    all_gather,
+    all_reduce,
+    reduce_scatter,
+    simulate,
+)
 from moe_conformance.spec import MLPSpec
 
 E, K, D = 11, 4, 20

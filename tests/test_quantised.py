@@ -16,7 +16,18 @@ from moe_conformance.compare import equal
 from moe_conformance.errors import InputError
 from moe_conformance.inputs import bits, integers, normal, poison_
 from moe_conformance.reference_impl.experts import routed_experts
-from moe_conformance.reference_impl.quantised import (
+from moe_conformance.reference_impl.quantised.experts import fp8_activations, plain, projected_experts
+from moe_conformance.reference_impl.quantised.fp4 import (
+    dequantise_mxfp4,
+    dequantise_nvfp4,
+    quantise_mxfp4,
+    quantise_nvfp4,
+    swizzle,
+    unpack_e2m1,
+    unswizzle,
+)
+from moe_conformance.reference_impl.quantised.fp8 import dequantise_fp8, quantise_fp8, through_fp8
+from moe_conformance.reference_impl.quantised.tiles import (
     BLOCK_128,
     PER_CHANNEL,
     PER_TENSOR,
@@ -26,17 +37,6 @@ from moe_conformance.reference_impl.quantised import (
     spread,
     tile_amax,
 )
-from moe_conformance.reference_impl.quantised_experts import fp8_activations, plain, projected_experts
-from moe_conformance.reference_impl.quantised_fp4 import (
-    dequantise_mxfp4,
-    dequantise_nvfp4,
-    quantise_mxfp4,
-    quantise_nvfp4,
-    swizzle,
-    unpack_e2m1,
-    unswizzle,
-)
-from moe_conformance.reference_impl.quantised_fp8 import dequantise_fp8, quantise_fp8, through_fp8
 from moe_conformance.spec import MLPSpec
 
 E4M3 = torch.float8_e4m3fn

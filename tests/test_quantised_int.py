@@ -13,14 +13,13 @@ from moe_conformance.compare import equal
 from moe_conformance.errors import InputError
 from moe_conformance.inputs import bits as hashed
 from moe_conformance.inputs import integers, normal
-from moe_conformance.reference_impl.quantised import spread
-from moe_conformance.reference_impl.quantised_gptq import (
+from moe_conformance.reference_impl.quantised.gptq import (
     dequantise_awq,
     dequantise_gptq,
     quantise_awq,
     quantise_gptq,
 )
-from moe_conformance.reference_impl.quantised_int import (
+from moe_conformance.reference_impl.quantised.integers import (
     dequantise_int8,
     dequantise_packed,
     pack,
@@ -28,6 +27,7 @@ from moe_conformance.reference_impl.quantised_int import (
     quantise_packed,
     unpack,
 )
+from moe_conformance.reference_impl.quantised.tiles import spread
 
 D64 = torch.float64
 Format = Literal["gptq", "gptq_v2"]

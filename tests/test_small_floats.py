@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moe_conformance.compare import equal
 from moe_conformance.inputs import bits, integers
-from moe_conformance.reference_impl.quantised import round_to_float, scale_values
-from moe_conformance.reference_impl.quantised_fp4 import pack_e2m1, unpack_e2m1
-from moe_conformance.reference_impl.quantised_fp8 import FP8, quantise_fp8
+from moe_conformance.reference_impl.quantised.fp4 import pack_e2m1, unpack_e2m1
+from moe_conformance.reference_impl.quantised.fp8 import FP8, quantise_fp8
+from moe_conformance.reference_impl.quantised.tiles import round_to_float, scale_values
 
 BYTES = torch.arange(256, dtype=torch.uint8)
 TWINS = {

@@ -22,7 +22,7 @@ from moe_conformance import inputs
 from moe_conformance.engine import BlockInputs, Routing
 from moe_conformance.engines.transformers.block_routing import Tap
 from moe_conformance.reference_impl.block import block as reference
-from moe_conformance.reference_impl.loading import load
+from moe_conformance.reference_impl.checkpoint.loading import load
 
 BATCH, LENGTH = 2, 5
 # Float32 on both sides, in another order of summation: sums of 32 and 20 products, and of at most 12 experts.

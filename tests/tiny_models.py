@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from moe_conformance import inputs
-from moe_conformance.reference_impl import checkpoint_names
+from moe_conformance.reference_impl.checkpoint import names as checkpoint_names
 
 # The class that publishes checkpoints, where it is not the only ...ForCausalLM of its module.
 CLASSES = {

@@ -11,10 +11,12 @@ from unittest.mock import patch
 from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.errors import ConfigError, DenseModelError
-from moe_conformance.reference_impl import config as stage
-from moe_conformance.reference_impl import config_families as families
-from moe_conformance.reference_impl import config_fields, config_keys, config_methods
-from moe_conformance.reference_impl.config_scope import Scope, plain
+from moe_conformance.reference_impl.config import describe as stage
+from moe_conformance.reference_impl.config import families
+from moe_conformance.reference_impl.config import fields as config_fields
+from moe_conformance.reference_impl.config import keys as config_keys
+from moe_conformance.reference_impl.config import methods as config_methods
+from moe_conformance.reference_impl.config.scope import Scope, plain
 from moe_conformance.spec import LayerSpec
 
 _DESCRIBED = "a_config_says_what_the_model_is"

@@ -141,7 +141,7 @@ class MissingExpertUnwritten(Faulty):
     """Coverage is counted in parameters, not in experts: what no expert wrote stays as allocated."""
 
     def load(self, folder: Path) -> Loaded:
-        with patch("moe_conformance.reference_impl.loading._missing_slots", lambda *_: []):
+        with patch("moe_conformance.reference_impl.checkpoint.loading._missing_slots", lambda *_: []):
             return super().load(folder)
 
 
@@ -154,7 +154,7 @@ class RouterScaleDefaults(Faulty):
         except CheckpointError as error:
             if "per_expert_scale" not in str(error):
                 raise
-        with patch("moe_conformance.reference_impl.loading._check", lambda *_, **__: None):
+        with patch("moe_conformance.reference_impl.checkpoint.loading._check", lambda *_, **__: None):
             loaded = super().load(folder)
         for key in [key for key in loaded if key.endswith(".router.proj")]:
             loaded.setdefault(key.replace("proj", "per_expert_scale"), loaded[key].new_ones(len(loaded[key])))
@@ -163,8 +163,8 @@ class RouterScaleDefaults(Faulty):
 
 class ExtraExpertIgnored(Faulty):
     def load(self, folder: Path) -> Loaded:
-        from moe_conformance.reference_impl import loading
-        from moe_conformance.reference_impl.remap import parse
+        from moe_conformance.reference_impl.checkpoint import loading
+        from moe_conformance.reference_impl.checkpoint.remap import parse
 
         plan = loading._plan
 
@@ -181,7 +181,7 @@ class UnknownTensorsSkipped(Faulty):
     """What matches no parameter is left out without a word."""
 
     def load(self, folder: Path) -> Loaded:
-        from moe_conformance.reference_impl.checkpoint_places import Places
+        from moe_conformance.reference_impl.checkpoint.places import Places
 
         locate = Places.locate
 
@@ -197,7 +197,7 @@ class UnknownTensorsSkipped(Faulty):
 
 class ShapesUnchecked(Faulty):
     def load(self, folder: Path) -> Loaded:
-        with patch("moe_conformance.reference_impl.loading._fits", lambda *_, **__: None):
+        with patch("moe_conformance.reference_impl.checkpoint.loading._fits", lambda *_, **__: None):
             return super().load(folder)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moe_conformance.engine import Replicated, ReplicateInputs, ShardInputs
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
-from moe_conformance.reference_impl import parallel
-from moe_conformance.reference_impl.expert_map import held_experts, physical_ids, replicate
+from moe_conformance.reference_impl.parallel import experts as parallel
+from moe_conformance.reference_impl.parallel.expert_map import held_experts, physical_ids, replicate
 
 
 class CopyByRank(Faulty):

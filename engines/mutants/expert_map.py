@@ -11,10 +11,10 @@ from torch import Tensor
 
 from moe_conformance.engine import ExpertMapSpec, ShardInputs
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
-from moe_conformance.reference_impl import parallel as stage
-from moe_conformance.reference_impl.expert_map import local_ids
 from moe_conformance.reference_impl.experts import mlp, routed_experts
-from moe_conformance.reference_impl.parallel import slice_width
+from moe_conformance.reference_impl.parallel import experts as stage
+from moe_conformance.reference_impl.parallel.expert_map import local_ids
+from moe_conformance.reference_impl.parallel.experts import slice_width
 from moe_conformance.spec import MLPSpec
 
 

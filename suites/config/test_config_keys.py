@@ -13,7 +13,7 @@ from moe_conformance.case import Case, check
 from moe_conformance.compare import refused, same
 from moe_conformance.engine import Engine, MoESpec
 from moe_conformance.errors import Nonconformance, Unsupported
-from moe_conformance.reference_impl.config import describe
+from moe_conformance.reference_impl.config.describe import describe
 from moe_conformance.spec import LayerSpec
 from moe_conformance.suites.config.cases import CAPTURE_REFUSED, CAPTURED, DENSE, DESCRIBED, LAYERED, REFUSED, SAVED
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_conformance.case import Case
 from moe_conformance.engine import BlockInputs, Routing
 from moe_conformance.inputs import bits, integers, normal
-from moe_conformance.reference_impl.config import describe
+from moe_conformance.reference_impl.config.describe import describe
 from moe_conformance.spec import LayerSpec, Shape
 from moe_conformance.suites.families.cases import VARIANTS
 

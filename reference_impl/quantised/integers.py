@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.errors import InputError
-from moe_conformance.reference_impl.quantised import PER_CHANNEL, Tile, check, finite, spread, tile_amax
+from moe_conformance.reference_impl.quantised.tiles import PER_CHANNEL, Tile, check, finite, spread, tile_amax
 
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.errors import InputError
-from moe_conformance.reference_impl.quantised import check
-from moe_conformance.reference_impl.quantised_int import (
+from moe_conformance.reference_impl.quantised.integers import (
     SCALES,
     dequantise_groups,
     group_count,
@@ -23,6 +22,7 @@ from moe_conformance.reference_impl.quantised_int import (
     quantise_groups,
     unpack,
 )
+from moe_conformance.reference_impl.quantised.tiles import check
 
 # Of a word's nibbles from the lowest: the column, of its eight, that each holds. AutoAWQ's "gemm" kernels.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -14,12 +14,12 @@ from itertools import chain
 
 from moe_conformance.engine import MoESpec
 from moe_conformance.errors import ConfigError
-from moe_conformance.reference_impl.config_families import EXPERTS, FAMILIES, SHARED_COUNT, TOP_K
-from moe_conformance.reference_impl.config_keys import WHAT
-from moe_conformance.reference_impl.config_methods import DEAD, METHODS, method_keys
-from moe_conformance.reference_impl.config_scope import Scope
-from moe_conformance.reference_impl.config_sizes import sizes_of
-from moe_conformance.reference_impl.config_spec import layer_specs
+from moe_conformance.reference_impl.config.families import EXPERTS, FAMILIES, SHARED_COUNT, TOP_K
+from moe_conformance.reference_impl.config.keys import WHAT
+from moe_conformance.reference_impl.config.layer_spec import layer_specs
+from moe_conformance.reference_impl.config.methods import DEAD, METHODS, method_keys
+from moe_conformance.reference_impl.config.scope import Scope
+from moe_conformance.reference_impl.config.sizes import sizes_of
 from moe_conformance.spec import LayerSpec
 
 SIZES = frozenset({*EXPERTS, *TOP_K, *SHARED_COUNT, "decoder_sparse_step", "mlp_only_layers", "vocab_size"})

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_conformance.errors import CheckpointError
-from moe_conformance.reference_impl.arrange import part, to_stored
-from moe_conformance.reference_impl.checkpoint_files import CONFIG, INDEX, SINGLE
-from moe_conformance.reference_impl.checkpoint_names import Piece
-from moe_conformance.reference_impl.checkpoint_places import Layer, Places
+from moe_conformance.reference_impl.checkpoint.arrange import part, to_stored
+from moe_conformance.reference_impl.checkpoint.files import CONFIG, INDEX, SINGLE
+from moe_conformance.reference_impl.checkpoint.names import Piece
+from moe_conformance.reference_impl.checkpoint.places import Layer, Places
 
 
 def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shards: int = 1) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_conformance.reference_impl.config_scope import Scope
+from moe_conformance.reference_impl.config.scope import Scope
 
 WHAT = "MoE method"
 

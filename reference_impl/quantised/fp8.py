@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_conformance.reference_impl.quantised import Tile, check, finite, round_to_float, spread, tile_amax
+from moe_conformance.reference_impl.quantised.tiles import Tile, check, finite, round_to_float, spread, tile_amax
 
 # dtype: mantissa bits, exponent of the smallest normal number, largest value.
 # e4m3fn, e5m2: FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433; fnuz: https://arxiv.org/abs/2206.02915.

@@ -1,9 +1,9 @@
 """The config stage: what a model config says about its Mixture-of-Experts layers.
 
 A config arrives as a transformers object or as the plain dict of a config.json, flat or nested, in the spelling of
-the library or of the hub. Its sizes are read by the names of its model family (config_families.py, config_sizes.py)
-and by rules for its MoE layers (config_layers.py), what a layer computes by the family's method (config_methods.py);
-a model type that is not listed is read by its keys where they leave no doubt (config_unknown.py).
+the library or of the hub. Its sizes are read by the names of its model family (families.py, sizes.py)
+and by rules for its MoE layers (layers.py), what a layer computes by the family's method (methods.py);
+a model type that is not listed is read by its keys where they leave no doubt (unknown.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.errors import ConfigError, DenseModelError
-from moe_conformance.reference_impl.config_families import (
+from moe_conformance.reference_impl.config.families import (
     EXPERTS,
     FAMILIES,
     NESTED,
@@ -24,11 +24,11 @@ from moe_conformance.reference_impl.config_families import (
     family_of,
     name_of,
 )
-from moe_conformance.reference_impl.config_keys import WHAT
-from moe_conformance.reference_impl.config_scope import Scope, levels, plain
-from moe_conformance.reference_impl.config_sizes import dense_error, sizes_of
-from moe_conformance.reference_impl.config_spec import layer_specs
-from moe_conformance.reference_impl.config_unknown import layers_by_keys
+from moe_conformance.reference_impl.config.keys import WHAT
+from moe_conformance.reference_impl.config.layer_spec import layer_specs
+from moe_conformance.reference_impl.config.scope import Scope, levels, plain
+from moe_conformance.reference_impl.config.sizes import dense_error, sizes_of
+from moe_conformance.reference_impl.config.unknown import layers_by_keys
 from moe_conformance.spec import LayerSpec
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from moe_conformance.engine import MoESpec
 from moe_conformance.errors import DenseModelError
-from moe_conformance.reference_impl.config_families import EXPERTS, HIDDEN, TOP_K, Family
-from moe_conformance.reference_impl.config_layers import block_types
-from moe_conformance.reference_impl.config_scope import Scope, plain
+from moe_conformance.reference_impl.config.families import EXPERTS, HIDDEN, TOP_K, Family
+from moe_conformance.reference_impl.config.layers import block_types
+from moe_conformance.reference_impl.config.scope import Scope, plain
 
 
 def sizes_of(scope: Scope, family: Family) -> MoESpec:

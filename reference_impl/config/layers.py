@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_conformance.reference_impl.config_scope import Scope
+from moe_conformance.reference_impl.config.scope import Scope
 
 Rule = Callable[[Scope, int], tuple[int, ...]]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moe_conformance.reference_impl.config_layers import (
+from moe_conformance.reference_impl.config.layers import (
     Rule,
     blocks,
     enumerated,
@@ -24,7 +24,7 @@ from moe_conformance.reference_impl.config_layers import (
     typed,
     window,
 )
-from moe_conformance.reference_impl.config_scope import Scope
+from moe_conformance.reference_impl.config.scope import Scope
 
 # Common names: any family may use any of them, and those it uses must agree.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -4,8 +4,8 @@ A quantised tensor holds codes, a few bits each, and scales, one a tile of rows 
 of all experts are fused, [E, rows, cols]; w13 is two matrices above each other, `stacked=2`, and tiles never reach
 across the seam: with 192 rows a half, the blocks of 128 hold rows 0-127, 128-191, 192-319 and 320-383.
 
-quantised_fp8.py: FP8 and w8a8. quantised_fp4.py: MXFP4, NVFP4. quantised_int.py: int8, pack-quantized.
-quantised_gptq.py: GPTQ, AWQ. quantised_experts.py: experts on all of them. Products are taken in float64, where they
+fp8.py: FP8 and w8a8. fp4.py: MXFP4, NVFP4. integers.py: int8, pack-quantized.
+gptq.py: GPTQ, AWQ. experts.py: experts on all of them. Products are taken in float64, where they
 are exact, and rounded once.
 """
 

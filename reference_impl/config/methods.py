@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from moe_conformance.reference_impl.config_families import name_of
-from moe_conformance.reference_impl.config_fields import (
+from moe_conformance.reference_impl.config.families import name_of
+from moe_conformance.reference_impl.config.fields import (
     ACTIVATIONS,
     ALWAYS,
     BIASED,
@@ -44,7 +44,7 @@ from moe_conformance.reference_impl.config_fields import (
     score,
     top_k,
 )
-from moe_conformance.reference_impl.config_keys import Key, keys_in
+from moe_conformance.reference_impl.config.keys import Key, keys_in
 
 KIMI = norm(True, "moe_renormalize", "norm_topk_prob")
 GEMMA4 = Method(

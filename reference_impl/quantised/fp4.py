@@ -10,7 +10,14 @@ from torch import Tensor
 
 from moe_conformance.errors import InputError
 from moe_conformance.reference_impl.padding import round_up
-from moe_conformance.reference_impl.quantised import check, finite, round_to_float, scale_values, spread, tile_amax
+from moe_conformance.reference_impl.quantised.tiles import (
+    check,
+    finite,
+    round_to_float,
+    scale_values,
+    spread,
+    tile_amax,
+)
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_LARGEST_EXPONENT = 2  # of 6 = 1.5 * 2^2

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from moe_conformance.engine import MoESpec
-from moe_conformance.reference_impl.config_families import FAMILIES
-from moe_conformance.reference_impl.config_fields import Method
-from moe_conformance.reference_impl.config_keys import WHAT, resolve
-from moe_conformance.reference_impl.config_methods import METHODS
-from moe_conformance.reference_impl.config_scope import Scope
-from moe_conformance.reference_impl.config_sizes import identity_experts, routed_scope, spelled_out
+from moe_conformance.reference_impl.config.families import FAMILIES
+from moe_conformance.reference_impl.config.fields import Method
+from moe_conformance.reference_impl.config.keys import WHAT, resolve
+from moe_conformance.reference_impl.config.methods import METHODS
+from moe_conformance.reference_impl.config.scope import Scope
+from moe_conformance.reference_impl.config.sizes import identity_experts, routed_scope, spelled_out
 from moe_conformance.spec import (
     Capacity,
     DenseSpec,

@@ -1,4 +1,4 @@
-"""The words in which config_methods.py says what a family computes: fields of spec.py, and keys that decide them."""
+"""The words in which methods.py says what a family computes: fields of spec.py, and keys that decide them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_conformance.reference_impl.config_keys import Key
-from moe_conformance.reference_impl.config_scope import Scope
+from moe_conformance.reference_impl.config.keys import Key
+from moe_conformance.reference_impl.config.scope import Scope
 
 Fields = Mapping[str, Any]
 
@@ -32,7 +32,7 @@ def activation(name: str = "hidden_act", default: str = "silu") -> Fields:
 
 @dataclass(frozen=True)
 class Method:
-    """What a layer of one family computes. Sizes, and which layers have shared experts, are in config_families.py.
+    """What a layer of one family computes. Sizes, and which layers have shared experts, are in families.py.
 
     routing, logits, experts (an MLPSpec), layer, latent: fields of the specs. shared: of SharedSpec; shared_mlp: of its
     MLP, where that is not as the experts are. dense: of DenseSpec; dense_mlp: of its MLP, width included.

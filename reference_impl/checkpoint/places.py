@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moe_conformance.errors import CheckpointError
-from moe_conformance.reference_impl.arrange import Sizes
-from moe_conformance.reference_impl.checkpoint_names import READ_PREFIXES, Piece, Stack, family_of, names_of
-from moe_conformance.reference_impl.config import describe
-from moe_conformance.reference_impl.remap import SUFFIXES, index_of
+from moe_conformance.reference_impl.checkpoint.arrange import Sizes
+from moe_conformance.reference_impl.checkpoint.names import READ_PREFIXES, Piece, Stack, family_of, names_of
+from moe_conformance.reference_impl.checkpoint.remap import SUFFIXES, index_of
+from moe_conformance.reference_impl.config.describe import describe
 from moe_conformance.spec import LayerSpec, Shape
 
 VISION = "vision."

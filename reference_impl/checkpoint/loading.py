@@ -2,7 +2,7 @@
 
 Three steps, and no tensor data is read before the first two have passed: list what the folder holds (config, index,
 shard headers), plan which checkpoint tensor fills which place, then read. What a family's tensors are called and how
-they lie is in checkpoint_names.py; shapes are checked against the config and never used to guess a layout.
+they lie is in names.py; shapes are checked against the config and never used to guess a layout.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from moe_conformance.errors import CheckpointError
-from moe_conformance.reference_impl.arrange import Sizes, part, to_canonical, to_stored
-from moe_conformance.reference_impl.checkpoint_files import CONFIG, Stored, open_shards, quantization, read_json
-from moe_conformance.reference_impl.checkpoint_names import Piece
-from moe_conformance.reference_impl.checkpoint_places import Places
+from moe_conformance.reference_impl.checkpoint.arrange import Sizes, part, to_canonical, to_stored
+from moe_conformance.reference_impl.checkpoint.files import CONFIG, Stored, open_shards, quantization, read_json
+from moe_conformance.reference_impl.checkpoint.names import Piece
+from moe_conformance.reference_impl.checkpoint.places import Places
 from moe_conformance.spec import Shape
 
 # The tensor that carries the weights themselves: as numbers, or as packed integers of GPTQ, AWQ, compressed-tensors.
