@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moe-case", action="append", default=[], help="only the case with this id")
     group.addoption("--moe-tier", default="core", help="smoke, core, full or gpu")
     group.addoption("--moe-known", action="append", default=[], help="TOML file of known failures")
+    parser.addini("moe_known", type="paths", help="files of known failures, beside those of --moe-known")
     group.addoption("--moe-out", default=None, help="folder for verdicts.jsonl, summary.md and junit.xml")
     group.addoption("--moe-timeout", type=float, default=120.0, help="seconds a case may take")
 

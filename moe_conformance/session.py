@@ -64,7 +64,7 @@ class Session:
             [target.name for target in self.targets] != ["reference"] or config.getoption("-n", None)
         ):
             raise UsageError("goldens are written from the reference engine in one process: --engine reference -n 0")
-        files = [Path(name) for name in config.getoption("--moe-known")]
+        files = [*map(Path, config.getoption("--moe-known")), *config.getini("moe_known")]
         by_case = {case_id: frozenset(named) for case_id, named in checks().items()} if files else {}
         self.known = {entry.engine: entry for entry in (known.read(file, by_case) for file in files)}
         strangers = self.known.keys() - {target.name for target in self.targets} - registered().keys()
