@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from moe_conformance.engine import Engine
 from moe_conformance.errors import UsageError
 
 GROUP = "moe_conformance.engines"
@@ -30,6 +31,11 @@ class Target:
             return getattr(importlib.import_module(module_name), class_name)
         except (ImportError, AttributeError) as error:
             raise UsageError(f"engine {self.name!r}: cannot load {self.path}: {error}") from error
+
+    def offers(self, stage: str) -> bool:
+        """Whether the class has a method of its own for the stage; what it declares is asked when it runs."""
+        method = getattr(self.load(), stage, None)
+        return method is not None and method is not getattr(Engine, stage)
 
 
 def registered() -> dict[str, Target]:

@@ -81,6 +81,9 @@ def _tensors(value: Any, where: str) -> Iterator[tuple[str, Tensor]]:
         # Ours only: transformers' configs are dataclasses too, and reading some of their fields raises.
         for item in fields(value):
             yield from _tensors(getattr(value, item.name), item.name)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{where}[{key!r}]")
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item, where)

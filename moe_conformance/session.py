@@ -75,8 +75,15 @@ class Session:
         listed: tuple[Case, ...] | None = getattr(metafunc.function, "moe_cases", None)
         if listed is None:
             return
-        pairs = [(target, case) for target in self.targets for case in listed if case.id in self.cases]
-        metafunc.parametrize(("engine", "case"), pairs, ids=[f"{target.name}-{case.id}" for target, case in pairs])
+        selected = [case for case in listed if case.id in self.cases]
+        pairs: dict[str, tuple[Target, tuple[Case, ...]]] = {}
+        for target in self.targets:
+            offered = [case for case in selected if target.offers(case.stage)]
+            pairs |= {f"{target.name}-{case.id}": (target, (case,)) for case in offered}
+            # One item for all that the adapter has no method for: items cost milliseconds, and these are many.
+            if others := tuple(case for case in selected if case not in offered):
+                pairs[f"{target.name}-not-offered"] = (target, others)
+        metafunc.parametrize(("engine", "case"), pairs.values(), ids=pairs)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Drop checks that nothing selected, and go engine by engine, whose process starts once."""
@@ -90,8 +97,14 @@ class Session:
             return None
         params: Mapping[str, Any] = pyfuncitem.callspec.params
         target: Target = params["engine"]
-        case: Case = params["case"]
+        cases: tuple[Case, ...] = params["case"]
         check = pyfuncitem.originalname.removeprefix("test_")
+        if not target.offers(cases[0].stage):
+            for case in cases:
+                said = f"stage {case.stage} is not offered"
+                self._tell(pyfuncitem, target, case, check, Verdict.UNSUPPORTED, said, 0.0)
+            pytest.skip(f"unsupported: {said}")
+        (case,) = cases
         started = time.perf_counter()
         outcome = self._ask(target, pyfuncitem, case)
         verdict, message = Verdict(outcome["verdict"]), outcome["message"]
@@ -100,11 +113,7 @@ class Session:
         verdict, message = self._known(target, case, check, verdict, message)
         if verdict.is_bad:
             message = failure(target.name, case, check, message)
-        seconds = time.perf_counter() - started
-        result = Result(target.name, case.id, check, case.bug_class, case.stage, verdict, message, seconds)
-        info = self.process.info if self.process else None
-        facts = {"version": info.version, "device": info.device} if info else {}
-        pyfuncitem.user_properties.append((_PROPERTY, json.dumps([result.as_line(), facts])))
+        self._tell(pyfuncitem, target, case, check, verdict, message, time.perf_counter() - started)
         if verdict in (Verdict.UNAVAILABLE, Verdict.ERROR) and (target.name, outcome["message"]) in self.told:
             pytest.skip(f"{verdict}, as told before")
         self.told.add((target.name, outcome["message"]))
@@ -115,6 +124,15 @@ class Session:
         if verdict is Verdict.KNOWN_FAILURE:
             pytest.xfail(f"known failure: {message}")
         return True
+
+    def _tell(
+        self, item: pytest.Function, target: Target, case: Case, check: str, verdict: Verdict, message: str, took: float
+    ) -> None:
+        """Hand a result to the controller."""
+        result = Result(target.name, case.id, check, case.bug_class, case.stage, verdict, message, took)
+        info = self.process.info if self.process and self.process.target == target else None
+        facts = {"version": info.version, "device": info.device} if info else {}
+        item.user_properties.append((_PROPERTY, json.dumps([result.as_line(), facts])))
 
     def _ask(self, target: Target, item: pytest.Function, case: Case) -> dict[str, Any]:
         if self.process is None or self.process.target != target:
@@ -143,11 +161,11 @@ class Session:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if self.report is None:
             return
-        found = dict(report.user_properties).get(_PROPERTY)
-        if report.when == "call" and isinstance(found, str):
-            line, facts = json.loads(found)
-            self.report.add(Result.from_line(line), facts)
-        elif report.failed and found is None and "[" in report.nodeid and _in_suites(report, self.config):
+        found = [json.loads(str(told)) for name, told in report.user_properties if name == _PROPERTY]
+        if report.when == "call" and found:
+            for line, facts in found:
+                self.report.add(Result.from_line(line), facts)
+        elif report.failed and not found and "[" in report.nodeid and _in_suites(report, self.config):
             self.report.lost(report.nodeid, str(report.longrepr))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:

@@ -16,6 +16,7 @@ from moe_conformance.reference_impl.routing import route, route_logits
 from moe_conformance.spec import DenseSpec, LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
 
 Tensors = Mapping[str, Tensor]
+Experts = Callable[..., Tensor]
 
 
 class LayerOutput(NamedTuple):
@@ -45,6 +46,7 @@ def layer(
     state: Tensor | None = None,
     sequences: int = 1,
     routing: Routing | None = None,
+    experts: Experts | None = None,
 ) -> LayerOutput:
     """What the layer computes of its input, without the residual around it.
 
@@ -52,12 +54,14 @@ def layer(
     "table" selector. state: [T, R], the router state of the previous MoE layer, for a router that takes one.
     sequences: how many of equal length x holds, one behind the other. routing: ids and weights [T, K] instead of the
     router's, which still gives the state and the shared experts' weights; for dropped pairs see `routed_experts`.
+    experts: what computes the routed sum instead of `routed_experts`, with its arguments; on several ranks, `on_ranks`.
     """
     logits, state = router_logits(x, spec.logits, tensors, state=state)  # [T, classes]
     ids, weights, shared = route_logits(logits, spec.routing, tensors, token_ids=token_ids, sequences=sequences)
     if routing is not None:
         ids, weights = routing
-    return LayerOutput(experts_output(x, spec, tensors, ids, weights, shared), ids, weights, state)
+    output = experts_output(x, spec, tensors, ids, weights, shared, experts=experts)
+    return LayerOutput(output, ids, weights, state)
 
 
 def experts_output(
@@ -68,13 +72,14 @@ def experts_output(
     weights: Tensor,
     shared_weights: Tensor | None = None,
     padding: Padding | None = None,
+    experts: Experts | None = None,
 ) -> Tensor:
     """All that follows the router: [T, H] -> [T, H]. Sums of two parts in the parts' dtype.
 
     A model that adds its shared experts in float32 (LayerSpec.combine_dtype, hy_v3) gets the same bits: the sum of
     two stored numbers is rounded once either way.
     """
-    output = _routed(x, spec, tensors, ids, weights, padding)
+    output = _routed(x, spec, tensors, ids, weights, padding, experts)
     if spec.shared is not None:
         output = output + _shared(x, spec.shared, tensors, shared_weights)
         if spec.shared.combine == "average":  # of the two sums, however many experts are in them (cohere2_moe)
@@ -89,7 +94,13 @@ def experts_output(
 
 
 def _routed(
-    x: Tensor, spec: LayerSpec, tensors: Tensors, ids: Tensor, weights: Tensor, padding: Padding | None
+    x: Tensor,
+    spec: LayerSpec,
+    tensors: Tensors,
+    ids: Tensor,
+    weights: Tensor,
+    padding: Padding | None,
+    experts: Experts | None,
 ) -> Tensor:
     """The routed sum: norm, project in, pad, experts, cut, scale, project out, norm; each where the model has it.
 
@@ -110,7 +121,9 @@ def _routed(
         )
         x, tensors = padding.pad(x, padding.hidden), {**tensors, "experts.w13": w13, "experts.w2": w2}
     identity = spec.routing.identity_experts
-    output = routed_experts(x, spec.experts, tensors, ids, weights, identity_experts=identity)  # [T, padded D]
+    output = (experts or routed_experts)(
+        x, spec.experts, tensors, ids, weights, identity_experts=identity
+    )  # [T, padded D]
     if padding is not None:
         output = padding.unpad(output, width)
     output = output * spec.output_scale  # [T, D]

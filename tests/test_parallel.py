@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from moe_conformance.engine import Routing
 from moe_conformance.errors import InputError
 from moe_conformance.inputs import integers
 from moe_conformance.reference_impl.experts import mlp, routed_experts
-from moe_conformance.reference_impl.layer import experts_output
+from moe_conformance.reference_impl.layer import experts_output, layer
 from moe_conformance.reference_impl.parallel.expert_map import (
     even_split,
     expert_load,
@@ -24,13 +26,14 @@ from moe_conformance.reference_impl.parallel.expert_map import (
 from moe_conformance.reference_impl.parallel.experts import (
     Part,
     experts_part,
+    on_ranks,
     slice_width,
     take_experts,
     through_all_gather,
     through_all_to_all,
 )
 from moe_conformance.reference_impl.parallel.ranks import Group, all_gather, all_reduce, reduce_scatter, simulate
-from moe_conformance.spec import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
+from moe_conformance.spec import LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
 
 E, K, D = 11, 3, 6
 NAN = float("nan")
@@ -279,6 +282,32 @@ def test_every_data_parallel_rank_gets_its_own_tokens_back(dispatch: str, counts
 
     x, ids, weights = tokens
     want = experts_output(x, spec, tensors, torch.where(ids < 0, E, ids), weights)
+    for got, own in zip(simulate(3, run), want.split(counts), strict=True):
+        assert torch.equal(got, own)
+
+
+@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all"])
+def test_a_whole_layer_on_three_ranks_is_the_layer(dispatch: Literal["all_gather", "all_to_all"]) -> None:
+    """Latent width, scale, shared and identity experts, dropped pairs; each rank calls it with its own tokens."""
+    routing = RoutingSpec(K, identity_experts=2)
+    latent = LatentSpec(4)
+    spec = LayerSpec(
+        D, E, LogitsSpec(), routing, FORMS["bias"], SharedSpec(MLPSpec(4, "relu")), latent, output_scale=3.0
+    )
+    tensors = {name: numbers(shape, name) for name, shape in spec.tensors().items()}
+    counts = (5, 0, 4)
+    x, ids, weights = batch(sum(counts))
+    ids = torch.where(ids < 0, E + 2, torch.where(ids == ids.max(), E + 1, ids))  # none, the second identity expert
+    assert {E + 1, E + 2} <= set(ids.flatten().tolist())
+    maps = torch.stack([expert_map(E, rank, 3, "round_robin") for rank in range(3)])
+
+    def run(group: Group) -> Tensor:
+        own_x, own_ids, own_weights = (whole.split(counts)[group.rank] for whole in (x, ids, weights))
+        part = part_of(spec.experts, tensors, maps[group.rank], 0, 1)
+        given = Routing(own_ids, own_weights)
+        return layer(own_x, spec, tensors, routing=given, experts=on_ranks(part, maps, group, dispatch)).output
+
+    want = layer(x, spec, tensors, routing=Routing(ids, weights)).output
     for got, own in zip(simulate(3, run), want.split(counts), strict=True):
         assert torch.equal(got, own)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from moe_conformance.engine import ShardInputs
 from moe_conformance.errors import InputError
 from moe_conformance.reference_impl.experts import mlp, routed_experts, wide
+from moe_conformance.reference_impl.layer import Experts
 from moe_conformance.reference_impl.parallel.expert_map import even_split, held_experts, local_ids, physical_ids
 from moe_conformance.reference_impl.parallel.ranks import Group, all_gather, reduce_scatter
 from moe_conformance.spec import MLPSpec
@@ -113,3 +115,26 @@ def through_all_to_all(x: Tensor, ids: Tensor, weights: Tensor, maps: Tensor, pa
     returned = torch.cat(group.exchange(output.split([len(tokens) for tokens in arrived[0]])))
     total = torch.zeros_like(x, dtype=wide(x.dtype)).index_add_(0, sent, returned.to(wide(x.dtype)))
     return total.to(x.dtype)
+
+
+def on_ranks(part: Part, maps: Tensor, group: Group, dispatch: Literal["all_gather", "all_to_all"]) -> Experts:
+    """The `experts` of `layer.layer` on this rank, whose tokens are its own; every rank calls the layer.
+
+    part: what this rank's experts add for any tokens, as `experts_part` does. maps: [ranks, E], all ranks' expert maps.
+    Identity experts hold nothing to send a token to: its own rank adds them.
+    """
+
+    def experts(
+        x: Tensor, spec: MLPSpec, tensors: Tensors, ids: Tensor, weights: Tensor, *, identity_experts: int = 0
+    ) -> Tensor:
+        count = maps.shape[1]
+        own = (ids >= count) & (ids < count + identity_experts)
+        passed_on = x.to(wide(x.dtype)) * weights.masked_fill(~own, 0).sum(-1, keepdim=True)
+        ids = ids.masked_fill(ids >= count, -1)
+        if dispatch == "all_gather":
+            routed = through_all_gather(x, ids, weights, part, group)
+        else:
+            routed = through_all_to_all(x, ids, weights, maps, part, group)
+        return (routed + passed_on).to(x.dtype)
+
+    return experts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -102,8 +103,9 @@ def _case(slug: str, kind: str, clause: str, tier: str, *needs: str, **recipe: A
     )
 
 
-def _tier(slug: str) -> str:
-    return "smoke" if slug in SMOKE else "core"
+def _tier(slug: str, core: Iterable[str] = FAMILIES) -> str:
+    """Every family once in core; its other settings, and parts of the block by themselves, in the full sweep."""
+    return "smoke" if slug in SMOKE else "core" if slug in core else "full"
 
 
 # doge's router mixes the tokens of a batch, which nobody else has to: one token is judged. Its experts are one with it.
@@ -127,7 +129,7 @@ ALONE = tuple((slug, f"token-{number}") for slug in ("doge", "doge-no-norm") for
 ROUTE_CASES = (
     *(_case(slug, "route", "routing.family", _tier(slug)) for slug in ROUTED),
     *(_case(slug, f"route-{token}", "routing.family", "core", shape=(1, 1), x=token) for slug, token in ALONE),
-    *(_case(slug, "route-tiny-sum", "routing.family", "core", sum=size) for slug, size in TINY_SUMS.items()),
+    *(_case(slug, "route-tiny-sum", "routing.family", _tier(slug, SOME), sum=s) for slug, s in TINY_SUMS.items()),
 )
 
 BLOCK_CASES = (
@@ -150,7 +152,7 @@ IMPLEMENTATIONS = ("batched_mm", "grouped_mm")
 SOME_GROUPED = tuple(slug for slug in SOME if slug in GROUPED)
 
 EXPERTS_CASES = (
-    *(_case(slug, "experts", "block.activation", _tier(slug), routing="spread") for slug in GIVEN),
+    *(_case(slug, "experts", "block.activation", _tier(slug, SOME), routing="spread") for slug in GIVEN),
     *(_case(slug, "one-expert", "block.activation", "full", routing="same") for slug in GIVEN),
     *(_computed(slug, "", "block.activation", n, routing="spread") for slug in GROUPED for n in IMPLEMENTATIONS),
     *(
@@ -179,6 +181,6 @@ ALWAYS_ON = (
     *("nemotron-h", "qwen2-moe", "qwen3-5-moe", "qwen3-next", "qwen3-omni-talker", "qwen4-exp", "solar-open"),
     *("step3p7", "unlimited-ocr"),
 )
-SHARED_CASES = tuple(_case(slug, "shared", "block.shared", _tier(slug), routing="zero") for slug in ALWAYS_ON)
+SHARED_CASES = tuple(_case(slug, "shared", "block.shared", _tier(slug, SOME), routing="zero") for slug in ALWAYS_ON)
 
 CASES = (*ROUTE_CASES, *BLOCK_CASES, *EXPERTS_CASES, *DROPPED_CASES, *SHARED_CASES)
