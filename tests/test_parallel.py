@@ -297,8 +297,9 @@ def test_a_whole_layer_on_three_ranks_is_the_layer(dispatch: Literal["all_gather
     tensors = {name: numbers(shape, name) for name, shape in spec.tensors().items()}
     counts = (5, 0, 4)
     x, ids, weights = batch(sum(counts))
-    ids = torch.where(ids < 0, E + 2, torch.where(ids == ids.max(), E + 1, ids))  # none, the second identity expert
-    assert {E + 1, E + 2} <= set(ids.flatten().tolist())
+    first, last = ids[ids >= 0].min(), ids.max()
+    ids = torch.where(ids < 0, E + 2, torch.where(ids == first, E, torch.where(ids == last, E + 1, ids)))
+    assert {E, E + 1, E + 2} <= set(ids.flatten().tolist())  # both identity experts, and none
     maps = torch.stack([expert_map(E, rank, 3, "round_robin") for rank in range(3)])
 
     def run(group: Group) -> Tensor:
