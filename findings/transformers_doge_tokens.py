@@ -2,7 +2,7 @@
 
 Its router logits [T, 2 n] are viewed as [2, T, n], not [T, 2, n], so one token's keys come from other tokens' rows: the
 first token's output depends on tokens after it, and alone it is another. The comment in 5.23.0 says that this is kept
-for the checkpoints, which were trained with it; decoding one token at a time does not do what the full forward does.
+for the checkpoints, which were trained with it; decoding one token at a time does not do what the full forward does. For the same view no tokens at all are an error.
 """
 
 import torch
@@ -22,3 +22,7 @@ with torch.no_grad():
     alone = block(x[:, :1])[0][0, 0]
 for what, output in (("with three others", together), ("those negated", changed), ("alone", alone)):
     print(transformers.__version__, f"first token, {what}:", [round(v, 2) for v in output.tolist()])
+try:
+    print(transformers.__version__, "no tokens:", list(block(x[:, :0])[0].shape))
+except RuntimeError as error:
+    print(transformers.__version__, "no tokens:", error)
