@@ -2,7 +2,8 @@
 
 Its router logits [T, 2 n] are viewed as [2, T, n], not [T, 2, n], so one token's keys come from other tokens' rows: the
 first token's output depends on tokens after it, and alone it is another. The comment in 5.23.0 says that this is kept
-for the checkpoints, which were trained with it; decoding one token at a time does not do what the full forward does. For the same view no tokens at all are an error.
+for the checkpoints, which were trained with it; decoding one token at a time does not do what the full forward does.
+For the same view no tokens at all are an error.
 """
 
 import torch
