@@ -13,10 +13,10 @@ import pytest
 
 import moe_conformance.suites
 from moe_conformance import known
-from moe_conformance.case import TIERS, Case, catalogue, checks, in_tier
+from moe_conformance.case import TIERS, Case, catalogue, in_tier
 from moe_conformance.clauses import BUG_CLASSES
 from moe_conformance.devices import gpu_count, pinned
-from moe_conformance.discovery import Target, available, registered, resolve
+from moe_conformance.discovery import Target, available, missing, registered, resolve
 from moe_conformance.errors import UsageError
 from moe_conformance.explain import failure
 from moe_conformance.goldens import Amber
@@ -44,6 +44,7 @@ class Session:
         # Snapshots are named by case id, which is the same for every test and engine; syrupy would rather not.
         config.addinivalue_line("filterwarnings", r"ignore:\s*Can not relate snapshot name:UserWarning")
         self.process: EngineProcess | None = None
+        self.strays: list[str] = []
         # What was wrong with a whole engine is told once, not for each of its cases; the stream has them all.
         self.told: set[tuple[str, str]] = set()
         self.report = None if self.is_worker else Report(config, self.targets, len(self.cases))
@@ -65,8 +66,7 @@ class Session:
         ):
             raise UsageError("goldens are written from the reference engine in one process: --engine reference -n 0")
         files = [*map(Path, config.getoption("--moe-known")), *config.getini("moe_known")]
-        by_case = {case_id: frozenset(named) for case_id, named in checks().items()} if files else {}
-        self.known = {entry.engine: entry for entry in (known.read(file, by_case) for file in files)}
+        self.known = {entry.engine: entry for entry in map(known.read, files)}
         strangers = self.known.keys() - {target.name for target in self.targets} - registered().keys()
         if strangers:
             raise UsageError(f"known failures are for {', '.join(strangers)}, which no engine is called")
@@ -78,7 +78,7 @@ class Session:
         selected = [case for case in listed if case.id in self.cases]
         pairs: dict[str, tuple[Target, tuple[Case, ...]]] = {}
         for target in self.targets:
-            offered = [case for case in selected if target.offers(case.stage)]
+            offered = [case for case in selected if _offers(target, case.stage)]
             pairs |= {f"{target.name}-{case.id}": (target, (case,)) for case in offered}
             # One item for all that the adapter has no method for: items cost milliseconds, and these are many.
             if others := tuple(case for case in selected if case not in offered):
@@ -99,7 +99,7 @@ class Session:
         target: Target = params["engine"]
         cases: tuple[Case, ...] = params["case"]
         check = pyfuncitem.originalname.removeprefix("test_")
-        if not target.offers(cases[0].stage):
+        if not _offers(target, cases[0].stage):
             for case in cases:
                 said = f"stage {case.stage} is not offered"
                 self._tell(pyfuncitem, target, case, check, Verdict.UNSUPPORTED, said, 0.0)
@@ -168,9 +168,19 @@ class Session:
         elif report.failed and not found and "[" in report.nodeid and _in_suites(report, self.config):
             self.report.lost(report.nodeid, str(report.longrepr))
 
+    @pytest.hookimpl(tryfirst=True)  # before the reporter, which takes the status as it is then
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        option = self.config.option
+        if self.report is not None and not (option.keyword or option.markexpr or option.maxfail):
+            self.strays = [stray for entry in self.known.values() for stray in entry.strays(self.report.results)]
+            if self.strays and exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
         if self.report is not None:
             self.report.finish(terminalreporter, exitstatus)
+            for stray in self.strays:
+                terminalreporter.write_line(stray, red=True)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
@@ -197,6 +207,11 @@ def _engine_of(item: pytest.Item) -> str:
     callspec = getattr(item, "callspec", None)
     target = callspec.params.get("engine") if callspec else None
     return target.name if isinstance(target, Target) else ""
+
+
+def _offers(target: Target, stage: str) -> bool:
+    """Whether to ask the engine's process: it must say itself why it cannot start."""
+    return target.offers(stage) or missing(target) is not None
 
 
 def _is_empty(item: pytest.Item) -> bool:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from moe_conformance import known
+from moe_conformance.case import catalogue
 from moe_conformance.errors import UsageError
 
 CASES = ("layer-tiny-plain", "layer-tiny-latent", "layer-tiny-shared-padded-hidden")
@@ -161,7 +162,7 @@ def test_a_run_whose_only_failures_are_known_succeeds(tmp_path: Path) -> None:
     ("entry", "words"),
     [
         ({"case": '"no-such-case"'}, "no case is called 'no-such-case'"),
-        ({"check": '"no_such_check"'}, "has no check 'no_such_check'"),
+        ({"check": '"no_such_check"'}, "no check is called 'no_such_check'"),
         ({"kind": '"sometimes"'}, "want one of never, not_yet"),
         ({"when": '{ python = "3" }'}, "want version and device"),
         ({"when": '{ version = "newer" }'}, "when.version"),
@@ -171,7 +172,7 @@ def test_a_run_whose_only_failures_are_known_succeeds(tmp_path: Path) -> None:
 def test_a_wrong_entry_is_refused_and_named(tmp_path: Path, entry: dict[str, str], words: str) -> None:
     file = write_known(tmp_path / "known.toml", "reference", entry)
     with pytest.raises(UsageError) as refused:
-        known.read(file, {case: frozenset({CHECK}) for case in CASES})
+        known.read(file)
     assert f"{file}, entry 1" in str(refused.value) and words in str(refused.value)
 
 
@@ -179,3 +180,11 @@ def test_a_wrong_file_is_a_usage_error_with_its_message_under_xdist_too(tmp_path
     file = write_known(tmp_path / "known.toml", "reference", {"case": '"no-such-case"'})
     done = run(tmp_path, ("reference",), "--known", str(file), "-n", "2")
     assert (done.code, "no case is called 'no-such-case'" in done.errors) == (2, True), done
+
+
+def test_an_entry_with_another_cases_check_fails_the_run_that_judges_its_case(tmp_path: Path) -> None:
+    (case,) = [case for case in catalogue().values() if case.bug_class == "ties-nan-duplicates"][:1]
+    file = write_known(tmp_path / "known.toml", "reference", {"case": f'"{case.id}"'})
+    command = ["run", "--engine", "reference", "--case", case.id, "--known", str(file), "-n", "0"]
+    done = subprocess.run([sys.executable, "-m", "moe_conformance.cli", *command], text=True, capture_output=True)
+    assert done.returncode == 1 and f"{case.id} has no check {CHECK!r}, only" in done.stdout

@@ -7,7 +7,8 @@ its experts; config keys are not consulted. So it stands beside the reference, w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,7 +46,23 @@ class Block:
 
 def describe(config: Any) -> MoESpec:
     """config: a transformers config, nested or flat, or its dict. Raises DenseModelError without routed experts."""
-    config = language_part(as_config(config))
+    part = language_part(as_config(config))
+    return _described(Spelled(type(part), part.to_json_string(use_diff=False), part))
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A config, equal to any other that is written alike: of those transformers builds one and the same model."""
+
+    config_class: type
+    text: str
+    config: Any = field(compare=False)
+
+
+# One: a config is described as an object and in its saved form, one after the other.
+@lru_cache(maxsize=1)
+def _described(spelled: Spelled) -> MoESpec:
+    config = spelled.config
     model = build(config)
     lists = dict(layer_lists(model))
     blocks = {name: _blocks(layers, config) for name, layers in lists.items()}
