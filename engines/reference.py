@@ -54,7 +54,7 @@ class Reference(Engine):
             "router_module": METHODS,
             "layer": METHODS
             | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", "traceable"},
-            "block": frozenset(FAMILIES) | {"dropped_ids"},
+            "block": frozenset(FAMILIES) | {"dropped_ids", "expert_bounds"},
             "capture_session": ROW_KINDS | {"layer_bounds", "expert_bounds", "unwritten"},
             "capture_store": frozenset({"bounds", "unwritten"}),
             "expert_map": frozenset({"contiguous", "round_robin", "idle_ranks"}),

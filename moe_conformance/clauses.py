@@ -181,6 +181,11 @@ CLAUSES: dict[str, Clause] = {
         "A pair with the id one beyond all experts must contribute exactly zero.",
         ("vllm#46408", "vllm#48371"),
     ),
+    "block.no-expert": Clause(
+        "expert-map",
+        "An id that names no expert must raise or contribute nothing; it must never be taken for another expert's.",
+        ("vllm#46408", "vllm#48371"),
+    ),
     "block.shared": Clause(
         "shared-experts",
         "What every token passes must be added to the routed sum once, whatever the routing weights are.",

@@ -331,7 +331,8 @@ class Engine:
     router_module     the methods
     layer             "shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", the methods;
                       "traceable": `layer` itself can be traced (an adapter that builds modules in it cannot)
-    block             the model types; "dropped_ids"; the names of further implementations, as "implementation:NAME"
+    block             the model types; "dropped_ids"; "expert_bounds": given ids may name no expert; the names of
+                      further implementations, as "implementation:NAME"
     capture_session   the row kinds; "layer_bounds", "expert_bounds": ids outside the buffer's layers, or outside
                       [0, E), are rejected; "unwritten": what this step did not capture reads as -1 or raises
     capture_store     "bounds": slots outside the store are rejected; "unwritten": as above

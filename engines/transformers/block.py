@@ -41,7 +41,7 @@ def features() -> frozenset[str]:
     if find_spec("transformers.integrations.moe") is None:
         return frozenset()
     here = MODEL_TYPES & set(CONFIG_MAPPING.keys())
-    return here | {"dropped_ids"} | {f"implementation:{name}" for name in IMPLEMENTATIONS}
+    return here | {"dropped_ids", "expert_bounds"} | {f"implementation:{name}" for name in IMPLEMENTATIONS}
 
 
 def block(inputs: BlockInputs, default_implementation: str) -> BlockOutput:

@@ -89,7 +89,8 @@ def logit_of(score: float, spec: LayerSpec) -> float:
 
 def routing_of(case: Case, spec: LayerSpec) -> Routing | None:
     """spread: K different experts a token, the fourth never; same: the same K for all; dropped: a third of the pairs
-    has no expert; zero: no weight at all. Weights are exact in bfloat16, differ, and sum to anything but 1."""
+    has no expert; minus-one: the same pairs have the id -1, and keep their weights; zero: no weight at all. Weights are
+    exact in bfloat16, differ, and sum to anything but 1."""
     kind: str = case["routing"]
     if not kind:
         return None
@@ -99,10 +100,10 @@ def routing_of(case: Case, spec: LayerSpec) -> Routing | None:
     weights = integers((tokens, top_k), "family-weights", 16, low=1).float() / 8
     if kind == "same":
         ids = ids[:1].expand(tokens, top_k).contiguous()
-    elif kind == "dropped":
+    elif kind in ("dropped", "minus-one"):
         gone = integers((tokens, top_k), "family-dropped", 3) == 0
-        ids = ids.masked_fill(gone, experts + spec.routing.identity_experts)
-        weights = weights.masked_fill(gone, 0.0)
+        ids = ids.masked_fill(gone, experts + spec.routing.identity_experts if kind == "dropped" else -1)
+        weights = weights.masked_fill(gone, 0.0) if kind == "dropped" else weights
     elif kind == "zero":
         weights = weights * 0
     elif spec.routing.identity_experts:

@@ -171,6 +171,19 @@ DROPPED_CASES = (
     ),
 )
 
+# One of each layout, in each of the ways that an engine may have.
+NO_EXPERT_CASES = tuple(
+    case
+    for slug in ("deepseek-v3", "gpt-oss", "mixtral")
+    for case in (
+        _case(slug, "no-expert", "block.no-expert", "full", "expert_bounds", routing="minus-one"),
+        *(
+            _computed(slug, "no-expert", "block.no-expert", n, "expert_bounds", routing="minus-one")
+            for n in IMPLEMENTATIONS
+        ),
+    )
+)
+
 # Families with something that is always on.
 ALWAYS_ON = (
     *("afmoe", "aria", "axk1", "axk2", "bailing-hybrid", "cohere2-moe", "deepseek-ocr2", "deepseek-v2", "deepseek-v3"),
@@ -183,4 +196,4 @@ ALWAYS_ON = (
 )
 SHARED_CASES = tuple(_case(slug, "shared", "block.shared", _tier(slug, SOME), routing="zero") for slug in ALWAYS_ON)
 
-CASES = (*ROUTE_CASES, *BLOCK_CASES, *EXPERTS_CASES, *DROPPED_CASES, *SHARED_CASES)
+CASES = (*ROUTE_CASES, *BLOCK_CASES, *EXPERTS_CASES, *DROPPED_CASES, *NO_EXPERT_CASES, *SHARED_CASES)
