@@ -60,7 +60,8 @@ print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__,
       "transformers", transformers.__version__)'
 step kernels "$PYTHON" -m pytest -q tests/test_gpu.py tests/test_kernels.py --junitxml "$OUT/kernels.xml"
-step conformance "$PYTHON" -m moe_conformance.cli run --tier gpu "${CHOSEN[@]}" --out "$OUT/conformance"
+step conformance "$PYTHON" -m moe_conformance.cli run --tier gpu "${CHOSEN[@]}" --known ci/known_transformers.toml \
+    --out "$OUT/conformance"
 step timing "$PYTHON" ci/timing.py "$OUT"
 step aot "$PYTHON" ci/aot.py
 exit "$STATUS"
