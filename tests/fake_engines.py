@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from moe_conformance.engine import EngineInfo, LayerInputs
+from moe_conformance.engine import BlockInputs, BlockOutput, EngineInfo, LayerInputs
+from moe_conformance.engines.reference import Reference
 
 PROBE_WIDTH = 32  # the probe's layer; the fakes behave there, so that they are judged
 
@@ -111,3 +112,14 @@ class NoStages(_Fake):
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         return {}
+
+
+class WritesIntoWeights(Reference):
+    """Right in its answer; what it spoils lies in a mapping of its inputs."""
+
+    name = "writes-into-weights"
+
+    def block(self, inputs: BlockInputs) -> BlockOutput:
+        output = super().block(inputs)
+        inputs.tensors["experts.w2"].zero_()
+        return output

@@ -188,3 +188,10 @@ def test_an_entry_with_another_cases_check_fails_the_run_that_judges_its_case(tm
     command = ["run", "--engine", "reference", "--case", case.id, "--known", str(file), "-n", "0"]
     done = subprocess.run([sys.executable, "-m", "moe_conformance.cli", *command], text=True, capture_output=True)
     assert done.returncode == 1 and f"{case.id} has no check {CHECK!r}, only" in done.stdout
+
+
+def test_an_engine_that_spoils_its_weights_is_told_which() -> None:
+    options = ["--engine", "fake_engines:WritesIntoWeights", "--case", "family-mixtral-one-token", "-n", "0"]
+    command = [sys.executable, "-m", "moe_conformance.cli", "run", *options]
+    done = subprocess.run(command, text=True, capture_output=True, cwd=Path(__file__).parent)
+    assert done.returncode == 1 and "tensors['experts.w2']: the engine wrote into its input" in done.stdout
