@@ -71,7 +71,11 @@ def test_padding_never_reaches_the_output(engine: Any, case: Case) -> dict[str, 
     return {"shape": list(got.shape), "dtype": str(got.dtype)}
 
 
-@check(case for case in VALUE_CASES if case["T"] > 1 and case.id.startswith(("layer-tiny-", "layer-both")))
+# Whatever scratch keeps does not depend on scale or dtype.
+FLOAT32_CASES = tuple(case for case in VALUE_CASES if case["scale"] != 1 and case["dtype"] == "float32")
+
+
+@check(case for case in FLOAT32_CASES if case["T"] > 1 and case.id.startswith(("layer-tiny-", "layer-both")))
 @torch.no_grad()
 def test_a_second_run_gives_the_same_bits(engine: Any, case: Case) -> None:
     """A scratch buffer that keeps something of the first run shows in the second."""
