@@ -1,6 +1,6 @@
 """Plants faults in single lines of the reference with cosmic-ray, and says which of them no test notices.
 
-    python ci/mutation.py --sample 300 --seed 1 --jobs 2 --out mutation
+    python ci/mutation.py --sample 300 --seed 1 --jobs 2 --out results/mutation
 
 Works on installed copies of the tree, one a job. Mutants of annotations are left out: nothing runs them. Writes
 OUT/mutants.jsonl, one line a mutant, and prints the share killed and every survivor's difference.
@@ -36,15 +36,17 @@ SECONDS = 120.0
 @click.option("--sample", default=300, help="how many mutants")
 @click.option("--seed", default=1, help="of the sample")
 @click.option("--jobs", default=2, help="mutants at a time")
-@click.option("--out", default="mutation", type=click.Path(path_type=Path), help="folder to write")
+@click.option("--out", default="results/mutation", type=click.Path(path_type=Path), help="folder to make")
 @click.option("--test", "tests", multiple=True, default=TESTS, help="test file that may kill")
 @click.argument("files", nargs=-1)
 def main(sample: int, seed: int, jobs: int, out: Path, tests: tuple[str, ...], files: tuple[str, ...]) -> None:
     """Mutate FILES (default: routing, experts and layer of the reference)."""
-    out = out.resolve()
-    shutil.rmtree(out, ignore_errors=True)
+    out, modules = out.resolve(), list(files or FILES)
+    if out.exists():
+        raise click.UsageError(f"--out: {out} exists, want a folder to make; name another or remove it")
+    if absent := [module for module in modules if not (ROOT / module).is_file()]:
+        raise click.UsageError(f"FILES: got {', '.join(absent)}, want files of this tree, as {FILES[0]}")
     copies = [installed_copy(out / f"copy{number}") for number in range(jobs)]
-    modules = [file for file in files or FILES if (ROOT / file).exists()]
     for copy in copies:
         tried = subprocess.run(shlex.split(test_command(copy, tests)), cwd=copy / "source", stdout=subprocess.DEVNULL)
         if tried.returncode:

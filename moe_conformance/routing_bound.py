@@ -31,7 +31,7 @@ def in_precision(dtype: torch.dtype, precision: Precision) -> torch.dtype:
 def logits_value(x: Tensor, spec: LogitsSpec, tensors: Tensors, state: Tensor | None = None) -> Value:
     """Router logits [T, classes] of x [T, H] with the spread of a router that computes as spec says, in x's dtype.
 
-    state: [T, R], the state of the previous MoE layer, for "zaya". Kind "none" has no logits.
+    state: [T, R], the state of the previous MoE layer, for "zaya".
     """
     store = in_precision(x.dtype, spec.dtype)
     compute, value = wide(store), Value.of(x)

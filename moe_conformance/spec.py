@@ -20,11 +20,11 @@ class LogitsSpec:
     """How the router makes logits [T, classes] of its input [T, H].
 
     kind: "linear"; "gemma4", linear after rms_norm(x) * scale / sqrt(H); "zaya", an MLP of width `width` whose first
-    projection is added to that of the previous MoE layer; "none", no router: 0 for each of `width` classes.
+    projection is added to that of the previous MoE layer.
     bias: of the projection. dtype: in which the projection is computed, whatever the weights are stored in.
     """
 
-    kind: Literal["linear", "gemma4", "zaya", "none"] = "linear"
+    kind: Literal["linear", "gemma4", "zaya"] = "linear"
     bias: bool = False
     dtype: Precision = "input"
     norm_eps: float = 1e-6
@@ -221,7 +221,7 @@ class LayerSpec:
             found["router.proj"] = (self.classes, width)
             if self.logits.takes_state:
                 found["router.state_scale"] = (width,)
-        elif self.logits.kind != "none":
+        else:
             found["router.proj"] = (self.classes, hidden)
         if self.logits.kind == "gemma4":
             found["router.scale"] = (hidden,)

@@ -29,13 +29,10 @@ def router_logits(
         return named(tensors, name, *shape).to(x.dtype)
 
     next_state = None
-    match spec.kind:
-        case "none":
-            return x.new_zeros(len(x), spec.width), None
-        case "gemma4":
-            x = F.rms_norm(x, x.shape[1:], eps=spec.norm_eps) * read("router.scale", x.shape[1]) * x.shape[1] ** -0.5
-        case "zaya":
-            x, next_state = zaya_hidden(x, spec, read, state)
+    if spec.kind == "gemma4":
+        x = F.rms_norm(x, x.shape[1:], eps=spec.norm_eps) * read("router.scale", x.shape[1]) * x.shape[1] ** -0.5
+    elif spec.kind == "zaya":
+        x, next_state = zaya_hidden(x, spec, read, state)
     bias = read("router.bias", None) if spec.bias else None
     return F.linear(x, read("router.proj", None, x.shape[1]), bias), next_state
 

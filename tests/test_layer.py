@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_conformance.engine import BlockInputs, LayerInputs, MoESpec, RouteInputs, Routing
 from moe_conformance.errors import InputError, Unsupported
 from moe_conformance.inputs import integers, normal
+from moe_conformance.layer_bound import layer_bound
 from moe_conformance.reference_impl import block as block_stage
 from moe_conformance.reference_impl.block import block, check_tensors, layer_spec
 from moe_conformance.reference_impl.experts import mlp, rms_norm, routed_experts
@@ -28,6 +29,7 @@ from moe_conformance.spec import (
     RoutingSpec,
     SharedSpec,
 )
+from moe_conformance.tolerance import Contract
 
 T, H, E, K, F, D, FS = 7, 6, 5, 3, 4, 8, 9
 EXPERTS, SHARED = MLPSpec(F, "gelu_tanh", bias=True), MLPSpec(FS, "relu2", bias=True)
@@ -209,11 +211,12 @@ def test_every_part_together_keeps_the_dtype_and_takes_any_number_of_tokens(dtyp
         output_norm=0.25,
     )
     t = made(spec, dtype)
-    whole = layer(x_of(dtype=dtype), spec, t).output
+    x = x_of(dtype=dtype)
+    whole, ids, weights, _ = layer(x, spec, t)
     assert (whole.shape, whole.dtype) == ((T, H), dtype)
-    if dtype != torch.bfloat16:
-        exact = layer(x_of(), spec, made(spec)).output
-        torch.testing.assert_close(whole.double(), exact, rtol=1e-4, atol=1e-5)
+    wide = {name: tensor.double() for name, tensor in t.items()}
+    exact = layer(x.double(), spec, wide, routing=Routing(ids, weights.double())).output
+    assert ((whole.double() - exact).abs() <= layer_bound(x, spec, t, ids, weights, Contract.stored(dtype)).limit).all()
     for tokens in (0, 1):
         assert layer(x_of(tokens, dtype), spec, t).output.shape == (tokens, H)
 

@@ -653,11 +653,6 @@ def test_zaya_adds_the_state_it_is_given() -> None:
     assert torch.equal(first, router_logits(x, ZAYA, tensors, state=state)[0])
 
 
-def test_no_router_gives_equal_logits() -> None:
-    logits, state = router_logits(torch.full((3, 2), NAN), fresh(LogitsSpec("none", width=5)), {})
-    assert (logits.tolist(), state) == ([[0.0] * 5] * 3, None)
-
-
 @pytest.mark.parametrize("kind", ["linear", "gemma4", "zaya"])
 def test_logits_are_in_float32_or_in_the_dtype_of_the_input(kind: Any) -> None:
     spec = LogitsSpec(kind, bias=True, dtype="float32", width=4, takes_state=True)

@@ -17,7 +17,7 @@ from moe_conformance.reference_impl.router import router_logits
 from moe_conformance.reference_impl.routing import Routed, route_logits
 from moe_conformance.spec import Capacity, LogitsSpec, RoutingSpec
 
-pytest.importorskip("transformers", minversion="5.23")
+pytest.importorskip("transformers", minversion="5.23", reason="the families here are those of transformers 5.23")
 
 BATCH, LENGTH, HIDDEN, EXPERTS, TOP_K, VOCABULARY = 3, 7, 8, 12, 3, 11
 

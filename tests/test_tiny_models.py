@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers", minversion="5.23")
+pytest.importorskip("transformers", minversion="5.23", reason="the families here are those of transformers 5.23")
 import tiny_models
 
 from moe_conformance import inputs
