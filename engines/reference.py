@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import moe_conformance
 from moe_conformance.engine import (
+    Aligned,
+    AlignInputs,
     BlockInputs,
     BlockOutput,
     CaptureReader,
@@ -52,6 +54,7 @@ class Reference(Engine):
             "capture_shape": frozenset({"worker", "reader"}),
             "route": METHODS,
             "router_module": METHODS,
+            "align": frozenset({"expert_map", "dropped_ids", "expert_bounds"}),
             "layer": METHODS
             | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", "traceable"},
             "block": frozenset(FAMILIES) | {"dropped_ids", "expert_bounds"},
@@ -84,6 +87,11 @@ class Reference(Engine):
         from moe_conformance.reference_impl import router as stage
 
         return stage.build_router(spec)
+
+    def align(self, inputs: AlignInputs) -> Aligned:
+        from moe_conformance.reference_impl import dispatch as stage
+
+        return stage.align(inputs.ids, inputs.experts, inputs.block, inputs.expert_map)
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         from moe_conformance.reference_impl import layer as stage

@@ -118,6 +118,24 @@ CLAUSES: dict[str, Clause] = {
         "Expert ids must be unique and in range for any row, ties, NaN and infinities included, the same every run.",
         ("vllm#39391", "sglang#30079"),
     ),
+    "align.whole-blocks": Clause(
+        "permutation",
+        "Every pair that names an expert of this rank must stand in exactly one slot, in a block of that expert, and "
+        "each expert must have as many blocks as its pairs fill.",
+        ("Triton-distributed#181", "TileOPs#640", "vllm-xpu-kernels#453"),
+    ),
+    "align.no-expert": Clause(
+        "permutation",
+        "A pair whose id is -1 or another rank's must have no slot; an id out of range must raise or be treated so, "
+        "and never wrap to an expert.",
+        ("TransformerEngine#2907", "aiter#4839", "vllm#50845"),
+    ),
+    "align.ids-alone": Clause(
+        "permutation",
+        "Which pairs an expert gets must follow from their ids alone, not from their place in the batch or from "
+        "earlier calls.",
+        ("TileOPs#640",),
+    ),
     "ranks.one-place": Clause(
         "expert-map",
         "Every expert must lie on exactly one rank, local ids must count up from 0 in the order of global ids, and no "

@@ -2,7 +2,7 @@
 
 An adapter is one class. It need not inherit from `Engine`; a stage it lacks is simply not there. Letters:
 T tokens, E experts, K experts per token, H hidden, F expert intermediate, D the width the experts work in
-(H, or the latent width), L layers. All tensors are torch, on the device that `info` declares.
+(H, or the latent width), L layers, P padded slots. All tensors are torch, on the device that `info` declares.
 
 This module imports no torch: an adapter's file must be importable without its engine.
 """
@@ -127,6 +127,38 @@ class RouterHandle:
     module: nn.Module
     takes: Literal["logits", "hidden"]
     tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class AlignInputs:
+    """Pairs to be sorted by expert, each expert's into whole blocks.
+
+    ids: [T, K] int32 or int64, not always contiguous: an expert in [0, experts), or -1 for a pair that no expert takes.
+    expert_map: [E] int32, this rank's local id of each expert, in any order, or -1 where another rank has it; None:
+    local ids are global ids.
+    """
+
+    ids: Tensor
+    experts: int
+    block: int
+    expert_map: Tensor | None = None
+
+
+class Aligned(NamedTuple):
+    """Which pair each slot holds: slots come in blocks, and all pairs of a block are of one expert.
+
+    slot_to_pair: [P] int32, pair t K + k; T K marks padding. expert_of_block: [P / block] int32, the local expert of
+    each block, -1 behind the last used one. padded_count: [1] int32, slots in use, a multiple of block; those behind
+    hold T K. P follows from shapes alone. Pairs of other ranks get no slot, not even in a block of expert -1.
+
+    An engine may return more slots than that, leave anything behind those in use, mark padding by any number from T K
+    up but the dtype's largest (which fresh memory holds while cases run), put experts, and pairs within one, in any
+    order, and give the count as a 0-d tensor or an int.
+    """
+
+    slot_to_pair: Tensor
+    expert_of_block: Tensor
+    padded_count: Tensor
 
 
 @dataclass(frozen=True)
@@ -329,6 +361,7 @@ class Engine:
     capture_shape     "worker", "reader"
     route             the methods
     router_module     the methods
+    align             "expert_map"; "dropped_ids": ids may be -1; "expert_bounds": ids may name no expert
     layer             "shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", the methods;
                       "traceable": `layer` itself can be traced (an adapter that builds modules in it cannot)
     block             the model types; "dropped_ids"; "expert_bounds": given ids may name no expert; the names of
@@ -377,6 +410,10 @@ class Engine:
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         raise Unsupported("router_module")
+
+    def align(self, inputs: AlignInputs) -> Aligned:
+        """Sort pairs by expert, each expert's into whole blocks."""
+        raise Unsupported("align")
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         """Return the layer's output [T, H], in x's dtype."""
@@ -428,6 +465,7 @@ STAGES = (
     "capture_shape",
     "route",
     "router_module",
+    "align",
     "layer",
     "block",
     "capture_session",
