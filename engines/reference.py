@@ -40,6 +40,10 @@ METHODS = frozenset({"softmax_topk", "softmax_topk_renorm", "gemma4"})
 ROW_KINDS = frozenset({"concatenated", "local", "sequence_shard", "sequence_gathered"})
 NAMING_STYLES = frozenset({"plain", "moe", "packed", "multimodal"})
 
+SHARDS = frozenset({"not_gated", "bias", "gelu_tanh", "relu2"}) | {
+    *("tensor_parallel", "uneven_width", "idle_ranks", "shared", "replicas")
+}
+
 
 class Reference(Engine):
     name = "reference"
@@ -62,8 +66,7 @@ class Reference(Engine):
             "capture_store": frozenset({"bounds", "unwritten"}),
             "expert_map": frozenset({"contiguous", "round_robin", "idle_ranks"}),
             "replicate": frozenset(),
-            "shard": frozenset({"not_gated", "bias", "gelu_tanh", "relu2"})
-            | {"tensor_parallel", "uneven_width", "idle_ranks", "shared", "replicas"},
+            "shard": SHARDS,
             "remap": NAMING_STYLES,
             "load": NAMING_STYLES,
         }

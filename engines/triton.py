@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 
 from moe_conformance.devices import gpu_count
 from moe_conformance.engine import (
+    Aligned,
+    AlignInputs,
+    BlockInputs,
+    BlockOutput,
     CaptureSession,
     CaptureSpec,
     Engine,
@@ -18,16 +22,21 @@ from moe_conformance.engine import (
     RouterHandle,
     RouterSpec,
     Routing,
+    ShardInputs,
 )
-from moe_conformance.engines.reference import METHODS, ROW_KINDS
+from moe_conformance.engines.reference import METHODS, ROW_KINDS, SHARDS
 from moe_conformance.errors import Unavailable
+from moe_conformance.reference_impl.config.families import FAMILIES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Their routers look beyond one row of logits: at an expert's capacity, or at the other tokens of the batch.
+NOT_BY_ROW = frozenset({"switch_transformers", "nllb-moe", "doge"})
+
 
 class Triton(Engine):
-    """Routing, padding, cutting and capture run in kernels; what stands between them is the reference's torch."""
+    """Routing, dispatch, experts, combine and capture run in kernels; what stands between them is the reference's."""
 
     name = "triton"
 
@@ -64,8 +73,11 @@ class Triton(Engine):
         return {
             "route": METHODS,
             "router_module": METHODS,
+            "align": frozenset({"expert_map", "dropped_ids", "expert_bounds"}),
+            "shard": SHARDS,
             "layer": METHODS
             | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", "traceable"},
+            "block": frozenset(FAMILIES) - NOT_BY_ROW | {"dropped_ids", "expert_bounds"},
             "capture_session": ROW_KINDS | {"layer_bounds", "expert_bounds", "unwritten"},
         }
 
@@ -95,13 +107,31 @@ class Triton(Engine):
         module = KernelRouter(spec).to(self.info.device)
         return RouterHandle(module, "hidden", {name: name for name, _ in module.named_parameters()})
 
+    def align(self, inputs: AlignInputs) -> Aligned:
+        """inputs on the device of `info`."""
+        from moe_conformance.kernels.dispatch import align
+
+        return align(inputs.ids, inputs.experts, inputs.block, inputs.expert_map)
+
+    def shard(self, inputs: ShardInputs) -> Tensor:
+        """inputs on the device of `info`."""
+        from moe_conformance.kernels.experts import experts_part
+        from moe_conformance.reference_impl.parallel.experts import shard
+
+        return shard(inputs, experts_part)
+
     def layer(self, inputs: LayerInputs) -> Tensor:
         """inputs on the device of `info`."""
-        from moe_conformance.kernels.padding import pad, unpad
-        from moe_conformance.kernels.routing import route
-        from moe_conformance.reference_impl.layer import padded_layer
+        from moe_conformance.kernels.layer import moe_layer
 
-        return padded_layer(inputs, route, pad, unpad)
+        return moe_layer(inputs)
+
+    def block(self, inputs: BlockInputs) -> BlockOutput:
+        """inputs on the device of `info`."""
+        from moe_conformance.kernels.layer import layer
+        from moe_conformance.reference_impl import block as stage
+
+        return stage.block(inputs, layer)
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
         from moe_conformance.engine import Rows

@@ -1,6 +1,7 @@
 """What every kernel here needs to run in its three modes: compiled, interpreted on a CPU, ahead of time.
 
-The interpreter is chosen by TRITON_INTERPRET=1, which must be in the environment before triton is imported.
+The interpreter is chosen by TRITON_INTERPRET=1, which must be in the environment before triton is imported. Its own
+bfloat16 computes with raw bits, so kernels meet bfloat16 in `load_float32`, `operand` and `rounded` alone.
 """
 
 from __future__ import annotations
@@ -24,15 +25,53 @@ def load_float32(ptr, mask):
     return x.to(tl.float32)
 
 
+INTERPRETED = tl.constexpr(not isinstance(load_float32, triton.JITFunction))
+
+
+@triton.jit
+def operand(x):
+    """x as tl.dot takes it: as it is; interpreted, bfloat16 as float32, in which its products are exact."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in dtype, ties to even; what tl.store must be given, for it would cut bfloat16 off interpreted."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        half = ((bits >> 16) & 1) + 0x7FFF  # just below one half of the last place, or one half where it is odd
+        bits = tl.where(x == x, bits + half, 0x7FC00000) >> 16
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def local_expert(ids_ptr, pair, mask, map_ptr, experts, HAS_MAP: tl.constexpr):
+    """int32 expert of each pair as this rank numbers it, -1 where no expert here takes it.
+
+    That is an id outside [0, experts), and with a map one of another rank's; neither is ever an index.
+    map_ptr: [experts] int32, local ids in [0, experts).
+    """
+    expert = tl.load(ids_ptr + pair, mask=mask, other=-1)
+    named = mask & (expert >= 0) & (expert < experts)
+    if HAS_MAP:
+        expert = tl.load(map_ptr + expert, mask=named, other=-1)
+        named = named & (expert >= 0) & (expert < experts)
+    return tl.where(named, expert, -1).to(tl.int32)
+
+
 def interpreted() -> bool:
     """Whether the kernels of this process run in Triton's interpreter; decided when triton was imported."""
-    return not isinstance(load_float32, triton.JITFunction)
+    return bool(INTERPRETED.value)
 
 
-def require_device(**tensors: Tensor) -> None:
+def require_device(**tensors: Tensor | None) -> None:
     """Raise InputError unless all tensors are on one device that this process's kernels can run on."""
-    first_name, first = next(iter(tensors.items()))
-    for name, tensor in tensors.items():
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first_name, first = next(iter(given.items()))
+    for name, tensor in given.items():
         if tensor.device != first.device:
             raise InputError(f"{name}: got device {tensor.device}, want {first.device}, where {first_name} is")
     if (first.device.type == "cpu") != interpreted():

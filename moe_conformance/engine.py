@@ -149,11 +149,12 @@ class Aligned(NamedTuple):
 
     slot_to_pair: [P] int32, pair t K + k; T K marks padding. expert_of_block: [P / block] int32, the local expert of
     each block, -1 behind the last used one. padded_count: [1] int32, slots in use, a multiple of block; those behind
-    hold T K. P follows from shapes alone. Pairs of other ranks get no slot, not even in a block of expert -1.
+    hold T K. P follows from shapes alone. Pairs of other ranks get no slot.
 
     An engine may return more slots than that, leave anything behind those in use, mark padding by any number from T K
     up but the dtype's largest (which fresh memory holds while cases run), put experts, and pairs within one, in any
-    order, and give the count as a 0-d tensor or an int.
+    order, give pairs of other ranks slots in blocks of expert -1 (as vLLM does by default), which then count as not
+    there, and give the count as a 0-d tensor or an int.
     """
 
     slot_to_pair: Tensor

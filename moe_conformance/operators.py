@@ -5,10 +5,19 @@ Registered below torch.library.custom_op, whose first call imports all of Dynamo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import Field
 from typing import Any
 
 import torch
+
+
+def arguments(fields: Sequence[Field[Any]]) -> str:
+    """Fields of a spec as part of a schema; one that is neither number nor bool is a str."""
+    return ", ".join(
+        f"{field.type if field.type in ('int', 'float', 'bool') else 'str'} {field.name}" for field in fields
+    )
+
 
 _library = torch.library.Library("moe_conformance", "FRAGMENT")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,12 +10,12 @@ from torch import Tensor
 from moe_conformance.engine import BlockInputs, BlockOutput, Routing
 from moe_conformance.errors import InputError, Unsupported
 from moe_conformance.reference_impl.config.describe import describe
-from moe_conformance.reference_impl.layer import layer
+from moe_conformance.reference_impl.layer import LayerOutput, layer
 from moe_conformance.spec import LayerSpec
 
 
-def block(inputs: BlockInputs) -> BlockOutput:
-    """Compute one layer's block; see BlockInputs for shapes.
+def block(inputs: BlockInputs, layer: Callable[..., LayerOutput] = layer) -> BlockOutput:
+    """Compute one layer's block; see BlockInputs for shapes. layer: what computes it, with the arguments of ours.
 
     Raises InputError for a layer without experts, and for tensors that are not exactly those of the layer; Unsupported
     where the layer of this model cannot be said as a LayerSpec, and for an implementation by name.

@@ -37,7 +37,7 @@ def align(ids: Tensor, experts: int, block: int, expert_map: Tensor | None = Non
     kept = local.argsort(stable=True)[: counts.sum()]  # those without an expert here sort behind all others
     expert = local[kept]
     slot = first_block[expert] * block + torch.arange(len(kept)) - first_pair[expert]
-    slot_to_pair = torch.full((_slots(pairs, experts, block),), pairs, dtype=torch.int32)
+    slot_to_pair = torch.full((slot_count(pairs, experts, block),), pairs, dtype=torch.int32)
     slot_to_pair[slot] = kept.int()
 
     used = torch.arange(held, dtype=torch.int32).repeat_interleave(blocks)
@@ -46,9 +46,12 @@ def align(ids: Tensor, experts: int, block: int, expert_map: Tensor | None = Non
     return Aligned(slot_to_pair, expert_of_block, (blocks.sum()[None] * block).int())
 
 
-def _slots(pairs: int, experts: int, block: int) -> int:
-    """P, enough for any ids: each expert that has pairs, at most one a pair, has block - 1 slots of padding."""
-    return round_up(pairs + min(experts, pairs) * (block - 1), block)
+def slot_count(pairs: int, experts: int, block: int) -> int:
+    """P of `align`, enough for any ids: each expert that has pairs, one a pair at most, has block - 1 of padding."""
+    slots = round_up(pairs + min(experts, pairs) * (block - 1), block)
+    if slots > torch.iinfo(torch.int32).max:
+        raise InputError(f"ids: {pairs} pairs in blocks of {block} need {slots} slots, more than int32 can count")
+    return slots
 
 
 def _checked(ids: Tensor, experts: int, block: int, expert_map: Tensor | None) -> Tensor:
@@ -57,9 +60,7 @@ def _checked(ids: Tensor, experts: int, block: int, expert_map: Tensor | None) -
         raise InputError(f"ids: got {list(ids.shape)} {ids.dtype}, want [T, K] int32 or int64")
     if experts < 1 or block < 1:
         raise InputError(f"got {experts} experts and a block of {block}, want at least 1 of each")
-    slots = _slots(ids.numel(), experts, block)
-    if slots > torch.iinfo(torch.int32).max:
-        raise InputError(f"ids: {ids.numel()} pairs in blocks of {block} need {slots} slots, more than int32 can count")
+    slot_count(ids.numel(), experts, block)
     if expert_map is None:
         return torch.arange(experts, dtype=torch.int32)
     if expert_map.shape != (experts,) or expert_map.dtype not in (torch.int32, torch.int64):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_conformance.errors import InputError
-from moe_conformance.operators import operator
+from moe_conformance.operators import arguments, operator
 from moe_conformance.spec import MLPSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -117,10 +117,9 @@ def _routed_experts_shape(x: Tensor, *_: Any) -> Tensor:
 
 
 # Opaque, as in engines: which rows an expert gets depends on data.
-_spec = ", ".join(f"{f.type if f.type in ('int', 'float', 'bool') else 'str'} {f.name}" for f in fields(MLPSpec))
 _operator = operator(
     "routed_experts(Tensor x, str[] names, Tensor[] experts, Tensor ids, Tensor weights, int count, "
-    f"int identity_experts, {_spec}) -> Tensor",
+    f"int identity_experts, {arguments(fields(MLPSpec))}) -> Tensor",
     _routed_experts,
     _routed_experts_shape,
 )

@@ -81,11 +81,11 @@ def experts_output(
     """
     output = _routed(x, spec, tensors, ids, weights, padding, experts)
     if spec.shared is not None:
-        output = output + _shared(x, spec.shared, tensors, shared_weights)
+        output = output + shared_output(x, spec.shared, tensors, shared_weights)
         if spec.shared.combine == "average":  # of the two sums, however many experts are in them (cohere2_moe)
             output = output / 2
     if spec.dense is not None:
-        output = output + _dense(x, spec.dense, tensors)
+        output = output + dense_output(x, spec.dense, tensors)
     if spec.output_bias:
         output = output + tensors["output.bias"]
     if spec.output_norm:
@@ -132,13 +132,13 @@ def _routed(
     return rms_norm(output, tensors["experts.sum_norm"], norm_eps) if norm_eps else output
 
 
-def _shared(x: Tensor, spec: SharedSpec, tensors: Tensors, weights: Tensor | None) -> Tensor:
+def shared_output(x: Tensor, spec: SharedSpec, tensors: Tensors, weights: Tensor | None) -> Tensor:
     """The always-on experts as one MLP; weights [T, n]: what the router gives each, where it does (inkling)."""
     output = mlp(x, spec.mlp, tensors, "shared", weights)
     return output * F.linear(x, tensors["shared.gate"]).sigmoid() if spec.gate else output
 
 
-def _dense(x: Tensor, spec: DenseSpec, tensors: Tensors) -> Tensor:
+def dense_output(x: Tensor, spec: DenseSpec, tensors: Tensors) -> Tensor:
     """The dense MLP beside the experts, between two norms where the model has them (gemma4)."""
     if not spec.norm_eps:
         return mlp(x, spec.mlp, tensors, "dense")
@@ -148,17 +148,17 @@ def _dense(x: Tensor, spec: DenseSpec, tensors: Tensors) -> Tensor:
 
 def moe_layer(inputs: LayerInputs) -> Tensor:
     """The layer's output [T, H] in x's dtype; see LayerInputs for shapes."""
-    return padded_layer(inputs, route, pad, unpad)
-
-
-def padded_layer(
-    inputs: LayerInputs,
-    route: Callable[[RouteInputs], Routing],
-    pad: Callable[[Tensor, int], Tensor],
-    unpad: Callable[[Tensor, int], Tensor],
-) -> Tensor:
-    """The same with an engine's own steps, which have the names, arguments and results of ours."""
     ids, weights = route(RouteInputs(inputs.logits, inputs.top_k, inputs.method, inputs.per_expert_scale))
+    spec, tensors = as_layer(inputs)
+    padding = None
+    if inputs.padded_hidden or inputs.padded_intermediate:
+        _, width, intermediate = inputs.w2.shape
+        padding = Padding(inputs.padded_hidden or width, inputs.padded_intermediate or intermediate, pad, unpad)
+    return experts_output(inputs.x, spec, tensors, ids, weights, padding=padding)
+
+
+def as_layer(inputs: LayerInputs) -> tuple[LayerSpec, dict[str, Tensor]]:
+    """What these inputs compute behind the router, and their tensors by canonical name; padding left out."""
     given = {
         "experts.w13": inputs.w13,
         "experts.w2": inputs.w2,
@@ -169,12 +169,10 @@ def padded_layer(
     }
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     (_, hidden), (experts, width, intermediate) = inputs.x.shape, inputs.w2.shape
-    shared = padding = None
+    shared = None
     if "shared.w2" in tensors:
         _, shared_width = tensors["shared.w2"].shape
         shared = SharedSpec(MLPSpec(shared_width))
-    if inputs.padded_hidden or inputs.padded_intermediate:
-        padding = Padding(inputs.padded_hidden or width, inputs.padded_intermediate or intermediate, pad, unpad)
     spec = LayerSpec(
         hidden_size=hidden,
         num_experts=experts,
@@ -185,4 +183,4 @@ def padded_layer(
         latent=LatentSpec(width) if "latent.in" in tensors else None,
         output_scale=inputs.scale,
     )
-    return experts_output(inputs.x, spec, tensors, ids, weights, padding=padding)
+    return spec, tensors

@@ -74,8 +74,10 @@ def experts_part(
     return routed_experts(x, spec, tensors, local_ids(ids, expert_map), weights)
 
 
-def shard(inputs: ShardInputs) -> Tensor:
+def shard(inputs: ShardInputs, experts_part: Callable[..., Tensor] = experts_part) -> Tensor:
     """This rank's part of the layer, [T, D]: its slice of its experts, and its slice of the shared expert.
+
+    experts_part: what computes the former, with the arguments of ours.
 
     The shared expert is divided among all ranks, whatever experts they have, so that it is in the sum once.
     """

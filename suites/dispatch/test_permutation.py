@@ -27,7 +27,7 @@ class Placed(NamedTuple):
     """Where an engine put the pairs, whichever order it gave them.
 
     times: [T, K], in how many of the slots in use each pair stands. experts: [T, K], the local expert of the block that
-    it stands in, -1 for none. padded_count: slots in use.
+    it stands in, -1 for none. padded_count: slots in use, but for those in blocks of no expert.
     """
 
     times: Tensor
@@ -97,7 +97,7 @@ def _placed(engine: Engine, inputs: AlignInputs) -> Placed:
             f"padded_count: got {used}, want at most {len(slots)} slots, {len(blocks)} blocks of {block}, as returned"
         )
     pairs, largest = inputs.ids.numel(), torch.iinfo(slots.dtype).max
-    slots = slots[:used].cpu().long()
+    slots, expert_of_slot = slots[:used].cpu().long(), blocks.cpu().long().repeat_interleave(block)[:used]
     strange = (slots < 0) | (slots == largest)
     if strange.any():
         slot = int(strange.nonzero()[0])
@@ -105,11 +105,11 @@ def _placed(engine: Engine, inputs: AlignInputs) -> Placed:
             f"slot_to_pair: {int(strange.sum())} of {used} slots in use are no pair and no mark of padding, first at "
             f"[{slot}]: got {slots[slot]}, want a pair below {pairs}, or padding from {pairs} to {largest - 1}"
         )
-    held = (slots < pairs).nonzero().flatten()
-    pair_of, expert_of = slots[held], blocks.cpu().long()[held // block]
+    held = ((slots < pairs) & (expert_of_slot >= 0)).nonzero().flatten()
+    pair_of, expert_of = slots[held], expert_of_slot[held]
     times = pair_of.bincount(minlength=pairs).reshape(inputs.ids.shape)
     experts = torch.full((pairs,), -1).scatter(0, pair_of, expert_of).reshape(inputs.ids.shape)
-    return Placed(times, experts, used)
+    return Placed(times, experts, int((expert_of_slot >= 0).sum()))
 
 
 @check((*WHOLE_BLOCKS, *NO_EXPERT))

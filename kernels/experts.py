@@ -1,0 +1,190 @@
+"""The routed sum: align, both projections, combine. Twin of `routed_experts` in reference_impl/experts.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_conformance.errors import InputError
+from moe_conformance.kernels.combine import combine
+from moe_conformance.kernels.dispatch import align
+from moe_conformance.kernels.grouped_matmul import Dispatched, Quantised, down, gate_up
+from moe_conformance.kernels.tuning import Config, Problem, choose
+from moe_conformance.operators import arguments, operator
+from moe_conformance.reference_impl.experts import rms_norm
+from moe_conformance.spec import MLPSpec
+
+_FIELDS = fields(MLPSpec)
+
+
+def problem_of(x: Tensor, spec: MLPSpec, w2: Tensor, top_k: int, experts: int) -> Problem:
+    """What tiles are chosen for, at the widths that the weights have. experts: that the ids count."""
+    _, hidden, width = w2.shape
+    return Problem(len(x), top_k, experts, hidden, width, x.dtype, spec.gated, w2.dtype == torch.float8_e4m3fn)
+
+
+def compute(
+    x: Tensor,
+    spec: MLPSpec,
+    tensors: Mapping[str, Tensor],
+    ids: Tensor,
+    weights: Tensor,
+    config: Config,
+    *,
+    identity_experts: int = 0,
+    scale: float = 1.0,
+    added: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    quantised: Mapping[str, Quantised] | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """`routed_experts` with tiles of the caller's choice."""
+    first, quantised = "13" if spec.gated else "1", quantised or {}
+    w1, w2 = tensors[f"experts.w{first}"], tensors["experts.w2"]
+    experts = len(w2) if expert_map is None else len(expert_map)
+    ids, weights = ids.contiguous(), weights.contiguous()
+    aligned = align(ids, experts, config.block_m, expert_map) if config.aligned else None
+    dispatched = Dispatched(ids, experts, config.block_m, aligned, expert_map)
+    hidden = gate_up(
+        x,
+        w1,
+        spec,
+        dispatched,
+        config.gate_up,
+        bias=tensors.get(f"experts.b{first}"),
+        weights=weights,
+        quantised=quantised.get(f"w{first}"),
+        interleaved=interleaved,
+    )  # [T K, F]
+    outputs = down(
+        hidden, w2, dispatched, config.down, bias=tensors.get("experts.b2"), quantised=quantised.get("w2")
+    )  # [T K, D]
+    if spec.output_norm:
+        norm = 1 + tensors["experts.output_norm"]
+        outputs = rms_norm(outputs[:, : x.shape[1]] * norm, 1.0, spec.output_norm)
+    return combine(
+        outputs,
+        ids,
+        weights,
+        x,
+        experts,
+        weighted=spec.weight_on == "output",
+        scale=scale,
+        identity_experts=identity_experts,
+        added=added,
+        expert_map=expert_map,
+    )
+
+
+def _routed_experts(
+    x: Tensor,
+    names: list[str],
+    experts: list[Tensor],
+    ids: Tensor,
+    weights: Tensor,
+    added: Tensor | None,
+    expert_map: Tensor | None,
+    scales: list[Tensor],
+    tile: list[int],
+    identity_experts: int,
+    scale: float,
+    interleaved: bool,
+    *values: Any,
+) -> Tensor:
+    spec, tensors = MLPSpec(*values), dict(zip(names, experts, strict=True))
+    w2 = tensors["experts.w2"]
+    count = len(w2) if expert_map is None else len(expert_map)
+    config = choose(problem_of(x, spec, w2, ids.shape[1], count), x.device)
+    quantised = {}
+    if scales:
+        rows, columns = tile
+        pair = ("w13" if spec.gated else "w1", "w2")
+        quantised = {name: Quantised(own, (rows, columns)) for name, own in zip(pair, scales, strict=True)}
+    return compute(
+        x,
+        spec,
+        tensors,
+        ids,
+        weights,
+        config,
+        identity_experts=identity_experts,
+        scale=scale,
+        added=added,
+        expert_map=expert_map,
+        quantised=quantised,
+        interleaved=interleaved,
+    )
+
+
+def _fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_operator = operator(
+    "routed_experts_triton(Tensor x, str[] names, Tensor[] experts, Tensor ids, Tensor weights, Tensor? added, "
+    "Tensor? expert_map, Tensor[] scales, int[] tile, int identity_experts, float routed_scale, bool interleaved, "
+    f"{arguments(_FIELDS)}) -> Tensor",
+    _routed_experts,
+    _fake,
+)
+
+
+def routed_experts(
+    x: Tensor,
+    spec: MLPSpec,
+    tensors: Mapping[str, Tensor],
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    identity_experts: int = 0,
+    scale: float = 1.0,
+    added: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    quantised: Mapping[str, Quantised] | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Sum over each token's experts of weight times expert output, times scale, plus added.
+
+    x: [T, D] float32, float16 or bfloat16. tensors: as `spec.tensors("experts", D, (E,))` names and shapes them, in
+    x's dtype, or wider: D' >= D for a padded hidden dim, F' >= F for a padded intermediate one. What is summed over in
+    the padding of F must be zero; nothing in that of D is read. With expert_map, of this rank's experts alone.
+    ids: [T, K] int32 or int64; those from E on are identity experts, which pass x on; any other id that names no
+    expert, or one of another rank, adds nothing whatever its weight is. weights: [T, K] float32.
+    added: [T, D], what is always on. expert_map: [E] int32, local id of each expert, -1 for those of other ranks.
+    quantised: "w13" or "w1", and "w2": scales of float8_e4m3fn weights, of one tile size. interleaved: rows of w13
+    and b13 are gate and up in turn.
+    returns [T, D] in x's dtype, rounded once. Sums are float32. Raises InputError for shapes and dtypes.
+    """
+    names = list(spec.tensors("experts", *x.shape[1:]))
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise InputError(f"tensors: got no {', '.join(missing)}, want {', '.join(names)}; the spec needs them")
+    if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64) or ids.shape != weights.shape:
+        got = f"{ids.dtype} {list(ids.shape)}, weights {list(weights.shape)}"
+        raise InputError(f"ids: got {got}, want int32 or int64 [{len(x)}, K] and weights of that shape")
+    scales: list[Tensor] = []
+    tiles = {(128, 128)}
+    if quantised:
+        chosen = [quantised["w13" if spec.gated else "w1"], quantised["w2"]]
+        scales, tiles = [own.scale for own in chosen], {own.tile for own in chosen}
+        if len(tiles) > 1:
+            raise InputError(f"quantised: got tiles {sorted(tiles)}, want one for both projections")
+    values = [getattr(spec, field.name) for field in _FIELDS]
+    experts = [tensors[name] for name in names]
+    (tile,) = tiles
+    output: Tensor = _operator(
+        x, names, experts, ids, weights, added, expert_map, scales, list(tile), identity_experts, scale, interleaved,
+        *values,
+    )  # fmt: skip
+    return output
+
+
+def experts_part(
+    x: Tensor, ids: Tensor, weights: Tensor, spec: MLPSpec, tensors: Mapping[str, Tensor], expert_map: Tensor
+) -> Tensor:
+    """What this rank's experts add to the routed sum; twin of that in reference_impl/parallel/experts.py."""
+    return routed_experts(x, spec, tensors, ids, weights, expert_map=expert_map)

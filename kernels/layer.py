@@ -1,0 +1,81 @@
+"""One Mixture-of-Experts layer in kernels: route, align, both projections, combine. Twin of reference_impl/layer.py.
+
+What is a plain matrix product or norm of all tokens (router projection, latent projections, shared and dense MLP) is
+the reference's torch; what is always on is added, and the routed sum scaled, by the kernel that combines.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_conformance.engine import LayerInputs, RouteInputs, Routing
+from moe_conformance.kernels.experts import routed_experts
+from moe_conformance.kernels.routing import route, route_logits
+from moe_conformance.reference_impl.layer import (
+    LayerOutput,
+    Tensors,
+    as_layer,
+    dense_output,
+    experts_output,
+    shared_output,
+)
+from moe_conformance.reference_impl.padding import pad_expert_weights
+from moe_conformance.reference_impl.router import router_logits
+from moe_conformance.spec import LayerSpec
+
+
+def layer(
+    x: Tensor,
+    spec: LayerSpec,
+    tensors: Tensors,
+    *,
+    token_ids: Tensor | None = None,
+    state: Tensor | None = None,
+    sequences: int = 1,
+    routing: Routing | None = None,
+) -> LayerOutput:
+    """What the layer computes of its input, without the residual around it; arguments as the reference's `layer`.
+
+    Raises InputError for routing that does not stand in one row of logits (capacity, product keys).
+    """
+    logits, state = router_logits(x, spec.logits, tensors, state=state)  # [T, classes]
+    if routing is not None and not spec.routing.shared_classes:
+        ids, weights = routing
+        return LayerOutput(combined(x, spec, tensors, ids, weights), ids, weights, state)
+    ids, weights, shared = route_logits(logits, spec.routing, tensors, token_ids=token_ids, sequences=sequences)
+    if routing is not None:
+        ids, weights = routing
+    return LayerOutput(combined(x, spec, tensors, ids, weights, shared), ids, weights, state)
+
+
+def combined(
+    x: Tensor, spec: LayerSpec, tensors: Tensors, ids: Tensor, weights: Tensor, shared: Tensor | None = None
+) -> Tensor:
+    """All that follows the router, [T, H] -> [T, H]; in one launch with the combine where no step stands between."""
+    between = spec.latent or (spec.dense and spec.dense.norm_eps) or spec.output_bias or spec.output_norm
+    if between or (spec.shared and spec.shared.combine != "sum"):
+        return experts_output(x, spec, tensors, ids, weights, shared, experts=routed_experts)
+    added = None
+    if spec.shared:
+        added = shared_output(x, spec.shared, tensors, shared)
+    if spec.dense:
+        dense = dense_output(x, spec.dense, tensors)
+        added = dense if added is None else added + dense
+    identity = spec.routing.identity_experts
+    return routed_experts(
+        x, spec.experts, tensors, ids, weights, identity_experts=identity, scale=spec.output_scale, added=added
+    )
+
+
+def moe_layer(inputs: LayerInputs) -> Tensor:
+    """The layer's output [T, H] in x's dtype; see LayerInputs for shapes.
+
+    Weights are padded as a load would leave them; x and output are not, for the kernels' masks cut them.
+    """
+    ids, weights = route(RouteInputs(inputs.logits, inputs.top_k, inputs.method, inputs.per_expert_scale))
+    spec, tensors = as_layer(inputs)
+    _, width, intermediate = inputs.w2.shape
+    tensors["experts.w13"], tensors["experts.w2"] = pad_expert_weights(
+        inputs.w13, inputs.w2, inputs.padded_hidden or width, inputs.padded_intermediate or intermediate
+    )
+    return combined(inputs.x, spec, tensors, ids, weights)

@@ -1,0 +1,148 @@
+"""Tile sizes of the grouped products: kept per device, dtype and model where `benchmarks/tune.py` measured them.
+
+kernels/tuned/DEVICE.json holds what was measured; where it says nothing, defaults follow from the shape alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+import triton
+
+from moe_conformance.errors import InputError
+from moe_conformance.kernels.launch import interpreted
+
+# Programs that keep the memory of the largest of the targets busy: two on each of an H200's 132 multiprocessors.
+ENOUGH_PROGRAMS = 264
+# Pairs of fewer than one expert in four are not sorted: nearly each would have a block of its own anyway.
+SPARSE = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One product's tile: columns, depth of a step, blocks of pairs side by side; warps and stages of the pipeline."""
+
+    block_n: int
+    block_k: int
+    group_m: int = 8
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Config:
+    """block_m: pairs in a block, common to both products. aligned: whether pairs are sorted at all."""
+
+    block_m: int
+    gate_up: Tile
+    down: Tile
+    aligned: bool = True
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What tiles are chosen for. dtype: of x; fp8: weights are float8. gated: w13 and not w1."""
+
+    tokens: int
+    top_k: int
+    experts: int
+    hidden: int
+    width: int
+    dtype: torch.dtype
+    gated: bool = True
+    fp8: bool = False
+
+    @property
+    def key(self) -> str:
+        """As kept files name it: everything but the number of tokens."""
+        dtype = str(self.dtype).removeprefix("torch.") + ("-fp8" if self.fp8 else "")
+        return f"{dtype} E{self.experts} K{self.top_k} H{self.hidden} F{self.width}{'' if self.gated else ' plain'}"
+
+
+def power(number: float, low: int, high: int) -> int:
+    """The power of two at or above number, within [low, high]."""
+    return max(low, min(high, triton.next_power_of_2(max(1, int(-(-number // 1))))))
+
+
+def default(problem: Problem, shared_memory: int) -> Config:
+    """By shape alone: blocks as tall as an expert's share of pairs, columns so that there are enough programs.
+
+    shared_memory: bytes that one block of threads may have; as many stages as it holds, up to four.
+    """
+    pairs = problem.tokens * problem.top_k
+    aligned = pairs * SPARSE > problem.experts
+    block_m = power(pairs / problem.experts, 16, 128) if aligned else 16
+    blocks = max(min(pairs, problem.experts), pairs // block_m)  # as if every expert had its share
+    size = problem.dtype.itemsize
+
+    def tile(width: int, depth: int, halves: int) -> Tile:
+        block_n = 128 // halves * 2 // size
+        while block_n > 32 and blocks * -(-width // block_n) < ENOUGH_PROGRAMS:
+            block_n //= 2
+        block_k = power(depth, 16, (64 if block_m < 64 else 32) * 4 // size)
+        stage = (block_m + halves * block_n) * block_k * size  # bytes
+        while stage * 2 > shared_memory:
+            block_k, stage = block_k // 2, stage // 2
+        warps = 8 if block_m * block_n * halves >= 128 * 128 else 4
+        return Tile(block_n, block_k, num_warps=warps, num_stages=min(4, shared_memory // stage))
+
+    down = tile(problem.hidden, problem.width, 1)
+    return Config(block_m, tile(problem.width, problem.hidden, 2 if problem.gated else 1), down, aligned)
+
+
+def interpreter_config(problem: Problem) -> Config:
+    """Few, large programs, for the interpreter's cost is per operation; two steps of depth all the same."""
+    pairs = problem.tokens * problem.top_k
+
+    def tile(width: int, depth: int) -> Tile:
+        return Tile(power(width, 16, 128), power(depth / 2, 16, 512), group_m=2)
+
+    sparse = pairs * SPARSE <= problem.experts
+    block_m = 16 if sparse else power(pairs / problem.experts, 16, 64)
+    return Config(block_m, tile(problem.width, problem.hidden), tile(problem.hidden, problem.width), not sparse)
+
+
+@cache
+def kept(device: str) -> Mapping[str, Mapping[int, Config]]:
+    """Measured configurations of a device by `Problem.key` and number of tokens; empty where none are kept."""
+    file = files("moe_conformance.kernels") / "tuned" / file_name(device)
+    if not file.is_file():
+        return {}
+    return {
+        key: {int(tokens): read(entry) for tokens, entry in by_tokens.items()}
+        for key, by_tokens in json.loads(file.read_text())["configs"].items()
+    }
+
+
+def file_name(device: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", device) + ".json"
+
+
+def read(entry: Mapping[str, Any]) -> Config:
+    """A kept entry. Raises InputError where it is not one."""
+    try:
+        return Config(entry["block_m"], Tile(**entry["gate_up"]), Tile(**entry["down"]), entry["aligned"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"tuned configuration: got {dict(entry)}, want the fields of Config ({error})") from error
+
+
+def write(config: Config) -> dict[str, Any]:
+    return asdict(config)
+
+
+def choose(problem: Problem, device: torch.device) -> Config:
+    """The kept configuration of the nearest number of tokens, by ratio; the default where none is kept."""
+    if interpreted():
+        return interpreter_config(problem)
+    by_tokens = kept(torch.cuda.get_device_name(device)).get(problem.key)
+    if not by_tokens:
+        return default(problem, torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    nearest = min(by_tokens, key=lambda tokens: max(tokens, problem.tokens) / max(1, min(tokens, problem.tokens)))
+    return by_tokens[nearest]
