@@ -1,0 +1,220 @@
+"""How long each kernel and the whole layer take on this GPU: against a floor, torch, transformers and vLLM.
+
+    python benchmarks/kernels.py --out results/benchmarks      # all models; stops after 240 s
+    python benchmarks/kernels.py --quick                       # Gemma 4 alone; stops after 60 s
+    python benchmarks/kernels.py --model qwen3 --tokens 64 --kernel experts
+
+Writes OUT/kernels.md and OUT/kernels.json, and prints the former. What each column means: benchmarks/README.md.
+Where there is no GPU, everything runs at tiny sizes in Triton's interpreter: a test of this program, whose times say
+nothing about a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent.resolve()
+# This file's own folder must go: in it, this file would pass for Hugging Face's package `kernels`.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (HERE, HERE.parent)]
+sys.path.append(str(HERE / "timed"))
+os.environ["TRITON_DEFAULT_FP_FUSION"] = os.environ.get("TRITON_DEFAULT_FP_FUSION", "1")
+
+import click
+
+from moe_conformance.devices import gpu_count
+
+if not gpu_count():
+    # Before triton is imported, which reads it then.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from clock import Budget, Rotating, launches, measured_rates, timed, versions
+from contenders import Contender, contenders
+from floors import Rates, works
+from kernel_cases import KERNELS, fault, ours, refused
+from kernel_inputs import Batch, make_batch, make_batches
+from model_shapes import MODELS, TOKENS, Model, Weights, make_weights, tiny
+from table import markdown
+
+# Larger batches are launched one by one, as engines do; up to here they are recorded in a CUDA graph.
+GRAPH_TOKENS = 256
+# One replay of a graph; ten are made. Long enough that the clock of events (0.5 us) is below a thousandth.
+MILLISECONDS = 4.0
+QUICK_TOKENS, INTERPRETED_TOKENS = (8, 64, 4096, 1), (1, 5)
+ORDER = tuple(sorted(TOKENS, key=lambda tokens: (tokens not in (8, 64, 4096), tokens)))
+# What must stay free beside weights: activations of T = 16384 at DeepSeek-V3's width several times over.
+ROOM = 12 * 2**30
+
+Row = dict[str, Any]
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), help="folder for kernels.md and kernels.json")
+@click.option("--model", "names", multiple=True, type=click.Choice([model.name for model in MODELS]))
+@click.option("--tokens", "sizes", multiple=True, type=click.IntRange(1))
+@click.option("--kernel", "kernels", multiple=True, type=click.Choice(KERNELS))
+@click.option("--seconds", type=float, help="in which all is to be timed; what did not fit is listed  [240, quick 60]")
+@click.option("--quick", is_flag=True, help=f"Gemma 4 at T = {', '.join(map(str, sorted(QUICK_TOKENS)))}")
+@click.option("--jobs", default=min(8, os.cpu_count() or 1), help="kernels to compile at a time, ahead of timing")
+@torch.no_grad()
+def main(
+    out: Path | None,
+    names: tuple[str, ...],
+    sizes: tuple[int, ...],
+    kernels: tuple[str, ...],
+    seconds: float | None,
+    quick: bool,
+    jobs: int,
+) -> None:
+    """Time the kernels; without options all of them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    budget = Budget(seconds or (60 if quick else 240))
+    names = names or (("gemma4",) if quick else tuple(model.name for model in MODELS))
+    models = [model if device == "cuda" else tiny(model) for model in MODELS if model.name in names]
+    order = sizes or (INTERPRETED_TOKENS if device == "cpu" else QUICK_TOKENS if quick else ORDER)
+    plan = {model: rows_of(model, order, kernels or KERNELS) for model in models}
+    rates = measured_rates()
+    try:
+        for model, rows in plan.items():
+            time_model(model, rows, device, rates, budget, jobs)
+    finally:
+        report(out, rates, budget, [row for rows in plan.values() for row in rows])
+    if any(row.keys() & {"wrong", "error"} for rows in plan.values() for row in rows):
+        sys.exit(1)
+
+
+def rows_of(model: Model, order: tuple[int, ...], kernels: tuple[str, ...]) -> list[Row]:
+    """The rows of one model, the most important first."""
+    plan = [(tokens, kernel) for tokens in order for kernel in KERNELS if kernel in kernels]
+    return [
+        {"kernel": kernel, "model": model.name, "dtype": model.dtype, "tokens": tokens}
+        for tokens, kernel in plan
+        if refused(kernel, model) != ""
+    ]
+
+
+def time_model(model: Model, rows: list[Row], device: str, rates: Rates | None, budget: Budget, jobs: int) -> None:
+    """Fill in its rows; contenders that take seconds to be ready come behind all others."""
+    note = "skipped: out of time" if budget.left <= 0 else None
+    if device == "cuda" and model.weight_bytes + ROOM > (free := torch.cuda.mem_get_info()[0]):
+        note = f"skipped: weights of {model.weight_bytes / 2**30:.0f} GiB, {free / 2**30:.0f} GiB free"
+    if note:
+        for row in rows:
+            row["note"] = note
+        return
+    weights = make_weights(model, device)
+    if device == "cuda" and jobs > 1:
+        compile_ahead(model, rows, weights, jobs)
+    torch.compiler.reset()  # its limit of recompilations counts those of other models too
+    others = {kernel: contenders(kernel, model, weights) for kernel in {row["kernel"] for row in rows}}
+    for slow in (False, True):
+        for row in rows:
+            rivals = [other for other in others[row["kernel"]] if other.slow == slow]
+            time_row(row, model, weights, rivals, device, rates, budget)
+    # The modules of the contenders hold the weights too.
+    del weights, others, rivals
+    if device == "cuda":
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+
+
+def compile_ahead(model: Model, rows: list[Row], weights: Weights, jobs: int) -> None:
+    """Run each row's kernel once, several at a time: compilers let go of the interpreter's lock."""
+    covered = {"align", "gate_up", "down", "combine"} if any(row["kernel"] == "experts" for row in rows) else set()
+
+    def run(row: Row) -> None:
+        # What goes wrong here goes wrong again when it is timed, and is said then.
+        with suppress(Exception), torch.no_grad():
+            ours(row["kernel"], model, weights)(make_batch(model, row["tokens"], "cuda"))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, [row for row in rows if row["kernel"] not in covered and not refused(row["kernel"], model)]))
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def time_row(
+    row: Row, model: Model, weights: Weights, others: list[Contender], device: str, rates: Rates | None, budget: Budget
+) -> None:
+    """The kernel, unless an earlier call has timed it, and these contenders."""
+    kernel, tokens = row["kernel"], row["tokens"]
+    done = "contenders" in row
+    others = [other for other in others if tokens <= other.most_tokens]
+    reason = refused(kernel, model) or ("out of time" if budget.left <= 0 else None)
+    if reason or (done and not others):
+        if not done:
+            row["note"] = f"skipped: {reason}"
+        elif reason:
+            row["contenders"] |= {other.name: {"note": reason} for other in others}
+        return
+    batches: list[Batch] = []
+    try:
+        batches = make_batches(kernel, model, tokens, device)
+        first = batches[0]
+        if not done:
+            hit = sum(batch.hit for batch in batches) / len(batches)
+            parts = works(kernel, model, tokens, hit, first.config.block_m)
+            row["floor_us"] = None if rates is None else sum(part.microseconds(rates) for part in parts)
+            row |= {"bytes": sum(part.moved for part in parts), "flops": sum(part.flops for part in parts)}
+            row |= {"copies": len(batches), "config": repr(first.config), "contenders": {}}
+            call = ours(kernel, model, weights)
+            row |= measured(Contender("kernel", call), kernel, batches, weights)
+            if "us" in row and tokens <= GRAPH_TOKENS:
+                row["launches"] = launches(lambda: call(first))
+        for other in others:
+            late = {"note": "out of time"}
+            row["contenders"][other.name] = measured(other, kernel, batches, weights) if budget.left > 0 else late
+    except torch.cuda.OutOfMemoryError:
+        row.setdefault("note", "skipped: its inputs do not fit in memory")
+    except RuntimeError as error:  # the device itself, as after an access out of bounds
+        row["error"] = brief(error)
+
+
+def measured(contender: Contender, kernel: str, batches: list[Batch], weights: Weights) -> Row:
+    """Its time once its answer is right; what is wrong with it, or why it did not run."""
+    if contender.call is None:
+        return {"note": contender.reason}
+    graph = contender.graph and len(batches[0].x) <= GRAPH_TOKENS
+    try:
+        if wrong := fault(kernel, contender.call(batches[0]), batches[0], weights):
+            return {"wrong": wrong}
+        median, low, high = timed(Rotating(contender.call, batches), graph, MILLISECONDS)
+    except torch.cuda.OutOfMemoryError:
+        return {"note": "out of memory"}
+    except Exception as error:  # of a compiler or of another project; a row of ours that has one fails the run
+        return {"error": brief(error)}
+    how = "interpreted" if not torch.cuda.is_available() else "graph" if graph else "eager"
+    return {"us": median, "us_20": low, "us_80": high, "how": how}
+
+
+def brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+
+
+def report(out: Path | None, rates: Rates | None, budget: Budget, rows: list[Row]) -> None:
+    facts = {
+        **versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
+        "seconds": round(budget.spent, 1),
+        **(asdict(rates) if rates else {}),
+    }
+    text = markdown(facts, rows)
+    click.echo(text)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "kernels.md").write_text(text + "\n")
+        (out / "kernels.json").write_text(json.dumps({**facts, "rows": rows}, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Rows as Markdown, and what is asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Row = Mapping[str, Any]
+# Why there is no time, as a row has it and as it reads.
+REASONS = {"wrong": "WRONG: ", "error": "ERROR: ", "note": ""}
+
+# Where the figures come from: what peers publish for the same shapes is a little below each.
+LAUNCH_BOUND_US = 3.0
+SHARES = {8: 0.7, 64: 0.9, 4096: 0.5}
+RIVAL = "transformers grouped_mm"
+
+
+def markdown(facts: Mapping[str, Any], rows: list[Row]) -> str:
+    interpreted = facts["device"].startswith("cpu")
+    columns = ["kernel", "model", "T", "floor us", "us", "20-80 %", "share", "launches", "others, us"]
+    lines = [
+        f"`{facts['command']}`",
+        ", ".join(
+            f"{key} {facts[key] or 'not installed'}"
+            for key in ("device", "date", "torch", "triton", "transformers", "vllm")
+        )
+        + f"; {facts['seconds']} s",
+        "",
+    ]
+    if interpreted:
+        lines += ["**No GPU: tiny sizes in Triton's interpreter, one call each. No column says how fast a kernel is.**"]
+    else:
+        lines += [f"copy {facts['bandwidth'] / 1e12:.2f} TB/s, bf16 product {facts['matmul'] / 1e12:.0f} TFLOP/s"]
+    lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows if "us" in row]
+    lines += list(section("Not timed", notes(rows)))
+    return "\n".join([*lines, *section("Targets", [] if interpreted else targets(rows))])
+
+
+def cells(row: Row) -> list[str]:
+    floor, us = row["floor_us"], row["us"]
+    others = ", ".join(
+        f"{name} {number(entry['us'])}" + " (eager)" * (entry["how"] != row["how"])
+        for name, entry in row["contenders"].items()
+        if "us" in entry
+    )
+    return [
+        row["kernel"],
+        row["model"],
+        str(row["tokens"]),
+        "" if floor is None else number(floor),
+        number(us),
+        f"{number(row['us_20'])}-{number(row['us_80'])}",
+        "" if floor is None else f"{floor / us:.2f}",
+        "" if row.get("launches") is None else str(row["launches"]),
+        others,
+    ]
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """Everything that was not timed, and why; one line for all rows of one reason."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in rows:
+        for name, entry in {"": row, **row.get("contenders", {})}.items():
+            reason = next((f"{word}{entry[key]}" for key, word in REASONS.items() if key in entry), None)
+            if reason:
+                which = found.setdefault((name, reason), {}).setdefault(f"{row['kernel']} {row['model']}", [])
+                which.append(str(row["tokens"]))
+    lines = []
+    for (name, reason), which in found.items():
+        rows_of_it = "; ".join(f"{where} T={','.join(sizes)}" for where, sizes in which.items())
+        lines.append(f"{name + ': ' if name else ''}{rows_of_it}: {reason}")
+    return lines
+
+
+def targets(rows: list[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        where, us = f"{row['kernel']} {row['model']} T={row['tokens']}", row.get("us")
+        if us is None:
+            continue
+        if row["kernel"] in ("route", "align", "capture") and row["tokens"] <= 64:
+            launched = row.get("launches")
+            met = us <= LAUNCH_BOUND_US and launched in (1, None)
+            counted = "launches not counted" if launched is None else f"{launched} launches"
+            lines.append(
+                f"{verdict(met)}: {where}: {number(us)} us, {counted}; want {LAUNCH_BOUND_US:g} us at most in one"
+            )
+        if row["kernel"] == "experts" and row["model"] == "gemma4" and (want := SHARES.get(row["tokens"])):
+            share = row["floor_us"] / us
+            lines.append(f"{verdict(share >= want)}: {where}: {share:.2f} of the floor, want {want}")
+        if row["kernel"] == "experts" and "us" in (rival := row["contenders"].get(RIVAL, {})):
+            lines.append(
+                f"{verdict(us <= rival['us'])}: {where}: {number(us)} us, {RIVAL} {number(rival['us'])}; want no more"
+            )
+    return sorted(lines, key=lambda line: line.startswith("met"))
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "NOT MET"
+
+
+def section(title: str, lines: list[str]) -> Iterator[str]:
+    if lines:
+        yield from ["", f"## {title}", "", *(f"- {line}" for line in lines)]
