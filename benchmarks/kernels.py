@@ -15,8 +15,6 @@ import json
 import os
 import shlex
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +39,7 @@ from clock import Budget, Rotating, launches, measured_rates, timed, versions
 from contenders import Contender, contenders
 from floors import Rates, works
 from kernel_cases import KERNELS, fault, ours, refused
-from kernel_inputs import Batch, make_batch, make_batches
+from kernel_inputs import Batch, make_batches
 from model_shapes import MODELS, TOKENS, Model, Weights, make_weights, tiny
 from table import markdown
 
@@ -64,7 +62,6 @@ Row = dict[str, Any]
 @click.option("--kernel", "kernels", multiple=True, type=click.Choice(KERNELS))
 @click.option("--seconds", type=float, help="in which all is to be timed; what did not fit is listed  [240, quick 60]")
 @click.option("--quick", is_flag=True, help=f"Gemma 4 at T = {', '.join(map(str, sorted(QUICK_TOKENS)))}")
-@click.option("--jobs", default=min(8, os.cpu_count() or 1), help="kernels to compile at a time, ahead of timing")
 @torch.no_grad()
 def main(
     out: Path | None,
@@ -73,7 +70,6 @@ def main(
     kernels: tuple[str, ...],
     seconds: float | None,
     quick: bool,
-    jobs: int,
 ) -> None:
     """Time the kernels; without options all of them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,7 +81,7 @@ def main(
     rates = measured_rates()
     try:
         for model, rows in plan.items():
-            time_model(model, rows, device, rates, budget, jobs)
+            time_model(model, rows, device, rates, budget)
     finally:
         report(out, rates, budget, [row for rows in plan.values() for row in rows])
     if any(row.keys() & {"wrong", "error"} for rows in plan.values() for row in rows):
@@ -102,7 +98,7 @@ def rows_of(model: Model, order: tuple[int, ...], kernels: tuple[str, ...]) -> l
     ]
 
 
-def time_model(model: Model, rows: list[Row], device: str, rates: Rates | None, budget: Budget, jobs: int) -> None:
+def time_model(model: Model, rows: list[Row], device: str, rates: Rates | None, budget: Budget) -> None:
     """Fill in its rows; contenders that take seconds to be ready come behind all others."""
     note = "skipped: out of time" if budget.left <= 0 else None
     if device == "cuda" and model.weight_bytes + ROOM > (free := torch.cuda.mem_get_info()[0]):
@@ -112,8 +108,6 @@ def time_model(model: Model, rows: list[Row], device: str, rates: Rates | None, 
             row["note"] = note
         return
     weights = make_weights(model, device)
-    if device == "cuda" and jobs > 1:
-        compile_ahead(model, rows, weights, jobs)
     torch.compiler.reset()  # its limit of recompilations counts those of other models too
     others = {kernel: contenders(kernel, model, weights) for kernel in {row["kernel"] for row in rows}}
     for slow in (False, True):
@@ -125,21 +119,6 @@ def time_model(model: Model, rows: list[Row], device: str, rates: Rates | None, 
     if device == "cuda":
         torch.compiler.reset()
         torch.cuda.empty_cache()
-
-
-def compile_ahead(model: Model, rows: list[Row], weights: Weights, jobs: int) -> None:
-    """Run each row's kernel once, several at a time: compilers let go of the interpreter's lock."""
-    covered = {"align", "gate_up", "down", "combine"} if any(row["kernel"] == "experts" for row in rows) else set()
-
-    def run(row: Row) -> None:
-        # What goes wrong here goes wrong again when it is timed, and is said then.
-        with suppress(Exception), torch.no_grad():
-            ours(row["kernel"], model, weights)(make_batch(model, row["tokens"], "cuda"))
-
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(run, [row for row in rows if row["kernel"] not in covered and not refused(row["kernel"], model)]))
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
 
 
 def time_row(

@@ -23,6 +23,8 @@ from moe_conformance.kernels.launch import interpreted
 ENOUGH_PROGRAMS = 264
 # Pairs of fewer than one expert in four are not sorted: nearly each would have a block of its own anyway.
 SPARSE = 4
+# By how much numbers of tokens may differ that share a kept configuration: those that are measured are 4 to 8 apart.
+NEAR = 4
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,20 @@ def interpreter_config(problem: Problem) -> Config:
 
 @cache
 def kept(device: str) -> Mapping[str, Mapping[int, Config]]:
-    """Measured configurations of a device by `Problem.key` and number of tokens; empty where none are kept."""
+    """Measured configurations of a device by `Problem.key` and number of tokens; empty where none are kept.
+
+    Raises InputError for a file that is not one that `benchmarks/tune.py` writes.
+    """
     file = files("moe_conformance.kernels") / "tuned" / file_name(device)
     if not file.is_file():
         return {}
-    return {
-        key: {int(tokens): read(entry) for tokens, entry in by_tokens.items()}
-        for key, by_tokens in json.loads(file.read_text())["configs"].items()
-    }
+    try:
+        return {
+            key: {int(tokens): read(entry) for tokens, entry in by_tokens.items()}
+            for key, by_tokens in json.loads(file.read_text())["configs"].items()
+        }
+    except (KeyError, AttributeError, ValueError) as error:
+        raise InputError(f"{file}: {error!r}; write it anew with benchmarks/tune.py, or remove it") from error
 
 
 def file_name(device: str) -> str:
@@ -126,23 +134,41 @@ def file_name(device: str) -> str:
 
 
 def read(entry: Mapping[str, Any]) -> Config:
-    """A kept entry. Raises InputError where it is not one."""
+    """A kept entry; what else is in it, as the time measured, is not looked at. Raises InputError where it is none."""
     try:
-        return Config(entry["block_m"], Tile(**entry["gate_up"]), Tile(**entry["down"]), entry["aligned"])
+        config = Config(entry["block_m"], Tile(**entry["gate_up"]), Tile(**entry["down"]), entry["aligned"])
     except (KeyError, TypeError) as error:
-        raise InputError(f"tuned configuration: got {dict(entry)}, want the fields of Config ({error})") from error
+        raise InputError(f"tuned configuration: got {entry}, want the fields of Config ({error})") from error
+    numbers = {"block_m": config.block_m} | {
+        f"{part}.{name}": number
+        for part in ("gate_up", "down")
+        for name, number in asdict(getattr(config, part)).items()
+    }
+    for name, number in numbers.items():
+        # Tiles and warps are powers of two; a bool is an int, and none of these is one.
+        power_of_two = type(number) is int and number > 0 and not number & (number - 1)
+        if not (power_of_two or (name.endswith(("num_stages", "group_m")) and type(number) is int and number > 0)):
+            raise InputError(f"tuned configuration: got {name} {number!r}, want a power of two (stages, group: from 1)")
+    if type(config.aligned) is not bool:
+        raise InputError(f"tuned configuration: got aligned {config.aligned!r}, want true or false")
+    return config
 
 
 def write(config: Config) -> dict[str, Any]:
+    """An entry for `read`."""
     return asdict(config)
 
 
 def choose(problem: Problem, device: torch.device) -> Config:
-    """The kept configuration of the nearest number of tokens, by ratio; the default where none is kept."""
+    """The kept configuration of the nearest number of tokens, by ratio; the default where none is near."""
     if interpreted():
         return interpreter_config(problem)
-    by_tokens = kept(torch.cuda.get_device_name(device)).get(problem.key)
-    if not by_tokens:
+    by_tokens = kept(torch.cuda.get_device_name(device)).get(problem.key, {})
+
+    def ratio(tokens: int) -> float:
+        return max(tokens, problem.tokens) / max(1, min(tokens, problem.tokens))
+
+    nearest = min(by_tokens, key=ratio, default=0)
+    if not nearest or ratio(nearest) > NEAR:
         return default(problem, torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
-    nearest = min(by_tokens, key=lambda tokens: max(tokens, problem.tokens) / max(1, min(tokens, problem.tokens)))
     return by_tokens[nearest]

@@ -20,6 +20,7 @@ from moe_conformance.kernels.grouped_matmul import down, gate_up
 from moe_conformance.kernels.layer import layer
 from moe_conformance.kernels.padding import pad, unpad
 from moe_conformance.kernels.routing import route_logits
+from moe_conformance.kernels.tuning import Tile
 from moe_conformance.reference_impl import experts as reference_experts
 from moe_conformance.reference_impl import routing as reference_routing
 
@@ -32,6 +33,8 @@ COMPARED = 4
 # bfloat16 (gate and up, activated, expert output, weighted, sum), each below u of it. A wrong expert, weight or block
 # is off by a quarter and more.
 ROUNDINGS = 8
+# Of a routing weight in float32: exp's argument and the sum over experts, as in `tolerance.softmax_weights`.
+ROUTING_ROUNDINGS = 64
 
 
 def refused(kernel: str, model: Model) -> str | None:
@@ -45,34 +48,24 @@ def refused(kernel: str, model: Model) -> str | None:
 
 def ours(kernel: str, model: Model, weights: Weights) -> Callable[[Batch], Any]:
     """The kernel as a function of its inputs."""
-    tensors, spec, scales = weights.tensors, model.mlp, weights.scales
-    w1, b1 = tensors[model.first], tensors.get(model.first.replace("w", "b"))
+    tensors = weights.tensors
+    run_gate_up, run_down = (product(name, model, weights) for name in ("gate_up", "down"))
 
     def run_capture(batch: Batch) -> Tensor:
         capture(batch.ids, 0, len(batch.ids), batch.buffer, 1, model.experts, batch.rejected)
         return batch.buffer
 
-    def run_gate_up(batch: Batch) -> Tensor:
-        first = scales.get("w13")
-        tile, interleaved = batch.config.gate_up, model.interleaved
-        return gate_up(batch.x, w1, spec, batch.dispatched, tile, bias=b1, quantised=first, interleaved=interleaved)
-
-    def run_down(batch: Batch) -> Tensor:
-        bias, second = tensors.get("experts.b2"), scales.get("w2")
-        return down(
-            batch.hidden, tensors["experts.w2"], batch.dispatched, batch.config.down, bias=bias, quantised=second
-        )
-
     def run_experts(batch: Batch) -> Tensor:
+        scales, turns = weights.scales, model.interleaved
         return routed_experts(
-            batch.x, spec, tensors, batch.ids, batch.weights, quantised=scales, interleaved=model.interleaved
+            batch.x, model.mlp, tensors, batch.ids, batch.weights, quantised=scales, interleaved=turns
         )
 
     runs: dict[str, Callable[[Batch], Any]] = {
         "route": lambda batch: route_logits(batch.logits, model.routing, tensors)[:2],
         "align": lambda batch: align(batch.ids, model.experts, batch.config.block_m),
-        "gate_up": run_gate_up,
-        "down": run_down,
+        "gate_up": lambda batch: run_gate_up(batch, batch.config.gate_up),
+        "down": lambda batch: run_down(batch, batch.config.down),
         "combine": lambda batch: combine(batch.outputs, batch.ids, batch.weights, batch.x, model.experts),
         "capture": run_capture,
         "pad": lambda batch: pad(batch.x, model.padded),
@@ -81,6 +74,18 @@ def ours(kernel: str, model: Model, weights: Weights) -> Callable[[Batch], Any]:
         "layer": lambda batch: layer(batch.x, model.layer, tensors)[:3],
     }
     return runs[kernel]
+
+
+def product(kernel: str, model: Model, weights: Weights) -> Callable[[Batch, Tile], Tensor]:
+    """One of the two projections with a tile of the caller's choice."""
+    tensors, scales = weights.tensors, weights.scales
+    if kernel == "down":
+        w2, b2, second = tensors["experts.w2"], tensors.get("experts.b2"), scales.get("w2")
+        return lambda batch, tile: down(batch.hidden, w2, batch.dispatched, tile, bias=b2, quantised=second)
+    w1, b1, first = tensors[model.first], tensors.get(model.first.replace("w", "b")), scales.get("w13")
+    return lambda batch, tile: gate_up(
+        batch.x, w1, model.mlp, batch.dispatched, tile, bias=b1, quantised=first, interleaved=model.interleaved
+    )
 
 
 def fault(kernel: str, got: Any, batch: Batch, weights: Weights) -> str | None:
@@ -105,7 +110,9 @@ def fault(kernel: str, got: Any, batch: Batch, weights: Weights) -> str | None:
             if sorted(got[0][token].tolist()) != sorted(want.ids[0].tolist()):
                 return f"token {token}: experts {got[0][token].tolist()}, want {want.ids[0].tolist()}"
             order, by_id = got[0][token].argsort(), want.ids[0].argsort()
-            wrong = _distance(got[1][token][order], want.weights[0][by_id], torch.float32, model.experts)
+            wrong = _distance(
+                got[1][token][order], want.weights[0][by_id], torch.float32, ROUTING_ROUNDINGS + model.experts
+            )
         else:
             mine, exact = _answer(kernel, got, token, batch, weights)
             wrong = _distance(mine, exact, torch.bfloat16, ROUNDINGS)

@@ -155,7 +155,7 @@ class Weights:
     def exact(self, experts: Tensor) -> dict[str, Tensor]:
         """The tensors of these experts alone in float64, gate above up, without padding, scales multiplied in."""
         names = [name.removeprefix("experts.") for name in self.tensors if name.startswith("experts.")]
-        found = {name: self.unpadded(name)[experts].double() for name in names}
+        found = {name: _rows(self.unpadded(name), experts).double() for name in names}
         for name, quantised in self.scales.items():
             stacked = 2 if name == "w13" else 1
             found[name] *= spread(quantised.scale[experts], found[name].shape, quantised.tile, stacked)
@@ -163,6 +163,11 @@ class Weights:
             for name in ("w13", "b13"):
                 found[name] = torch.cat([found[name][:, ::2], found[name][:, 1::2]], dim=1)
         return {f"experts.{name}": tensor for name, tensor in found.items()}
+
+
+def _rows(tensor: Tensor, experts: Tensor) -> Tensor:
+    """tensor[experts]; float8 by its bits, for not every torch indexes it."""
+    return tensor.view(torch.uint8)[experts].view(tensor.dtype) if tensor.itemsize == 1 else tensor[experts]
 
 
 def make_weights(model: Model, device: str) -> Weights:

@@ -18,13 +18,10 @@ RIVAL = "transformers grouped_mm"
 def markdown(facts: Mapping[str, Any], rows: list[Row]) -> str:
     interpreted = facts["device"].startswith("cpu")
     columns = ["kernel", "model", "T", "floor us", "us", "20-80 %", "share", "launches", "others, us"]
+    named = ("device", "date", "torch", "triton", "transformers", "vllm")
     lines = [
         f"`{facts['command']}`",
-        ", ".join(
-            f"{key} {facts[key] or 'not installed'}"
-            for key in ("device", "date", "torch", "triton", "transformers", "vllm")
-        )
-        + f"; {facts['seconds']} s",
+        ", ".join(f"{key} {facts[key] or 'not installed'}" for key in named) + f"; {facts['seconds']} s",
         "",
     ]
     if interpreted:
