@@ -82,10 +82,8 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         if not dry_run:
-            raise click.UsageError(
-                "no GPU here, and the interpreter's times say nothing; add --dry-run to try the path"
-            )
-        sizes, jobs = (5,), 1
+            raise click.UsageError("no GPU: the interpreter's times say nothing; add --dry-run to try the path")
+        names, sizes, jobs = names or (MODELS[0].name,), (5,), 1
     models = [model if device == "cuda" else tiny(model) for model in MODELS if model.name in names or not names]
     budget, left = Budget(seconds), len(models) * len(sizes)
     for model in models:
@@ -112,6 +110,8 @@ def tune(model: Model, tokens: int, weights: Weights, device: str, budget: Budge
     seen: Counter[str] = Counter()
     # The default's own height first, should time end before the others'.
     variants = sorted(heights(asked), key=lambda pair: pair != (usual.block_m, usual.aligned))
+    if device == "cpu":
+        variants = variants[:1]
     ranked: list[tuple[float, Config]] = []
     for number, (block_m, aligned) in enumerate(variants):
         here = [replace(batch, config=replace(usual, block_m=block_m, aligned=aligned)) for batch in batches]

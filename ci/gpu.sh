@@ -9,7 +9,7 @@
 # Nothing is installed into PYTHON's own environment: this project, and what it lacks, go to a folder of their own.
 # Exits 1 if any step fails; each step's output is in OUT.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 OUT=$(mkdir -p "${OUT:-results/gpu}" && cd "${OUT:-results/gpu}" && pwd)
 ENGINES=${ENGINES:-reference triton transformers}
 if [ -z "${PYTHON:-}" ]; then
@@ -30,10 +30,11 @@ print(*(package for module, package in packages.items() if find_spec(module) is 
 CODE
 ) || exit 1
 if [ -n "$MISSING" ]; then
-    # shellcheck disable=SC2086 -- one word a package
+    # One word a package.
+    # shellcheck disable=SC2086
     "$PYTHON" -m pip install --quiet --no-deps "${SOURCE[@]}" --target "$SITE" $MISSING || exit 1
 fi
-PROJECT=$(ls "${WHEELS:-/nonexistent}"/moe_conformance-*.whl 2>/dev/null | tail -n 1)
+PROJECT=$(find "${WHEELS:-/nonexistent}" -maxdepth 1 -name 'moe_conformance-*.whl' 2>/dev/null | sort | tail -n 1)
 # setuptools would copy what an earlier build left there into the wheel.
 rm -rf build
 ISOLATION=(${WHEELS:+--no-build-isolation})
@@ -62,6 +63,14 @@ print("python", platform.python_version(), "torch", torch.__version__, "triton",
 step kernels "$PYTHON" -m pytest -q tests/test_gpu.py tests/test_kernels.py --junitxml "$OUT/kernels.xml"
 step conformance "$PYTHON" -m moe_conformance.cli run --tier gpu "${CHOSEN[@]}" --known ci/known_transformers.toml \
     --out "$OUT/conformance"
-step timing "$PYTHON" ci/timing.py "$OUT"
+step benchmarks "$PYTHON" benchmarks/kernels.py --quick --out "$OUT/benchmarks"
 step aot "$PYTHON" ci/aot.py
+# Each tensor in an allocation of its own, so that an access beside it is seen. Gigabyte tensors would take minutes.
+if command -v compute-sanitizer >/dev/null; then
+    step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 600 \
+        compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$PYTHON" tests/kernel_twins.py cuda --without offsets_do_not_wrap_at_32_bits
+else
+    echo "sanitizer: not run, compute-sanitizer is not on the PATH" | tee -a "$OUT/steps.txt"
+fi
 exit "$STATUS"

@@ -1,4 +1,4 @@
-"""The kernels compiled, and captures recorded in a CUDA graph."""
+"""The kernels compiled, recorded in a CUDA graph, and free of waits for the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,11 @@ from torch import Tensor
 
 from moe_conformance.engine import CaptureSpec, Rows
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import distinct_logits, integers, poison_
+from moe_conformance.inputs import distinct_logits, integers, normal, poison_
+from moe_conformance.reference_impl import experts as reference_experts
+from moe_conformance.reference_impl import layer as reference_layer
 from moe_conformance.reference_impl.capture import Capturer, raise_rejected
+from moe_conformance.spec import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU, though the machine has one", allow_module_level=True)
@@ -30,6 +33,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: kernels are not compiled in this process", allow_module_level=True)
 
 TOKENS, LAYERS, TOP_K, EXPERTS = 9, 3, 4, 60
+HIDDEN, WIDTH = 72, 48
+# Tokens on each path of the experts: pairs not sorted; sorted in one launch; counted first, being more than 4096.
+PATHS = pytest.mark.parametrize("tokens", [3, TOKENS, 1100], ids=["unsorted", "sorted", "counted"])
+LAYER = LayerSpec(HIDDEN, EXPERTS, LogitsSpec(), RoutingSpec(TOP_K, renormalize="sum"), MLPSpec(WIDTH))
 
 
 def test_compiled_kernels_equal_the_reference() -> None:
@@ -116,3 +123,106 @@ def test_routing_follows_its_logits_when_the_graph_is_replayed() -> None:
     logits.copy_(distinct_logits(TOKENS, EXPERTS, "another"))
     graph.replay()
     assert torch.equal(answers[-1], softmax_topk(logits, TOP_K, True).ids)
+
+
+def layer_tensors() -> dict[str, Tensor]:
+    """On the GPU; every value is exact in float32, so that the reference computes with the same."""
+    return {name: normal(shape, name, std=1 / 8).cuda() for name, shape in LAYER.tensors().items()}
+
+
+def tokens_of(step: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], ids [T, K] with one that names no expert, and weights [T, K]."""
+    ids = distinct_logits(tokens, EXPERTS, f"ids {step}").topk(TOP_K).indices.int()
+    ids[step % tokens, 1] = -1
+    weights = normal((tokens, TOP_K), f"weights {step}").softmax(-1)
+    return normal((tokens, HIDDEN), f"x {step}").cuda(), ids.cuda(), weights.cuda()
+
+
+def exact_experts(tensors: dict[str, Tensor], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    tensors = {name: tensor.cpu().double() for name, tensor in tensors.items()}
+    ids = ids.cpu().masked_fill(ids.cpu() < 0, EXPERTS)  # as the reference marks a dropped pair
+    return reference_experts.routed_experts(x.cpu().double(), LAYER.experts, tensors, ids, weights.cpu().double())
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    """float32 sums of 72 and 48 products, of values around 1."""
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-4, atol=1e-5)
+
+
+@PATHS
+def test_the_experts_follow_their_inputs_when_the_graph_is_replayed(tokens: int) -> None:
+    from moe_conformance.kernels.experts import routed_experts
+
+    tensors = layer_tensors()
+    x, ids, weights = tokens_of(0, tokens)
+    answers: list[Tensor] = []
+    graph = recorded(lambda: answers.append(routed_experts(x, LAYER.experts, tensors, ids, weights)))
+    for step in (1, 2):
+        for tensor, following in zip((x, ids, weights), tokens_of(step, tokens), strict=True):
+            tensor.copy_(following)
+        graph.replay()
+        close(answers[-1], exact_experts(tensors, x, ids, weights))
+
+
+@PATHS
+def test_the_layer_follows_its_inputs_and_weights_when_the_graph_is_replayed(tokens: int) -> None:
+    from moe_conformance.kernels.layer import layer
+
+    tensors = layer_tensors()
+    x, _, _ = tokens_of(0, tokens)
+    answers = []
+    graph = recorded(lambda: answers.append(layer(x, LAYER, tensors)))
+    x.copy_(tokens_of(1, tokens)[0])
+    tensors["router.proj"].copy_(normal((EXPERTS, HIDDEN), "another router", std=1 / 8))
+    graph.replay()
+    output, ids, weights, _ = answers[-1]
+    exact = reference_layer.layer(x.cpu().double(), LAYER, {name: t.cpu().double() for name, t in tensors.items()})
+    assert torch.equal(ids.cpu().long(), exact.ids.long())
+    close(weights, exact.weights)
+    close(output, exact.output)
+
+
+@PATHS
+def test_dispatch_follows_its_ids_when_the_graph_is_replayed(tokens: int) -> None:
+    from moe_conformance.kernels.dispatch import align
+    from moe_conformance.reference_impl.dispatch import align as reference_align
+
+    ids = tokens_of(0, tokens)[1]
+    answers = []
+    graph = recorded(lambda: answers.append(align(ids, EXPERTS, 16)))
+    for step in (1, 2):
+        ids.copy_(tokens_of(step, tokens)[1])
+        graph.replay()
+        for got, want in zip(answers[-1], reference_align(ids.cpu(), EXPERTS, 16), strict=True):
+            assert torch.equal(got.cpu(), want)
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[Callable[[], None]]:
+    """From its call to the end of the test, what makes the host wait for the device raises."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@PATHS
+def test_no_stage_of_the_layer_waits_for_the_device(tokens: int, no_waiting: Callable[[], None]) -> None:
+    from moe_conformance.kernels.capture import capture
+    from moe_conformance.kernels.dispatch import align
+    from moe_conformance.kernels.experts import routed_experts
+    from moe_conformance.kernels.layer import layer
+
+    tensors = layer_tensors()
+    x, ids, weights = tokens_of(0, tokens)
+    taken = layer(x, LAYER, tensors).ids
+    buffer = torch.zeros(tokens, LAYERS, TOP_K, dtype=torch.uint8, device="cuda")
+    rejected = torch.zeros(LAYERS, dtype=torch.int32, device="cuda")
+
+    def step() -> None:
+        layer(x, LAYER, tensors)
+        routed_experts(x, LAYER.experts, tensors, ids, weights)
+        align(ids, EXPERTS, 16)
+        capture(taken, 0, tokens, buffer, 1, EXPERTS, rejected)
+
+    step()  # compiled, which may wait
+    no_waiting()
+    step()
