@@ -57,6 +57,7 @@ from moe_conformance.kernels.tuning import (
     file_name,
     interpreter_config,
     power,
+    shared_memory,
     write,
 )
 
@@ -104,7 +105,7 @@ def tune(model: Model, tokens: int, weights: Weights, device: str, budget: Budge
     asked = problem(model, tokens)
     shared, usual = 0, interpreter_config(asked)
     if device == "cuda":
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        shared = shared_memory(torch.device(device))
         usual = default(asked, shared)
     batches = [make_batch(model, tokens, device, usual) for _ in range(2)]
     seen: Counter[str] = Counter()
@@ -117,9 +118,8 @@ def tune(model: Model, tokens: int, weights: Weights, device: str, budget: Budge
         here = [replace(batch, config=replace(usual, block_m=block_m, aligned=aligned)) for batch in batches]
         total = 0.0
         if aligned:
-            total = timed(Rotating(lambda b: align(b.ids, model.experts, b.config.block_m), here), False, MILLISECONDS)[
-                0
-            ]
+            sort = Rotating(lambda batch: align(batch.ids, model.experts, batch.config.block_m), here)
+            total = timed(sort, False, MILLISECONDS)[0]
         best: dict[str, Tile] = {}
         for projection in PROJECTIONS:
             share = Budget(budget.left / (2 * (len(variants) - number) - len(best)))

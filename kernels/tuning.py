@@ -70,7 +70,7 @@ class Problem:
 
 def power(number: float, low: int, high: int) -> int:
     """The power of two at or above number, within [low, high]."""
-    return max(low, min(high, triton.next_power_of_2(max(1, int(-(-number // 1))))))
+    return max(low, min(high, int(triton.next_power_of_2(max(1, int(-(-number // 1)))))))
 
 
 def default(problem: Problem, shared_memory: int) -> Config:
@@ -159,6 +159,12 @@ def write(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one block of threads may ask for; builds of torch for AMD know the plain limit alone."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block)
+
+
 def choose(problem: Problem, device: torch.device) -> Config:
     """The kept configuration of the nearest number of tokens, by ratio; the default where none is near."""
     if interpreted():
@@ -170,5 +176,5 @@ def choose(problem: Problem, device: torch.device) -> Config:
 
     nearest = min(by_tokens, key=ratio, default=0)
     if not nearest or ratio(nearest) > NEAR:
-        return default(problem, torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+        return default(problem, shared_memory(device))
     return by_tokens[nearest]
