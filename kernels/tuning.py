@@ -160,9 +160,10 @@ def write(config: Config) -> dict[str, Any]:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes that one block of threads may ask for; builds of torch for AMD know the plain limit alone."""
+    """Bytes that one block of threads may ask for; 64 KiB, as on AMD's gfx942, where torch does not say."""
     properties: Any = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block)
+    known = (getattr(properties, f"shared_memory_per_block{suffix}", 0) for suffix in ("_optin", ""))
+    return int(next(filter(None, known), 64 * 1024))
 
 
 def choose(problem: Problem, device: torch.device) -> Config:
