@@ -1,7 +1,8 @@
-"""Triton's interpreter without what it does over and over; for a process of our own that interprets.
+"""Triton's interpreter made fit for a process of our own that interprets.
 
 Triton 3.9 makes triton.language's functions interpreted ones anew for each device function that a kernel calls, which
-is half of what a small kernel costs, and checks each integer operation for overflow by computing it twice.
+is half of what a small kernel costs, and checks each integer operation for overflow by computing it twice. Triton 3.6
+cannot count a loop with NumPy 2.4, which turns arrays of one element into numbers no longer.
 """
 
 from __future__ import annotations
@@ -29,12 +30,16 @@ def make_light(check_overflow: bool = False) -> None:
     patch_language = interpreter._patch_lang
     everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
+    def patch_once(fn: Any) -> Any:
+        scope = patch_language(everything)
+        tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
+        return scope
+
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.rewrite()(*args, **kwargs)
 
-    interpreter._patch_lang = lambda fn: patch_language(everything)
+    interpreter._patch_lang = patch_once
     interpreter.InterpretedFunction.__call__ = call
     interpreter._is_light = True
     if not check_overflow:
-        options = interpreter.interpreter_builder.options
-        object.__setattr__(options, "sanitize_overflow", False)
+        object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
