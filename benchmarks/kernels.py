@@ -43,6 +43,8 @@ from kernel_inputs import Batch, make_batches
 from model_shapes import MODELS, TOKENS, Model, Weights, make_weights, tiny
 from table import markdown
 
+from moe_conformance.kernels.interpreter import make_light
+
 # Larger batches are launched one by one, as engines do; up to here they are recorded in a CUDA graph.
 GRAPH_TOKENS = 256
 # One replay of a graph; ten are made. Long enough that the clock of events (0.5 us) is below a thousandth.
@@ -72,6 +74,7 @@ def main(
     quick: bool,
 ) -> None:
     """Time the kernels; without options all of them."""
+    make_light()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     budget = Budget(seconds or (60 if quick else 240))
     names = names or (("gemma4",) if quick else tuple(model.name for model in MODELS))

@@ -48,6 +48,7 @@ from torch import Tensor
 
 from moe_conformance.kernels.dispatch import align
 from moe_conformance.kernels.experts import compute
+from moe_conformance.kernels.interpreter import make_light
 from moe_conformance.kernels.tuning import (
     SPARSE,
     Config,
@@ -80,6 +81,7 @@ def main(
     names: tuple[str, ...], sizes: tuple[int, ...], seconds: float, jobs: int, out: Path, dry_run: bool
 ) -> None:  # fmt: skip
     """Tune MODELs (default: all) for numbers of tokens."""
+    make_light()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         if not dry_run:

@@ -65,11 +65,10 @@ step conformance "$PYTHON" -m moe_conformance.cli run --tier gpu "${CHOSEN[@]}" 
     --out "$OUT/conformance"
 step benchmarks "$PYTHON" benchmarks/kernels.py --quick --out "$OUT/benchmarks"
 step aot "$PYTHON" ci/aot.py
-# Each tensor in an allocation of its own, so that an access beside it is seen. Gigabyte tensors would take minutes.
 if command -v compute-sanitizer >/dev/null; then
+    # Each tensor in an allocation of its own, so that an access beside it is seen.
     step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 600 \
-        compute-sanitizer --tool memcheck --error-exitcode 9 \
-        "$PYTHON" tests/kernel_twins.py cuda --without offsets_do_not_wrap_at_32_bits
+        compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" tests/kernel_twins cuda
 else
     echo "sanitizer: not run, compute-sanitizer is not on the PATH" | tee -a "$OUT/steps.txt"
 fi

@@ -56,8 +56,10 @@ class Triton(Engine):
         import torch
         import triton
 
+        from moe_conformance.kernels.interpreter import make_light
         from moe_conformance.kernels.launch import interpreted
 
+        make_light()
         if not interpreted() and not torch.cuda.is_available():
             raise Unavailable(
                 "torch sees no GPU, and kernels are compiled in this process; hide GPUs that torch cannot use "

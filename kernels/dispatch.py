@@ -19,6 +19,9 @@ from moe_conformance.reference_impl.dispatch import slot_count
 
 # Pairs that every program counts for itself: 32 a thread at 4 warps.
 _ONE_LAUNCH = 4096
+# Pairs that one program places, comparing each with each. Compiled: 128 comparisons a thread.
+MOST_PAIRS = 128
+MOST_PAIRS_INTERPRETED = 256
 
 
 @triton.jit
@@ -122,7 +125,7 @@ def align_kernel(
 def align_blocks(pairs: int, experts: int, slots: int, block: int, interpret: bool) -> dict[str, int]:
     """Tile sizes; BLOCK_R is of count_kernel too. Programs as they fit, each with an even share of what is filled."""
     power = triton.next_power_of_2
-    block_r = min(power(pairs), 1024 if interpret else 128)
+    block_r = min(power(pairs), MOST_PAIRS_INTERPRETED if interpret else MOST_PAIRS)
     programs = triton.cdiv(pairs, block_r)
     return {
         "ALL_R": power(pairs) if pairs <= _ONE_LAUNCH else 1,

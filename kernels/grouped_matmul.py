@@ -269,7 +269,8 @@ def _grouped_matmul(
         return out
     up = 1 if interleaved else width  # rows from a gate row to its up row
     scale, scale_n, scale_k, native = None, 0, 0, False
-    scale_strides, up_scale = (0, 0, 0), 0
+    scale_strides: tuple[int, ...] = (0, 0, 0)
+    up_scale = 0
     if quantised is not None:
         scale, native = quantised.scale, native_fp8(x.device)
         scale_n, scale_k = quantised.tile[0] or width, quantised.tile[1] or w.shape[2]
@@ -337,10 +338,10 @@ def _check(
         return
     if interleaved:
         raise InputError("w: got interleaved float8 rows, want gate above up: a scale belongs to rows side by side")
-    want = (len(w), *scale_shape(w.shape[1], w.shape[2], quantised.tile, halves))
-    if quantised.scale.shape != want or not quantised.scale.is_floating_point():
+    shape = (len(w), *scale_shape(w.shape[1], w.shape[2], quantised.tile, halves))
+    if quantised.scale.shape != shape or not quantised.scale.is_floating_point():
         got = f"{quantised.scale.dtype} {list(quantised.scale.shape)}"
-        raise InputError(f"scale: got {got}, want float {list(want)}, one a tile of {quantised.tile}")
+        raise InputError(f"scale: got {got}, want float {list(shape)}, one a tile of {quantised.tile}")
 
 
 def gate_up(

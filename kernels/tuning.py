@@ -100,11 +100,11 @@ def default(problem: Problem, shared_memory: int) -> Config:
 
 
 def interpreter_config(problem: Problem) -> Config:
-    """Few, large programs, for the interpreter's cost is per operation; two steps of depth all the same."""
+    """Few, large programs, for the interpreter's cost is per operation."""
     pairs = problem.tokens * problem.top_k
 
     def tile(width: int, depth: int) -> Tile:
-        return Tile(power(width, 16, 128), power(depth / 2, 16, 512), group_m=2)
+        return Tile(power(width, 16, 128), power(depth, 16, 512), group_m=2)
 
     sparse = pairs * SPARSE <= problem.experts
     block_m = 16 if sparse else power(pairs / problem.experts, 16, 64)

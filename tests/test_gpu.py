@@ -40,7 +40,7 @@ LAYER = LayerSpec(HIDDEN, EXPERTS, LogitsSpec(), RoutingSpec(TOP_K, renormalize=
 
 
 def test_compiled_kernels_equal_the_reference() -> None:
-    twins = Path(__file__).with_name("kernel_twins.py")
+    twins = Path(__file__).with_name("kernel_twins")
     ran = subprocess.run([sys.executable, "-W", "ignore", twins, "cuda"], capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr
     outcome = json.loads(ran.stdout.splitlines()[-1])

@@ -138,6 +138,7 @@ BLOCK_CASES = (
     *(_case(slug, "one-token", "block.combine", "core", shape=(1, 1)) for slug in SOME),
     *(_case(slug, "no-tokens", "block.combine", "core" if slug in SOME else "full", shape=(1, 0)) for slug in FAMILIES),
     *(_case(slug, "bf16", "block.combine", "full", dtype="bfloat16", routing="spread") for slug in GIVEN),
+    *(_case(slug, "fp16", "block.combine", "full", dtype="float16", routing="spread") for slug in SOME),
 )
 
 

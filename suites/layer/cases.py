@@ -60,6 +60,7 @@ VALUE_CASES = (
     _case("gemma4", TINY, (), method="gemma4", activation="gelu_tanh", scale=1.0),
     _case("no-renorm", TINY, ("shared", "padded_hidden"), method="softmax_topk"),
     *(_case("tiny-bf16", TINY, parts, dtype="bfloat16") for parts in EIGHT),
+    *(_case("tiny-fp16", TINY, parts, dtype="float16") for parts in EIGHT),
     _case("many-tokens", MANY, ("shared", "latent", "padded_hidden")),
     _case("nemotron-3-nano", NANO, ("shared", "padded_hidden", "padded_intermediate")),
     _case("nemotron-3-nano-bf16", NANO, ("shared", "padded_hidden", "padded_intermediate"), "full", dtype="bfloat16"),

@@ -1,0 +1,101 @@
+"""Combine: each weight once, nothing of pairs without an expert, one rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_conformance import compare
+from moe_conformance.inputs import integers, normal, poison_, poisoned_allocations
+from moe_conformance.kernels.combine import combine
+from moe_conformance.reference_impl.combine import combine as reference
+from moe_conformance.tolerance import Value
+
+NAN = float("nan")
+EXPERTS, IDENTITY = 7, 3
+
+
+def _bound(
+    outputs: Tensor, ids: Tensor, weights: Tensor, x: Tensor, taken: Tensor, options: dict[str, object]
+) -> Value:
+    """The sum as the kernel computes it: products and additions in float32, one rounding to x's dtype."""
+    (tokens, width), top_k = x.shape, ids.shape[1]
+    rows = outputs.unflatten(0, (tokens, top_k))[..., :width].double().masked_fill(~taken[..., None], 0)
+    share = (weights if options.get("weighted", True) else torch.ones_like(weights)).double().masked_fill(~taken, 0)
+    identity = (ids >= EXPERTS) & (ids < EXPERTS + int(options.get("identity_experts", 0)))  # type: ignore[call-overload]
+    passed = Value.of(weights.double().masked_fill(~identity, 0).T[..., None]).summed(torch.float32) * Value.of(x)
+    products = (Value.of(share.T[..., None]) * Value.of(rows.transpose(0, 1))).stored(torch.float32)  # [K, T, D]
+    total = (products.summed(torch.float32) + passed.stored(torch.float32)).stored(torch.float32)
+    total = (total * Value.of(float(options.get("scale", 1.0)))).stored(torch.float32)  # type: ignore[arg-type]
+    added = options.get("added")
+    if isinstance(added, Tensor):
+        total = (total + Value.of(added)).stored(torch.float32)
+    return total.stored(x.dtype)
+
+
+def combine_is_the_reference(device: str) -> None:
+    """All options, alone and together, at sizes that fill no tile; what must not be read is NaN."""
+    half = torch.tensor([1, -1, 0, -1, -1, 3, 2], dtype=torch.int32)
+    for tokens, top_k, width, padded in (
+        (7, 3, 20, 24),
+        (1, 1, 1, 1),
+        (131, 8, 33, 33),
+        (5, 22, 1030, 1040),
+        (0, 3, 20, 24),
+    ):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            x, added = normal((tokens, width), "x", dtype), normal((tokens, width), "added", dtype)
+            wide = poison_(torch.empty(tokens, 2 * width + 1, dtype=dtype))
+            wide[:, : 2 * width : 2] = added
+            ids = integers((tokens, top_k), "ids", EXPERTS + IDENTITY + 2, -1)
+            weights = integers((tokens, top_k), "weights", 16, low=1).float() / 8
+            for options in (
+                {},
+                {"scale": 2.5},
+                {"added": added, "scale": 2.5},
+                {"weighted": False},
+                {"identity_experts": IDENTITY, "scale": 2.5, "added": added},
+                {"expert_map": half},
+                {"expert_map": half, "weighted": False, "identity_experts": IDENTITY, "added": added},
+            ):
+                taken = (ids >= 0) & (ids < EXPERTS)
+                if "expert_map" in options:
+                    taken &= half[ids.clamp(0, EXPERTS - 1)] >= 0
+                passed = (ids >= EXPERTS) & (ids < EXPERTS + options.get("identity_experts", 0))
+                outputs = normal((tokens * top_k, padded), "outputs", dtype)
+                outputs[:, width:] = NAN
+                outputs[~taken.flatten()] = NAN
+                share = weights.masked_fill(~(taken | passed), NAN)
+                given = {**options, "added": wide.to(device)[:, : 2 * width : 2]} if "added" in options else options
+                given = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in given.items()}
+                with poisoned_allocations():
+                    got = combine(outputs.to(device), ids.to(device), share.to(device), x.to(device), EXPERTS, **given)
+                exact = {n: v.double() if n == "added" else v for n, v in options.items()}
+                want = reference(outputs.double(), ids, share.double(), x.double(), EXPERTS, **exact)
+                bound = _bound(outputs, ids, share, x, taken, options).bound("float32 sums, one rounding")
+                compare.close(f"{tokens}x{width} {dtype} {sorted(options)}", got, want, bound)
+                compare.same("dtype", got.dtype, dtype)
+
+
+def weights_may_have_any_strides(device: str) -> None:
+    x, outputs = normal((9, 20), "x"), normal((27, 20), "outputs")
+    ids, weights = integers((9, 3), "ids", EXPERTS), integers((9, 3), "weights", 16, low=1).float() / 8
+    room = poison_(torch.empty(6, 10))
+    room[::2, :9] = weights.T
+    got = combine(outputs.to(device), ids.to(device), room.to(device)[::2, :9].T, x.to(device), EXPERTS)
+    everybody = torch.ones_like(ids, dtype=torch.bool)
+    want = reference(outputs.double(), ids, weights.double(), x.double(), EXPERTS)
+    compare.close("strided weights", got, want, _bound(outputs, ids, weights, x, everybody, {}).bound("float32 sums"))
+
+
+def combine_is_refused_in_words(device: str) -> None:
+    x, outputs = torch.zeros(4, 20, device=device), torch.zeros(12, 24, device=device)
+    ids, weights = torch.zeros(4, 3, dtype=torch.int64, device=device), torch.zeros(4, 3, device=device)
+    for what, call, words in (
+        ("rows", lambda: combine(outputs[:9], ids, weights, x, 7), ("[9, 24]", "12")),
+        ("narrow", lambda: combine(outputs[:, :19], ids, weights, x, 7), ("[12, 19]", "20")),
+        ("columns apart", lambda: combine(outputs.T.contiguous().T, ids, weights, x, 7), ("contiguous",)),
+        ("weights", lambda: combine(outputs, ids, weights[:, :2], x, 7), ("[4, 2]",)),
+        ("added", lambda: combine(outputs, ids, weights, x, 7, added=x[:, :9]), ("[4, 9]",)),
+    ):
+        compare.refused(what, call, words)

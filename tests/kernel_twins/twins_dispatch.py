@@ -1,0 +1,101 @@
+"""Dispatch gives each pair the reference's own slot, in one launch or in three."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from moe_conformance import compare
+from moe_conformance.errors import InputError
+from moe_conformance.inputs import bits, distinct_logits, integers, poison_, poisoned_allocations
+from moe_conformance.kernels import dispatch
+from moe_conformance.reference_impl import dispatch as reference_dispatch
+
+# T, K, E, block: pairs that fill no tile, an expert for each and many for one, the largest K and E.
+SHAPES = (
+    *((1, 1, 1, 1), (1, 8, 128, 16), (7, 3, 5, 8), (63, 4, 60, 16), (131, 8, 128, 64), (33, 22, 512, 16)),
+    *((0, 3, 5, 8), (5, 3, 257, 1), (128, 2, 4, 64), (40, 1, 1, 128), (9, 4, 1024, 4)),
+)
+
+
+def _maps(experts: int) -> dict[str, Tensor | None]:
+    """All experts, every second one in another order than theirs, and none at all."""
+    some = torch.full((experts,), -1, dtype=torch.int32)
+    held = bits((experts,), "held").argsort()[: experts // 2]
+    some[held] = torch.arange(len(held), dtype=torch.int32)
+    return {"no map": None, "half": some, "idle": torch.full((experts,), -1, dtype=torch.int32)}
+
+
+def _ids(tokens: int, top_k: int, experts: int, kind: str) -> Tensor:
+    if kind == "one expert":
+        return torch.full((tokens, top_k), experts - 1)
+    if kind == "outside":
+        ids = integers((tokens, top_k), "outside", experts + 4, -3)
+        ids[::5, 0] = 2**32  # cut to 32 bits it is expert 0
+        return ids
+    return distinct_logits(tokens, experts, "ids").topk(min(top_k, experts)).indices
+
+
+def _same_alignment(what: str, ids: Tensor, experts: int, block: int, expert_map: Tensor | None, device: str) -> None:
+    on_device = None if expert_map is None else expert_map.to(device)
+    with poisoned_allocations():
+        got = dispatch.align(ids.to(device) if ids.is_contiguous() else ids, experts, block, on_device)
+    named = (ids >= 0) & (ids < experts)
+    want = reference_dispatch.align(ids.cpu().where(named.cpu(), -1), experts, block, expert_map)
+    for field, tensor in want._asdict().items():
+        compare.equal(f"{what}: {field}", getattr(got, field), tensor)
+
+
+def every_pair_has_the_slot_of_the_reference(device: str) -> None:
+    _all_alignments(device, most=2000)
+
+
+def _all_alignments(device: str, most: int) -> None:
+    for tokens, top_k, experts, block in (shape for shape in SHAPES if shape[0] * shape[1] <= most):
+        for name, expert_map in _maps(experts).items():
+            for kind in ("distinct", "outside") if name != "half" else ("distinct", "outside", "one expert"):
+                what = f"T {tokens}, K {top_k}, E {experts}, block {block}, {name}, {kind}"
+                ids = _ids(tokens, top_k, experts, kind)
+                dtype = torch.int64 if kind == "outside" or tokens % 2 else torch.int32
+                _same_alignment(what, ids.to(dtype), experts, block, expert_map, device)
+
+
+def _small_programs() -> Any:
+    return patch.multiple(dispatch, MOST_PAIRS=16, MOST_PAIRS_INTERPRETED=16)
+
+
+def several_programs_place_what_each_counts(device: str) -> None:
+    with _small_programs():
+        _all_alignments(device, most=150)
+
+
+def many_pairs_are_counted_first(device: str) -> None:
+    with patch.object(dispatch, "_ONE_LAUNCH", 8), _small_programs():
+        _all_alignments(device, most=150)
+    _same_alignment("5600 pairs", _ids(700, 8, 128, "distinct"), 128, 64, _maps(128)["half"], device)
+
+
+def strided_ids_are_read_where_they_lie(device: str) -> None:
+    room = poison_(torch.empty(2 * 33, 7, dtype=torch.int64))
+    room[1::2, 1:7:2] = _ids(33, 3, 20, "distinct")
+    _same_alignment("every second", room.to(device)[1::2, 1:7:2], 20, 8, None, device)
+    transposed = _ids(33, 3, 20, "distinct").T.contiguous().to(device).T
+    _same_alignment("transposed", transposed, 20, 8, None, device)
+
+
+def alignment_is_refused_in_words(device: str) -> None:
+    ids = torch.zeros(4, 3, dtype=torch.int32, device=device)
+    for what, arguments, words in (
+        ("one dim", (ids[0], 5, 8), ("[3]",)),
+        ("float", (ids.float(), 5, 8), ("float32",)),
+        ("block of 12", (ids, 5, 12), ("12",)),
+        ("block of 0", (ids, 5, 0), ("0",)),
+        ("no experts", (ids, 0, 8), ("0",)),
+        ("short map", (ids, 5, 8, torch.zeros(4, dtype=torch.int32, device=device)), ("[4]", "[5]")),
+        ("map of int64", (ids, 5, 8, torch.zeros(5, dtype=torch.int64, device=device)), ("int64",)),
+    ):
+        error = compare.refused(what, lambda a=arguments: dispatch.align(*a), words)
+        compare.same(f"{what}: error", type(error), InputError)
