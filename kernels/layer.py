@@ -6,6 +6,9 @@ the reference's torch; what is always on is added, and the routed sum scaled, by
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from torch import Tensor
 
 from moe_conformance.engine import LayerInputs, RouteInputs, Routing
@@ -33,37 +36,52 @@ def layer(
     state: Tensor | None = None,
     sequences: int = 1,
     routing: Routing | None = None,
+    **storage: Any,
 ) -> LayerOutput:
     """What the layer computes of its input, without the residual around it; arguments as the reference's `layer`.
 
+    storage: how the experts' weights lie, `quantised` and `interleaved` of `routed_experts`.
     Raises InputError for routing that does not stand in one row of logits (capacity, product keys).
     """
     logits, state = router_logits(x, spec.logits, tensors, state=state)  # [T, classes]
     if routing is not None and not spec.routing.shared_classes:
         ids, weights = routing
-        return LayerOutput(combined(x, spec, tensors, ids, weights), ids, weights, state)
+        return LayerOutput(combined(x, spec, tensors, ids, weights, **storage), ids, weights, state)
     ids, weights, shared = route_logits(logits, spec.routing, tensors, token_ids=token_ids, sequences=sequences)
     if routing is not None:
         ids, weights = routing
-    return LayerOutput(combined(x, spec, tensors, ids, weights, shared), ids, weights, state)
+    return LayerOutput(combined(x, spec, tensors, ids, weights, shared, **storage), ids, weights, state)
 
 
 def combined(
-    x: Tensor, spec: LayerSpec, tensors: Tensors, ids: Tensor, weights: Tensor, shared: Tensor | None = None
+    x: Tensor,
+    spec: LayerSpec,
+    tensors: Tensors,
+    ids: Tensor,
+    weights: Tensor,
+    shared: Tensor | None = None,
+    **storage: Any,
 ) -> Tensor:
     """All that follows the router, [T, H] -> [T, H]; in one launch with the combine where no step stands between."""
     between = spec.latent or (spec.dense and spec.dense.norm_eps) or spec.output_bias or spec.output_norm
     if between or (spec.shared and spec.shared.combine != "sum"):
-        return experts_output(x, spec, tensors, ids, weights, shared, experts=routed_experts)
+        return experts_output(x, spec, tensors, ids, weights, shared, experts=partial(routed_experts, **storage))
     added = None
     if spec.shared:
         added = shared_output(x, spec.shared, tensors, shared)
     if spec.dense:
         dense = dense_output(x, spec.dense, tensors)
         added = dense if added is None else added + dense
-    identity = spec.routing.identity_experts
     return routed_experts(
-        x, spec.experts, tensors, ids, weights, identity_experts=identity, scale=spec.output_scale, added=added
+        x,
+        spec.experts,
+        tensors,
+        ids,
+        weights,
+        identity_experts=spec.routing.identity_experts,
+        scale=spec.output_scale,
+        added=added,
+        **storage,
     )
 
 

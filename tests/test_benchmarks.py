@@ -21,7 +21,7 @@ KERNELS = {"experts", "gate_up", "down", "route", "align", "layer", "combine", "
 SPOILT = """
 import json, sys
 sys.path.append(sys.argv[1])
-from kernel_cases import KERNELS, fault, ours, refused
+from kernel_cases import KERNELS, fault, ours
 from kernel_inputs import make_batches
 from model_shapes import MODELS, make_weights, tiny
 model = next(tiny(model) for model in MODELS if model.name == "nemotron-padded")

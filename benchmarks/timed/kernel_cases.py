@@ -37,13 +37,9 @@ ROUNDINGS = 8
 ROUTING_ROUNDINGS = 64
 
 
-def refused(kernel: str, model: Model) -> str | None:
-    """Why there is no such row, or None. An empty word: because it would say nothing."""
-    if kernel in ("pad", "unpad") and not model.padded:
-        return ""
-    if kernel == "layer" and (model.fp8 or model.interleaved):
-        return "kernels.layer takes neither float8 nor interleaved weights"
-    return None
+def applies(kernel: str, model: Model) -> bool:
+    """Whether the row would say anything of this model."""
+    return bool(model.padded) or kernel not in ("pad", "unpad")
 
 
 def ours(kernel: str, model: Model, weights: Weights) -> Callable[[Batch], Any]:
@@ -55,11 +51,7 @@ def ours(kernel: str, model: Model, weights: Weights) -> Callable[[Batch], Any]:
         capture(batch.ids, 0, len(batch.ids), batch.buffer, 1, model.experts, batch.rejected)
         return batch.buffer
 
-    def run_experts(batch: Batch) -> Tensor:
-        scales, turns = weights.scales, model.interleaved
-        return routed_experts(
-            batch.x, model.mlp, tensors, batch.ids, batch.weights, quantised=scales, interleaved=turns
-        )
+    storage = {"quantised": weights.scales, "interleaved": model.interleaved}
 
     runs: dict[str, Callable[[Batch], Any]] = {
         "route": lambda batch: route_logits(batch.logits, model.routing, tensors)[:2],
@@ -70,8 +62,8 @@ def ours(kernel: str, model: Model, weights: Weights) -> Callable[[Batch], Any]:
         "capture": run_capture,
         "pad": lambda batch: pad(batch.x, model.padded),
         "unpad": lambda batch: unpad(batch.wide, model.hidden),
-        "experts": run_experts,
-        "layer": lambda batch: layer(batch.x, model.layer, tensors)[:3],
+        "experts": lambda batch: routed_experts(batch.x, model.mlp, tensors, batch.ids, batch.weights, **storage),
+        "layer": lambda batch: layer(batch.x, model.layer, tensors, **storage)[:3],
     }
     return runs[kernel]
 

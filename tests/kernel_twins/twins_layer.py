@@ -12,11 +12,13 @@ from moe_conformance.inputs import distinct_logits, integers, normal, poisoned_a
 from moe_conformance.kernels import capture as capture_kernels
 from moe_conformance.kernels import dispatch, experts, padding, routing
 from moe_conformance.kernels.capture import capture
+from moe_conformance.kernels.grouped_matmul import Quantised
 from moe_conformance.kernels.layer import layer
 from moe_conformance.layer_bound import layer_bound
 from moe_conformance.reference_impl import layer as reference_layer
 from moe_conformance.reference_impl import padding as reference_padding
 from moe_conformance.reference_impl import routing as reference_routing
+from moe_conformance.reference_impl.quantised.fp8 import dequantise_fp8, quantise_fp8
 from moe_conformance.spec import DenseSpec, LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
 from moe_conformance.tolerance import Contract
 
@@ -48,6 +50,31 @@ def a_layer_is_the_reference_at_its_own_routing(device: str) -> None:
         compare.close(name, got.output, want.output, bound)
         own = reference_layer.layer(x.double(), spec, wide)
         compare.equal(f"{name}: experts", got.ids, own.ids)
+
+
+def a_layer_takes_its_experts_as_they_are_stored(device: str) -> None:
+    """float8 weights, and rows of gate and up in turn; alone with the combine, and with steps between."""
+    for name in ("shared", "latent"):
+        spec = LAYERS[name]
+        tensors = {n: normal(s, n, std=0.25) for n, s in spec.tensors().items()}
+        x = normal((9, 40), "x")
+        turns = torch.arange(48).view(2, 24).T.flatten()
+        codes, exact, quantised = {}, {}, {}
+        for part, stacked in (("w13", 2), ("w2", 1)):
+            codes[f"experts.{part}"], scale = quantise_fp8(tensors[f"experts.{part}"], tile=(16, 16), stacked=stacked)
+            exact[f"experts.{part}"] = dequantise_fp8(codes[f"experts.{part}"], scale, tile=(16, 16), stacked=stacked)
+            quantised[part] = Quantised(scale.to(device), (16, 16))
+        for what, stored, storage, meant in (
+            ("float8", codes, {"quantised": quantised}, exact),
+            ("interleaved", {"experts.w13": tensors["experts.w13"][:, turns]}, {"interleaved": True}, {}),
+        ):
+            on = {n: t.to(device) for n, t in (tensors | stored).items()}
+            got = layer(x.to(device), spec, on, **storage)
+            wide = {n: t.double() for n, t in (tensors | meant).items()}
+            routing_of = Routing(got.ids.cpu().long(), got.weights.cpu().double())
+            want = reference_layer.layer(x.double(), spec, wide, routing=routing_of).output
+            bound = layer_bound(x, spec, wide, *routing_of, Contract.stored(torch.float32))
+            compare.close(f"{name}, {what}", got.output, want, bound)
 
 
 def offsets_do_not_wrap_at_32_bits(device: str) -> None:
