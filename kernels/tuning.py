@@ -23,6 +23,8 @@ from moe_conformance.kernels.launch import interpreted
 ENOUGH_PROGRAMS = 264
 # Pairs of fewer than one expert in four are not sorted: nearly each would have a block of its own anyway.
 SPARSE = 4
+# Bytes of shared memory from which on the matrix units read operands there, not in registers: sm_90 and sm_100.
+WIDE = 200 * 1024
 
 
 @dataclass(frozen=True)
@@ -71,27 +73,41 @@ def power(number: float, low: int, high: int) -> int:
     return max(low, min(high, triton.next_power_of_2(max(1, int(-(-number // 1))))))
 
 
-def default(problem: Problem, shared_memory: int) -> Config:
-    """By shape alone: blocks as tall as an expert's share of pairs, columns so that there are enough programs.
+def default(problem: Problem, shared_memory: int, lanes: int = 32) -> Config:
+    """By shape alone. `ci/aot.py` guards what comes of it on each target: no spills, matrix instructions, occupancy.
 
-    shared_memory: bytes that one block of threads may have; as many stages as it holds, up to four.
+    shared_memory: bytes that one block of threads may have. lanes: of a warp, 32, or 64 on AMD.
+    Blocks are as tall as twice an expert's share of pairs, for experts are not chosen evenly, and a second block reads
+    the weights again. Low blocks are bound by those weights: deep steps, and half of the memory, so that two blocks
+    are at work on each multiprocessor. Tall ones, from 64 pairs on, are bound by the matrix units: wide, with all of
+    the memory. Tiles that vLLM measured on an H200 are like that, 128 x 256 x 64 with 8 warps and 4 stages from 1024
+    tokens on (fused_moe/configs, E=128,N=768 and E=8,N=14336).
     """
     pairs = problem.tokens * problem.top_k
     aligned = pairs * SPARSE > problem.experts
-    block_m = power(pairs / problem.experts, 16, 128) if aligned else 16
+    block_m = power(2 * pairs / problem.experts, 16, 128) if aligned else 16
     blocks = max(min(pairs, problem.experts), pairs // block_m)  # as if every expert had its share
-    size = problem.dtype.itemsize
+    size, tall = problem.dtype.itemsize, block_m >= 64
+    wide = shared_memory >= WIDE and size == 2 and not problem.fp8
+    # float8 is converted in registers, where each step's sums wait for their scale too: more threads for a tile of it,
+    # and a narrower one where the operands of the matrix units are registers.
+    crowded = problem.fp8 and lanes == 32
 
     def tile(width: int, depth: int, halves: int) -> Tile:
-        block_n = 128 // halves * 2 // size
+        columns = 128
+        if wide and block_m == 128 and -width % (256 // halves) * 32 <= width:
+            columns = 256
+        if crowded and tall and shared_memory < WIDE:
+            columns = 64
+        warps = 8 if block_m * columns >= (32 * 128 if crowded else 128 * 128) else 4
+        block_n = columns // halves * 2 // size
         while block_n > 32 and blocks * -(-width // block_n) < ENOUGH_PROGRAMS:
             block_n //= 2
-        block_k = power(depth, 16, (64 if block_m < 64 else 32) * 4 // size)
-        stage = (block_m + halves * block_n) * block_k * size  # bytes
-        while stage * 2 > shared_memory:
-            block_k, stage = block_k // 2, stage // 2
-        warps = 8 if block_m * block_n * halves >= 128 * 128 else 4
-        return Tile(block_n, block_k, num_warps=warps, num_stages=min(4, shared_memory // stage))
+        block_k = power(depth, 16, (32 if tall else 64) * 4 // size)
+        room = shared_memory if tall else shared_memory // 2
+        while (stage := (block_m + halves * block_n) * block_k * size) > room:
+            block_k //= 2
+        return Tile(block_n, block_k, num_warps=warps, num_stages=max(2, min(4 if tall else 5, room // stage)))
 
     down = tile(problem.hidden, problem.width, 1)
     return Config(block_m, tile(problem.width, problem.hidden, 2 if problem.gated else 1), down, aligned)
@@ -143,6 +159,7 @@ def choose(problem: Problem, device: torch.device) -> Config:
         return interpreter_config(problem)
     by_tokens = kept(torch.cuda.get_device_name(device)).get(problem.key)
     if not by_tokens:
-        return default(problem, torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+        properties = torch.cuda.get_device_properties(device)
+        return default(problem, properties.shared_memory_per_block_optin, properties.warp_size)
     nearest = min(by_tokens, key=lambda tokens: max(tokens, problem.tokens) / max(1, min(tokens, problem.tokens)))
     return by_tokens[nearest]
