@@ -79,9 +79,9 @@ def default(problem: Problem, shared_memory: int, lanes: int = 32) -> Config:
     shared_memory: bytes that one block of threads may have. lanes: of a warp, 32, or 64 on AMD.
     Blocks are as tall as twice an expert's share of pairs, for experts are not chosen evenly, and a second block reads
     the weights again. Low blocks are bound by those weights: deep steps, and half of the memory, so that two blocks
-    are at work on each multiprocessor. Tall ones, from 64 pairs on, are bound by the matrix units: wide, with all of
-    the memory. Tiles that vLLM measured on an H200 are like that, 128 x 256 x 64 with 8 warps and 4 stages from 1024
-    tokens on (fused_moe/configs, E=128,N=768 and E=8,N=14336).
+    are at work on each multiprocessor. Tall ones, from 64 pairs on, are bound by the matrix units: wide, and with all
+    of the memory unless half holds three stages. Tiles that vLLM measured on an H200 are like that, 128 x 256 x 64 with
+    8 warps and 4 stages from 1024 tokens on (fused_moe/configs, E=128,N=768 and E=8,N=14336).
     """
     pairs = problem.tokens * problem.top_k
     aligned = pairs * SPARSE > problem.experts
@@ -104,10 +104,13 @@ def default(problem: Problem, shared_memory: int, lanes: int = 32) -> Config:
         while block_n > 32 and blocks * -(-width // block_n) < ENOUGH_PROGRAMS:
             block_n //= 2
         block_k = power(depth, 16, (32 if tall else 64) * 4 // size)
-        room = shared_memory if tall else shared_memory // 2
-        while (stage := (block_m + halves * block_n) * block_k * size) > room:
-            block_k //= 2
-        return Tile(block_n, block_k, num_warps=warps, num_stages=max(2, min(4 if tall else 5, room // stage)))
+        stage = (block_m + halves * block_n) * block_k * size  # bytes
+        half = shared_memory // 2 - 1024  # CUDA takes 1 KiB for each block
+        while stage > (shared_memory if tall else half):
+            block_k, stage = block_k // 2, stage // 2
+        two_blocks = not tall or (half // stage >= 3 and not problem.fp8)
+        stages = max(2, min(4 if tall else 5, (half if two_blocks else shared_memory) // stage))
+        return Tile(block_n, block_k, num_warps=warps, num_stages=stages)
 
     down = tile(problem.hidden, problem.width, 1)
     return Config(block_m, tile(problem.width, problem.hidden, 2 if problem.gated else 1), down, aligned)
