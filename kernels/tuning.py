@@ -162,7 +162,9 @@ def choose(problem: Problem, device: torch.device) -> Config:
         return interpreter_config(problem)
     by_tokens = kept(torch.cuda.get_device_name(device)).get(problem.key)
     if not by_tokens:
-        properties = torch.cuda.get_device_properties(device)
-        return default(problem, properties.shared_memory_per_block_optin, properties.warp_size)
+        with torch.cuda.device(device):
+            driver = triton.runtime.driver.active
+            index, lanes = driver.get_current_device(), driver.get_current_target().warp_size
+        return default(problem, driver.utils.get_device_properties(index)["max_shared_mem"], lanes)
     nearest = min(by_tokens, key=lambda tokens: max(tokens, problem.tokens) / max(1, min(tokens, problem.tokens)))
     return by_tokens[nearest]
