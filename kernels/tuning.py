@@ -70,7 +70,8 @@ class Problem:
 
 def power(number: float, low: int, high: int) -> int:
     """The power of two at or above number, within [low, high]."""
-    return max(low, min(high, triton.next_power_of_2(max(1, int(-(-number // 1))))))
+    above: int = triton.next_power_of_2(max(1, int(-(-number // 1))))
+    return max(low, min(high, above))
 
 
 def default(problem: Problem, shared_memory: int, lanes: int = 32) -> Config:
