@@ -57,8 +57,8 @@ from moe_conformance.kernels.tuning import (
     default,
     file_name,
     interpreter_config,
+    limits,
     power,
-    shared_memory,
     write,
 )
 
@@ -107,8 +107,8 @@ def tune(model: Model, tokens: int, weights: Weights, device: str, budget: Budge
     asked = problem(model, tokens)
     shared, usual = 0, interpreter_config(asked)
     if device == "cuda":
-        shared = shared_memory(torch.device(device))
-        usual = default(asked, shared)
+        shared, lanes = limits(torch.device(device))
+        usual = default(asked, shared, lanes)
     batches = [make_batch(model, tokens, device, usual) for _ in range(2)]
     seen: Counter[str] = Counter()
     # The default's own height first, should time end before the others'.

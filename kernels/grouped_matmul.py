@@ -218,13 +218,15 @@ class Quantised:
     tile: tuple[int, int] = (128, 128)
 
 
-def native_fp8(device: torch.device) -> bool:
-    """Whether the device converts e4m3fn in hardware: NVIDIA from sm_89 on, AMD from gfx950 on."""
-    if device.type != "cuda" or interpreted():
+def native_fp8(x: Tensor) -> bool:
+    """Whether the target compiled for where x is converts e4m3fn in hardware: from sm_89 on, AMD's from gfx950 on."""
+    if interpreted():
         return False
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.startswith(("gfx950", "gfx12"))
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    with torch.cuda.device_of(x):
+        target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return bool(target.arch.startswith(("gfx950", "gfx12")))
+    return bool(target.arch >= 89)
 
 
 def activation_constants(spec: MLPSpec | None) -> dict[str, Any]:
@@ -272,7 +274,7 @@ def _grouped_matmul(
     scale_strides: tuple[int, ...] = (0, 0, 0)
     up_scale = 0
     if quantised is not None:
-        scale, native = quantised.scale, native_fp8(x.device)
+        scale, native = quantised.scale, native_fp8(x)
         scale_n, scale_k = quantised.tile[0] or width, quantised.tile[1] or w.shape[2]
         scale_strides, up_scale = scale.stride(), scale.shape[1] // halves * scale.stride(1)
         w = w if native else w.view(torch.uint8)

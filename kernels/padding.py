@@ -50,7 +50,8 @@ def resize_blocks(rows: int, width: int, interpret: bool) -> dict[str, int]:
 
 def _bits_of(fill: int | float, dtype: torch.dtype, integer: torch.dtype) -> int:
     exact = torch.float64 if isinstance(fill, float) else torch.int64
-    return int(torch.tensor([fill], dtype=exact).to(dtype).view(integer))
+    # On the CPU whatever the default device is: from another the number would have to be waited for.
+    return int(torch.tensor([fill], dtype=exact, device="cpu").to(dtype).view(integer))
 
 
 def _resize(x: Tensor, columns: int, width: int, fill: int | float) -> Tensor:

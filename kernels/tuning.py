@@ -25,6 +25,8 @@ ENOUGH_PROGRAMS = 264
 SPARSE = 4
 # By how much numbers of tokens may differ that share a kept configuration: those that are measured are 4 to 8 apart.
 NEAR = 4
+# Bytes of shared memory from which on the matrix units read operands there, not in registers: sm_90 and sm_100.
+WIDE = 200 * 1024
 
 
 @dataclass(frozen=True)
@@ -70,30 +72,48 @@ class Problem:
 
 def power(number: float, low: int, high: int) -> int:
     """The power of two at or above number, within [low, high]."""
-    return max(low, min(high, int(triton.next_power_of_2(max(1, int(-(-number // 1)))))))
+    above: int = triton.next_power_of_2(max(1, int(-(-number // 1))))
+    return max(low, min(high, above))
 
 
-def default(problem: Problem, shared_memory: int) -> Config:
-    """By shape alone: blocks as tall as an expert's share of pairs, columns so that there are enough programs.
+def default(problem: Problem, shared_memory: int, lanes: int = 32) -> Config:
+    """By shape alone. `ci/aot.py` guards what comes of it on each target: no spills, matrix instructions, occupancy.
 
-    shared_memory: bytes that one block of threads may have; as many stages as it holds, up to four.
+    shared_memory: bytes that one block of threads may have. lanes: of a warp, 32, or 64 on AMD.
+    Blocks are as tall as twice an expert's share of pairs, for experts are not chosen evenly, and a second block reads
+    the weights again. Low blocks are bound by those weights: deep steps, and half of the memory, so that two blocks
+    are at work on each multiprocessor. Tall ones, from 64 pairs on, are bound by the matrix units: wide, and with all
+    of the memory unless half holds three stages. Tiles that vLLM measured on an H200 are like that, 128 x 256 x 64 with
+    8 warps and 4 stages from 1024 tokens on (fused_moe/configs, E=128,N=768 and E=8,N=14336).
     """
     pairs = problem.tokens * problem.top_k
     aligned = pairs * SPARSE > problem.experts
-    block_m = power(pairs / problem.experts, 16, 128) if aligned else 16
+    block_m = power(2 * pairs / problem.experts, 16, 128) if aligned else 16
     blocks = max(min(pairs, problem.experts), pairs // block_m)  # as if every expert had its share
-    size = problem.dtype.itemsize
+    size, tall = problem.dtype.itemsize, block_m >= 64
+    wide = shared_memory >= WIDE and size == 2 and not problem.fp8
+    # float8 is converted in registers, where each step's sums wait for their scale too: more threads for a tile of it,
+    # and a narrower one where the operands of the matrix units are registers.
+    crowded = problem.fp8 and lanes == 32
 
     def tile(width: int, depth: int, halves: int) -> Tile:
-        block_n = 128 // halves * 2 // size
+        columns = 128
+        if wide and block_m == 128 and -width % (256 // halves) * 32 <= width:
+            columns = 256
+        if crowded and tall and shared_memory < WIDE:
+            columns = 64
+        warps = 8 if block_m * columns >= (32 * 128 if crowded else 128 * 128) else 4
+        block_n = columns // halves * 2 // size
         while block_n > 32 and blocks * -(-width // block_n) < ENOUGH_PROGRAMS:
             block_n //= 2
-        block_k = power(depth, 16, (64 if block_m < 64 else 32) * 4 // size)
+        block_k = power(depth, 16, (32 if tall else 64) * 4 // size)
         stage = (block_m + halves * block_n) * block_k * size  # bytes
-        while stage * 2 > shared_memory:
+        half = shared_memory // 2 - 1024  # CUDA takes 1 KiB for each block
+        while stage > (shared_memory if tall else half):
             block_k, stage = block_k // 2, stage // 2
-        warps = 8 if block_m * block_n * halves >= 128 * 128 else 4
-        return Tile(block_n, block_k, num_warps=warps, num_stages=min(4, shared_memory // stage))
+        two_blocks = not tall or (half // stage >= 3 and not problem.fp8)
+        stages = max(2, min(4 if tall else 5, (half if two_blocks else shared_memory) // stage))
+        return Tile(block_n, block_k, num_warps=warps, num_stages=stages)
 
     down = tile(problem.hidden, problem.width, 1)
     return Config(block_m, tile(problem.width, problem.hidden, 2 if problem.gated else 1), down, aligned)
@@ -159,11 +179,12 @@ def write(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
-def shared_memory(device: torch.device) -> int:
-    """Bytes that one block of threads may ask for; 64 KiB, as on AMD's gfx942, where torch does not say."""
-    properties: Any = torch.cuda.get_device_properties(device)
-    known = (getattr(properties, f"shared_memory_per_block{suffix}", 0) for suffix in ("_optin", ""))
-    return int(next(filter(None, known), 64 * 1024))
+def limits(device: torch.device) -> tuple[int, int]:
+    """Bytes of shared memory that one block of threads may have, and lanes of a warp; as Triton's driver says."""
+    with torch.cuda.device(device):
+        driver = triton.runtime.driver.active
+        properties = driver.utils.get_device_properties(driver.get_current_device())
+        return properties["max_shared_mem"], driver.get_current_target().warp_size
 
 
 def choose(problem: Problem, device: torch.device) -> Config:
@@ -177,5 +198,5 @@ def choose(problem: Problem, device: torch.device) -> Config:
 
     nearest = min(by_tokens, key=ratio, default=0)
     if not nearest or ratio(nearest) > NEAR:
-        return default(problem, shared_memory(device))
+        return default(problem, *limits(device))
     return by_tokens[nearest]

@@ -6,7 +6,6 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from moe_conformance.kernels import tuning
 from moe_conformance.kernels.tuning import Config, Problem, Tile, choose, default, file_name, read, write
 
 DEVICE = "NVIDIA H200 (SXM), 141GB"
-SHARED_MEMORY = 227 * 1024  # an H200's
+LIMITS = (227 * 1024, 32)  # an H200's
 GEMMA4 = Problem(64, 8, 128, 2816, 704, torch.bfloat16)
 SMALL = Config(16, Tile(32, 128, num_stages=5), Tile(64, 128, group_m=1), aligned=False)
 LARGE = Config(128, Tile(128, 64, 32, 8, 4), Tile(256, 64, num_warps=8))
@@ -35,8 +34,7 @@ def keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keep]:
     monkeypatch.setattr(tuning, "files", lambda package: tmp_path)
     monkeypatch.setattr(tuning, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE)
-    properties = SimpleNamespace(shared_memory_per_block_optin=SHARED_MEMORY)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(tuning, "limits", lambda device: LIMITS)
     tuning.kept.cache_clear()
     (tmp_path / "tuned").mkdir()
     yield lambda content: (tmp_path / "tuned" / file_name(DEVICE)).write_text(
@@ -62,11 +60,11 @@ def test_the_nearest_number_of_tokens_is_chosen_by_ratio(keep: Keep) -> None:
 def test_a_number_of_tokens_far_from_all_kept_ones_gets_the_default(keep: Keep) -> None:
     keep({GEMMA4.key: {"8": write(SMALL), "64": write(LARGE)}})
     for tokens in (0, 1, 257, 4096):
-        assert chosen(tokens) == default(Problem(tokens, 8, 128, 2816, 704, torch.bfloat16), SHARED_MEMORY)
+        assert chosen(tokens) == default(Problem(tokens, 8, 128, 2816, 704, torch.bfloat16), *LIMITS)
 
 
 def test_other_shapes_and_devices_without_a_file_get_the_default(keep: Keep) -> None:
-    wanted = default(GEMMA4, SHARED_MEMORY)
+    wanted = default(GEMMA4, *LIMITS)
     assert chosen(64) == wanted
     tuning.kept.cache_clear()
     keep({GEMMA4.key + " plain": {"64": write(LARGE)}})

@@ -1,0 +1,43 @@
+"""`ci/aot.py` compiles for GPUs that are not here, in a process of its own: it replaces what registers operators."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = Path(__file__).parents[1] / "ci" / "aot.py"
+TABLE = COMMAND.with_name("aot.md")
+# Both products of one model on a target of each vendor.
+ROWS = ["--only", "Gemma 4 26B-A4B T 64", "--target", "sm_90", "--target", "gfx942"]
+# The registers of one of them, kept as fewer than any such kernel has.
+REGISTERS = r"(?<=\| gate_up \| Gemma 4 26B-A4B T 64 \| sm_90 \| )([^|]+\| )\d+"
+FAILURE = r"^gate_up Gemma 4 26B-A4B T 64 sm_90: registers: got \d+, want at most 24, for 16 are kept"
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    table = tmp_path_factory.mktemp("aot") / "aot.md"
+    table.write_text(re.sub(REGISTERS, r"\g<1>16", TABLE.read_text()))
+    command = [sys.executable, COMMAND, *ROWS, "--table", table]
+    return subprocess.run(command, env=os.environ.copy(), capture_output=True, text=True, timeout=300)
+
+
+def test_four_kernels_compile_for_two_targets_that_are_not_here(ran: subprocess.CompletedProcess[str]) -> None:
+    assert "4 compiled" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_a_figure_worse_than_the_kept_one_fails_the_command(ran: subprocess.CompletedProcess[str]) -> None:
+    assert ran.returncode == 1
+    assert re.search(FAILURE, ran.stderr, re.MULTILINE), ran.stderr
+
+
+def test_whatever_else_was_compiled_meets_its_guards(ran: subprocess.CompletedProcess[str]) -> None:
+    assert ran.stdout.rstrip().endswith("1 failures"), ran.stderr
