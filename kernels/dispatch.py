@@ -19,9 +19,8 @@ from moe_conformance.reference_impl.dispatch import slot_count
 
 # Pairs that every program counts for itself: 32 a thread at 4 warps.
 _ONE_LAUNCH = 4096
-# Pairs that one program places, comparing each with each. Compiled: 128 comparisons a thread.
-MOST_PAIRS = 128
-MOST_PAIRS_INTERPRETED = 256
+# Pairs that one program places, comparing each with each; few where programs are few, that more of them share the work.
+MOST_PAIRS = {"one launch": 64, "counted": 128, "interpreted": 256}
 
 
 @triton.jit
@@ -32,7 +31,7 @@ def count_kernel(
     chunk = tl.program_id(0)
     pair = chunk.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     expert = local_expert(ids_ptr, pair, pair < pairs, map_ptr, experts, HAS_MAP)
-    counts = tl.histogram(tl.where(expert < 0, experts, expert), BLOCK_E)
+    counts = tl.histogram(tl.maximum(expert, 0), BLOCK_E, mask=expert >= 0)
     offs_e = tl.arange(0, BLOCK_E)
     tl.store(counts_ptr + chunk.to(tl.int64) * experts + offs_e, counts, mask=offs_e < experts)
 
@@ -76,8 +75,7 @@ def align_kernel(
 ):
     """Each program places its BLOCK_R pairs, and fills a share of what is no pair's.
 
-    FILL_E experts, FILL_B blocks, FILL_S slots: a program's shares. BLOCK_E is above the number of experts: pairs that
-    no expert takes are counted there, and then forgotten.
+    FILL_E experts, FILL_B blocks, FILL_S slots: a program's shares.
     """
     program = tl.program_id(0)
     offs_e = tl.arange(0, BLOCK_E)
@@ -88,9 +86,10 @@ def align_kernel(
     else:
         all_r = tl.arange(0, ALL_R)
         expert = local_expert(ids_ptr, all_r, all_r < pairs, map_ptr, experts, HAS_MAP)
-        expert = tl.where(expert < 0, experts, expert)
-        totals = tl.where(offs_e < experts, tl.histogram(expert, BLOCK_E), 0)
-        before = tl.histogram(tl.where(all_r < program * BLOCK_R, expert, experts), BLOCK_E)
+        kept = expert >= 0
+        expert = tl.maximum(expert, 0)
+        totals = tl.histogram(expert, BLOCK_E, mask=kept)
+        before = tl.histogram(expert, BLOCK_E, mask=kept & (all_r < program * BLOCK_R))
     padded = (totals + BLOCK - 1) // BLOCK * BLOCK
     ends = tl.cumsum(padded, axis=0)
     starts = ends - padded  # [BLOCK_E]
@@ -124,13 +123,13 @@ def align_kernel(
 
 def align_blocks(pairs: int, experts: int, slots: int, block: int, interpret: bool) -> dict[str, int]:
     """Tile sizes; BLOCK_R is of count_kernel too. Programs as they fit, each with an even share of what is filled."""
-    power = triton.next_power_of_2
-    block_r = min(power(pairs), MOST_PAIRS_INTERPRETED if interpret else MOST_PAIRS)
+    power, counted = triton.next_power_of_2, pairs > _ONE_LAUNCH
+    block_r = min(power(pairs), MOST_PAIRS["interpreted" if interpret else "counted" if counted else "one launch"])
     programs = triton.cdiv(pairs, block_r)
     return {
-        "ALL_R": power(pairs) if pairs <= _ONE_LAUNCH else 1,
+        "ALL_R": 1 if counted else power(pairs),
         "BLOCK_R": block_r,
-        "BLOCK_E": power(experts + 1),
+        "BLOCK_E": power(experts),
         "FILL_E": power(triton.cdiv(experts, programs)),
         "FILL_B": power(triton.cdiv(slots // block, programs)),
         "FILL_S": power(triton.cdiv(slots, programs)),
@@ -158,8 +157,10 @@ def _launch(ids: Tensor, experts: int, block: int, expert_map: Tensor | None) ->
             before, totals = room(programs, experts), room(experts)
             sizes = {"BLOCK_R": blocks["BLOCK_R"], "BLOCK_E": blocks["BLOCK_E"]}
             count_kernel[(programs,)](ids, expert_map, before, pairs, experts, HAS_MAP=has_map, **sizes)
-            columns = min(blocks["BLOCK_E"], 32)
-            sum_kernel[(triton.cdiv(experts, columns),)](before, totals, programs, experts, BLOCK_C=64, BLOCK_E=columns)
+            columns = min(blocks["BLOCK_E"], 16)
+            sum_kernel[(triton.cdiv(experts, columns),)](
+                before, totals, programs, experts, BLOCK_C=128, BLOCK_E=columns
+            )
         align_kernel[(programs,)](
             ids,
             expert_map,

@@ -64,7 +64,7 @@ def _all_alignments(device: str, most: int) -> None:
 
 
 def _small_programs() -> Any:
-    return patch.multiple(dispatch, MOST_PAIRS=16, MOST_PAIRS_INTERPRETED=16)
+    return patch.dict(dispatch.MOST_PAIRS, {name: 16 for name in dispatch.MOST_PAIRS})
 
 
 def several_programs_place_what_each_counts(device: str) -> None:

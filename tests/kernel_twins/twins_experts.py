@@ -369,6 +369,7 @@ def float8_weights_are_scaled_tile_by_tile(device: str) -> None:
         (False, (128, 128), 130, 72),
         (True, (1, 0), 40, 37),
         (True, (16, 32), 72, 40),
+        (True, (24, 48), 100, 60),
         (True, (0, 0), 40, 37),
     ):
         spec, count = MLPSpec(width, gated=gated), 3
@@ -445,7 +446,8 @@ def experts_are_refused_in_words(device: str) -> None:
         ("mixed", {"x": x.half()}, ("float16", "float32")),
         ("narrow weights", {"x": normal((9, 41), "x").to(device)}, ("41",)),
         ("no bias", {"tensors": without}, ("experts.b2",)),
-        ("ids of float", {"ids": ids.float()}, ("float32",)),
+        ("ids of float", {"ids": ids.float()}, ("float32", "weights")),
+        ("one matrix", {"tensors": tensors | {"experts.w13": tensors["experts.w13"][0]}}, ("[74, 40]",)),
         ("weights of another K", {"weights": share[:, :2]}, ("[9, 2]",)),
         ("short bias", {"tensors": tensors | {"experts.b13": tensors["experts.b13"][:, :-1]}}, ("73", "74")),
         ("rows of x", {"ids": ids[:4], "weights": share[:4]}, ("[4, 3]", "9")),

@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 
 from moe_conformance import compare
-from moe_conformance.engine import Routing
+from moe_conformance.engine import LayerInputs, Routing
 from moe_conformance.inputs import distinct_logits, integers, normal, poisoned_allocations
 from moe_conformance.kernels import capture as capture_kernels
 from moe_conformance.kernels import dispatch, experts, padding, routing
 from moe_conformance.kernels.capture import capture
 from moe_conformance.kernels.grouped_matmul import Quantised
-from moe_conformance.kernels.layer import layer
+from moe_conformance.kernels.layer import layer, moe_layer
 from moe_conformance.layer_bound import layer_bound
 from moe_conformance.reference_impl import layer as reference_layer
 from moe_conformance.reference_impl import padding as reference_padding
@@ -50,6 +50,28 @@ def a_layer_is_the_reference_at_its_own_routing(device: str) -> None:
         compare.close(name, got.output, want.output, bound)
         own = reference_layer.layer(x.double(), spec, wide)
         compare.equal(f"{name}: experts", got.ids, own.ids)
+
+
+def padded_widths_of_layer_inputs_are_those_of_the_weights(device: str) -> None:
+    """Each padded width alone, both, and neither; what the load leaves behind the true hidden dim is NaN."""
+    x, w13, w2 = normal((9, 20), "x"), normal((7, 20, 20), "w13", std=0.25), normal((7, 20, 10), "w2", std=0.25)
+    logits = distinct_logits(9, 7, "logits")
+    spec = LayerSpec(20, 7, LogitsSpec(), RoutingSpec(3, renormalize="sum"), MLPSpec(10), output_scale=2.5)
+    tensors = {"experts.w13": w13, "experts.w2": w2}
+    routing_of = reference_routing.softmax_topk(logits.double(), 3, True)
+    wide = {n: t.double() for n, t in tensors.items()}
+    want = reference_layer.experts_output(x.double(), spec, wide, *routing_of)
+    bound = layer_bound(x, spec, tensors, *routing_of, Contract.stored(torch.float32))
+    for hidden, intermediate in ((None, None), (24, None), (None, 16), (24, 16)):
+        inputs = LayerInputs(
+            *(t.to(device) for t in (x, logits, w13, w2)),
+            top_k=3,
+            method="softmax_topk_renorm",
+            scale=2.5,
+            padded_hidden=hidden,
+            padded_intermediate=intermediate,
+        )
+        compare.close(f"padded to {hidden}, {intermediate}", moe_layer(inputs), want, bound)
 
 
 def a_layer_takes_its_experts_as_they_are_stored(device: str) -> None:
