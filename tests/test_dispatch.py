@@ -115,7 +115,8 @@ def test_what_is_no_batch_is_refused(
 
 class AnotherOrder(Reference):
     """As free as the protocol is: blocks in no order, an expert's not side by side, its pairs shuffled, padding between
-    them and marked by several numbers, ids out of range left out, garbage behind the slots in use, the count an int."""
+    them and marked by several numbers, pairs without an expert in blocks of expert -1, garbage behind the slots in use,
+    the count an int."""
 
     def align(self, inputs: AlignInputs) -> Aligned:
         legal = (inputs.ids >= 0) & (inputs.ids < inputs.experts)
@@ -123,6 +124,12 @@ class AnotherOrder(Reference):
             AlignInputs(inputs.ids.where(legal, -1), inputs.experts, inputs.block, inputs.expert_map)
         )
         blocks, experts = slots[:count].reshape(-1, inputs.block), experts[: int(count) // inputs.block]
+        pairs = inputs.ids.numel()
+        nobodys = torch.ones(pairs, dtype=torch.bool)
+        nobodys[blocks[blocks < pairs].long()] = False
+        more = blocks.new_full((-(-int(nobodys.sum()) // inputs.block), inputs.block), pairs)
+        more.view(-1)[: int(nobodys.sum())] = nobodys.nonzero().flatten().int()
+        blocks, experts = torch.cat([blocks, more]), torch.cat([experts, experts.new_full((len(more),), -1)])
         blocks = torch.where(blocks == inputs.ids.numel(), blocks + torch.arange(inputs.block) * 3, blocks)
         blocks = blocks.gather(1, bits(blocks.shape, "another-order").argsort(1))
         for expert in experts.unique():
@@ -133,7 +140,7 @@ class AnotherOrder(Reference):
         return Aligned(
             torch.cat([blocks[order].flatten(), behind]).long(),
             torch.cat([experts[order], experts.new_full((3,), 10**6)]).long(),
-            int(count),  # type: ignore[arg-type]
+            blocks.numel(),  # type: ignore[arg-type]
         )
 
 

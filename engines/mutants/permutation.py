@@ -71,27 +71,6 @@ class EmptyExpertsGetABlock(FaultyBlocks):
         return _with_empty_blocks(inputs, pairs, experts, idle)
 
 
-class RoomForDroppedPairs(FaultyBlocks):
-    """Pairs without an expert here are counted, and no slot of their blocks holds one."""
-
-    def blocks(self, inputs: AlignInputs, pairs: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-        total = inputs.ids.numel()
-        dropped = total - int((pairs < total).sum())
-        return _with_empty_blocks(inputs, pairs, experts, experts.new_full((-(-dropped // inputs.block),), -1))
-
-
-class DroppedPairsStandFirst(FaultyBlocks):
-    """-1 sorts before all experts, and its pairs get blocks of expert -1."""
-
-    def blocks(self, inputs: AlignInputs, pairs: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-        total = inputs.ids.numel()
-        kept = pairs[pairs < total]
-        dropped = torch.ones(total, dtype=torch.bool).scatter(0, kept.long(), False).nonzero().flatten()
-        rows = pairs.new_full((-(-len(dropped) // inputs.block), inputs.block), total)
-        rows.view(-1)[: len(dropped)] = dropped.int()
-        return torch.cat([rows, pairs]), torch.cat([experts.new_full((len(rows),), -1), experts])
-
-
 class InverseInTheWrongSpace(FaultyBlocks):
     """The place of each pair is written where the pair at each place is read."""
 
@@ -173,7 +152,7 @@ class CountNeverFalls(Faulty):
         self.most = torch.maximum(self.most, count)
         more = int(self.most)
         slots = torch.cat([slots, slots.new_full((more,), inputs.ids.numel())])
-        return Aligned(slots, torch.cat([experts, experts.new_full((more,), -1)]), self.most)
+        return Aligned(slots, torch.cat([experts.clamp(min=0), experts.new_zeros(more)]), self.most)
 
 
 class WritesBetweenRows(Faulty):
@@ -279,8 +258,6 @@ MUTANTS = tuple(
         ),
         (FullBlocksGetOneMore, "a count that fills its blocks gets one more", "no-padding", _COUNT),
         (EmptyExpertsGetABlock, "an expert without pairs gets a block", "unpicked", _COUNT),
-        (RoomForDroppedPairs, "dropped pairs are counted", "dropped", _COUNT),
-        (DroppedPairsStandFirst, "dropped pairs get slots", "map-dropped", _NONE),
         (InverseInTheWrongSpace, "the permutation stands where its inverse must (TileOPs#640)", "e60-k6", _PLACE),
         (TokensForPairs, "slots name tokens", "e60-k6", _PLACE),
         (PairsByColumn, "pairs are numbered column by column", "e60-k6", _PLACE),

@@ -74,10 +74,10 @@ def experts_part(
     return routed_experts(x, spec, tensors, local_ids(ids, expert_map), weights)
 
 
-def shard(inputs: ShardInputs, experts_part: Callable[..., Tensor] = experts_part) -> Tensor:
+def shard(inputs: ShardInputs, part: Callable[..., Tensor] | None = None) -> Tensor:
     """This rank's part of the layer, [T, D]: its slice of its experts, and its slice of the shared expert.
 
-    experts_part: what computes the former, with the arguments of ours.
+    part: what computes the former, with the arguments of `experts_part`.
 
     The shared expert is divided among all ranks, whatever experts they have, so that it is in the sum once.
     """
@@ -87,7 +87,7 @@ def shard(inputs: ShardInputs, experts_part: Callable[..., Tensor] = experts_par
         ids, held = physical_ids(ids, inputs.physical_to_logical, experts), inputs.physical_to_logical[held]
     spec, tensors = slice_width(inputs.experts, inputs.tensors, "experts", inputs.tp_rank, inputs.tp_size)
     tensors = take_experts(tensors, held)
-    output = experts_part(inputs.x, ids, inputs.weights, spec, tensors, inputs.expert_map)
+    output = (part or experts_part)(inputs.x, ids, inputs.weights, spec, tensors, inputs.expert_map)
     if inputs.shared is None:
         return output
     rank, ranks = inputs.ep_rank * inputs.tp_size + inputs.tp_rank, inputs.ep_size * inputs.tp_size
