@@ -22,6 +22,8 @@ from dataclasses import asdict, fields
 from multiprocessing import get_context
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH, which ci/gpu.sh sets, leaves it out
+
 import triton
 from figures import Figures, figures
 from launches import TARGETS, Launch
