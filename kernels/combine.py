@@ -14,7 +14,8 @@ from moe_conformance.errors import InputError
 from moe_conformance.kernels.launch import interpreted, load_float32, local_expert, require_device, rounded
 
 
-@triton.jit
+# No compilation for each number of tokens.
+@triton.jit(do_not_specialize=["tokens"])
 def combine_kernel(
     outputs_ptr,
     weights_ptr,

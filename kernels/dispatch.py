@@ -23,7 +23,8 @@ _ONE_LAUNCH = 4096
 MOST_PAIRS = {"one launch": 64, "counted": 128, "interpreted": 256}
 
 
-@triton.jit
+# No compilation for each number of tokens.
+@triton.jit(do_not_specialize=["pairs"])
 def count_kernel(
     ids_ptr, map_ptr, counts_ptr, pairs, experts, HAS_MAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr
 ):
@@ -36,7 +37,7 @@ def count_kernel(
     tl.store(counts_ptr + chunk.to(tl.int64) * experts + offs_e, counts, mask=offs_e < experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def sum_kernel(counts_ptr, totals_ptr, chunks, experts, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr):
     """totals[e], and counts[chunk, e] made those of all earlier chunks."""
     offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -51,7 +52,7 @@ def sum_kernel(counts_ptr, totals_ptr, chunks, experts, BLOCK_C: tl.constexpr, B
     tl.store(totals_ptr + offs_e, total, mask=offs_e < experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "slots"])
 def align_kernel(
     ids_ptr,
     map_ptr,

@@ -65,7 +65,8 @@ def rows_of_block(
     return expert.to(tl.int64), pair.to(tl.int64), mask
 
 
-@triton.jit
+# No compilation for each number of tokens.
+@triton.jit(do_not_specialize=["pairs", "blocks"])
 def grouped_matmul_kernel(
     x_ptr,
     w_ptr,

@@ -69,11 +69,10 @@ def score(logits, mask, SCORE: tl.constexpr):
 
 
 @triton.jit
-def condition(logits, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    if LOGIT_SCALE != 1.0:
-        logits *= LOGIT_SCALE
-    if SOFTCAP != 0.0:
-        logits = SOFTCAP * tanh(logits / SOFTCAP)
+def condition(logits, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    logits *= logit_scale
+    if HAS_SOFTCAP:
+        logits = softcap * tanh(logits / softcap)
     return logits
 
 
@@ -81,15 +80,15 @@ def condition(logits, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 def best_groups(
     compared,
     mask,
+    group_mask,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     TOP2: tl.constexpr,
-    GROUP_MASK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """compared [BLOCK_T, BLOCK_G * BLOCK_S], with GROUP_MASK for experts that are in none of the best groups."""
+    """compared [BLOCK_T, BLOCK_G * BLOCK_S], with group_mask for experts that are in none of the best groups."""
     # By keys and not by values: the maximum of a row with a NaN is another in each mode of Triton.
     keys = tl.reshape(sort_keys(compared, BLOCK_G * BLOCK_S), [BLOCK_T, BLOCK_G, BLOCK_S])
     best = tl.max(keys, axis=2)  # [BLOCK_T, BLOCK_G]
@@ -104,10 +103,11 @@ def best_groups(
         group_keys = tl.where(taken, TAKEN, group_keys)
     kept = tl.broadcast_to(chosen[:, :, None], [BLOCK_T, BLOCK_G, BLOCK_S])
     kept = tl.reshape(kept, [BLOCK_T, BLOCK_G * BLOCK_S])
-    return tl.where(kept | (mask == 0), compared, GROUP_MASK)
+    return tl.where(kept | (mask == 0), compared, group_mask)
 
 
-@triton.jit
+# No compilation for each number of tokens or for numbers that only multiply.
+@triton.jit(do_not_specialize=["tokens"])
 def route_kernel(
     logits_ptr,
     bias_ptr,
@@ -122,24 +122,25 @@ def route_kernel(
     stride_le,
     stride_b,
     stride_s,
+    logit_scale,
+    softcap,
+    jitter,
+    group_mask,
+    epsilon,
+    floor,
+    scale,
     TOP_K: tl.constexpr,
     SHARED: tl.constexpr,
-    LOGIT_SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     SCORE: tl.constexpr,
     SELECTOR: tl.constexpr,
     ON_LOGITS: tl.constexpr,
-    JITTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     TOP2: tl.constexpr,
-    GROUP_MASK: tl.constexpr,
     RENORMALIZE: tl.constexpr,
-    EPSILON: tl.constexpr,
-    FLOOR: tl.constexpr,
     NORM_ORDER: tl.constexpr,
-    SCALE: tl.constexpr,
     HAS_COMMON_SCALE: tl.constexpr,
     HAS_OWN_SCALE: tl.constexpr,
     SKIP_LAST: tl.constexpr,
@@ -161,7 +162,7 @@ def route_kernel(
 
     offs_logits = offs_t[:, None] * stride_lt + offs_e.to(tl.int64)[None, :] * stride_le
     logits = load_float32(logits_ptr + offs_logits, mask_t & mask_e)  # [BLOCK_T, BLOCK_E]
-    logits = condition(logits, LOGIT_SCALE, SOFTCAP)
+    logits = condition(logits, logit_scale, softcap, HAS_SOFTCAP)
     scores = logits
     if not ON_LOGITS:
         scores = score(logits, mask_e, SCORE)
@@ -177,7 +178,7 @@ def route_kernel(
             compared += load_float32(bias_ptr + offs_e.to(tl.int64)[None, :] * stride_b, mask_e)
         compared = tl.where(mask_e, compared, float("-inf"))
         if GROUPS > 1:
-            compared = best_groups(compared, mask_e, GROUPS, TOP_GROUPS, TOP2, GROUP_MASK, BLOCK_T, BLOCK_G, BLOCK_S)
+            compared = best_groups(compared, mask_e, group_mask, GROUPS, TOP_GROUPS, TOP2, BLOCK_T, BLOCK_G, BLOCK_S)
         # Columns beyond the experts are not below an expert of -inf, but lose every tie with it.
         keys = sort_keys(compared, BLOCK_E)
         for k in range(TOP_K):
@@ -186,7 +187,7 @@ def route_kernel(
             if SELECTOR == "sparsemixer":
                 # Softmax of the chosen among those that are left and near it.
                 chosen = value_of(best)[:, None]
-                far = (chosen - logits) / tl.maximum(tl.abs(logits), chosen) > 2 * JITTER
+                far = (chosen - logits) / tl.maximum(tl.abs(logits), chosen) > 2 * jitter
                 near = mask_e & (keys != TAKEN) & (far == 0)
                 total = tl.sum(tl.where(near, tl.exp(logits - chosen), 0.0), axis=1)
                 weights = tl.where(offs_k[None, :] == k, (1.0 / total)[:, None], weights)
@@ -200,7 +201,8 @@ def route_kernel(
             # Sigmoid scores over their sum, in logarithms: logits far below 0 have a weight where their score is 0.
             mask_shared = (offs_k[None, :] >= TOP_K) & (offs_k[None, :] < TOP_K + SHARED)
             offs_shared = offs_t[:, None] * stride_lt + (experts - TOP_K + offs_k).to(tl.int64)[None, :] * stride_le
-            shared = condition(load_float32(logits_ptr + offs_shared, mask_t & mask_shared), LOGIT_SCALE, SOFTCAP)
+            shared = load_float32(logits_ptr + offs_shared, mask_t & mask_shared)
+            shared = condition(shared, logit_scale, softcap, HAS_SOFTCAP)
             both = tl.where(mask_shared, shared, tl.gather(logits, inside, 1))  # [BLOCK_T, BLOCK_K]
             weights = score(tl.minimum(both, 0.0) - log1p_exp(-tl.abs(both)), mask_k | mask_shared, "softmax")
         else:
@@ -210,9 +212,8 @@ def route_kernel(
             weights = tl.where(mask_k, weights, 0.0)
 
     if RENORMALIZE == "sum":
-        total = tl.sum(weights, axis=1) + EPSILON
-        if FLOOR > 0:
-            total = tl.where(total < FLOOR, FLOOR, total)
+        total = tl.sum(weights, axis=1) + epsilon
+        total = tl.where(total < floor, floor, total)
         weights = weights / total[:, None]
     elif RENORMALIZE == "norm":
         if NORM_ORDER == 1.0:
@@ -220,8 +221,7 @@ def route_kernel(
         else:
             tl.static_assert(NORM_ORDER == 2.0)
             weights = weights / tl.sqrt(tl.sum(weights * weights, axis=1))[:, None]
-    if SCALE != 1.0:
-        weights *= SCALE
+    weights *= scale
     if HAS_COMMON_SCALE:
         weights *= load_float32(common_scale_ptr, True)
     mask_ids = mask_t & mask_k
@@ -251,22 +251,16 @@ def route_constants(spec: RoutingSpec, classes: int) -> dict[str, Any]:
     return {
         "TOP_K": spec.top_k,
         "SHARED": spec.shared_classes,
-        "LOGIT_SCALE": spec.logit_scale,
-        "SOFTCAP": spec.logit_softcap,
+        "HAS_SOFTCAP": spec.logit_softcap != 0,
         "SCORE": spec.score,
         "SELECTOR": spec.selector,
         "ON_LOGITS": spec.select_on == "logits",
-        "JITTER": spec.jitter,
         "HAS_BIAS": spec.selection_bias,
         "GROUPS": spec.groups,
         "TOP_GROUPS": spec.top_groups,
         "TOP2": spec.group_score == "top2_sum" and classes > spec.groups,
-        "GROUP_MASK": spec.group_mask,
         "RENORMALIZE": spec.renormalize,
-        "EPSILON": spec.epsilon,
-        "FLOOR": spec.floor,
         "NORM_ORDER": spec.norm_order,
-        "SCALE": spec.scale,
         "HAS_COMMON_SCALE": spec.global_scale,
         "HAS_OWN_SCALE": spec.per_expert_scale,
         "SKIP_LAST": spec.skip_expert,
@@ -304,6 +298,13 @@ def _launch(
                 logits.stride(1),
                 0 if bias is None else bias.stride(0),
                 0 if own_scale is None else own_scale.stride(0),
+                spec.logit_scale,
+                spec.logit_softcap,
+                spec.jitter,
+                spec.group_mask,
+                spec.epsilon,
+                spec.floor,
+                spec.scale,
                 **route_constants(spec, classes),
                 **blocks,
             )
