@@ -60,8 +60,8 @@ VALUE_CASES = (
     _case("gemma4", TINY, (), method="gemma4", activation="gelu_tanh", scale=1.0),
     _case("no-renorm", TINY, ("shared", "padded_hidden"), method="softmax_topk"),
     *(_case("tiny-bf16", TINY, parts, dtype="bfloat16") for parts in EIGHT),
-    # In float16 an engine may return the layer over its scale where there is a shared expert, lest it overflow, and have
-    # the decoder layer carry on (vLLM's MoE runner with DeepSeek-V2): not judged.
+    # In float16 an engine may return the layer over its scale where there is a shared expert, lest it overflow, and
+    # have the decoder layer carry on (vLLM's MoE runner with DeepSeek-V2): not judged.
     *(_case("tiny-fp16", TINY, parts, dtype="float16", scale=1.0 if "shared" in parts else 2.5) for parts in EIGHT),
     _case("many-tokens", MANY, ("shared", "latent", "padded_hidden")),
     _case("nemotron-3-nano", NANO, ("shared", "padded_hidden", "padded_intermediate")),

@@ -444,7 +444,7 @@ def experts_are_refused_in_words(device: str) -> None:
     for what, changed, words in (
         ("float64", {"x": x.double()}, ("float64",)),
         ("mixed", {"x": x.half()}, ("float16", "float32")),
-        ("narrow weights", {"x": normal((9, 41), "x").to(device)}, ("41",)),
+        ("narrow weights", {"x": normal((9, 41), "x").to(device)}, ("41", "2 F")),
         ("no bias", {"tensors": without}, ("experts.b2",)),
         ("ids of float", {"ids": ids.float()}, ("float32", "weights")),
         ("one matrix", {"tensors": tensors | {"experts.w13": tensors["experts.w13"][0]}}, ("[74, 40]",)),

@@ -201,7 +201,7 @@ def sums_that_vanish_are_the_reference(device: str) -> None:
 
 
 def a_table_chooses_by_token_id(device: str) -> None:
-    spec = _spec(4, score="sqrt_softplus", selector="table", renormalize="sum", scale=1.5)
+    spec = _spec(6, score="sqrt_softplus", selector="table", renormalize="sum", scale=1.5)
     logits = distinct_logits(33, 60, "table")
     _same_method("table", spec, logits, device, integers((3, 11), "tokens", 11))
 
