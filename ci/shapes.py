@@ -20,7 +20,7 @@ with patch.object(operators, "operator", lambda schema, launcher, fake: launcher
     from moe_conformance.kernels.capture import capture
     from moe_conformance.kernels.dispatch import align
     from moe_conformance.kernels.experts import compute, problem_of
-    from moe_conformance.kernels.grouped_matmul import Quantised
+    from moe_conformance.kernels.float8 import Quantised
     from moe_conformance.kernels.padding import pad, unpad
     from moe_conformance.kernels.routing import route_logits
     from moe_conformance.kernels.tuning import default

@@ -12,7 +12,8 @@ from torch import Tensor
 from moe_conformance.errors import InputError
 from moe_conformance.kernels.combine import combine
 from moe_conformance.kernels.dispatch import align
-from moe_conformance.kernels.grouped_matmul import Dispatched, Quantised, down, gate_up
+from moe_conformance.kernels.float8 import Quantised
+from moe_conformance.kernels.grouped_matmul import Dispatched, down, gate_up
 from moe_conformance.kernels.tuning import Config, Problem, choose
 from moe_conformance.operators import arguments, operator
 from moe_conformance.reference_impl.experts import rms_norm

@@ -19,6 +19,7 @@ from moe_conformance.engine import RouteInputs, Routing
 from moe_conformance.errors import InputError
 from moe_conformance.kernels.activation import log1p_exp, sigmoid, softplus, tanh
 from moe_conformance.kernels.launch import interpreted, load_float32, require_device
+from moe_conformance.kernels.selection import TAKEN, best_groups, place_of, sort_keys, value_of
 from moe_conformance.operators import arguments, operator
 from moe_conformance.reference_impl.routing import Routed, ids_of_tokens, named
 from moe_conformance.spec import RoutingSpec
@@ -27,31 +28,6 @@ from moe_conformance.spec import RoutingSpec
 MAX_CLASSES = 1024
 # The output tile is [BLOCK_T, BLOCK_K]; no public model chooses more than 22 (Nemotron-3-Super).
 MAX_TOP_K = 32
-
-
-@triton.jit
-def sort_keys(x, WIDTH: tl.constexpr):
-    """int64 keys [rows, WIDTH] that order as x does: a NaN above all, -0 as 0, of equals the first. No two are equal,
-    and all are above TAKEN."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    bits = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FC00000)  # the larger the less, below zero
-    return (bits.to(tl.int64) << 32) | (WIDTH - 1 - tl.arange(0, WIDTH)).to(tl.int64)[None, :]
-
-
-TAKEN = tl.constexpr(-(2**63))
-
-
-@triton.jit
-def place_of(key, WIDTH: tl.constexpr):
-    """The column of a key."""
-    return WIDTH - 1 - (key & 0xFFFFFFFF).to(tl.int32)
-
-
-@triton.jit
-def value_of(key):
-    """What was made a key of."""
-    bits = (key >> 32).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -74,36 +50,6 @@ def condition(logits, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     if HAS_SOFTCAP:
         logits = softcap * tanh(logits / softcap)
     return logits
-
-
-@triton.jit
-def best_groups(
-    compared,
-    mask,
-    group_mask,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    TOP2: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """compared [BLOCK_T, BLOCK_G * BLOCK_S], with group_mask for experts that are in none of the best groups."""
-    # By keys and not by values: the maximum of a row with a NaN is another in each mode of Triton.
-    keys = tl.reshape(sort_keys(compared, BLOCK_G * BLOCK_S), [BLOCK_T, BLOCK_G, BLOCK_S])
-    best = tl.max(keys, axis=2)  # [BLOCK_T, BLOCK_G]
-    group_score = value_of(best)
-    if TOP2:
-        group_score += value_of(tl.max(tl.where(keys == best[:, :, None], TAKEN, keys), axis=2))
-    group_keys = tl.where(tl.arange(0, BLOCK_G)[None, :] < GROUPS, sort_keys(group_score, BLOCK_G), TAKEN)
-    chosen = tl.zeros([BLOCK_T, BLOCK_G], tl.int1)
-    for _ in range(TOP_GROUPS):
-        taken = group_keys == tl.max(group_keys, axis=1)[:, None]
-        chosen = chosen | taken
-        group_keys = tl.where(taken, TAKEN, group_keys)
-    kept = tl.broadcast_to(chosen[:, :, None], [BLOCK_T, BLOCK_G, BLOCK_S])
-    kept = tl.reshape(kept, [BLOCK_T, BLOCK_G * BLOCK_S])
-    return tl.where(kept | (mask == 0), compared, group_mask)
 
 
 # No compilation for each number of tokens or for numbers that only multiply.

@@ -54,7 +54,7 @@ class Twins:
 
 
 class TestExperts(Twins):
-    groups = ("experts",)
+    groups = ("experts", "float8")
 
 
 class TestAllElse(Twins):

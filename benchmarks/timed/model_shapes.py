@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_conformance.kernels.grouped_matmul import Quantised
+from moe_conformance.kernels.float8 import Quantised
 from moe_conformance.reference_impl.quantised.tiles import BLOCK_128, scale_shape, spread
 from moe_conformance.spec import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
 

@@ -6,71 +6,30 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from expert_cases import (
+    DTYPES,
+    LIMIT,
+    SPECS,
+    TILES,
+    dispatched_of,
+    ids_of,
+    same_sum,
+    share_of,
+    weights_of,
+)
 from torch import Tensor
 
 from moe_conformance import compare
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import distinct_logits, integers, normal, poison_, poisoned_allocations
+from moe_conformance.inputs import normal, poison_, poisoned_allocations
 from moe_conformance.kernels import experts, grouped_matmul
-from moe_conformance.kernels.dispatch import align
-from moe_conformance.kernels.grouped_matmul import Dispatched, Quantised
+from moe_conformance.kernels.grouped_matmul import Quantised
 from moe_conformance.kernels.tuning import Config, Tile
-from moe_conformance.layer_bound import activated, experts_value
-from moe_conformance.reference_impl import experts as reference_experts
+from moe_conformance.layer_bound import activated
 from moe_conformance.reference_impl import grouped_matmul as reference_grouped
 from moe_conformance.reference_impl.parallel.experts import experts_part
-from moe_conformance.reference_impl.quantised.fp8 import dequantise_fp8, quantise_fp8
-from moe_conformance.spec import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
+from moe_conformance.spec import MLPSpec
 from moe_conformance.tolerance import Contract, Value
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LIMIT = 0.75
-# Every activation, clamp, place of the weight and bias; the widths fill no tile, but for one that fills all.
-SPECS = {
-    "silu": MLPSpec(37),
-    "gelu, bias, weight on input": MLPSpec(37, "gelu", bias=True, weight_on="input"),
-    "gelu tanh": MLPSpec(64, "gelu_tanh"),
-    "relu2, no gate": MLPSpec(37, "relu2", gated=False, bias=True, weight_on="w2_input"),
-    "relu, no gate": MLPSpec(16, "relu", gated=False),
-    "gpt-oss": MLPSpec(37, clamp="before", limit=LIMIT, alpha=1.5, up_offset=1.0, bias=True),
-    "clamp after": MLPSpec(37, clamp="after", limit=LIMIT, weight_on="w2_input"),
-    "softcaps": MLPSpec(37, clamp="tanh", limit=LIMIT, up_limit=2.25),
-}
-# Steps of depth and columns that do not divide the widths, one block of pairs a group and several.
-TILES = {
-    "one tile": Tile(64, 64, group_m=8),
-    "many tiles": Tile(16, 16, group_m=1),
-    "groups of three": Tile(32, 32, group_m=3),
-}
-
-
-def _layer_spec(spec: MLPSpec, hidden: int, count: int, top_k: int, identity: int = 0) -> LayerSpec:
-    return LayerSpec(hidden, count, LogitsSpec(), RoutingSpec(top_k, identity_experts=identity), spec)
-
-
-def _weights(spec: MLPSpec, hidden: int, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """About one over the root of what is summed over, so that activations are neither linear nor saturated."""
-    return {
-        name: normal(shape, name, dtype, 0.5 if ".b" in name else 0.25 if len(shape) > 2 else 0.125)
-        for name, shape in spec.tensors("experts", hidden, (count,)).items()
-    }
-
-
-def _ids(tokens: int, top_k: int, count: int, dropped: bool) -> Tensor:
-    """K different experts a token, none of them 2; a third of the pairs names no expert."""
-    order = distinct_logits(tokens, count, "ids").argsort()
-    ids = order[order != 2].view(tokens, count - 1)[:, :top_k].contiguous()
-    outside = torch.tensor([-1, count + 3, 2**31 - 1])[integers((tokens, top_k), "outside", 3)]
-    return torch.where(integers((tokens, top_k), "gone", 3) == 0, outside, ids) if dropped else ids
-
-
-def _share(tokens: int, top_k: int) -> Tensor:
-    return integers((tokens, top_k), "weights", 16, low=1).float() / 8
-
-
-def _dispatched(ids: Tensor, count: int, block: int, sort: bool, device: str) -> Dispatched:
-    ids = ids.to(device)
-    return Dispatched(ids, count, block, align(ids, count, block) if sort else None)
 
 
 def _inside(spec: MLPSpec, x: Tensor, w: Tensor, bias: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Value:
@@ -110,15 +69,15 @@ def gate_up_is_the_reference(device: str) -> None:
     for index, (name, spec) in enumerate(SPECS.items()):
         for way, (tokens, tile, sort) in enumerate(WAYS):
             dtype = DTYPES[(index + way) % 3]
-            tensors, x = _weights(spec, hidden, count, dtype), normal((tokens, hidden), "x", dtype)
+            tensors, x = weights_of(spec, hidden, count, dtype), normal((tokens, hidden), "x", dtype)
             w, bias = (tensors.get(f"experts.{part}{'13' if spec.gated else '1'}") for part in "wb")
-            ids, share = _ids(tokens, top_k, count, dropped=True), _share(tokens, top_k)
+            ids, share = ids_of(tokens, top_k, count, dropped=True), share_of(tokens, top_k)
             with poisoned_allocations():
                 got = grouped_matmul.gate_up(
                     x.to(device),
                     w.to(device),
                     spec,
-                    _dispatched(ids, count, 16, sort, device),
+                    dispatched_of(ids, count, 16, sort, device),
                     TILES[tile],
                     bias=None if bias is None else bias.to(device),
                     weights=share.to(device),
@@ -161,32 +120,36 @@ def activations_of_exact_inputs_are_the_reference(device: str) -> None:
             x[:, 0] = gates
             ids = torch.zeros(len(gates), 1, dtype=torch.int64)
             got = grouped_matmul.gate_up(
-                x.to(device), w.to(device), spec, _dispatched(ids, 1, 16, True, device), TILES["one tile"]
+                x.to(device), w.to(device), spec, dispatched_of(ids, 1, 16, True, device), TILES["one tile"]
             )
             _same_gate_up(name, got, x, w, None, spec, ids, torch.ones(len(gates), 1))
 
 
 def interleaved_rows_are_gate_and_up_in_turn(device: str) -> None:
     spec, count = SPECS["gpt-oss"], 5
-    tensors, x, ids = _weights(spec, 40, count, torch.float32), normal((9, 40), "x"), _ids(9, 3, count, dropped=False)
+    tensors, x, ids = (
+        weights_of(spec, 40, count, torch.float32),
+        normal((9, 40), "x"),
+        ids_of(9, 3, count, dropped=False),
+    )
     w, bias = tensors["experts.w13"], tensors["experts.b13"]
     turns = torch.arange(2 * spec.width).view(2, spec.width).T.flatten()
     got = grouped_matmul.gate_up(
         x.to(device),
         w[:, turns].to(device),
         spec,
-        _dispatched(ids, count, 16, True, device),
+        dispatched_of(ids, count, 16, True, device),
         TILES["many tiles"],
         bias=bias[:, turns].to(device),
         interleaved=True,
     )
-    _same_gate_up("interleaved", got, x, w, bias, spec, ids, _share(9, 3))
+    _same_gate_up("interleaved", got, x, w, bias, spec, ids, share_of(9, 3))
 
 
 def strides_and_padded_columns_are_honoured(device: str) -> None:
     """x and w transposed in memory, poison between rows and behind the last column of w."""
     spec, count, hidden = SPECS["silu"], 5, 40
-    tensors, ids = _weights(spec, hidden, count, torch.float16), _ids(9, 3, count, dropped=False)
+    tensors, ids = weights_of(spec, hidden, count, torch.float16), ids_of(9, 3, count, dropped=False)
     x, w = normal((9, hidden), "x", torch.float16), tensors["experts.w13"]
     columns = poison_(torch.empty(count, hidden + 8, w.shape[1] + 3, dtype=w.dtype)).transpose(1, 2)
     columns[:, : w.shape[1], :hidden] = w
@@ -198,16 +161,16 @@ def strides_and_padded_columns_are_honoured(device: str) -> None:
         ("transposed w", columns.to(device)[:, : w.shape[1]]),
         ("every second column", rows.to(device)[:, :, 1::2]),
     ):
-        dispatched = _dispatched(ids, count, 16, True, device)
+        dispatched = dispatched_of(ids, count, 16, True, device)
         got = grouped_matmul.gate_up(wide.to(device).T[::2], laid_out, spec, dispatched, TILES["many tiles"])
-        _same_gate_up(what, got, x, w, None, spec, ids, _share(9, 3))
+        _same_gate_up(what, got, x, w, None, spec, ids, share_of(9, 3))
 
 
 def down_is_the_reference(device: str) -> None:
     top_k, count, hidden, width = 3, 5, 40, 37
     for dtype in DTYPES:
         for tokens, tile, sort in WAYS:
-            ids = _ids(tokens, top_k, count, dropped=True)
+            ids = ids_of(tokens, top_k, count, dropped=True)
             rows = normal((tokens * top_k, width), "rows", dtype)
             w, bias = normal((count, hidden, width), "w2", dtype, 0.25), normal((count, hidden), "b2", dtype)
             # What stands in the row of a pair without an expert is poison, as gate_up leaves it.
@@ -217,7 +180,7 @@ def down_is_the_reference(device: str) -> None:
                     got = grouped_matmul.down(
                         rows.to(device),
                         w.to(device),
-                        _dispatched(ids, count, 16, sort, device),
+                        dispatched_of(ids, count, 16, sort, device),
                         TILES[tile],
                         bias=None if own is None else own.to(device),
                     ).cpu()
@@ -233,42 +196,15 @@ def down_is_the_reference(device: str) -> None:
                 compare.equal(f"{dtype}, {tile}: rows of no expert", got[nobody], want[nobody])
 
 
-def _same_sum(
-    what: str,
-    got: Tensor,
-    x: Tensor,
-    spec: MLPSpec,
-    tensors: dict[str, Tensor],
-    ids: Tensor,
-    share: Tensor,
-    *,
-    identity: int = 0,
-    scale: float = 1.0,
-    added: Tensor | None = None,
-) -> None:
-    """The reference in float64 at these ids, with the bound of a layer that stores what kernels store."""
-    (_, hidden), count = x.shape, len(tensors["experts.w2"])
-    layer = _layer_spec(spec, hidden, count, ids.shape[1], identity)
-    known = ids.where((ids >= 0) & (ids < count + identity), count + identity)
-    wide = {name: tensor.double() for name, tensor in tensors.items()}
-    want = reference_experts.routed_experts(x.double(), spec, wide, known, share.double(), identity_experts=identity)
-    value = experts_value(Value.of(x), layer, tensors, known, Value.of(share), Contract.stored(x.dtype))
-    value = (value * Value.of(scale)).stored(torch.float32)
-    if added is not None:
-        value = value + Value.of(added)
-    want = want * scale + (0 if added is None else added.double())
-    compare.close(what, got, want, value.stored(x.dtype).bound("float32 sums and stored tensors"))
-
-
 def the_routed_sum_is_the_reference(device: str) -> None:
     """Few pairs and many, none, of all specs and dtypes, with identity experts and what is always on."""
     hidden, count = 40, 11
     for index, (name, spec) in enumerate(SPECS.items()):
         for tokens, top_k in ((1, 2), (7, 3), (67, 8), (0, 3)):
             dtype = DTYPES[(index + tokens) % 3]
-            tensors, x = _weights(spec, hidden, count, dtype), normal((tokens, hidden), "x", dtype)
+            tensors, x = weights_of(spec, hidden, count, dtype), normal((tokens, hidden), "x", dtype)
             added = normal((tokens, hidden), "added", dtype)
-            ids, share = _ids(tokens, top_k, count, dropped=True), _share(tokens, top_k)
+            ids, share = ids_of(tokens, top_k, count, dropped=True), share_of(tokens, top_k)
             ids = ids.where(ids != 3, count + 1)
             on = {n: t.to(device) for n, t in tensors.items()}
             for identity, scale, also in ((0, 1.0, None), (3, 2.5, added)):
@@ -284,17 +220,17 @@ def the_routed_sum_is_the_reference(device: str) -> None:
                         added=None if also is None else also.to(device),
                     )
                 what = f"{name}, {dtype}, {tokens} tokens, {identity} identity experts"
-                _same_sum(what, got, x, spec, tensors, ids, share, identity=identity, scale=scale, added=also)
+                same_sum(what, got, x, spec, tensors, ids, share, identity=identity, scale=scale, added=also)
 
 
 def an_output_norm_stands_before_the_weight(device: str) -> None:
     spec = MLPSpec(37, output_norm=0.125)
-    tensors, x = _weights(spec, 40, 5, torch.float32), normal((9, 40), "x")
-    ids, share = _ids(9, 3, 5, dropped=True), _share(9, 3)
+    tensors, x = weights_of(spec, 40, 5, torch.float32), normal((9, 40), "x")
+    ids, share = ids_of(9, 3, 5, dropped=True), share_of(9, 3)
     on = {n: t.to(device) for n, t in tensors.items()}
     with poisoned_allocations():
         got = experts.routed_experts(x.to(device), spec, on, ids.to(device), share.to(device))
-    _same_sum("output norm", got, x, spec, tensors, ids, share)
+    same_sum("output norm", got, x, spec, tensors, ids, share)
 
 
 def a_rank_adds_its_own_experts_alone(device: str) -> None:
@@ -302,15 +238,15 @@ def a_rank_adds_its_own_experts_alone(device: str) -> None:
     spec, count = SPECS["gpt-oss"], 11
     expert_map = torch.full((count,), -1, dtype=torch.int32)
     expert_map[torch.tensor([7, 0, 10, 3])] = torch.arange(4, dtype=torch.int32)
-    tensors = _weights(spec, 40, 4, torch.float32)
+    tensors = weights_of(spec, 40, 4, torch.float32)
     on = {n: t.to(device) for n, t in tensors.items()}
     for tokens, top_k in ((1, 2), (23, 3)):
-        x, ids = normal((tokens, 40), "x"), _ids(tokens, top_k, count, dropped=False)
-        share = _share(tokens, top_k).masked_fill(expert_map[ids] < 0, float("nan"))
+        x, ids = normal((tokens, 40), "x"), ids_of(tokens, top_k, count, dropped=False)
+        share = share_of(tokens, top_k).masked_fill(expert_map[ids] < 0, float("nan"))
         with poisoned_allocations():
             got = experts.experts_part(x.to(device), ids.to(device), share.to(device), spec, on, expert_map.to(device))
         local = torch.where(expert_map[ids] < 0, 4, expert_map[ids].long())
-        _same_sum(f"{tokens} tokens", got, x, spec, tensors, local, share.nan_to_num())
+        same_sum(f"{tokens} tokens", got, x, spec, tensors, local, share.nan_to_num())
         part = experts_part(
             x.double(), ids, share.nan_to_num().double(), spec, {n: t.double() for n, t in tensors.items()}, expert_map
         )
@@ -321,8 +257,8 @@ def padded_widths_are_cut_by_masks(device: str) -> None:
     """Weights as a load pads them: NaN behind the true hidden dim, zeros behind the true intermediate one."""
     for name in ("silu", "gpt-oss", "relu2, no gate"):
         spec, (hidden, padded, wide) = SPECS[name], (40, 48, 64)
-        tensors, x = _weights(spec, hidden, 5, torch.float32), normal((9, hidden), "x")
-        ids, share = _ids(9, 3, 5, dropped=False), _share(9, 3)
+        tensors, x = weights_of(spec, hidden, 5, torch.float32), normal((9, hidden), "x")
+        ids, share = ids_of(9, 3, 5, dropped=False), share_of(9, 3)
         halves, first = (2, "13") if spec.gated else (1, "1")
         w1 = torch.zeros(5, halves, wide, padded)
         w1[..., hidden:] = float("nan")
@@ -340,76 +276,26 @@ def padded_widths_are_cut_by_masks(device: str) -> None:
         got = experts.routed_experts(
             x.to(device), spec, {n: t.to(device) for n, t in on.items()}, ids.to(device), share.to(device)
         )
-        _same_sum(name, got, x, spec, tensors, ids, share)
+        same_sum(name, got, x, spec, tensors, ids, share)
 
 
 def tiles_change_no_bit_but_the_order_of_sums(device: str) -> None:
     """Blocks of pairs of any height and in any order compute each row alike; twice is the same bits."""
     spec, dtype = SPECS["silu"], torch.float32
-    tensors, x = _weights(spec, 40, 5, dtype), normal((17, 40), "x", dtype)
-    ids, share = _ids(17, 3, 5, dropped=True), _share(17, 3)
+    tensors, x = weights_of(spec, 40, 5, dtype), normal((17, 40), "x", dtype)
+    ids, share = ids_of(17, 3, 5, dropped=True), share_of(17, 3)
     on = {n: t.to(device) for n, t in tensors.items()}
     outputs = {}
     for block, group, sort in ((16, 1, True), (16, 8, True), (64, 3, True), (16, 8, False), (16, 1, True)):
         tile = Tile(16, 16, group_m=group)
         got = experts.compute(x.to(device), spec, on, ids.to(device), share.to(device), Config(block, tile, tile, sort))
-        _same_sum(f"blocks of {block}", got, x, spec, tensors, ids, share)
+        same_sum(f"blocks of {block}", got, x, spec, tensors, ids, share)
         outputs[block, group, sort] = got
     first = outputs[16, 1, True]
     for key, got in outputs.items():
         # Another height of block, or row of it, may be another order of sums, in a matrix instruction as in a library.
         if (key[0], key[2]) == (16, True):
             compare.equal(f"blocks of {key[0]} in groups of {key[1]}", got, first)
-
-
-def float8_weights_are_scaled_tile_by_tile(device: str) -> None:
-    """128 x 128 blocks cut at the seam of gate and up, per channel, and small tiles; activations in two dtypes."""
-    for gated, tile, hidden, width in (
-        (True, (128, 128), 200, 160),
-        (False, (128, 128), 130, 72),
-        (True, (1, 0), 40, 37),
-        (True, (16, 32), 72, 40),
-        (True, (24, 48), 100, 60),
-        (True, (0, 0), 40, 37),
-    ):
-        spec, count = MLPSpec(width, gated=gated), 3
-        plain = _weights(spec, hidden, count, torch.float32)
-        # Scales of neighbouring tiles differ, those of experts too.
-        stacked = {"experts.w13": 2, "experts.w1": 1, "experts.w2": 1}
-        codes, exact, quantised = {}, {}, {}
-        for name, tensor in plain.items():
-            rows = torch.arange(tensor.shape[1])[:, None] // 16 + torch.arange(tensor.shape[2]) // 16
-            tensor = tensor * torch.exp2((rows % 5).float()) * torch.arange(1, count + 1)[:, None, None]
-            codes[name], scale = quantise_fp8(tensor, tile=tile, stacked=stacked[name])
-            exact[name] = dequantise_fp8(codes[name], scale, tile=tile, stacked=stacked[name], dtype=torch.float64)
-            quantised[name.removeprefix("experts.")] = Quantised(scale.to(device), tile)
-        for dtype in (torch.float32, torch.bfloat16):
-            x = normal((7, hidden), "x", dtype, 0.125)
-            ids, share = _ids(7, 2, count, dropped=False), _share(7, 2)
-            with poisoned_allocations():
-                got = experts.routed_experts(
-                    x.to(device),
-                    spec,
-                    {n: t.to(device) for n, t in codes.items()},
-                    ids.to(device),
-                    share.to(device),
-                    quantised=quantised,
-                )
-            _same_sum(f"tile {tile}, {dtype}", got, x, spec, exact, ids, share)
-
-
-def every_float8_code_has_its_value(device: str) -> None:
-    """All 256 codes as weights of one term, subnormals and NaN among them."""
-    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    w = torch.zeros(1, 256, 16, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    w.view(torch.uint8)[0, :, 0] = torch.arange(256, dtype=torch.uint8)
-    for dtype in DTYPES:
-        x = torch.zeros(1, 16, dtype=dtype)
-        x[0, 0] = 1
-        dispatched = _dispatched(torch.zeros(1, 1, dtype=torch.int64), 1, 16, True, device)
-        scale = Quantised(torch.full((1, 1, 1), 2.0, device=device), (0, 0))
-        got = grouped_matmul.down(x.to(device), w.to(device), dispatched, TILES["many tiles"], quantised=scale)
-        compare.equal(f"codes in {dtype}", got[0].float(), 2 * every.float())
 
 
 def offsets_of_experts_do_not_wrap(device: str) -> None:
@@ -420,16 +306,16 @@ def offsets_of_experts_do_not_wrap(device: str) -> None:
     x = torch.empty(far + 16, dtype=torch.float16, device=device).as_strided((2, 16), (far, 1))
     x.copy_(normal((2, 16), "x", torch.float16))
     ids = torch.tensor([[1], [1]])
-    got = grouped_matmul.down(x, w, _dispatched(ids, 2, 16, True, device), TILES["one tile"])
+    got = grouped_matmul.down(x, w, dispatched_of(ids, 2, 16, True, device), TILES["one tile"])
     value = Value.of(x.cpu()).project(w[1].cpu(), torch.float32).stored(torch.float16)
     compare.close("far experts and rows", got, value.exact, value.bound("one kernel"))
 
 
 def experts_are_refused_in_words(device: str) -> None:
     spec, count = SPECS["gpt-oss"], 5
-    tensors = {n: t.to(device) for n, t in _weights(spec, 40, count, torch.float32).items()}
-    x, ids = normal((9, 40), "x").to(device), _ids(9, 3, count, dropped=False).to(device)
-    share = _share(9, 3).to(device)
+    tensors = {n: t.to(device) for n, t in weights_of(spec, 40, count, torch.float32).items()}
+    x, ids = normal((9, 40), "x").to(device), ids_of(9, 3, count, dropped=False).to(device)
+    share = share_of(9, 3).to(device)
 
     def call(**changed: Any) -> None:
         given = {"x": x, "spec": spec, "tensors": tensors, "ids": ids, "weights": share} | changed

@@ -12,7 +12,7 @@ from moe_conformance.inputs import distinct_logits, integers, normal, poisoned_a
 from moe_conformance.kernels import capture as capture_kernels
 from moe_conformance.kernels import dispatch, experts, padding, routing
 from moe_conformance.kernels.capture import capture
-from moe_conformance.kernels.grouped_matmul import Quantised
+from moe_conformance.kernels.float8 import Quantised
 from moe_conformance.kernels.layer import layer, moe_layer
 from moe_conformance.layer_bound import layer_bound
 from moe_conformance.reference_impl import layer as reference_layer
