@@ -209,7 +209,7 @@ SHAPES = (
 
 
 def launches(words: str = "", targets: frozenset[str] = ALL) -> Iterator[Launch]:
-    """Every launch to be compiled, each specialisation once. words: part of "NAME SHAPE", of which alone."""
+    """Every launch to be compiled, each specialisation once, by its first shape. words: part of "NAME SHAPE" to keep."""
     for target in TARGETS:
         if target.name not in targets:
             continue
@@ -218,7 +218,8 @@ def launches(words: str = "", targets: frozenset[str] = ALL) -> Iterator[Launch]
             if target.name not in shape.targets:
                 continue
             for launch in recorded(shape.name, target, shape.run):
-                wanted = launch.name in shape.kernels and words in f"{launch.name} {launch.shape}"
-                if wanted and launch.specialization not in seen:
-                    seen.add(launch.specialization)
+                if launch.name not in shape.kernels or launch.specialization in seen:
+                    continue
+                seen.add(launch.specialization)
+                if words in f"{launch.name} {launch.shape}":
                     yield launch
