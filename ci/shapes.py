@@ -209,7 +209,7 @@ SHAPES = (
 
 
 def launches(words: str = "", targets: frozenset[str] = ALL) -> Iterator[Launch]:
-    """Every launch to be compiled, each specialisation once, by its first shape. words: part of "NAME SHAPE" to keep."""
+    """Every launch to be compiled, each specialisation once, by its first shape. words: part of "NAME SHAPE"."""
     for target in TARGETS:
         if target.name not in targets:
             continue
