@@ -147,10 +147,12 @@ def interleaved_rows_are_gate_and_up_in_turn(device: str) -> None:
 
 
 def strides_and_padded_columns_are_honoured(device: str) -> None:
-    """x and w transposed in memory, poison between rows and behind the last column of w."""
-    spec, count, hidden = SPECS["silu"], 5, 40
+    """x and w transposed in memory, poison between rows, between biases and behind the last column of w."""
+    spec, count, hidden = SPECS["gpt-oss"], 5, 40
     tensors, ids = weights_of(spec, hidden, count, torch.float16), ids_of(9, 3, count, dropped=False)
-    x, w = normal((9, hidden), "x", torch.float16), tensors["experts.w13"]
+    x, w, bias = normal((9, hidden), "x", torch.float16), tensors["experts.w13"], tensors["experts.b13"]
+    spaced = poison_(torch.empty(count + 1, 2 * w.shape[1], dtype=w.dtype))
+    spaced[1:, ::2] = bias
     columns = poison_(torch.empty(count, hidden + 8, w.shape[1] + 3, dtype=w.dtype)).transpose(1, 2)
     columns[:, : w.shape[1], :hidden] = w
     rows = poison_(torch.empty(count, w.shape[1], 2 * hidden + 9, dtype=w.dtype))
@@ -162,8 +164,9 @@ def strides_and_padded_columns_are_honoured(device: str) -> None:
         ("every second column", rows.to(device)[:, :, 1::2]),
     ):
         dispatched = dispatched_of(ids, count, 16, True, device)
-        got = grouped_matmul.gate_up(wide.to(device).T[::2], laid_out, spec, dispatched, TILES["many tiles"])
-        _same_gate_up(what, got, x, w, None, spec, ids, share_of(9, 3))
+        own = spaced.to(device)[1:, ::2]
+        got = grouped_matmul.gate_up(wide.to(device).T[::2], laid_out, spec, dispatched, TILES["many tiles"], bias=own)
+        _same_gate_up(what, got, x, w, bias, spec, ids, share_of(9, 3))
 
 
 def down_is_the_reference(device: str) -> None:
