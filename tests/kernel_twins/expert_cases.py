@@ -22,7 +22,7 @@ SPECS = {
     "silu": MLPSpec(37),
     "gelu, bias, weight on input": MLPSpec(37, "gelu", bias=True, weight_on="input"),
     "gelu tanh": MLPSpec(64, "gelu_tanh"),
-    "relu2, no gate": MLPSpec(37, "relu2", gated=False, bias=True, weight_on="w2_input"),
+    "relu2, no gate": MLPSpec(37, "relu2", gated=False, bias=True, weight_on="w2_input", alpha=1.5),
     "relu, no gate": MLPSpec(16, "relu", gated=False),
     "gpt-oss": MLPSpec(37, clamp="before", limit=LIMIT, alpha=1.5, up_offset=1.0, bias=True),
     "clamp after": MLPSpec(37, clamp="after", limit=LIMIT, weight_on="w2_input"),
@@ -57,7 +57,8 @@ def ids_of(tokens: int, top_k: int, count: int, dropped: bool) -> Tensor:
 
 
 def share_of(tokens: int, top_k: int) -> Tensor:
-    return integers((tokens, top_k), "weights", 16, low=1).float() / 8
+    """Weights that float16 does not hold."""
+    return integers((tokens, top_k), "weights", 16, low=1).float() / 7
 
 
 def dispatched_of(ids: Tensor, count: int, block: int, sort: bool, device: str) -> Dispatched:

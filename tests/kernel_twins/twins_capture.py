@@ -52,6 +52,8 @@ def refused_ids_change_nothing(device: str) -> None:
         ids[7, 2] = bad
         _same_capture(ids, 1, 9, torch.int16, 60, device)
         _same_capture(ids, 1, 5, torch.int16, 60, device)  # the bad id is another rank's
+        ids[3, 0] = ids[4, 1] = bad
+        _same_capture(ids, 1, 9, torch.int16, 60, device)
     _same_capture(integers((11, 3), "ids", 60), 1, 9, torch.int16, 60, device, rejected=4)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
 
 from moe_conformance import compare
 from moe_conformance.inputs import integers, normal, poison_, poisoned_allocations
+from moe_conformance.kernels import combine as combine_kernels
 from moe_conformance.kernels.combine import combine
 from moe_conformance.reference_impl.combine import combine as reference
 from moe_conformance.tolerance import Value
@@ -45,10 +48,13 @@ def combine_is_the_reference(device: str) -> None:
     ):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             x, added = normal((tokens, width), "x", dtype), normal((tokens, width), "added", dtype)
-            wide = poison_(torch.empty(tokens, 2 * width + 1, dtype=dtype))
-            wide[:, : 2 * width : 2] = added
+            strided = {"x": x, "added": added}
+            for name, tensor in strided.items():
+                room = poison_(torch.empty(tokens, 2 * width + 1, dtype=dtype))
+                room[:, : 2 * width : 2] = tensor
+                strided[name] = room.to(device)[:, : 2 * width : 2]
             ids = integers((tokens, top_k), "ids", EXPERTS + IDENTITY + 2, -1)
-            weights = integers((tokens, top_k), "weights", 16, low=1).float() / 8
+            weights = integers((tokens, top_k), "weights", 16, low=1).float() / 7
             for options in (
                 {},
                 {"scale": 2.5},
@@ -66,10 +72,10 @@ def combine_is_the_reference(device: str) -> None:
                 outputs[:, width:] = NAN
                 outputs[~taken.flatten()] = NAN
                 share = weights.masked_fill(~(taken | passed), NAN)
-                given = {**options, "added": wide.to(device)[:, : 2 * width : 2]} if "added" in options else options
+                given = {**options, "added": strided["added"]} if "added" in options else options
                 given = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in given.items()}
                 with poisoned_allocations():
-                    got = combine(outputs.to(device), ids.to(device), share.to(device), x.to(device), EXPERTS, **given)
+                    got = combine(outputs.to(device), ids.to(device), share.to(device), strided["x"], EXPERTS, **given)
                 exact = {n: v.double() if n == "added" else v for n, v in options.items()}
                 want = reference(outputs.double(), ids, share.double(), x.double(), EXPERTS, **exact)
                 bound = _bound(outputs, ids, share, x, taken, options).bound("float32 sums, one rounding")
@@ -77,15 +83,70 @@ def combine_is_the_reference(device: str) -> None:
                 compare.same("dtype", got.dtype, dtype)
 
 
+def a_tie_of_the_one_rounding_goes_to_even(device: str) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        step = torch.finfo(dtype).eps
+        x = (1 + step * torch.arange(8).view(4, 2)).to(dtype)
+        half = torch.full_like(x, step / 2)
+        ids, weights = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
+        given = (t.to(device) for t in (x, ids, weights, x))
+        got = combine(*given, EXPERTS, added=half.to(device))
+        compare.equal(f"{dtype}", got.float(), (x.float() + half.float()).to(dtype).float())
+
+
 def weights_may_have_any_strides(device: str) -> None:
     x, outputs = normal((9, 20), "x"), normal((27, 20), "outputs")
-    ids, weights = integers((9, 3), "ids", EXPERTS), integers((9, 3), "weights", 16, low=1).float() / 8
+    ids, weights = integers((9, 3), "ids", EXPERTS), integers((9, 3), "weights", 16, low=1).float() / 7
     room = poison_(torch.empty(6, 10))
     room[::2, :9] = weights.T
     got = combine(outputs.to(device), ids.to(device), room.to(device)[::2, :9].T, x.to(device), EXPERTS)
     everybody = torch.ones_like(ids, dtype=torch.bool)
     want = reference(outputs.double(), ids, weights.double(), x.double(), EXPERTS)
     compare.close("strided weights", got, want, _bound(outputs, ids, weights, x, everybody, {}).bound("float32 sums"))
+
+
+def several_programs_share_a_token(device: str) -> None:
+    """Columns that fill two programs and a part of a third, as compiled from 1024 on."""
+    x, outputs, added = normal((5, 37), "x"), normal((15, 40), "outputs"), normal((5, 37), "added")
+    ids, weights = integers((5, 3), "ids", EXPERTS + IDENTITY), integers((5, 3), "weights", 16, low=1).float() / 7
+    with (
+        patch.object(combine_kernels, "combine_blocks", lambda *_: {"BLOCK_T": 2, "BLOCK_D": 16}),
+        poisoned_allocations(),
+    ):
+        got = combine(
+            *(t.to(device) for t in (outputs, ids, weights, x)),
+            EXPERTS,
+            identity_experts=IDENTITY,
+            added=added.to(device),
+        )
+    options = {"identity_experts": IDENTITY, "added": added}
+    want = reference(
+        *(t.double() if t.is_floating_point() else t for t in (outputs, ids, weights, x)),
+        EXPERTS,
+        identity_experts=IDENTITY,
+        added=added.double(),
+    )
+    bound = _bound(outputs, ids, weights, x, ids < EXPERTS, options).bound("float32 sums")
+    compare.close("columns of several programs", got, want, bound)
+
+
+def offsets_of_rows_do_not_wrap(device: str) -> None:
+    """Rows 2^30 elements apart, the third beyond 2^31; memory in between is never touched."""
+    far = 2**30 + 16
+    room = torch.empty(2 * far + 3 * 16, dtype=torch.float16, device=device)
+    far_rows = {name: room[16 * i :].as_strided((3, 16), (far, 1)) for i, name in enumerate(("outputs", "x", "added"))}
+    for name, rows in far_rows.items():
+        rows.copy_(normal((3, 16), name, torch.float16))
+    ids, weights = torch.tensor([[0], [EXPERTS], [1]]), torch.ones(3, 1)
+    for last in (1, EXPERTS):  # the third token's own output, or itself
+        ids[2] = last
+        got = combine(
+            far_rows["outputs"], ids.to(device), weights.to(device), far_rows["x"], EXPERTS,
+            identity_experts=IDENTITY, added=far_rows["added"],
+        )  # fmt: skip
+        near = {name: rows.cpu() for name, rows in far_rows.items()}
+        want = near["outputs"].where(ids < EXPERTS, near["x"]).double() + near["added"].double()
+        compare.equal(f"far rows, expert {last}", got, want.half())
 
 
 def combine_is_refused_in_words(device: str) -> None:

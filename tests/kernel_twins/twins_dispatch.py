@@ -18,6 +18,8 @@ from moe_conformance.reference_impl import dispatch as reference_dispatch
 SHAPES = (
     *((1, 1, 1, 1), (1, 8, 128, 16), (7, 3, 5, 8), (63, 4, 60, 16), (131, 8, 128, 64), (33, 22, 512, 16)),
     *((0, 3, 5, 8), (5, 3, 257, 1), (128, 2, 4, 64), (40, 1, 1, 128), (9, 4, 1024, 4)),
+    # Two programs of 16 pairs, whose even shares of 8 leave one over.
+    (17, 1, 17, 1),
 )
 
 
@@ -63,8 +65,8 @@ def _all_alignments(device: str, most: int) -> None:
                 _same_alignment(what, ids.to(dtype), experts, block, expert_map, device)
 
 
-def _small_programs() -> Any:
-    return patch.dict(dispatch.MOST_PAIRS, {name: 16 for name in dispatch.MOST_PAIRS})
+def _small_programs(pairs: int = 16) -> Any:
+    return patch.dict(dispatch.MOST_PAIRS, {name: pairs for name in dispatch.MOST_PAIRS})
 
 
 def several_programs_place_what_each_counts(device: str) -> None:
@@ -75,6 +77,8 @@ def several_programs_place_what_each_counts(device: str) -> None:
 def many_pairs_are_counted_first(device: str) -> None:
     with patch.object(dispatch, "_ONE_LAUNCH", 8), _small_programs():
         _all_alignments(device, most=150)
+    with patch.object(dispatch, "_ONE_LAUNCH", 8), _small_programs(2):
+        _same_alignment("130 chunks, more than are summed at once", _ids(130, 2, 3, "distinct"), 3, 8, None, device)
     _same_alignment("5600 pairs", _ids(700, 8, 128, "distinct"), 128, 64, _maps(128)["half"], device)
 
 

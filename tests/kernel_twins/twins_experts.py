@@ -147,12 +147,12 @@ def interleaved_rows_are_gate_and_up_in_turn(device: str) -> None:
 
 
 def strides_and_padded_columns_are_honoured(device: str) -> None:
-    """x and w transposed in memory, poison between rows, between biases and behind the last column of w."""
+    """x and w transposed in memory, poison between rows, behind the last column of w and between elements of b."""
     spec, count, hidden = SPECS["gpt-oss"], 5, 40
     tensors, ids = weights_of(spec, hidden, count, torch.float16), ids_of(9, 3, count, dropped=False)
     x, w, bias = normal((9, hidden), "x", torch.float16), tensors["experts.w13"], tensors["experts.b13"]
-    spaced = poison_(torch.empty(count + 1, 2 * w.shape[1], dtype=w.dtype))
-    spaced[1:, ::2] = bias
+    apart = poison_(torch.empty(count, 2 * w.shape[1], dtype=w.dtype))
+    apart[:, ::2] = bias
     columns = poison_(torch.empty(count, hidden + 8, w.shape[1] + 3, dtype=w.dtype)).transpose(1, 2)
     columns[:, : w.shape[1], :hidden] = w
     rows = poison_(torch.empty(count, w.shape[1], 2 * hidden + 9, dtype=w.dtype))
@@ -164,8 +164,8 @@ def strides_and_padded_columns_are_honoured(device: str) -> None:
         ("every second column", rows.to(device)[:, :, 1::2]),
     ):
         dispatched = dispatched_of(ids, count, 16, True, device)
-        own = spaced.to(device)[1:, ::2]
-        got = grouped_matmul.gate_up(wide.to(device).T[::2], laid_out, spec, dispatched, TILES["many tiles"], bias=own)
+        rows_of_x, own = wide.to(device).T[::2], apart.to(device)[:, ::2]
+        got = grouped_matmul.gate_up(rows_of_x, laid_out, spec, dispatched, TILES["many tiles"], bias=own)
         _same_gate_up(what, got, x, w, bias, spec, ids, share_of(9, 3))
 
 
@@ -210,14 +210,14 @@ def the_routed_sum_is_the_reference(device: str) -> None:
             ids, share = ids_of(tokens, top_k, count, dropped=True), share_of(tokens, top_k)
             ids = ids.where(ids != 3, count + 1)
             on = {n: t.to(device) for n, t in tensors.items()}
+            turned = [t.to(device).T.contiguous().T for t in (ids, share)]
             for identity, scale, also in ((0, 1.0, None), (3, 2.5, added)):
                 with poisoned_allocations():
                     got = experts.routed_experts(
                         x.to(device),
                         spec,
                         on,
-                        ids.to(device),
-                        share.to(device),
+                        *turned,
                         identity_experts=identity,
                         scale=scale,
                         added=None if also is None else also.to(device),
@@ -258,8 +258,9 @@ def a_rank_adds_its_own_experts_alone(device: str) -> None:
 
 def padded_widths_are_cut_by_masks(device: str) -> None:
     """Weights as a load pads them: NaN behind the true hidden dim, zeros behind the true intermediate one."""
-    for name in ("silu", "gpt-oss", "relu2, no gate"):
-        spec, (hidden, padded, wide) = SPECS[name], (40, 48, 64)
+    hidden, padded, wide = 40, 48, 64
+    normed = {"output norm": MLPSpec(37, output_norm=0.125)}
+    for name, spec in ({name: SPECS[name] for name in ("silu", "gpt-oss", "relu2, no gate")} | normed).items():
         tensors, x = weights_of(spec, hidden, 5, torch.float32), normal((9, hidden), "x")
         ids, share = ids_of(9, 3, 5, dropped=False), share_of(9, 3)
         halves, first = (2, "13") if spec.gated else (1, "1")
@@ -270,6 +271,8 @@ def padded_widths_are_cut_by_masks(device: str) -> None:
         w2[:, :hidden] = 0
         w2[:, :hidden, : spec.width] = tensors["experts.w2"]
         on = {f"experts.w{first}": w1.flatten(1, 2), "experts.w2": w2}
+        if spec.output_norm:
+            on["experts.output_norm"] = tensors["experts.output_norm"]
         if spec.bias:
             b1 = torch.zeros(5, halves, wide)
             b1[..., : spec.width] = tensors[f"experts.b{first}"].view(5, halves, spec.width)
@@ -302,16 +305,21 @@ def tiles_change_no_bit_but_the_order_of_sums(device: str) -> None:
 
 
 def offsets_of_experts_do_not_wrap(device: str) -> None:
-    """Experts 2^31 elements apart, and rows of a token; memory in between is never touched."""
-    far = 2**31 + 16
-    w = torch.empty(far + 16 * 16, dtype=torch.float16, device=device).as_strided((2, 16, 16), (far, 16, 1))
-    w.copy_(normal((2, 16, 16), "w", torch.float16))
-    x = torch.empty(far + 16, dtype=torch.float16, device=device).as_strided((2, 16), (far, 1))
-    x.copy_(normal((2, 16), "x", torch.float16))
-    ids = torch.tensor([[1], [1]])
-    got = grouped_matmul.down(x, w, dispatched_of(ids, 2, 16, True, device), TILES["one tile"])
-    value = Value.of(x.cpu()).project(w[1].cpu(), torch.float32).stored(torch.float16)
-    compare.close("far experts and rows", got, value.exact, value.bound("one kernel"))
+    """Experts, their rows and those of x 2^30 elements apart, the third beyond 2^31: strides have 32 bits, offsets 64.
+
+    Memory in between is never touched.
+    """
+    far = 2**30 + 16
+    room = torch.empty(2 * far + 16 * 16, dtype=torch.float16, device=device)
+    for what, shape, strides in (("experts", (3, 16, 16), (far, 16, 1)), ("rows", (1, 3, 16), (16, far, 1))):
+        w = room.as_strided(shape, strides)
+        w.copy_(normal(shape, what, torch.float16))
+        x = torch.empty(2 * far + 16, dtype=torch.float16, device=device).as_strided((3, 16), (far, 1))
+        x.copy_(normal((3, 16), "x", torch.float16))
+        ids = torch.full((3, 1), shape[0] - 1)
+        got = grouped_matmul.down(x, w, dispatched_of(ids, shape[0], 16, True, device), TILES["one tile"])
+        value = Value.of(x.cpu()).project(w[-1].cpu(), torch.float32).stored(torch.float16)
+        compare.close(f"far {what}", got, value.exact, value.bound("one kernel"))
 
 
 def experts_are_refused_in_words(device: str) -> None:

@@ -111,22 +111,31 @@ _NOAUX = _SIGMOID | {"group_score": "top2_sum", "renormalize": "sum", "epsilon":
 # T, E and the method; every field that the kernel reads is off its default in one of them, alone or with others.
 METHODS = {
     "DeepSeek-V3": (9, 256, _spec(8, groups=8, top_groups=4, **_NOAUX)),
-    "DeepSeek-V3, groups of 5": (63, 20, _spec(3, groups=4, top_groups=2, **_NOAUX)),
+    "DeepSeek-V3, groups of 5": (63, 20, _spec(3, groups=4, top_groups=2, per_expert_scale=True, **_NOAUX)),
     "groups of one": (5, 6, _spec(2, groups=6, top_groups=4, **_NOAUX)),
     "DeepSeek-V2": (9, 160, _spec(6, groups=8, top_groups=3, group_mask=0.0, scale=16.0)),
     "all groups": (5, 12, _spec(4, groups=3, top_groups=3, score="sigmoid")),
     "groups that count as 0": (33, 12, _spec(9, groups=6, top_groups=5, group_mask=0.0, **_SIGMOID)),
+    "negative logits behind such groups": (
+        33,
+        12,
+        _spec(9, groups=6, top_groups=5, group_mask=0.0, select_on="logits"),
+    ),
     "sigmoid": (7, 60, _spec(4, score="sigmoid", selection_bias=True, renormalize="sum", epsilon=1e-6)),
     "softmax with bias": (7, 60, _spec(4, selection_bias=True, renormalize="sum", floor=0.9375)),
+    "floor of a sum with epsilon": (7, 60, _spec(4, renormalize="sum", floor=0.9375, epsilon=0.125)),
     "floor": (7, 60, _spec(4, selection_bias=True, renormalize="sum", floor=1e-12)),
     "square root of softplus": (7, 257, _spec(6, score="sqrt_softplus", selection_bias=True, renormalize="sum")),
     "gpt-oss": (9, 128, _spec(4, select_on="logits")),
     "Llama 4": (9, 16, _spec(1, select_on="logits", score="sigmoid")),
     "logits with bias": (9, 32, _spec(4, select_on="logits", score="sigmoid", selection_bias=True)),
-    "PhiMoE": (33, 16, _spec(2, selector="sparsemixer", select_on="logits", jitter=0.25)),
+    "PhiMoE": (33, 16, _spec(2, selector="sparsemixer", select_on="logits", jitter=0.2)),
+    # A logit that lies on the limit, where the bound allows it in and out.
+    "PhiMoE at the limit": (33, 16, _spec(2, selector="sparsemixer", select_on="logits", jitter=0.25)),
     "DBRX": (9, 16, _spec(4, renormalize="norm", norm_order=1.0)),
     "DBRX of order 2": (9, 16, _spec(4, renormalize="norm", norm_order=2.0, scale=0.5)),
     "Laguna": (9, 60, _spec(4, score="sigmoid", logit_softcap=1.25, renormalize="sum")),
+    "scale under a cap": (9, 60, _spec(4, score="sigmoid", logit_scale=1.5, logit_softcap=1.25)),
     "a tiny logit of a cap": (9, 60, _spec(4, select_on="logits", score="sigmoid", logit_softcap=64.0)),
     "Muse Spark": (9, 60, _spec(4, score="sigmoid", logit_scale=1.5, renormalize="sum", epsilon=1e-15)),
     "Inkling": (
@@ -134,6 +143,7 @@ METHODS = {
         62,
         _spec(4, score="sigmoid", shared_classes=2, scale=2.5, global_scale=True, **{"selection_bias": True}),
     ),
+    "Inkling, conditioned": (9, 62, _spec(4, score="sigmoid", shared_classes=2, logit_scale=1.5, logit_softcap=1.25)),
     "ZAYA": (33, 9, _spec(1, skip_expert=True, selection_bias=True)),
     "skip among several": (33, 9, _spec(4, skip_expert=True, per_expert_scale=True)),
     "Gemma 4": (9, 128, _spec(8, renormalize="sum", per_expert_scale=True)),
@@ -166,7 +176,9 @@ def _same_method(what: str, spec: RoutingSpec, logits: Tensor, device: str, toke
         name: tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu() for name, tensor in tensors.items()
     }
     on_device = None if token_ids is None else token_ids.to(device)
-    got = routing.route_logits(logits.to(device), spec, tensors, token_ids=on_device)
+    room = poison_(torch.empty(len(logits), 2 * logits.shape[1], dtype=logits.dtype))
+    room[:, ::2] = logits
+    got = routing.route_logits(room.to(device)[:, ::2], spec, tensors, token_ids=on_device)
     want = reference_routing.route_logits(logits.double(), spec, exact, token_ids=token_ids)
     compare.equal(f"{what}: ids", got.ids, want.ids)
     skipped = want.weights == 0 if spec.skip_expert else None
@@ -187,14 +199,24 @@ def every_method_is_the_reference(device: str) -> None:
             _same_method(f"{what} {dtype}", spec, logits / 8 if "tiny" in what else logits, device)
 
 
+def an_own_scale_is_of_routed_experts_alone(device: str) -> None:
+    spec = _spec(4, score="sigmoid", shared_classes=2)
+    logits, scale = distinct_logits(9, 62, "own scale").to(device), (normal((60,), "scale") + 1.5).to(device)
+    plain = routing.route_logits(logits, spec, {})
+    scaled = routing.route_logits(logits, replace(spec, per_expert_scale=True), {"router.per_expert_scale": scale})
+    compare.equal("routed", scaled.weights, plain.weights * scale[plain.ids])
+    compare.equal("shared", scaled.shared, plain.shared)
+
+
 def sums_that_vanish_are_the_reference(device: str) -> None:
-    """Logits far below zero, where what is added to the sum decides the weights."""
+    """Logits far below zero, where what is added to the sum decides the weights; to a softmax they are like others."""
     for score, epsilon, at in (
         ("sigmoid", 1e-20, -46.0),
         ("sigmoid", 1e-6, -14.0),
         ("sigmoid", 0.0, -60.0),
         ("sqrt_softplus", 1e-18, -82.0),
         ("sqrt_softplus", 1e-6, -28.0),
+        ("softmax", 0.0, -200.0),
     ):
         spec = _spec(4, score=score, renormalize="sum", epsilon=epsilon, scale=2.5)
         _same_method(f"{score} {epsilon}", spec, distinct_logits(9, 60, "vanish") / 8 + at, device)
