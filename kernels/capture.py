@@ -39,7 +39,7 @@ def capture_kernel(
 ):
     """Raise rejected[layer] to 1 + the row of an id out of range; with WRITE, copy all ids if it is 0 then."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     mask = (offs_r[:, None] < count) & (offs_k[None, :] < top_k)
     offs_ids = (offs_r + start)[:, None] * stride_ir + offs_k[None, :] * stride_ik
     ids = tl.load(ids_ptr + offs_ids, mask=mask, other=0)
@@ -113,8 +113,9 @@ def capture(ids: Tensor, start: int, count: int, buffer: Tensor, layer_id: int, 
         raise InputError(f"buffer: got shape {list(buffer.shape)}, want [tokens, L, {ids.shape[1]}], the K of ids")
     if buffer.dtype.is_floating_point or experts - 1 > torch.iinfo(buffer.dtype).max:
         raise InputError(f"buffer: got {buffer.dtype}, want an integer dtype that holds expert id {experts - 1}")
-    if rejected.shape != buffer.shape[1:2] or rejected.dtype != torch.int32:
-        raise InputError(f"rejected: got {rejected.dtype} {list(rejected.shape)}, want int32 [{buffer.shape[1]}]")
+    if rejected.shape != buffer.shape[1:2] or rejected.dtype != torch.int32 or not rejected.is_contiguous():
+        got = f"{rejected.dtype} {list(rejected.shape)} of strides {rejected.stride()}"
+        raise InputError(f"rejected: got {got}, want int32 [{buffer.shape[1]}] contiguous")
     if not 0 <= layer_id < buffer.shape[1]:
         raise InputError(f"layer_id: got {layer_id}, want 0 to {buffer.shape[1] - 1}, the buffer's layers")
     if start < 0 or not 0 <= count <= min(ids.shape[0] - start, buffer.shape[0]):

@@ -46,7 +46,7 @@ def combine_kernel(
 ):
     """out[t, :width] = scale * sum over k of weights[t, k] * outputs[t TOP_K + k, :width] + added[t, :width]."""
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t = offs_t < tokens
     mask = mask_t[:, None] & (offs_d[None, :] < width)
     total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -55,7 +55,9 @@ def combine_kernel(
         pair = offs_t * TOP_K + k
         # Neither row nor weight of a pair that no expert takes means anything.
         taken = local_expert(ids_ptr, pair, mask_t, map_ptr, experts, HAS_MAP) >= 0
-        weight = tl.load(weights_ptr + offs_t * stride_wt + k * stride_wk, mask=mask_t, other=0.0).to(tl.float32)
+        weight = tl.load(
+            weights_ptr + offs_t * stride_wt + k * tl.cast(stride_wk, tl.int64), mask=mask_t, other=0.0
+        ).to(tl.float32)
         output = load_float32(outputs_ptr + pair[:, None] * stride_or + offs_d[None, :], mask & taken[:, None])
         if WEIGHTED:
             output *= tl.where(taken, weight, 0.0)[:, None]
@@ -96,7 +98,7 @@ def combine(
     """Each token's sum of weight times expert output, times scale, plus added; in float32, rounded once.
 
     outputs: [T K, D'], rows contiguous; columns behind D, padding, are never read, nor are rows of pairs that no expert
-    takes. ids: [T, K] int32 or int64, contiguous; weights: [T, K] float, any strides, not looked at for those pairs.
+    takes. ids: [T, K] int32 or int64; weights: [T, K] float, not looked at for those pairs; both of any strides.
     x: [T, D], passed on by ids in [experts, experts + identity_experts). weighted: False where the weights are in the
     outputs already. added: [T, D], what is always on. expert_map: as for `align`.
     returns [T, D] in x's dtype. Raises InputError for shapes that do not belong together.
@@ -109,6 +111,7 @@ def combine(
         raise InputError(f"ids and weights: got {list(ids.shape)} and {list(weights.shape)}, want [{tokens}, K] both")
     if added is not None and added.shape != x.shape:
         raise InputError(f"added: got shape {list(added.shape)}, want {list(x.shape)}, x's")
+    ids, expert_map = ids.contiguous(), None if expert_map is None else expert_map.contiguous()
     out = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
     if out.numel():
         blocks = combine_blocks(tokens, width, interpreted())

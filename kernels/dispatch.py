@@ -19,6 +19,8 @@ from moe_conformance.reference_impl.dispatch import slot_count
 
 # Pairs that every program counts for itself: 32 a thread at 4 warps.
 _ONE_LAUNCH = 4096
+# Elements of a tile that a program fills at a time: 64 a thread at 4 warps.
+_SLICE = 8192
 # Pairs that one program places, comparing each with each; few where programs are few, that more of them share the work.
 MOST_PAIRS = {"one launch": 64, "counted": 128, "interpreted": 256}
 
@@ -73,10 +75,12 @@ def align_kernel(
     FILL_E: tl.constexpr,
     FILL_B: tl.constexpr,
     FILL_S: tl.constexpr,
+    SLICE_E: tl.constexpr,
+    SLICE_B: tl.constexpr,
 ):
     """Each program places its BLOCK_R pairs, and fills a share of what is no pair's.
 
-    FILL_E experts, FILL_B blocks, FILL_S slots: a program's shares.
+    FILL_E experts, FILL_B blocks, FILL_S slots: a program's shares. SLICE_E, SLICE_B: what it holds of them at a time.
     """
     program = tl.program_id(0)
     offs_e = tl.arange(0, BLOCK_E)
@@ -105,19 +109,21 @@ def align_kernel(
     tl.store(slot_to_pair_ptr + slot, own_r, mask=own >= 0)
 
     # Slots between an expert's last pair and its end, and those behind all experts.
-    fill_e = program * FILL_E + tl.arange(0, FILL_E)
-    inside = tl.minimum(fill_e, BLOCK_E - 1)
-    fill = tl.gather(starts + totals, inside, 0)[:, None] + tl.arange(0, BLOCK)[None, :]
-    mask = (fill_e[:, None] < experts) & (fill < tl.gather(ends, inside, 0)[:, None])
-    tl.store(slot_to_pair_ptr + fill, pairs + tl.zeros_like(fill), mask=mask)
+    for first in range(0, FILL_E, SLICE_E):
+        fill_e = program * FILL_E + first + tl.arange(0, SLICE_E)
+        inside = tl.minimum(fill_e, BLOCK_E - 1)
+        fill = tl.gather(starts + totals, inside, 0)[:, None] + tl.arange(0, BLOCK)[None, :]
+        mask = (fill_e[:, None] < experts) & (fill < tl.gather(ends, inside, 0)[:, None])
+        tl.store(slot_to_pair_ptr + fill, pairs + tl.zeros_like(fill), mask=mask)
     fill_s = program * FILL_S + tl.arange(0, FILL_S)
     tl.store(slot_to_pair_ptr + fill_s, pairs + tl.zeros_like(fill_s), mask=(fill_s >= padded_count) & (fill_s < slots))
 
     # A block's expert is the number of experts that end before it.
-    fill_b = program * FILL_B + tl.arange(0, FILL_B)
-    expert_of_block = tl.sum((ends[None, :] <= fill_b[:, None] * BLOCK).to(tl.int32), axis=1)
-    expert_of_block = tl.where(fill_b * BLOCK < padded_count, expert_of_block, -1)
-    tl.store(expert_of_block_ptr + fill_b, expert_of_block, mask=fill_b < slots // BLOCK)
+    for first in range(0, FILL_B, SLICE_B):
+        fill_b = program * FILL_B + first + tl.arange(0, SLICE_B)
+        expert_of_block = tl.sum((ends[None, :] <= fill_b[:, None] * BLOCK).to(tl.int32), axis=1)
+        expert_of_block = tl.where(fill_b * BLOCK < padded_count, expert_of_block, -1)
+        tl.store(expert_of_block_ptr + fill_b, expert_of_block, mask=fill_b < slots // BLOCK)
     if program == 0:
         tl.store(padded_count_ptr, padded_count)
 
@@ -127,19 +133,23 @@ def align_blocks(pairs: int, experts: int, slots: int, block: int, interpret: bo
     power, counted = triton.next_power_of_2, pairs > _ONE_LAUNCH
     block_r = min(power(pairs), MOST_PAIRS["interpreted" if interpret else "counted" if counted else "one launch"])
     programs = triton.cdiv(pairs, block_r)
+    fill_e, fill_b = power(triton.cdiv(experts, programs)), power(triton.cdiv(slots // block, programs))
     return {
         "ALL_R": 1 if counted else power(pairs),
         "BLOCK_R": block_r,
         "BLOCK_E": power(experts),
-        "FILL_E": power(triton.cdiv(experts, programs)),
-        "FILL_B": power(triton.cdiv(slots // block, programs)),
+        "FILL_E": fill_e,
+        "FILL_B": fill_b,
         "FILL_S": power(triton.cdiv(slots, programs)),
+        "SLICE_E": max(1, min(fill_e, _SLICE // block)),
+        "SLICE_B": max(1, min(fill_b, _SLICE // power(experts))),
     }
 
 
 def _launch(ids: Tensor, experts: int, block: int, expert_map: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     require_device(ids=ids, expert_map=expert_map)
     ids, pairs = ids.contiguous(), ids.numel()
+    expert_map = None if expert_map is None else expert_map.contiguous()
     slots = slot_count(pairs, experts, block)
 
     def room(*shape: int) -> Tensor:

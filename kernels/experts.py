@@ -48,6 +48,7 @@ def compute(
     w1, w2 = tensors[f"experts.w{first}"], tensors["experts.w2"]
     experts = len(w2) if expert_map is None else len(expert_map)
     ids, weights = ids.contiguous(), weights.contiguous()
+    expert_map = None if expert_map is None else expert_map.contiguous()
     aligned = align(ids, experts, config.block_m, expert_map) if config.aligned else None
     dispatched = Dispatched(ids, experts, config.block_m, aligned, expert_map)
     hidden = gate_up(
@@ -164,9 +165,15 @@ def routed_experts(
     missing = [name for name in names if name not in tensors]
     if missing:
         raise InputError(f"tensors: got no {', '.join(missing)}, want {', '.join(names)}; the spec needs them")
-    if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64) or ids.shape != weights.shape:
+    shapes = {tuple(ids.shape), tuple(weights.shape), (len(x), ids.shape[-1])}
+    if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64) or len(shapes) > 1:
         got = f"{ids.dtype} {list(ids.shape)}, weights {list(weights.shape)}"
         raise InputError(f"ids: got {got}, want int32 or int64 [{len(x)}, K] and weights of that shape")
+    first = tensors["experts.w13" if spec.gated else "experts.w1"]
+    if len(first) != len(tensors["experts.w2"]):
+        raise InputError(f"tensors: got {len(first)} and {len(tensors['experts.w2'])} experts, want as many in both")
+    if expert_map is not None and (expert_map.ndim != 1 or expert_map.dtype != torch.int32):
+        raise InputError(f"expert_map: got {expert_map.dtype} {list(expert_map.shape)}, want int32 [E]")
     scales: list[Tensor] = []
     tiles = {(128, 128)}
     if quantised:

@@ -65,6 +65,7 @@ def grouped_matmul_kernel(
     map_ptr,
     pairs,
     experts,
+    held,
     blocks,
     depth,
     width,
@@ -107,7 +108,7 @@ def grouped_matmul_kernel(
     """out[pair, :width] = act(x[pair // PAIRS_PER_ROW, :depth] @ w[expert]^T), of gate and up rows where GATED.
 
     w [E, rows, >= depth]: row n ROW_STEP makes column n of out, with its up row up_offset elements behind it.
-    SCALE_N x SCALE_K: the tile of w that one scale is for, 0 for weights without. blocks: of pairs.
+    SCALE_N x SCALE_K: the tile of w that one scale is for, 0 for weights without. blocks: of pairs. held: experts in w.
     """
     # Programs in groups of GROUP_M blocks of pairs, so that those that read the same weights run side by side.
     program = tl.program_id(0)
@@ -120,10 +121,11 @@ def grouped_matmul_kernel(
     expert, pair, mask_m = rows_of_block(
         block, pairs, experts, slot_to_pair_ptr, expert_of_block_ptr, ids_ptr, map_ptr, ALIGNED, HAS_MAP, BLOCK_M
     )
-    if expert < 0:
+    # No map may lead beyond the weights that there are.
+    if (expert < 0) | (expert >= held):
         return
     offs_n = column.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     mask_n = offs_n < width
     x_ptrs = x_ptr + (pair // PAIRS_PER_ROW)[:, None] * stride_xr + offs_k[None, :] * stride_xd  # [BLOCK_M, BLOCK_K]
     w_ptrs = w_ptr + expert * stride_we + (offs_n * ROW_STEP)[None, :] * stride_wf + offs_k[:, None] * stride_wd
@@ -155,8 +157,8 @@ def grouped_matmul_kernel(
             if GATED:
                 w = operand(tl.load(w_ptrs + up_offset, mask=mask_w, other=0.0))
                 up = tl.dot(x, w, up, input_precision="ieee")
-        x_ptrs += BLOCK_K * stride_xd
-        w_ptrs += BLOCK_K * stride_wd
+        x_ptrs += BLOCK_K * tl.cast(stride_xd, tl.int64)
+        w_ptrs += BLOCK_K * tl.cast(stride_wd, tl.int64)
 
     weight = tl.full([BLOCK_M], 1.0, tl.float32)
     if WEIGHT_ON != "output":
@@ -233,6 +235,10 @@ def _grouped_matmul(
     halves, step = 2 if constants["GATED"] else 1, 2 if interleaved else 1
     depth, width = x.shape[1], w.shape[1] // halves
     _check(x, w, bias, quantised, halves, interleaved)
+    if len(x) * pairs_per_row != pairs:
+        raise InputError(
+            f"x: got {len(x)} rows, want {pairs // pairs_per_row}, one for {pairs_per_row} of {pairs} pairs"
+        )
     out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
@@ -245,6 +251,8 @@ def _grouped_matmul(
         scale_n, scale_k = quantised.tile[0] or width, quantised.tile[1] or w.shape[2]
         scale_strides, up_scale = scale.stride(), scale.shape[1] // halves * scale.stride(1)
         w = w if native else w.view(torch.uint8)
+    if scale_k % 16 and scale_k < w.shape[2]:
+        raise InputError(f"quantised: got scales for {scale_k} columns each, want a multiple of 16, or one for all")
     block_k = min(tile.block_k, scale_k & -scale_k) if scale_k and scale_k < w.shape[2] else tile.block_k
     with torch.cuda.device_of(x):
         grouped_matmul_kernel[(dispatched.blocks * triton.cdiv(width, tile.block_n),)](
@@ -252,7 +260,7 @@ def _grouped_matmul(
             w,
             scale,
             bias,
-            weights,
+            None if weights is None else weights.contiguous(),
             out,
             None if aligned is None else aligned.slot_to_pair,
             None if aligned is None else aligned.expert_of_block,
@@ -260,6 +268,7 @@ def _grouped_matmul(
             dispatched.expert_map,
             pairs,
             dispatched.experts,
+            len(w),
             dispatched.blocks,
             depth,
             width,

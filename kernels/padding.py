@@ -18,7 +18,7 @@ from moe_conformance.operators import operator
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@triton.jit(do_not_specialize=["fill"])
+@triton.jit(do_not_specialize=["rows", "fill"])
 def resize_kernel(
     x_ptr,
     out_ptr,

@@ -41,7 +41,7 @@ def score(logits, mask, SCORE: tl.constexpr):
         return tl.where(mask, sigmoid(logits), 0.0)
     else:
         tl.static_assert(SCORE == "sqrt_softplus")
-        return tl.where(mask, tl.sqrt(softplus(logits)), 0.0)
+        return tl.where(mask, tl.sqrt_rn(softplus(logits)), 0.0)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def route_kernel(
             if SELECTOR == "sparsemixer":
                 # Softmax of the chosen among those that are left and near it.
                 chosen = value_of(best)[:, None]
-                far = (chosen - logits) / tl.maximum(tl.abs(logits), chosen) > 2 * jitter
+                far = tl.div_rn(chosen - logits, tl.maximum(tl.abs(logits), chosen)) > 2 * jitter
                 near = mask_e & (keys != TAKEN) & (far == 0)
                 total = tl.sum(tl.where(near, tl.exp(logits - chosen), 0.0), axis=1)
                 weights = tl.where(offs_k[None, :] == k, (1.0 / total)[:, None], weights)

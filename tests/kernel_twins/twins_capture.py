@@ -69,5 +69,6 @@ def capture_refuses_what_it_cannot_do(device: str) -> None:
         ("K", (ids[:, :2], 0, 4, buffer, 0, 60, flags), ("2",)),
         ("float ids", (ids.float(), 0, 4, buffer, 0, 60, flags), ("float32",)),
         ("narrow buffer", (ids, 0, 4, buffer, 0, 257, flags), ("uint8", "256")),
+        ("flags apart", (ids, 0, 4, buffer, 0, 60, flags.repeat(2)[::2]), ("contiguous",)),
     ):
         compare.same(what, type(compare.refused(what, lambda a=arguments: capture(*a), words)), InputError)

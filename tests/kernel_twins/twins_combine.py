@@ -149,6 +149,17 @@ def offsets_of_rows_do_not_wrap(device: str) -> None:
         compare.equal(f"far rows, expert {last}", got, want.half())
 
 
+def offsets_of_columns_do_not_wrap_either(device: str) -> None:
+    """Columns of x and of what is added so far apart that the third lies beyond 2^31 elements."""
+    far = 2**30 + 16
+    room = torch.empty(2 * far + 16, dtype=torch.float16, device=device)
+    outputs, near = normal((4, 3), "outputs", torch.float16), normal((4, 3), "x", torch.float16)
+    x = room.as_strided((4, 3), (1, far)).copy_(near)
+    ids, weights = torch.tensor([[EXPERTS]] * 4, device=device), torch.ones(4, 1, device=device)
+    got = combine(outputs.to(device), ids, weights, x, EXPERTS, identity_experts=IDENTITY, added=x)
+    compare.equal("far columns", got, 2 * near)
+
+
 def combine_is_refused_in_words(device: str) -> None:
     x, outputs = torch.zeros(4, 20, device=device), torch.zeros(12, 24, device=device)
     ids, weights = torch.zeros(4, 3, dtype=torch.int64, device=device), torch.zeros(4, 3, device=device)

@@ -20,6 +20,8 @@ SHAPES = (
     *((0, 3, 5, 8), (5, 3, 257, 1), (128, 2, 4, 64), (40, 1, 1, 128), (9, 4, 1024, 4)),
     # Two programs of 16 pairs, whose even shares of 8 leave one over.
     (17, 1, 17, 1),
+    # More slots of padding, and more blocks times experts, than a program fills at a time.
+    (8, 8, 1024, 128),
 )
 
 
@@ -86,6 +88,9 @@ def strided_ids_are_read_where_they_lie(device: str) -> None:
     room = poison_(torch.empty(2 * 33, 7, dtype=torch.int64))
     room[1::2, 1:7:2] = _ids(33, 3, 20, "distinct")
     _same_alignment("every second", room.to(device)[1::2, 1:7:2], 20, 8, None, device)
+    spaced = poison_(torch.empty(40, dtype=torch.int32))
+    spaced[::2] = _maps(20)["half"]
+    _same_alignment("every second entry of a map", room.to(device)[1::2, 1:7:2], 20, 8, spaced[::2], device)
     transposed = _ids(33, 3, 20, "distinct").T.contiguous().to(device).T
     _same_alignment("transposed", transposed, 20, 8, None, device)
 

@@ -23,7 +23,8 @@ from moe_conformance import compare
 from moe_conformance.errors import InputError
 from moe_conformance.inputs import normal, poison_, poisoned_allocations
 from moe_conformance.kernels import experts, grouped_matmul
-from moe_conformance.kernels.grouped_matmul import Quantised
+from moe_conformance.kernels.dispatch import align
+from moe_conformance.kernels.grouped_matmul import Dispatched, Quantised
 from moe_conformance.kernels.tuning import Config, Tile
 from moe_conformance.layer_bound import activated
 from moe_conformance.reference_impl import grouped_matmul as reference_grouped
@@ -322,6 +323,36 @@ def offsets_of_experts_do_not_wrap(device: str) -> None:
         compare.close(f"far {what}", got, value.exact, value.bound("one kernel"))
 
 
+def offsets_of_columns_do_not_wrap(device: str) -> None:
+    """Columns of x, and of w, so far apart that the last of a step lies beyond 2^31 elements."""
+    far = 2**27 + 2**24
+    near_x, near_w = normal((3, 16), "x", torch.float16), normal((2, 16, 16), "w", torch.float16)
+    room = torch.empty(15 * far + 512, dtype=torch.float16, device=device)
+    for what in ("x", "w"):
+        x, w = near_x.to(device), near_w.to(device)
+        if what == "x":
+            x = room.as_strided((3, 16), (1, far)).copy_(near_x)
+        else:
+            w = room.as_strided((2, 16, 16), (16, 1, far)).copy_(near_w)
+        dispatched = dispatched_of(torch.ones(3, 1, dtype=torch.int64), 2, 16, True, device)
+        got = grouped_matmul.down(x, w, dispatched, TILES["one tile"])
+        value = Value.of(near_x).project(near_w[1], torch.float32).stored(torch.float16)
+        compare.close(f"far columns of {what}", got, value.exact, value.bound("one kernel"))
+
+
+def a_map_never_leads_beyond_the_weights(device: str) -> None:
+    """A local id that no expert has is nobody's: its rows are not written, and nothing behind the weights is read."""
+    w, x = normal((2, 16, 16), "w"), normal((3, 16), "x")
+    ids, expert_map = torch.tensor([[0], [1], [2]]), torch.tensor([1, 2, 0], dtype=torch.int32)
+    for sort in (True, False):
+        on = (ids.to(device), 3, 16), expert_map.to(device)
+        aligned = align(on[0][0], 3, 16, on[1]) if sort else None
+        with poisoned_allocations():
+            got = grouped_matmul.down(x.to(device), w.to(device), Dispatched(*on[0], aligned, on[1]), TILES["one tile"])
+        compare.equal("the pair of local expert 2 of 2", got[1].isnan(), torch.ones(16, dtype=torch.bool))
+        compare.equal("the others", got[[0, 2]].isnan(), torch.zeros(2, 16, dtype=torch.bool))
+
+
 def experts_are_refused_in_words(device: str) -> None:
     spec, count = SPECS["gpt-oss"], 5
     tensors = {n: t.to(device) for n, t in weights_of(spec, 40, count, torch.float32).items()}
@@ -337,6 +368,8 @@ def experts_are_refused_in_words(device: str) -> None:
         "w2": Quantised(torch.ones(count, 1, 1, device=device)),
     }
     codes = tensors | {n: tensors[n].to(torch.float8_e4m3fn) for n in ("experts.w13", "experts.w2")}
+    small = {"w13": Quantised(torch.ones(count, 2, 5, device=device), (128, 8))}
+    small["w2"] = Quantised(torch.ones(count, 1, 5, device=device), (128, 8))
     without = {n: t for n, t in tensors.items() if n != "experts.b2"}
     for what, changed, words in (
         ("float64", {"x": x.double()}, ("float64",)),
@@ -344,7 +377,9 @@ def experts_are_refused_in_words(device: str) -> None:
         ("narrow weights", {"x": normal((9, 41), "x").to(device)}, ("41", "2 F")),
         ("no bias", {"tensors": without}, ("experts.b2",)),
         ("ids of float", {"ids": ids.float()}, ("float32", "weights")),
-        ("one matrix", {"tensors": tensors | {"experts.w13": tensors["experts.w13"][0]}}, ("[74, 40]",)),
+        ("more rows of ids", {"ids": ids.repeat(2, 1), "weights": share.repeat(2, 1)}, ("[18, 3]", "9")),
+        ("another number of experts", {"tensors": tensors | {"experts.w13": tensors["experts.w13"][:4]}}, ("4", "5")),
+        ("map of int64", {"expert_map": torch.zeros(5, dtype=torch.int64, device=device)}, ("int64",)),
         ("weights of another K", {"weights": share[:, :2]}, ("[9, 2]",)),
         ("short bias", {"tensors": tensors | {"experts.b13": tensors["experts.b13"][:, :-1]}}, ("73", "74")),
         ("rows of x", {"ids": ids[:4], "weights": share[:4]}, ("[4, 3]", "9")),
@@ -352,6 +387,7 @@ def experts_are_refused_in_words(device: str) -> None:
         ("not float8", {"quantised": eight}, ("float8_e4m3fn",)),
         ("scales", {"tensors": codes, "quantised": eight | {"w13": Quantised(share[0])}}, ("[3]", "[5, 2, 1]")),
         ("two tiles", {"tensors": codes, "quantised": eight | {"w2": replace(eight["w2"], tile=(1, 0))}}, ("(1, 0)",)),
+        ("scales of 8 columns", {"tensors": codes, "quantised": small}, ("8", "16")),
         ("interleaved float8", {"tensors": codes, "quantised": eight, "interleaved": True}, ("interleaved",)),
     ):  # fmt: skip
         error = compare.refused(what, lambda c=changed: call(**c), words)
