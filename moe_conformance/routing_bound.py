@@ -133,7 +133,8 @@ def weights_value(
     if spec.global_scale:
         weights = (weights * Value.of(tensors["router.global_scale"])).stored(store)
     if spec.per_expert_scale:
-        weights = (weights * Value.of(tensors["router.per_expert_scale"][ids])).stored(store)
+        routed = (weights[:, : ids.shape[1]] * Value.of(tensors["router.per_expert_scale"][ids])).stored(store)
+        weights = Value.cat([routed, weights[:, ids.shape[1] :]])
     weights = weights.stored(dtype)
     return weights[:, : ids.shape[1]], weights[:, ids.shape[1] :] if spec.shared_classes else None
 
