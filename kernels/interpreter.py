@@ -1,8 +1,8 @@
 """Triton's interpreter made fit for a process of our own that interprets.
 
 Triton 3.9 makes triton.language's functions interpreted ones anew for each device function that a kernel calls, which
-was a third of what a small kernel cost when profiled, and checks each integer operation for overflow by computing it twice. Triton 3.6
-cannot count a loop with NumPy 2.4, which turns arrays of one element into numbers no longer.
+was a third of what a small kernel cost when profiled, and checks each integer operation for overflow by computing it
+twice. Triton 3.6 cannot count a loop with NumPy 2.4, which turns arrays of one element into numbers no longer.
 """
 
 from __future__ import annotations
