@@ -47,7 +47,7 @@ def compute(
     first, quantised = "13" if spec.gated else "1", quantised or {}
     w1, w2 = tensors[f"experts.w{first}"], tensors["experts.w2"]
     experts = len(w2) if expert_map is None else len(expert_map)
-    ids, weights = ids.contiguous(), weights.contiguous()
+    ids = ids.contiguous()
     expert_map = None if expert_map is None else expert_map.contiguous()
     aligned = align(ids, experts, config.block_m, expert_map) if config.aligned else None
     dispatched = Dispatched(ids, experts, config.block_m, aligned, expert_map)

@@ -141,9 +141,10 @@ METHODS = {
     "Inkling": (
         9,
         62,
-        _spec(4, score="sigmoid", shared_classes=2, scale=2.5, global_scale=True, **{"selection_bias": True}),
+        _spec(4, score="sigmoid", shared_classes=2, scale=2.5, global_scale=True, selection_bias=True),
     ),
     "Inkling, conditioned": (9, 62, _spec(4, score="sigmoid", shared_classes=2, logit_scale=1.5, logit_softcap=1.25)),
+    "an own scale beside shared experts": (9, 62, _spec(4, score="sigmoid", shared_classes=2, per_expert_scale=True)),
     "ZAYA": (33, 9, _spec(1, skip_expert=True, selection_bias=True)),
     "skip among several": (33, 9, _spec(4, skip_expert=True, per_expert_scale=True)),
     "Gemma 4": (9, 128, _spec(8, renormalize="sum", per_expert_scale=True)),
@@ -197,15 +198,6 @@ def every_method_is_the_reference(device: str) -> None:
         for dtype in DTYPES[: 3 if columns <= 256 else 1]:
             logits = distinct_logits(tokens, columns, what, dtype)
             _same_method(f"{what} {dtype}", spec, logits / 8 if "tiny" in what else logits, device)
-
-
-def an_own_scale_is_of_routed_experts_alone(device: str) -> None:
-    spec = _spec(4, score="sigmoid", shared_classes=2)
-    logits, scale = distinct_logits(9, 62, "own scale").to(device), (normal((60,), "scale") + 1.5).to(device)
-    plain = routing.route_logits(logits, spec, {})
-    scaled = routing.route_logits(logits, replace(spec, per_expert_scale=True), {"router.per_expert_scale": scale})
-    compare.equal("routed", scaled.weights, plain.weights * scale[plain.ids])
-    compare.equal("shared", scaled.shared, plain.shared)
 
 
 def sums_that_vanish_are_the_reference(device: str) -> None:
