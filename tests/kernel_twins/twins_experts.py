@@ -392,3 +392,10 @@ def experts_are_refused_in_words(device: str) -> None:
     ):  # fmt: skip
         error = compare.refused(what, lambda c=changed: call(**c), words)
         compare.same(f"{what}: error", type(error), InputError)
+    hidden = torch.zeros(26, spec.width, device=device)
+    dispatched = dispatched_of(ids, count, 16, True, device)
+    compare.refused(
+        "a row too few",
+        lambda: grouped_matmul.down(hidden, tensors["experts.w2"], dispatched, TILES["one tile"]),
+        ("26", "27"),
+    )
