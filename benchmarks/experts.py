@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from moe_conformance.inputs import normal
+from moe_conformance.judging.inputs import normal
+from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.experts import routed_experts
-from moe_conformance.spec import MLPSpec
 
 # E, K, H, F, T: a small layer, and one of more and larger experts with one token, a small batch and a prompt.
 SHAPES = ((64, 8, 256, 128, 512), *((128, 8, 512, 256, tokens) for tokens in (1, 64, 1024)))

@@ -28,7 +28,7 @@ os.environ["TRITON_DEFAULT_FP_FUSION"] = os.environ.get("TRITON_DEFAULT_FP_FUSIO
 
 import click
 
-from moe_conformance.devices import gpu_count
+from moe_conformance.running.devices import gpu_count
 
 if not gpu_count():
     # Before triton is imported, which reads it then.

@@ -26,10 +26,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_conformance.layer_bound import activated, layer_value
-from moe_conformance.routing_bound import accepted, compared_value, weights_value
-from moe_conformance.spec import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
-from moe_conformance.tolerance import LAMBDA, Contract, Value, relative, rms_ratio, softmax_weights, unit_roundoff
+from moe_conformance.model.specs import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
+from moe_conformance.oracle.layer import activated, layer_value
+from moe_conformance.oracle.routing import accepted, compared_value, weights_value
+from moe_conformance.oracle.tolerance import (
+    LAMBDA,
+    Contract,
+    Value,
+    relative,
+    rms_ratio,
+    softmax_weights,
+    unit_roundoff,
+)
 
 LOW = (torch.bfloat16, torch.float16)
 ALL = (*LOW, torch.float32)

@@ -64,7 +64,7 @@ step kernels "$PYTHON" -m pytest -q tests/test_gpu.py tests/test_kernels.py --ju
 step conformance "$PYTHON" -m moe_conformance.cli run --tier gpu "${CHOSEN[@]}" --known ci/known_transformers.toml \
     --out "$OUT/conformance"
 step benchmarks "$PYTHON" benchmarks/kernels.py --quick --out "$OUT/benchmarks"
-step aot "$PYTHON" ci/aot.py
+step aot "$PYTHON" tools/aot.py
 if command -v compute-sanitizer >/dev/null; then
     # Each tensor in an allocation of its own, so that an access beside it is seen.
     step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 600 \

@@ -31,7 +31,7 @@ from moe_conformance.engine import (
     Routing,
     ShardInputs,
 )
-from moe_conformance.reference_impl.config.families import FAMILIES
+from moe_conformance.model.families.families import FAMILIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ class Reference(Engine):
         }
 
     def describe(self, config: Any) -> MoESpec:
-        from moe_conformance.reference_impl.config import describe as stage
+        from moe_conformance.model.families import describe as stage
 
         return stage.describe(config)
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moe_conformance.devices import gpu_count
 from moe_conformance.engine import (
     Aligned,
     AlignInputs,
@@ -26,7 +25,8 @@ from moe_conformance.engine import (
 )
 from moe_conformance.engines.reference import METHODS, ROW_KINDS, SHARDS
 from moe_conformance.errors import Unavailable
-from moe_conformance.reference_impl.config.families import FAMILIES
+from moe_conformance.model.families.families import FAMILIES
+from moe_conformance.running.devices import gpu_count
 
 if TYPE_CHECKING:
     from torch import Tensor

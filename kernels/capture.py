@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_conformance.errors import InputError
 from moe_conformance.kernels.launch import interpreted, require_device
-from moe_conformance.operators import operator
+from moe_conformance.reference_impl.operators import operator
 
 # Ids that one program checks and writes: 32 a thread at 4 warps, so 512 rows of 8. More rows take two launches.
 _ONE_PROGRAM = 4096

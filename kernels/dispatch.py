@@ -14,8 +14,8 @@ from torch import Tensor
 from moe_conformance.engine import Aligned
 from moe_conformance.errors import InputError
 from moe_conformance.kernels.launch import interpreted, local_expert, require_device
-from moe_conformance.operators import operator
 from moe_conformance.reference_impl.dispatch import slot_count
+from moe_conformance.reference_impl.operators import operator
 
 # Pairs that every program counts for itself: 32 a thread at 4 warps.
 _ONE_LAUNCH = 4096

@@ -15,9 +15,9 @@ from moe_conformance.kernels.dispatch import align
 from moe_conformance.kernels.float8 import Quantised
 from moe_conformance.kernels.grouped_matmul import Dispatched, down, gate_up
 from moe_conformance.kernels.tuning import Config, Problem, choose
-from moe_conformance.operators import arguments, operator
+from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.experts import rms_norm
-from moe_conformance.spec import MLPSpec
+from moe_conformance.reference_impl.operators import arguments, operator
 
 _FIELDS = fields(MLPSpec)
 

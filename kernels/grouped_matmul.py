@@ -20,8 +20,8 @@ from moe_conformance.kernels.activation import activate
 from moe_conformance.kernels.float8 import Quantised, load_fp8, native_fp8
 from moe_conformance.kernels.launch import load_float32, local_expert, operand, require_device, rounded
 from moe_conformance.kernels.tuning import Tile
+from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.quantised.tiles import scale_shape
-from moe_conformance.spec import MLPSpec
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_conformance.engine import LayerInputs, RouteInputs, Routing
 from moe_conformance.kernels.experts import routed_experts
 from moe_conformance.kernels.routing import route, route_logits
+from moe_conformance.model.specs import LayerSpec
 from moe_conformance.reference_impl.layer import (
     LayerOutput,
     Tensors,
@@ -24,7 +25,6 @@ from moe_conformance.reference_impl.layer import (
 )
 from moe_conformance.reference_impl.padding import pad_expert_weights
 from moe_conformance.reference_impl.router import router_logits
-from moe_conformance.spec import LayerSpec
 
 
 def layer(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_conformance.errors import InputError
 from moe_conformance.kernels.launch import interpreted, require_device
-from moe_conformance.operators import operator
+from moe_conformance.reference_impl.operators import operator
 
 # Rows are copied as integers of their size, so every dtype keeps its bits in all three modes.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -20,9 +20,9 @@ from moe_conformance.errors import InputError
 from moe_conformance.kernels.activation import log1p_exp, sigmoid, softplus, tanh
 from moe_conformance.kernels.launch import interpreted, load_float32, require_device
 from moe_conformance.kernels.selection import TAKEN, best_groups, place_of, sort_keys, value_of
-from moe_conformance.operators import arguments, operator
+from moe_conformance.model.specs import RoutingSpec
+from moe_conformance.reference_impl.operators import arguments, operator
 from moe_conformance.reference_impl.routing import Routed, ids_of_tokens, named
-from moe_conformance.spec import RoutingSpec
 
 # One program holds all classes of its tokens in registers: 64-bit sort keys, 32 a thread at 4 warps and 4 tokens.
 MAX_CLASSES = 1024

@@ -77,7 +77,7 @@ def power(number: float, low: int, high: int) -> int:
 
 
 def default(problem: Problem, shared_memory: int, lanes: int = 32) -> Config:
-    """By shape alone. `ci/aot.py` guards what comes of it on each target: no spills, matrix instructions, occupancy.
+    """By shape alone. `tools/aot.py` guards what comes of it on each target: no spills, matrix instructions, occupancy.
 
     shared_memory: bytes that one block of threads may have. lanes: of a warp, 32, or 64 on AMD.
     Blocks are as tall as twice an expert's share of pairs, for experts are not chosen evenly, and a second block reads

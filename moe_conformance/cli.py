@@ -51,9 +51,9 @@ def run(
     Exit code 0: every judged case passes or is a declared known failure. 1: any fail, error, crash, timeout,
     unavailable engine or unexpected pass. 2: wrong usage.
     """
-    from moe_conformance.case import catalogue
-    from moe_conformance.clauses import BUG_CLASSES
-    from moe_conformance.discovery import resolve
+    from moe_conformance.catalogue.case import catalogue
+    from moe_conformance.catalogue.clauses import BUG_CLASSES
+    from moe_conformance.running.discovery import resolve
 
     for name in engines:
         resolve(name)
@@ -100,7 +100,7 @@ def _want(what: str, got: tuple[str, ...], there: object) -> None:
 @main.command()
 def engines() -> None:
     """List the engines that are registered, and whether they can start here."""
-    from moe_conformance.discovery import missing, registered
+    from moe_conformance.running.discovery import missing, registered
 
     for name, target in sorted(registered().items()):
         click.echo(f"{name:14} {target.path:55} {missing(target) or 'available'}")
@@ -110,8 +110,8 @@ def engines() -> None:
 @click.option("--class", "classes", multiple=True, metavar="SLUG", help="Only this bug class.")
 def cases(classes: tuple[str, ...]) -> None:
     """List the cases: id, tier, stage, bug class."""
-    from moe_conformance.case import catalogue
-    from moe_conformance.clauses import BUG_CLASSES
+    from moe_conformance.catalogue.case import catalogue
+    from moe_conformance.catalogue.clauses import BUG_CLASSES
 
     _want("class", classes, BUG_CLASSES)
     for case in catalogue().values():
@@ -123,8 +123,8 @@ def cases(classes: tuple[str, ...]) -> None:
 @click.argument("case")
 def explain(case: str) -> None:
     """Say what a case tries and why, without running it."""
-    from moe_conformance.case import catalogue, checks
-    from moe_conformance.explain import explain as text
+    from moe_conformance.catalogue.case import catalogue, checks
+    from moe_conformance.reporting.explain import explain as text
 
     _want("case", (case,), catalogue())
     click.echo(text(catalogue()[case], dict(checks()[case])))
@@ -135,7 +135,7 @@ def explain(case: str) -> None:
 @click.argument("after", type=click.Path(exists=True))
 def diff(before: str, after: str) -> None:
     """Compare two runs, given as folders or verdicts.jsonl files. Exit code 1 if anything got worse."""
-    from moe_conformance.stream import compare
+    from moe_conformance.reporting.stream import compare
 
     changes = compare(Path(before), Path(after))
     for change in changes:

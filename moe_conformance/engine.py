@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from moe_conformance.errors import Unsupported
-from moe_conformance.spec import LayerSpec, MLPSpec
+from moe_conformance.model.specs import LayerSpec, MLPSpec
 
 if TYPE_CHECKING:
     import torch

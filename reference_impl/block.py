@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moe_conformance.engine import BlockInputs, BlockOutput, Routing
 from moe_conformance.errors import InputError, Unsupported
-from moe_conformance.reference_impl.config.describe import describe
+from moe_conformance.model.families.describe import describe
+from moe_conformance.model.specs import LayerSpec
 from moe_conformance.reference_impl.layer import LayerOutput, layer
-from moe_conformance.spec import LayerSpec
 
 
 def block(inputs: BlockInputs, layer: Callable[..., LayerOutput] = layer) -> BlockOutput:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_conformance.errors import InputError
-from moe_conformance.spec import Capacity
+from moe_conformance.model.specs import Capacity
 
 
 def over_capacity(ids: Tensor, importance: Tensor, capacity: Capacity, experts: int, sequences: int) -> Tensor:

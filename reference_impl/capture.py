@@ -19,7 +19,7 @@ UNWRITTEN = -1  # what is read where nothing was captured; zero is a legal exper
 
 def capture_shape(config: Any) -> CaptureShape:
     """The buffer sizes of a model, the same for every side of the capturer. See `config.capture_shape`."""
-    from moe_conformance.reference_impl.config import describe as stage
+    from moe_conformance.model.families import describe as stage
 
     return stage.capture_shape(config)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_conformance.errors import InputError
-from moe_conformance.operators import arguments, operator
-from moe_conformance.spec import MLPSpec
+from moe_conformance.model.specs import MLPSpec
+from moe_conformance.reference_impl.operators import arguments, operator
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.experts import activate
-from moe_conformance.spec import MLPSpec
 
 
 def gate_up(

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_conformance.engine import LayerInputs, RouteInputs, Routing
+from moe_conformance.model.specs import DenseSpec, LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
 from moe_conformance.reference_impl.experts import mlp, rms_norm, routed_experts
 from moe_conformance.reference_impl.padding import pad, pad_expert_weights, unpad
 from moe_conformance.reference_impl.router import router_logits
 from moe_conformance.reference_impl.routing import route, route_logits
-from moe_conformance.spec import DenseSpec, LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
 
 Tensors = Mapping[str, Tensor]
 Experts = Callable[..., Tensor]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing
-from moe_conformance.inputs import poison_
+from moe_conformance.judging.inputs import poison_
+from moe_conformance.model.specs import LogitsSpec
 from moe_conformance.reference_impl.routing import in_precision, named, route
-from moe_conformance.spec import LogitsSpec
 
 
 def router_logits(

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from moe_conformance.engine import RouteInputs, Routing
 from moe_conformance.errors import InputError
+from moe_conformance.model.specs import Precision, RoutingSpec
 from moe_conformance.reference_impl.capacity import over_capacity
-from moe_conformance.spec import Precision, RoutingSpec
 
 
 class Routed(NamedTuple):

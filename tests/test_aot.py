@@ -1,4 +1,4 @@
-"""`ci/aot.py` compiles for GPUs that are not here, in a process of its own: it replaces what registers operators."""
+"""`tools/aot.py` compiles for GPUs that are not here, in a process of its own: it replaces what registers operators."""
 
 from __future__ import annotations
 

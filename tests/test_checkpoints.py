@@ -20,12 +20,12 @@ import tiny_models
 from tiny_models import FAMILIES
 
 from moe_conformance.errors import CheckpointError, ConfigError
+from moe_conformance.model.families.families import FAMILIES as DESCRIBED
 from moe_conformance.reference_impl.checkpoint.files import open_shards
 from moe_conformance.reference_impl.checkpoint.loading import load
 from moe_conformance.reference_impl.checkpoint.names import READ_PREFIXES
 from moe_conformance.reference_impl.checkpoint.places import Places
 from moe_conformance.reference_impl.checkpoint.saving import save
-from moe_conformance.reference_impl.config.families import FAMILIES as DESCRIBED
 
 # Families whose files lie otherwise than the canonical tensors: there a shape that is the same both ways would hide it.
 LAID_OUT = (

@@ -12,11 +12,11 @@ import pytest
 
 from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.errors import ConfigError, DenseModelError
-from moe_conformance.reference_impl.config.describe import capture_shape, describe, layer_of
-from moe_conformance.reference_impl.config.families import FAMILIES, TOP_K, family_of, name_of
-from moe_conformance.reference_impl.config.keys import keys_in
-from moe_conformance.reference_impl.config.methods import METHODS, dead_keys, method_keys
-from moe_conformance.spec import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
+from moe_conformance.model.families.describe import capture_shape, describe, layer_of
+from moe_conformance.model.families.families import FAMILIES, TOP_K, family_of, name_of
+from moe_conformance.model.families.keys import keys_in
+from moe_conformance.model.families.methods import METHODS, dead_keys, method_keys
+from moe_conformance.model.specs import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
 from moe_conformance.suites.config import methods as said
 from moe_conformance.suites.config.cases import CASES
 from moe_conformance.suites.config.families import CLASSES, Keys, flat_keys

@@ -9,11 +9,11 @@ from torch import Tensor
 from moe_conformance.engine import Aligned, AlignInputs
 from moe_conformance.engines.reference import Reference
 from moe_conformance.errors import InputError
-from moe_conformance.goldens import matches
-from moe_conformance.inputs import bits, integers
-from moe_conformance.judge import Judged
+from moe_conformance.judging.goldens import matches
+from moe_conformance.judging.inputs import bits, integers
+from moe_conformance.judging.judge import Judged
 from moe_conformance.reference_impl.dispatch import align
-from moe_conformance.suites.dispatch import test_permutation
+from moe_conformance.suites.align import test_permutation
 
 
 def written(aligned: Aligned) -> tuple[list[int], list[int], list[int]]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import integers, normal
+from moe_conformance.judging.inputs import integers, normal
+from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.experts import activate, mlp, rms_norm, routed_experts
-from moe_conformance.spec import MLPSpec
 
 Scalar = Callable[[float, float], float]
 E, D, F = 5, 6, 4

@@ -13,17 +13,17 @@ from moe_conformance.engine import BlockInputs, BlockOutput, Routing
 from moe_conformance.engines.reference import Reference
 from moe_conformance.engines.transformers import Transformers
 from moe_conformance.errors import ConfigError, InputError, Nonconformance, Unsupported
-from moe_conformance.layer_bound import layer_value
+from moe_conformance.model.specs import LayerSpec
+from moe_conformance.oracle.layer import layer_value
+from moe_conformance.oracle.tolerance import Contract
 from moe_conformance.reference_impl.layer import layer
 from moe_conformance.reference_impl.router import router_logits
 from moe_conformance.reference_impl.routing import route_logits
-from moe_conformance.spec import LayerSpec
-from moe_conformance.suites.families.blocks import inputs_of, spec_of
-from moe_conformance.suites.families.cases import BLOCK_CASES, EXPERTS_CASES, ROUTE_CASES, SHARED_CASES, VARIANTS
-from moe_conformance.suites.families.expected import Exact
-from moe_conformance.suites.families.judging import judge_output
-from moe_conformance.suites.families.test_routing_semantics import test_a_block_routes_as_its_model_does as judge_route
-from moe_conformance.tolerance import Contract
+from moe_conformance.suites.block.blocks import inputs_of, spec_of
+from moe_conformance.suites.block.cases import BLOCK_CASES, EXPERTS_CASES, ROUTE_CASES, SHARED_CASES, VARIANTS
+from moe_conformance.suites.block.expected import Exact
+from moe_conformance.suites.block.judging import judge_output
+from moe_conformance.suites.block.test_routing_semantics import test_a_block_routes_as_its_model_does as judge_route
 
 CASES = {case.id.removeprefix("family-"): case for case in (*ROUTE_CASES, *BLOCK_CASES, *EXPERTS_CASES, *SHARED_CASES)}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from moe_conformance.case import catalogue, checks
-from moe_conformance.clauses import BUG_CLASSES
-from moe_conformance.goldens import FOLDER, recorded
+from moe_conformance.catalogue.case import catalogue, checks
+from moe_conformance.catalogue.clauses import BUG_CLASSES
+from moe_conformance.judging.goldens import FOLDER, recorded
 
 FILES = sorted(
     path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts

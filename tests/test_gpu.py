@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_conformance.devices import gpu_count
+from moe_conformance.running.devices import gpu_count
 
 if not gpu_count():
     pytest.skip("needs a GPU, and there is none", allow_module_level=True)
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from moe_conformance.engine import CaptureSpec, Rows
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import distinct_logits, integers, normal, poison_
+from moe_conformance.judging.inputs import distinct_logits, integers, normal, poison_
+from moe_conformance.model.specs import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
 from moe_conformance.reference_impl import experts as reference_experts
 from moe_conformance.reference_impl import layer as reference_layer
 from moe_conformance.reference_impl.capture import Capturer, raise_rejected
-from moe_conformance.spec import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU, though the machine has one", allow_module_level=True)

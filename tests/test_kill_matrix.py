@@ -10,15 +10,15 @@ import pytest
 
 import moe_conformance.engines.mutants
 import moe_conformance.suites
-from moe_conformance.case import Case
-from moe_conformance.clauses import BUG_CLASSES
-from moe_conformance.discovery import Target
+from moe_conformance.catalogue.case import Case
+from moe_conformance.catalogue.clauses import BUG_CLASSES
 from moe_conformance.engine import STAGES
 from moe_conformance.engines.mutants.mutant import Mutant
 from moe_conformance.engines.reference import Reference
-from moe_conformance.goldens import matches
-from moe_conformance.judge import Judge
-from moe_conformance.verdict import Verdict
+from moe_conformance.judging.goldens import matches
+from moe_conformance.judging.judge import Judge
+from moe_conformance.judging.verdict import Verdict
+from moe_conformance.running.discovery import Target
 
 SEEDS = ("config-keys", "closure-capture", "double-prefix", "dp-assertions", "shape-mismatch")
 

@@ -11,15 +11,8 @@ from torch import Tensor
 
 from moe_conformance.engine import BlockInputs, LayerInputs, MoESpec, RouteInputs, Routing
 from moe_conformance.errors import InputError, Unsupported
-from moe_conformance.inputs import integers, normal
-from moe_conformance.layer_bound import layer_bound
-from moe_conformance.reference_impl import block as block_stage
-from moe_conformance.reference_impl.block import block, check_tensors, layer_spec
-from moe_conformance.reference_impl.experts import mlp, rms_norm, routed_experts
-from moe_conformance.reference_impl.layer import layer, moe_layer
-from moe_conformance.reference_impl.router import router_logits
-from moe_conformance.reference_impl.routing import route, route_logits
-from moe_conformance.spec import (
+from moe_conformance.judging.inputs import integers, normal
+from moe_conformance.model.specs import (
     Capacity,
     DenseSpec,
     LatentSpec,
@@ -29,7 +22,14 @@ from moe_conformance.spec import (
     RoutingSpec,
     SharedSpec,
 )
-from moe_conformance.tolerance import Contract
+from moe_conformance.oracle.layer import layer_bound
+from moe_conformance.oracle.tolerance import Contract
+from moe_conformance.reference_impl import block as block_stage
+from moe_conformance.reference_impl.block import block, check_tensors, layer_spec
+from moe_conformance.reference_impl.experts import mlp, rms_norm, routed_experts
+from moe_conformance.reference_impl.layer import layer, moe_layer
+from moe_conformance.reference_impl.router import router_logits
+from moe_conformance.reference_impl.routing import route, route_logits
 
 T, H, E, K, F, D, FS = 7, 6, 5, 3, 4, 8, 9
 EXPERTS, SHARED = MLPSpec(F, "gelu_tanh", bias=True), MLPSpec(FS, "relu2", bias=True)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_conformance import compare
 from moe_conformance.errors import Nonconformance
-from moe_conformance.layer_bound import activated, layer_bound, layer_value
+from moe_conformance.judging import compare
+from moe_conformance.model.specs import DenseSpec, LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
+from moe_conformance.oracle.layer import activated, layer_bound, layer_value
+from moe_conformance.oracle.tolerance import Contract, Value, unit_roundoff, wide
 from moe_conformance.reference_impl.layer import experts_output
-from moe_conformance.spec import DenseSpec, LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
-from moe_conformance.tolerance import Contract, Value, unit_roundoff, wide
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 H, E, K, T = 20, 5, 3, 7

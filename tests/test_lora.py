@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_conformance.compare import equal
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import integers, normal
+from moe_conformance.judging.compare import equal
+from moe_conformance.judging.inputs import integers, normal
+from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.experts import routed_experts
 from moe_conformance.reference_impl.lora import (
     ExpertAdapter,
@@ -23,7 +24,6 @@ from moe_conformance.reference_impl.lora import (
     with_adapters,
 )
 from moe_conformance.reference_impl.quantised.experts import fp8_activations, plain, projected_experts
-from moe_conformance.spec import MLPSpec
 
 D64 = torch.float64
 EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 5, 12, 8, 9, 2

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moe_conformance.engine import Routing
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import integers
+from moe_conformance.judging.inputs import integers
+from moe_conformance.model.specs import LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
 from moe_conformance.reference_impl.experts import mlp, routed_experts
 from moe_conformance.reference_impl.layer import experts_output, layer
 from moe_conformance.reference_impl.parallel.expert_map import (
@@ -33,7 +34,6 @@ from moe_conformance.reference_impl.parallel.experts import (
     through_all_to_all,
 )
 from moe_conformance.reference_impl.parallel.ranks import Group, all_gather, all_reduce, reduce_scatter, simulate
-from moe_conformance.spec import LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
 
 E, K, D = 11, 3, 6
 NAN = float("nan")

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_conformance.inputs import distinct_logits, normal
+from moe_conformance.judging.inputs import distinct_logits, normal
+from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.parallel.expert_map import expert_map, held_experts, physical_ids
 from moe_conformance.reference_impl.parallel.experts import (
     experts_part,
@@ -30,7 +31,6 @@ from moe_conformance.reference_impl.parallel.ranks import (
     reduce_scatter,
     simulate,
 )
-from moe_conformance.spec import MLPSpec
 
 E, K, D = 11, 4, 20
 SPEC = MLPSpec(14, bias=True)

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from moe_conformance import pytest_plugin
+from moe_conformance.running import plugin as pytest_plugin
 
 ROOT = Path(__file__).parent.parent
 PROBE = """
@@ -38,7 +38,7 @@ def test_an_empty_session_loads_the_door_and_nothing_behind_it(tmp_path: Path) -
     (tmp_path / "conftest.py").write_text(PROBE)
     (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
     printed = pytest_in(tmp_path, "-m", "pytest", "-s", "-p", "no:cacheprovider")
-    assert "PROBE ['moe_conformance', 'moe_conformance.pytest_plugin'] [] []" in printed
+    assert "PROBE ['moe_conformance', 'moe_conformance.running.plugin'] [] []" in printed
 
 
 def test_the_plugin_adds_less_than_50_ms(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_plugin_adds_less_than_50_ms(tmp_path: Path) -> None:
     code = """
 import time, types, pathlib, pytest
 started = time.perf_counter()
-from moe_conformance import pytest_plugin
+from moe_conformance.running import plugin as pytest_plugin
 config = types.SimpleNamespace(args=["tests"], invocation_params=types.SimpleNamespace(dir=pathlib.Path.cwd()))
 pytest_plugin.pytest_configure(config)
 print(time.perf_counter() - started)
@@ -88,7 +88,6 @@ def test_kernels_stays_hugging_faces_in_the_checkout(tmp_path: Path, arguments: 
 def test_an_engine_process_started_in_the_checkout_sees_hugging_faces_kernels(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("HUGGING_FACE = True\n")
-    code = (
-        "from moe_conformance.discovery import extend_path; extend_path(); import kernels; print(kernels.HUGGING_FACE)"
-    )
+    there = "from moe_conformance.running.discovery import extend_path"
+    code = f"{there}; extend_path(); import kernels; print(kernels.HUGGING_FACE)"
     assert pytest_in(ROOT, "-P", "-c", code, PYTHONPATH=str(tmp_path)).strip() == "True"

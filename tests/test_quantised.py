@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from moe_conformance.compare import equal
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import bits, integers, normal, poison_
+from moe_conformance.judging.compare import equal
+from moe_conformance.judging.inputs import bits, integers, normal, poison_
+from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.experts import routed_experts
 from moe_conformance.reference_impl.quantised.experts import fp8_activations, plain, projected_experts
 from moe_conformance.reference_impl.quantised.fp4 import (
@@ -37,7 +38,6 @@ from moe_conformance.reference_impl.quantised.tiles import (
     spread,
     tile_amax,
 )
-from moe_conformance.spec import MLPSpec
 
 E4M3 = torch.float8_e4m3fn
 D64 = torch.float64

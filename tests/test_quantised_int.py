@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_conformance.compare import equal
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import bits as hashed
-from moe_conformance.inputs import integers, normal
+from moe_conformance.judging.compare import equal
+from moe_conformance.judging.inputs import bits as hashed
+from moe_conformance.judging.inputs import integers, normal
 from moe_conformance.reference_impl.quantised.gptq import (
     dequantise_awq,
     dequantise_gptq,

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from moe_conformance.engine import RouteInputs, RouterSpec
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import normal
+from moe_conformance.judging.inputs import normal
+from moe_conformance.model.specs import Capacity, LogitsSpec, RoutingSpec
 from moe_conformance.reference_impl.router import Router, build_router, router_logits
 from moe_conformance.reference_impl.routing import gemma4, route, route_logits, softmax_topk, top_experts
-from moe_conformance.spec import Capacity, LogitsSpec, RoutingSpec
 
 NAN, INF, LN2, LN3, LN4, LN5 = math.nan, math.inf, math.log(2), math.log(3), math.log(4), math.log(5)
 BIAS, SCALE, GLOBAL, TABLE = (

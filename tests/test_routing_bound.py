@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_conformance.model.specs import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
+from moe_conformance.oracle.routing import accepted, compared_value, logits_value, softmax, weights_value
+from moe_conformance.oracle.tolerance import Value
 from moe_conformance.reference_impl.router import router_logits
 from moe_conformance.reference_impl.routing import route_logits
-from moe_conformance.routing_bound import accepted, compared_value, logits_value, softmax, weights_value
-from moe_conformance.spec import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
-from moe_conformance.tolerance import Value
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 U32, TINY32 = 2**-24, 2**-126

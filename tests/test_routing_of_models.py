@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_conformance.inputs import normal
+from moe_conformance.judging.inputs import normal
+from moe_conformance.model.specs import Capacity, LogitsSpec, RoutingSpec
 from moe_conformance.reference_impl.router import router_logits
 from moe_conformance.reference_impl.routing import Routed, route_logits
-from moe_conformance.spec import Capacity, LogitsSpec, RoutingSpec
 
 pytest.importorskip("transformers", minversion="5.23", reason="the families here are those of transformers 5.23")
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from moe_conformance.scheduler import OneEngineAWorker
+from moe_conformance.running.scheduler import OneEngineAWorker
 
 ENGINES = ("one", "one-more", "three")
 MODULES = ("config/test_c", "layer/test_l", "routing/test_r", "weights/test_w")

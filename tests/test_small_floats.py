@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_conformance.compare import equal
-from moe_conformance.inputs import bits, integers
+from moe_conformance.judging.compare import equal
+from moe_conformance.judging.inputs import bits, integers
 from moe_conformance.reference_impl.quantised.fp4 import pack_e2m1, unpack_e2m1
 from moe_conformance.reference_impl.quantised.fp8 import FP8, quantise_fp8
 from moe_conformance.reference_impl.quantised.tiles import round_to_float, scale_values

@@ -18,9 +18,9 @@ from torch import Tensor
 pytest.importorskip("transformers", minversion="5.23", reason="the families here are those of transformers 5.23")
 import tiny_models
 
-from moe_conformance import inputs
 from moe_conformance.engine import BlockInputs, Routing
 from moe_conformance.engines.transformers.block_routing import Tap
+from moe_conformance.judging import inputs
 from moe_conformance.reference_impl.block import block as reference
 from moe_conformance.reference_impl.checkpoint.loading import load
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_conformance.tolerance import (
+from moe_conformance.oracle.tolerance import (
     ROUGHER,
     Contract,
     Value,

@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
-from moe_conformance import compare
 from moe_conformance.engine import LayerInputs, RouteInputs
 from moe_conformance.engines.reference import Reference
 from moe_conformance.engines.transformers import Transformers
 from moe_conformance.errors import ConfigError, DenseModelError
-from moe_conformance.inputs import distinct_logits, normal
-from moe_conformance.tolerance import sums
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import distinct_logits, normal
+from moe_conformance.oracle.tolerance import sums
 
 
 def test_the_adapter_imports_neither_torch_nor_transformers() -> None:

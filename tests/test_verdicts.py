@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import pytest
 
-from moe_conformance import known
-from moe_conformance.case import catalogue
+from moe_conformance.catalogue.case import catalogue
 from moe_conformance.errors import UsageError
+from moe_conformance.running import known
 
 CASES = ("layer-tiny-plain", "layer-tiny-latent", "layer-tiny-shared-padded-hidden")
 CHECK = "padding_never_reaches_the_output"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
-from moe_conformance import inputs
+from moe_conformance.judging import inputs
 from moe_conformance.reference_impl.checkpoint import names as checkpoint_names
 
 # The class that publishes checkpoints, where it is not the only ...ForCausalLM of its module.

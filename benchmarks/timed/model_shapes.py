@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_conformance.kernels.float8 import Quantised
+from moe_conformance.model.specs import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
 from moe_conformance.reference_impl.quantised.tiles import BLOCK_128, scale_shape, spread
-from moe_conformance.spec import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
 
 TOKENS = (1, 8, 64, 256, 1024, 4096, 16384)
 

@@ -11,13 +11,13 @@ from unittest.mock import patch
 from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.errors import ConfigError, DenseModelError
-from moe_conformance.reference_impl.config import describe as stage
-from moe_conformance.reference_impl.config import families
-from moe_conformance.reference_impl.config import fields as config_fields
-from moe_conformance.reference_impl.config import keys as config_keys
-from moe_conformance.reference_impl.config import methods as config_methods
-from moe_conformance.reference_impl.config.scope import Scope, plain
-from moe_conformance.spec import LayerSpec
+from moe_conformance.model.families import describe as stage
+from moe_conformance.model.families import families
+from moe_conformance.model.families import fields as config_fields
+from moe_conformance.model.families import keys as config_keys
+from moe_conformance.model.families import methods as config_methods
+from moe_conformance.model.families.scope import Scope, plain
+from moe_conformance.model.specs import LayerSpec
 
 _DESCRIBED = "a_config_says_what_the_model_is"
 _LAYERS = "a_config_says_how_its_layers_compute"

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from moe_conformance.engine import ExpertMapSpec, ShardInputs
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
+from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.experts import mlp, routed_experts
 from moe_conformance.reference_impl.parallel import experts as stage
 from moe_conformance.reference_impl.parallel.expert_map import local_ids
 from moe_conformance.reference_impl.parallel.experts import slice_width
-from moe_conformance.spec import MLPSpec
 
 
 class FaultyShard(Faulty):

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing
 from moe_conformance.engines.transformers.families import DEEPSEEK_V2, GEMMA4, MIXTRAL
-from moe_conformance.inputs import poison_
+from moe_conformance.judging.inputs import poison_
 
 ROUTERS = {"softmax_topk": DEEPSEEK_V2, "softmax_topk_renorm": MIXTRAL, "gemma4": GEMMA4}
 

@@ -50,7 +50,7 @@ class VLLM(Engine):
 
     @classmethod
     def missing(cls) -> str | None:
-        return None if find_spec("vllm") else "vllm is not installed; see ci/releases.py for an environment with it"
+        return None if find_spec("vllm") else "vllm is not installed; see tools/releases.py for an environment with it"
 
     @property
     def info(self) -> EngineInfo:

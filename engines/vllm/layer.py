@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_conformance.engine import LayerInputs
 from moe_conformance.engines.vllm import runtime
-from moe_conformance.inputs import poison_
+from moe_conformance.judging.inputs import poison_
 
 _PREFIXES = (f"model.layers.0.experts_{i}" for i in itertools.count())
 

@@ -25,7 +25,7 @@ MAX_TOKENS = 128
 
 
 def release() -> str:
-    """The version in vLLM's own file. The metadata of an environment may be of another release (see ci/releases.py)."""
+    """The version in vLLM's own file. An environment's metadata may be of another release (tools/releases.py)."""
     spec = find_spec("vllm")
     for folder in spec.submodule_search_locations or () if spec else ():
         file = Path(folder) / "_version.py"

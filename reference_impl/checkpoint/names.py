@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moe_conformance.errors import ConfigError
-from moe_conformance.reference_impl.config.families import NESTED, NESTED_LAST, PARENTS
-from moe_conformance.reference_impl.config.scope import levels
+from moe_conformance.model.families.families import NESTED, NESTED_LAST, PARENTS
+from moe_conformance.model.families.scope import levels
 
 # How the part of a canonical tensor is laid out in the file; arrange.py says what each means.
 Op = Literal["transposed", "interleaved", "stacked", "row", "padded", "apart", "apart_columns", "apart_interleaved"]

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moe_conformance.errors import CheckpointError
+from moe_conformance.model.families.describe import describe
+from moe_conformance.model.specs import LayerSpec, Shape
 from moe_conformance.reference_impl.checkpoint.arrange import Sizes
 from moe_conformance.reference_impl.checkpoint.names import READ_PREFIXES, Piece, Stack, family_of, names_of
 from moe_conformance.reference_impl.checkpoint.remap import SUFFIXES, index_of
-from moe_conformance.reference_impl.config.describe import describe
-from moe_conformance.spec import LayerSpec, Shape
 
 VISION = "vision."
 _NUMBERED = re.compile(r"(experts\.(?:expert_)?)([0-9]+)(?=\.)")

@@ -152,7 +152,7 @@ def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[st
 
     config: as for `describe`. Raises CheckpointError for a name of the MoE block that is none of the styles.
     """
-    from moe_conformance.reference_impl.config.describe import describe
+    from moe_conformance.model.families.describe import describe
 
     spec = describe(config)
     return {entry.name: remap_name(spec, entry.name, entry.shape) for entry in names}

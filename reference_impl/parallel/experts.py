@@ -14,11 +14,11 @@ from torch import Tensor
 
 from moe_conformance.engine import ShardInputs
 from moe_conformance.errors import InputError
+from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.experts import mlp, routed_experts, wide
 from moe_conformance.reference_impl.layer import Experts
 from moe_conformance.reference_impl.parallel.expert_map import even_split, held_experts, local_ids, physical_ids
 from moe_conformance.reference_impl.parallel.ranks import Group, all_gather, reduce_scatter
-from moe_conformance.spec import MLPSpec
 
 Tensors = Mapping[str, Tensor]
 # (x [T, D], ids [T, K], weights [T, K]) -> [T, D]

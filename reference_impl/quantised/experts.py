@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_conformance.errors import InputError
+from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.experts import activate, wide
 from moe_conformance.reference_impl.quantised.fp8 import through_fp8
-from moe_conformance.spec import MLPSpec
 
 # (name: "w13", "w1" or "w2"; expert; tokens [n] int64; rows [n, in], those tokens') -> [n, out], a new tensor
 Project = Callable[[str, int, Tensor, Tensor], Tensor]

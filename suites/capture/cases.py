@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_conformance.case import Case
+from moe_conformance.catalogue.case import Case
 
 # Own rows ---------------------------------------------------------------------------------------------------------
 

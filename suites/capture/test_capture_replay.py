@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_conformance import compare
-from moe_conformance.case import Case, check
+from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import CaptureReader, CaptureSession, CaptureSpec, Engine, Rows
 from moe_conformance.errors import Nonconformance, Unsupported
-from moe_conformance.inputs import poison_
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import poison_
 from moe_conformance.suites.capture.cases import (
     EXPERT_BOUNDS,
     IDS_AS_THEY_COME,

@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from moe_conformance import compare
-from moe_conformance.case import Case, check
+from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import Engine, Rows
+from moe_conformance.judging import compare
 from moe_conformance.suites.capture.cases import (
     CHANGING_COUNTS,
     CHANGING_LAYOUT,

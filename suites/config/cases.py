@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_conformance.case import Case
+from moe_conformance.catalogue.case import Case
 from moe_conformance.suites.config.families import (
     CLASSES,
     EXPERTS,

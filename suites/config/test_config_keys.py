@@ -9,12 +9,12 @@ from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
-from moe_conformance.case import Case, check
-from moe_conformance.compare import refused, same
+from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import Engine, MoESpec
 from moe_conformance.errors import Nonconformance, Unsupported
-from moe_conformance.reference_impl.config.describe import describe
-from moe_conformance.spec import LayerSpec
+from moe_conformance.judging.compare import refused, same
+from moe_conformance.model.families.describe import describe
+from moe_conformance.model.specs import LayerSpec
 from moe_conformance.suites.config.cases import CAPTURE_REFUSED, CAPTURED, DENSE, DESCRIBED, LAYERED, REFUSED, SAVED
 
 SIDES: tuple[Literal["worker", "reader"], ...] = ("worker", "reader")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from moe_conformance.case import Case
+from moe_conformance.catalogue.case import Case
 
 # T tokens, E experts, K of them, H hidden, D latent, F expert and Fs shared intermediate; Dp, Hp, Fp padded widths.
 TINY = {"T": 7, "E": 5, "K": 3, "H": 20, "D": 12, "F": 10, "Fs": 14, "Hp": 24, "Dp": 16, "Fp": 16}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_conformance.engine import LayerInputs
-from moe_conformance.layer_bound import layer_value
-from moe_conformance.routing_bound import weights_value
-from moe_conformance.spec import LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
-from moe_conformance.tolerance import Bound, Contract
+from moe_conformance.model.specs import LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
+from moe_conformance.oracle.layer import layer_value
+from moe_conformance.oracle.routing import weights_value
+from moe_conformance.oracle.tolerance import Bound, Contract
 
 
 def layer(inputs: LayerInputs) -> tuple[Tensor, Bound]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_conformance import compare
-from moe_conformance.case import Case, check
+from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import LayerInputs
 from moe_conformance.errors import Nonconformance
-from moe_conformance.inputs import distinct_logits, normal, poisoned_allocations, windows
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import distinct_logits, normal, poisoned_allocations, windows
 from moe_conformance.suites.layer.cases import TRACE_CASES, VALUE_CASES
 from moe_conformance.suites.layer.oracle import layer
 

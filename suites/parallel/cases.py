@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_conformance.case import Case
+from moe_conformance.catalogue.case import Case
 
 # T tokens, E experts, K of them, D hidden, F expert and Fs shared intermediate width. 11 experts do not fill 3 ranks.
 TINY = {"T": 33, "E": 11, "K": 4, "D": 20, "F": 12, "Fs": 24}

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_conformance import compare
-from moe_conformance.case import Case
+from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import Engine, ShardInputs
-from moe_conformance.inputs import distinct_logits, integers, normal, poisoned_allocations
-from moe_conformance.layer_bound import layer_bound, layer_value
-from moe_conformance.spec import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
-from moe_conformance.tolerance import Bound, Contract
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import distinct_logits, integers, normal, poisoned_allocations
+from moe_conformance.model.specs import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
+from moe_conformance.oracle.layer import layer_bound, layer_value
+from moe_conformance.oracle.tolerance import Bound, Contract
 
 
 def chosen(tokens: int, experts: int, top_k: int, dropped: int, seed: str, hot: int | None = None) -> Tensor:

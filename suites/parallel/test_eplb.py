@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from moe_conformance import compare
-from moe_conformance.case import Case, check
+from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import Engine, ReplicateInputs
 from moe_conformance.errors import Nonconformance
+from moe_conformance.judging import compare
 from moe_conformance.suites.parallel.cases import REPLICAS, REPLICATE
 from moe_conformance.suites.parallel.ranks import chosen, expected, parts_sum, ranks, whole
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from moe_conformance import compare
-from moe_conformance.case import Case, check
+from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import Engine, ExpertMapSpec
 from moe_conformance.errors import Nonconformance, Unsupported
-from moe_conformance.inputs import poisoned_allocations
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import poisoned_allocations
 from moe_conformance.suites.parallel.cases import NOTHING, OUT_OF_RANGE, PLACES, SUMS
 from moe_conformance.suites.parallel.ranks import expected, held_pairs, on, parts_sum, ranks, whole
 

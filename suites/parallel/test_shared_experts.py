@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from moe_conformance import compare
-from moe_conformance.case import Case, check
+from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import Engine
+from moe_conformance.judging import compare
 from moe_conformance.suites.parallel.cases import SHARED
 from moe_conformance.suites.parallel.ranks import expected, parts_sum, ranks, whole
 

@@ -6,7 +6,7 @@ tensor), "multimodal" (prefix `model.language_model.`). An engine declares the w
 
 from __future__ import annotations
 
-from moe_conformance.case import Case
+from moe_conformance.catalogue.case import Case
 
 # Unquantised, FP8 and ModelOpt NVFP4, compressed-tensors, GPTQ and AWQ.
 SUFFIXES = (

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_conformance.inputs import normal
+from moe_conformance.judging.inputs import normal
 from moe_conformance.suites.weights.cases import PARTS, ROUTER, WIDTHS, spell, spell_router
 
 LAYERS = 3

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from moe_conformance import compare
-from moe_conformance.case import Case, check
+from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import CheckpointName, Engine
 from moe_conformance.errors import CheckpointError, Nonconformance, Unsupported
+from moe_conformance.judging import compare
 from moe_conformance.suites.weights import checkpoint
 from moe_conformance.suites.weights.cases import (
     BROKEN,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_conformance import compare
-from moe_conformance.inputs import distinct_logits, integers, normal
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import distinct_logits, integers, normal
 from moe_conformance.kernels.dispatch import align
 from moe_conformance.kernels.grouped_matmul import Dispatched
 from moe_conformance.kernels.tuning import Tile
-from moe_conformance.layer_bound import experts_value
+from moe_conformance.model.specs import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
+from moe_conformance.oracle.layer import experts_value
+from moe_conformance.oracle.tolerance import Contract, Value
 from moe_conformance.reference_impl import experts as reference_experts
-from moe_conformance.spec import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
-from moe_conformance.tolerance import Contract, Value
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LIMIT = 0.75

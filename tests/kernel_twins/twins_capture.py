@@ -7,9 +7,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from moe_conformance import compare
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import bits, integers
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import bits, integers
 from moe_conformance.kernels import capture as capture_kernels
 from moe_conformance.kernels.capture import capture
 from moe_conformance.reference_impl import capture as reference_capture

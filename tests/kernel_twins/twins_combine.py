@@ -7,12 +7,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from moe_conformance import compare
-from moe_conformance.inputs import integers, normal, poison_, poisoned_allocations
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import integers, normal, poison_, poisoned_allocations
 from moe_conformance.kernels import combine as combine_kernels
 from moe_conformance.kernels.combine import combine
+from moe_conformance.oracle.tolerance import Value
 from moe_conformance.reference_impl.combine import combine as reference
-from moe_conformance.tolerance import Value
 
 NAN = float("nan")
 EXPERTS, IDENTITY = 7, 3

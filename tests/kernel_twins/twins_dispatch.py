@@ -8,9 +8,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from moe_conformance import compare
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import bits, distinct_logits, integers, poison_, poisoned_allocations
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import bits, distinct_logits, integers, poison_, poisoned_allocations
 from moe_conformance.kernels import dispatch
 from moe_conformance.reference_impl import dispatch as reference_dispatch
 

@@ -19,18 +19,18 @@ from expert_cases import (
 )
 from torch import Tensor
 
-from moe_conformance import compare
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import normal, poison_, poisoned_allocations
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import normal, poison_, poisoned_allocations
 from moe_conformance.kernels import experts, grouped_matmul
 from moe_conformance.kernels.dispatch import align
 from moe_conformance.kernels.grouped_matmul import Dispatched, Quantised
 from moe_conformance.kernels.tuning import Config, Tile
-from moe_conformance.layer_bound import activated
+from moe_conformance.model.specs import MLPSpec
+from moe_conformance.oracle.layer import activated
+from moe_conformance.oracle.tolerance import Contract, Value
 from moe_conformance.reference_impl import grouped_matmul as reference_grouped
 from moe_conformance.reference_impl.parallel.experts import experts_part
-from moe_conformance.spec import MLPSpec
-from moe_conformance.tolerance import Contract, Value
 
 
 def _inside(spec: MLPSpec, x: Tensor, w: Tensor, bias: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Value:

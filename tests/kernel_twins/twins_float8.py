@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from expert_cases import DTYPES, TILES, dispatched_of, ids_of, same_sum, share_of, weights_of
 
-from moe_conformance import compare
-from moe_conformance.inputs import normal, poisoned_allocations
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import normal, poisoned_allocations
 from moe_conformance.kernels import experts, grouped_matmul
 from moe_conformance.kernels.float8 import Quantised
+from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.quantised.fp8 import dequantise_fp8, quantise_fp8
-from moe_conformance.spec import MLPSpec
 
 
 def float8_weights_are_scaled_tile_by_tile(device: str) -> None:

@@ -6,21 +6,21 @@ from dataclasses import replace
 
 import torch
 
-from moe_conformance import compare
 from moe_conformance.engine import LayerInputs, Routing
-from moe_conformance.inputs import distinct_logits, integers, normal, poisoned_allocations
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import distinct_logits, integers, normal, poisoned_allocations
 from moe_conformance.kernels import capture as capture_kernels
 from moe_conformance.kernels import dispatch, experts, padding, routing
 from moe_conformance.kernels.capture import capture
 from moe_conformance.kernels.float8 import Quantised
 from moe_conformance.kernels.layer import layer, moe_layer
-from moe_conformance.layer_bound import layer_bound
+from moe_conformance.model.specs import DenseSpec, LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
+from moe_conformance.oracle.layer import layer_bound
+from moe_conformance.oracle.tolerance import Contract
 from moe_conformance.reference_impl import layer as reference_layer
 from moe_conformance.reference_impl import padding as reference_padding
 from moe_conformance.reference_impl import routing as reference_routing
 from moe_conformance.reference_impl.quantised.fp8 import dequantise_fp8, quantise_fp8
-from moe_conformance.spec import DenseSpec, LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
-from moe_conformance.tolerance import Contract
 
 PLAIN = LayerSpec(40, 7, LogitsSpec(), RoutingSpec(3, renormalize="sum"), MLPSpec(24), output_scale=2.5)
 # One of each way that the parts come together: with the combine, or around it.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_conformance import compare
-from moe_conformance.inputs import normal, poison_
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import normal, poison_
 from moe_conformance.kernels import padding
 from moe_conformance.reference_impl import padding as reference_padding
 

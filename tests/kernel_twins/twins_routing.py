@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_conformance import compare
 from moe_conformance.errors import InputError
-from moe_conformance.inputs import distinct_logits, integers, normal, poison_
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import distinct_logits, integers, normal, poison_
 from moe_conformance.kernels import routing
+from moe_conformance.model.specs import Capacity, RoutingSpec
+from moe_conformance.oracle.routing import weights_value
+from moe_conformance.oracle.tolerance import relative, softmax_weights
 from moe_conformance.reference_impl import routing as reference_routing
-from moe_conformance.routing_bound import weights_value
-from moe_conformance.spec import Capacity, RoutingSpec
-from moe_conformance.tolerance import relative, softmax_weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # T, E, K: sizes around the tiles of both modes, the largest of each, and one of everything.

@@ -1,0 +1,126 @@
+"""Comparisons that explain themselves: each raises `Nonconformance` with the first bad place, got and want."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_conformance.errors import Nonconformance, Unsupported
+from moe_conformance.oracle.tolerance import Bound
+
+
+def _where(flat_index: int, shape: Sequence[int]) -> str:
+    index = []
+    for size in reversed(shape):
+        index.append(flat_index % size)
+        flat_index //= size
+    return "[" + ", ".join(str(i) for i in reversed(index)) + "]"
+
+
+def shape_and_type(what: str, got: Any, shape: Sequence[int], integer: bool | None = None) -> Tensor:
+    """`got` must be a tensor of this shape; integer says whether its dtype must be one (None: either)."""
+    if not isinstance(got, Tensor):
+        raise Nonconformance(f"{what}: got {type(got).__name__}, want a tensor")
+    if tuple(got.shape) != tuple(shape):
+        raise Nonconformance(f"{what}: got shape {list(got.shape)}, want {list(shape)}")
+    if integer is not None and integer == (got.is_floating_point() or got.is_complex()):
+        raise Nonconformance(f"{what}: got {got.dtype}, want {'an integer' if integer else 'a float'} dtype")
+    return got
+
+
+def equal(what: str, got: Tensor, want: Tensor) -> None:
+    """Same shape and same values; integer dtypes may differ in width, NaN equals NaN."""
+    shape_and_type(what, got, want.shape)
+    got, want = got.detach().cpu(), want.detach().cpu()
+    if want.is_floating_point():
+        bad = ~((got.double() == want.double()) | (got.isnan() & want.isnan()))
+    else:
+        bad = got.long() != want.long()
+    _report(what, got, want, bad, "")
+
+
+def close(what: str, got: Tensor, want: Tensor, bound: Bound) -> None:
+    """|got - want| <= bound, element by element; NaN or infinity in `got` fails."""
+    shape_and_type(what, got, want.shape, integer=False)
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    error, limit = (got - want).abs(), bound.limit.cpu()
+    bad = ~(error <= limit)
+    worst = (error / limit)[bad]
+    detail = ""
+    if bad.any():
+        ratio = worst.nan_to_num(float("inf")).max()
+        detail = f"; largest error is {ratio:.3g} times the bound ({bound.origin})"
+    _report(what, got, want, bad, detail)
+
+
+def _report(what: str, got: Tensor, want: Tensor, bad: Tensor, detail: str) -> None:
+    count = int(bad.sum())
+    if not count:
+        return
+    first = int(bad.flatten().to(torch.uint8).argmax())
+    got_value, want_value = got.flatten()[first].item(), want.flatten()[first].item()
+    place = _where(first, bad.shape) if bad.ndim else "value"
+    raise Nonconformance(
+        f"{what}: {count} of {bad.numel()} differ, first at {place}: got {got_value}, want {want_value}{detail}"
+    )
+
+
+def same(what: str, got: Any, want: Any) -> None:
+    """Plain equality of plain data."""
+    if got != want:
+        raise Nonconformance(f"{what}: got {got!r}, want {want!r}")
+
+
+def refused(what: str, call: Callable[[], Any], mentions: Sequence[str] = ()) -> BaseException:
+    """`call` must raise, and the message must contain every word of `mentions`."""
+    try:
+        returned = call()
+    except Unsupported:
+        raise
+    except Exception as error:
+        text = str(error)
+        absent = [word for word in mentions if word not in text]
+        if absent:
+            raise Nonconformance(
+                f"{what}: raised {type(error).__name__}, but its message does not name {', '.join(absent)}: {text}"
+            ) from error
+        return error
+    raise Nonconformance(f"{what}: got {_short(returned)}, want an error")
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "no error"
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def chosen(what: str, ids: Tensor, scores: Tensor, slack: Tensor | float) -> None:
+    """ids [T, K] must be unique, in range and the top K of scores [T, E] up to ties.
+
+    A set is right if no unchosen score exceeds a chosen one by more than the errors of both
+    (slack: the error bound of a score, for all, [T, 1] or [T, E]).
+    """
+    ids, scores = ids.detach().cpu().long(), scores.detach().cpu().double()
+    experts = scores.shape[-1]
+    outside = (ids < 0) | (ids >= experts)
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise Nonconformance(f"{what}: ids[{row}, {column}] is {ids[row, column].item()}, want 0 to {experts - 1}")
+    twice = ids.sort(dim=-1).values.diff(dim=-1).eq(0).any(dim=-1)
+    if twice.any():
+        row = int(twice.nonzero()[0])
+        raise Nonconformance(f"{what}: row {row} names an expert twice: got {ids[row].tolist()}")
+    bad = (scores - slack).scatter(-1, ids, float("-inf")).amax(-1) > (scores + slack).gather(-1, ids).amin(-1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        picked = scores.gather(-1, ids).amin(dim=-1)
+        best_left = scores.scatter(-1, ids, float("-inf")).amax(dim=-1)
+        raise Nonconformance(
+            f"{what}: row {row} chose {sorted(ids[row].tolist())}, want the experts with the highest scores "
+            f"{sorted(scores[row].topk(ids.shape[-1]).indices.tolist())} (score {best_left[row].item():.6g} was left "
+            f"for {picked[row].item():.6g})"
+        )

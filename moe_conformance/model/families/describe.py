@@ -1,0 +1,107 @@
+"""The config stage: what a model config says about its Mixture-of-Experts layers.
+
+A config arrives as a transformers object or as the plain dict of a config.json, flat or nested, in the spelling of
+the library or of the hub. Its sizes are read by the names of its model family (families.py, sizes.py)
+and by rules for its MoE layers (layers.py), what a layer computes by the family's method (methods.py);
+a model type that is not listed is read by its keys where they leave no doubt (unknown.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from moe_conformance.engine import CaptureShape, MoESpec
+from moe_conformance.errors import ConfigError, DenseModelError
+from moe_conformance.model.families.families import (
+    EXPERTS,
+    FAMILIES,
+    NESTED,
+    NESTED_LAST,
+    TOP_K,
+    by_its_keys,
+    family_of,
+    name_of,
+)
+from moe_conformance.model.families.keys import WHAT
+from moe_conformance.model.families.layer_spec import layer_specs
+from moe_conformance.model.families.scope import Scope, levels, plain
+from moe_conformance.model.families.sizes import dense_error, sizes_of
+from moe_conformance.model.families.unknown import layers_by_keys
+from moe_conformance.model.specs import LayerSpec
+
+
+def describe(config: Any) -> MoESpec:
+    """Read experts, top-k, MoE layers, shared experts and widths from a config, and what each MoE layer computes.
+
+    config: a transformers config or its plain dict, flat or nested (text_config, ffn_config, thinker_config, ...;
+    vision_config only where nothing else has experts).
+    `layers` is empty where the config leaves it open what a layer computes; `layer_of` says why.
+    Raises DenseModelError for a model without routed experts, ConfigError for a size that is missing or wrong.
+
+        describe({"model_type": "mixtral", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96,
+                  "num_local_experts": 8, "num_experts_per_tok": 2})
+        -> MoESpec(num_layers=2, moe_layers=(0, 1), num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=96,
+                   layers=(LayerSpec(...), LayerSpec(...)))
+    """
+    scope, name, spec = _find(config)
+    try:
+        return replace(spec, layers=_layers(scope, name, spec))
+    except ConfigError:
+        return spec
+
+
+def layer_of(config: Any, layer: int) -> LayerSpec:
+    """What one MoE layer computes.
+
+    layer: decoder layer (of the encoder, where that alone has experts).
+    Raises as `describe` does, and ConfigError where the layer has no experts, a key of its method is wrong, or its
+    model type is unknown and its keys are not those of one method alone: the message names keys and candidates.
+    """
+    scope, name, spec = _find(config)
+    moe_layers = spec.moe_layers or spec.encoder_moe_layers
+    if layer not in moe_layers:
+        raise scope.error(WHAT, f"layer {layer} has no experts; want one of {', '.join(map(str, moe_layers))}")
+    return _layers(scope, name, spec)[moe_layers.index(layer)]
+
+
+def capture_shape(config: Any) -> CaptureShape:
+    """The sizes of a routed-experts buffer, for every side that needs them: all layers, the largest top-k and E."""
+    spec = _find(config)[2]
+    return CaptureShape(spec.num_layers, spec.max_top_k, spec.max_experts)
+
+
+def _find(config: Any) -> tuple[Scope, str, MoESpec]:
+    """The level that describes the MoE, the name of its family ("" if unknown), and the sizes."""
+    values = plain(config)
+    dense = None
+    for scope, name in _candidates(values):
+        try:
+            return scope, name, sizes_of(scope, family_of(name) or by_its_keys(scope))
+        except DenseModelError as error:
+            dense = dense or error
+    raise dense or dense_error(Scope(values, "", _name(values)), f"no level has any of {', '.join((*EXPERTS, *TOP_K))}")
+
+
+def _candidates(values: Mapping[str, Any]) -> Iterator[tuple[Scope, str]]:
+    """The levels that may describe the MoE, innermost first, each with the family that says how to read it."""
+    root = _name(values)
+    found = False
+    for path, level in [*levels(values, NESTED), *levels(values, NESTED_LAST)]:
+        if not path and found:
+            continue  # what lies below describes the model
+        own = str(level.get("model_type") or "")
+        text = path.endswith("text_config") or not path
+        name = name_of(own or root) if text else own if own in FAMILIES else ""
+        if name or any(level.get(key) is not None for key in (*EXPERTS, *TOP_K)):
+            found = True
+            yield Scope(level, path, root if own in ("", root) else f"{root} ({own})"), name
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    return str(values.get("model_type") or "model without model_type")
+
+
+def _layers(scope: Scope, name: str, spec: MoESpec) -> tuple[LayerSpec, ...]:
+    return layer_specs(scope, name, spec) if name else layers_by_keys(scope, spec)

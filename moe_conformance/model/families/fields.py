@@ -1,0 +1,137 @@
+"""The words in which methods.py says what a family computes: fields of spec.py, and keys that decide them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_conformance.model.families.keys import Key
+from moe_conformance.model.families.scope import Scope
+
+Fields = Mapping[str, Any]
+
+# transformers' names (ACT2FN) of the activations that spec.py knows.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+def activation(name: str = "hidden_act", default: str = "silu") -> Fields:
+    return {"activation": Key(name, default, ACTIVATIONS)}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a layer of one family computes. Sizes, and which layers have shared experts, are in families.py.
+
+    routing, logits, experts (an MLPSpec), layer, latent: fields of the specs. shared: of SharedSpec; shared_mlp: of its
+    MLP, where that is not as the experts are. dense: of DenseSpec; dense_mlp: of its MLP, width included.
+    unsaid: why spec.py has no words for its layer.
+    """
+
+    routing: Fields | Key = field(default_factory=dict)
+    logits: Fields = field(default_factory=dict)
+    experts: Fields = field(default_factory=activation)
+    shared: Fields = field(default_factory=dict)
+    shared_mlp: Fields = field(default_factory=dict)
+    latent: Fields = field(default_factory=dict)
+    dense: Fields | None = None
+    dense_mlp: Fields = field(default_factory=dict)
+    layer: Fields = field(default_factory=dict)
+    unsaid: str = ""
+
+
+def flag(name: str, default: bool, yes: Any = True, no: Any = False) -> Key:
+    return Key(name, default, {True: yes, False: no})
+
+
+def scale(default: float, *names: str) -> Fields:
+    return {"scale": Key(names or "routed_scaling_factor", default)}
+
+
+def output_scale(default: float, name: str = "routed_scaling_factor") -> Fields:
+    return {"output_scale": Key(name, default)}
+
+
+def norm(default: bool, *names: str) -> Fields:
+    return {"renormalize": Key(names or "norm_topk_prob", default, {True: "sum", False: "no"})}
+
+
+def groups(many: int | None = 1, top: int | None = 1, *names: str) -> Fields:
+    """Null is one group."""
+    return {
+        "groups": Key(names or "n_group", many, lambda count: count or 1),
+        "top_groups": Key("topk_group", top, lambda count: count or 1),
+    }
+
+
+def bias(name: str = "mlp_bias") -> Fields:
+    return {"bias": flag(name, False)}
+
+
+def norm_eps(default: float) -> Fields:
+    return {"norm_eps": Key("rms_norm_eps", default)}
+
+
+def clamped(limit: float) -> Fields:
+    return {"clamp": "before", "limit": Key("swiglu_limit", limit)}
+
+
+def limits(name: str) -> Fields:
+    """Each layer its own limit; 0 and null are none."""
+    return {
+        "clamp": Key(name, None, lambda entry: "after" if entry else "no", per_layer=True),
+        "limit": Key(name, None, lambda entry: entry or math.inf, per_layer=True),
+    }
+
+
+def score(default: str) -> Fields:
+    return {"score": Key("scoring_func", default, {"sigmoid": "sigmoid", "sqrtsoftplus": "sqrt_softplus"})}
+
+
+def dense_width(scope: Scope, layer: int) -> int:
+    return scope.integer("dense width", ("intermediate_size",))
+
+
+def gemma4_width(scope: Scope, layer: int) -> int:
+    """Twice as wide, where the config says so, in the last layers, which take keys and values from others."""
+    sharing = scope.optional("layers that share keys and values", "num_kv_shared_layers", 0)
+    last = layer >= scope.integer("layers", ("num_hidden_layers",)) - sharing
+    return dense_width(scope, layer) * (2 if last and scope.get("use_double_wide_mlp") else 1)
+
+
+def top_k(scope: Scope, layer: int) -> int:
+    return scope.integer("top-k", ("num_experts_per_tok",))
+
+
+def is_hashed(scope: Scope, layer: int) -> bool:
+    """DeepSeek-V4: the first layers choose by token id."""
+    types = scope.get("mlp_layer_types")
+    return layer < scope.optional("layers", "num_hash_layers", 3) if types is None else types[layer] == "hash_moe"
+
+
+INPUT = {"score_dtype": "input"}
+FLOAT32 = {"dtype": "float32"}
+BIASED = {"selection_bias": True}
+ALWAYS = {"renormalize": "sum"}
+CHOSEN = {"select_on": "logits"}  # the best logits; scores are of those alone
+SIGMOID = {"score": "sigmoid", **BIASED, **ALWAYS}
+SIGMOID_EPS = {**SIGMOID, "epsilon": 1e-20}
+PAIRS = {"group_score": "top2_sum"}  # of a group, its two best
+SOFTMAX_PAIRS = {**groups(), **PAIRS, "group_mask": 0.0, "epsilon": 1e-20, **scale(1.0)}
+SWIGLU_OAI = {**clamped(7.0), "alpha": Key("swiglu_alpha", 1.702), "up_offset": 1.0}
+
+
+def noaux(factor: float, many: int = 1, top: int = 1, normed: bool = True) -> Fields:
+    """DeepSeek-V3: sigmoid and a bias for the choice, the best groups, renormalised by key, scaled."""
+    return {**SIGMOID_EPS, **norm(normed), **groups(many, top), **PAIRS, **scale(factor)}

@@ -1,0 +1,74 @@
+"""Reading what decides a layer's method: a key of the config, what its value means, and its default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_conformance.model.families.scope import Scope
+
+WHAT = "MoE method"
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the config that decides a field.
+
+    name: or several, of which those that are set must agree. default: what the model's config class takes where a
+    plain dict leaves the key out. of: what its value means, as a table of the values it may have or as a function of a
+    number or null; without it the value is a number. per_layer: the value is null or a list with an entry for each
+    decoder layer (a longer list goes on with draft layers).
+    """
+
+    name: str | tuple[str, ...]
+    default: Any
+    of: Mapping[Any, Any] | Callable[[Any], Any] | None = None
+    per_layer: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,) if isinstance(self.name, str) else self.name
+
+    def read(self, scope: Scope, layer: int) -> Any:
+        """What the config says, or ConfigError with the key, its value and what it may be."""
+        name, value = self._stored(scope)
+        if self.per_layer and value is not None:
+            if not isinstance(value, list | tuple) or len(value) <= layer:
+                raise scope.error(WHAT, f"{name}: got {value!r}, want null or a list with an entry for each layer")
+            value = value[layer]
+        if isinstance(self.of, Mapping):
+            for known, meaning in self.of.items():
+                if type(known) is type(value) and known == value:
+                    return meaning
+            raise scope.error(WHAT, f"{name}: got {value!r}, want one of {', '.join(map(repr, self.of))}")
+        if value is None and self.of is not None:
+            return self.of(None)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise scope.error(WHAT, f"{name}: got {value!r}, want a number{' or null' if self.of else ''}")
+        return value if self.of is None else self.of(value)
+
+    def _stored(self, scope: Scope) -> tuple[str, Any]:
+        if any(scope.get(name) is not None for name in self.names):
+            return scope.find(WHAT, self.names)
+        null = any(name in scope.values for name in self.names)
+        return self.names[0], None if null else self.default
+
+
+def resolve(field: Any, scope: Scope, layer: int) -> Any:
+    """A field with all filled in that the config decides: Keys, functions of (scope, layer), and tables of them."""
+    if isinstance(field, Key):
+        return resolve(field.read(scope, layer), scope, layer)
+    if isinstance(field, Mapping):
+        return {name: resolve(entry, scope, layer) for name, entry in field.items()}
+    return resolve(field(scope, layer), scope, layer) if callable(field) else field
+
+
+def keys_in(field: Any) -> Iterator[Key]:
+    """Every Key that a field may read."""
+    if isinstance(field, Key):
+        yield field
+        field = field.of
+    if isinstance(field, Mapping):
+        for entry in field.values():
+            yield from keys_in(entry)

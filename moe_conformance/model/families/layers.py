@@ -1,0 +1,162 @@
+"""Which decoder layers have routed experts: one small rule a config style.
+
+A rule takes the config level and the number of layers, and returns the indices of the MoE layers. A key of a rule
+that a plain dict leaves out takes the default of the model's own config class: the pattern belongs to the
+architecture. Sizes have no defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moe_conformance.model.families.scope import Scope
+
+Rule = Callable[[Scope, int], tuple[int, ...]]
+
+WHAT = "MoE layers"
+MOE_TYPES = frozenset({"sparse", "moe", "hash_moe"})
+HYBRID_PATTERN = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+
+
+def every_layer(scope: Scope, total: int) -> tuple[int, ...]:
+    return tuple(range(total))
+
+
+def leading_dense(dense: int, key: str = "") -> Rule:
+    """`dense` layers without experts come first, or as many as `key` says."""
+
+    def rule(scope: Scope, total: int) -> tuple[int, ...]:
+        return tuple(range(scope.optional(WHAT, key, dense) if key else dense, total))
+
+    return rule
+
+
+def typed(otherwise: Rule | None) -> Rule:
+    """mlp_layer_types names each layer; a config without it follows `otherwise`, or lacks a key if that is None."""
+
+    def rule(scope: Scope, total: int) -> tuple[int, ...]:
+        if otherwise is not None and scope.get("mlp_layer_types") is None:
+            return otherwise(scope, total)
+        key, types = scope.find(WHAT, ("mlp_layer_types",))
+        unknown = sorted({str(entry) for entry in types} - MOE_TYPES - {"dense"})
+        if unknown:
+            raise scope.error(WHAT, f"{key} has {', '.join(unknown)}; want dense or {', '.join(sorted(MOE_TYPES))}")
+        if len(types) != total:
+            raise scope.error(WHAT, f"{key} has {len(types)} entries for {total} layers; give one for each")
+        return tuple(i for i, entry in enumerate(types) if entry in MOE_TYPES)
+
+    return rule
+
+
+def leading_dense_then_frequency(dense: int) -> Rule:
+    """first_k_dense_replace, then every moe_layer_freq-th layer (a number, or 0 or 1 for each layer)."""
+
+    def rule(scope: Scope, total: int) -> tuple[int, ...]:
+        first = scope.optional(WHAT, "first_k_dense_replace", dense)
+        frequency = scope.get("moe_layer_freq")
+        if isinstance(frequency, list | tuple):
+            return tuple(i for i in flagged(scope, total) if i >= first)
+        step = scope.optional(WHAT, "moe_layer_freq", 1, least=1)
+        return tuple(i for i in range(total) if i >= first and i % step == 0)
+
+    return rule
+
+
+def flagged(scope: Scope, total: int) -> tuple[int, ...]:
+    """moe_layer_freq holds 0 or 1 for each layer; without it every layer has experts."""
+    flags = scope.get("moe_layer_freq")
+    if flags is None:
+        return every_layer(scope, total)
+    if not isinstance(flags, list | tuple) or len(flags) != total:
+        raise scope.error(WHAT, f"moe_layer_freq: got {flags!r}, want a list of {total} flags")
+    return tuple(i for i, flag in enumerate(flags) if flag)
+
+
+def sparse_step(skip: Sequence[int] = ()) -> Rule:
+    """Every decoder_sparse_step-th layer but those in mlp_only_layers (Qwen2-MoE and its descendants)."""
+
+    def rule(scope: Scope, total: int) -> tuple[int, ...]:
+        step = scope.optional(WHAT, "decoder_sparse_step", 1, least=1)
+        dense = scope.get("mlp_only_layers")
+        dense = skip if dense is None else dense
+        return tuple(i for i in range(total) if i not in dense and (i + 1) % step == 0)
+
+    return rule
+
+
+def window(scope: Scope, total: int) -> tuple[int, ...]:
+    """Every moe_layer_interval-th layer from a start to an end index, both included (ERNIE 4.5)."""
+    start = scope.optional(WHAT, "moe_layer_start_index", 1)
+    end = scope.optional(WHAT, "moe_layer_end_index", -1, least=-1)
+    step = scope.optional(WHAT, "moe_layer_interval", 1, least=1)
+    end = total - 1 if end == -1 else end
+    return tuple(i for i in range(total) if (i + 1) % step == 0 and start <= i <= end)
+
+
+def period(scope: Scope, total: int) -> tuple[int, ...]:
+    """Every expert_layer_period-th layer from expert_layer_offset on (Jamba)."""
+    step = scope.optional(WHAT, "expert_layer_period", 2, least=1)
+    offset = scope.optional(WHAT, "expert_layer_offset", 1)
+    return tuple(i for i in range(total) if i % step == offset)
+
+
+def listed(scope: Scope, total: int) -> tuple[int, ...]:
+    """moe_layers, or every interleave_moe_layer_step-th layer (Llama 4)."""
+    step = scope.optional(WHAT, "interleave_moe_layer_step", 1, least=1)
+    indices = scope.get("moe_layers")
+    return _indices(scope, "moe_layers", range(step - 1, total, step) if indices is None else indices, total)
+
+
+def enumerated(scope: Scope, total: int) -> tuple[int, ...]:
+    """moe_layers_enum, indices in a list or joined by commas; without it all but the first three (Step 3)."""
+    indices = scope.get("moe_layers_enum")
+    if indices is None:
+        return tuple(range(3, total))
+    entries = indices.split(",") if isinstance(indices, str) else indices
+    return _indices(scope, "moe_layers_enum", [int(entry) for entry in entries if str(entry).strip()], total)
+
+
+def blocks(scope: Scope, total: int) -> tuple[int, ...]:
+    """layers_block_type names each layer's one block (Nemotron-H)."""
+    return tuple(i for i, block in enumerate(block_types(scope)) if block == "moe")
+
+
+def block_types(scope: Scope) -> Sequence[str]:
+    pattern = scope.get("hybrid_override_pattern")
+    if pattern is not None and scope.get("layers_block_type") is None and scope.get("layer_types") is None:
+        unknown = sorted(set(pattern) - set(HYBRID_PATTERN))
+        if unknown:
+            raise scope.error(WHAT, f"hybrid_override_pattern has {', '.join(unknown)}; want {''.join(HYBRID_PATTERN)}")
+        return [HYBRID_PATTERN[letter] for letter in pattern]
+    types: Sequence[str] = scope.find(WHAT, ("layers_block_type", "layer_types", "hybrid_override_pattern"))[1]
+    return types
+
+
+def step_from_one(step_key: str, count_key: str) -> Rule:
+    """Layers 1, 1 + step, ...; step is layers // count unless the config stores it (Switch Transformers)."""
+
+    def rule(scope: Scope, total: int) -> tuple[int, ...]:
+        count = scope.optional(WHAT, count_key, 3)
+        step = scope.optional(WHAT, step_key, total // count if count else total)
+        return tuple(i for i in range(total) if step > 0 and (step == 1 or i % step == 1))
+
+    return rule
+
+
+def step_to_last(step_key: str) -> Rule:
+    """Every step-th layer, none for 0 (NLLB-MoE)."""
+
+    def rule(scope: Scope, total: int) -> tuple[int, ...]:
+        step = scope.optional(WHAT, step_key, 4)
+        return tuple(i for i in range(total) if step > 0 and (i + 1) % step == 0)
+
+    return rule
+
+
+def _indices(scope: Scope, key: str, indices: Any, total: int) -> tuple[int, ...]:
+    """Those of the listed layers that the model has: a model cut short keeps its list."""
+    wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or i < 0]
+    if wrong:
+        raise scope.error(WHAT, f"{key} has {wrong}; want layer indices")
+    return tuple(sorted({i for i in indices if i < total}))

@@ -1,0 +1,73 @@
+"""What the layers of an unknown model type compute, where its keys leave no doubt.
+
+A config of an unknown model type may be of any family that has all method keys which the config has, and whose own are
+all in the config; keys of sizes, and keys that models without experts have, too, tell no family from another. Where
+all these families say the same of its layers, so does the config; where two differ, in the layers or in a size, or
+there is none, the layers are left open. Softmax, for example, needs no key in many families, renormalised or not, and
+the keys of DeepSeek-V3 are also those of Mistral 4, which scores by softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from moe_conformance.engine import MoESpec
+from moe_conformance.errors import ConfigError
+from moe_conformance.model.families.families import EXPERTS, FAMILIES, SHARED_COUNT, TOP_K
+from moe_conformance.model.families.keys import WHAT
+from moe_conformance.model.families.layer_spec import layer_specs
+from moe_conformance.model.families.methods import DEAD, METHODS, method_keys
+from moe_conformance.model.families.scope import Scope
+from moe_conformance.model.families.sizes import sizes_of
+from moe_conformance.model.specs import LayerSpec
+
+SIZES = frozenset({*EXPERTS, *TOP_K, *SHARED_COUNT, "decoder_sparse_step", "mlp_only_layers", "vocab_size"})
+ACTIVATIONS = frozenset({"activation_function", "dense_act_fn", "hidden_act", "hidden_activation", "mlp_hidden_act"})
+ORDINARY = SIZES | ACTIVATIONS | {"mlp_bias", "use_bias", "rms_norm_eps"}
+
+
+def layers_by_keys(scope: Scope, spec: MoESpec) -> tuple[LayerSpec, ...]:
+    """The layers, or ConfigError with the keys that were seen and the families that have them.
+
+    spec: the sizes as read by the keys.
+    """
+    seen = {name for family in METHODS for name in _names(family) if name in scope.values}
+    candidates = [family for family in METHODS if _has_just(family, seen)]
+    said = dict(_said(scope, spec, candidates))
+    layers, *others = set(said.values()) or {None}
+    if layers is not None and not others:
+        return layers
+    raise scope.error(
+        WHAT,
+        f"unknown model type, keys: {', '.join(sorted(seen)) or 'none'}; families with these keys: "
+        f"{', '.join(sorted(said or candidates)) or 'none'}; set model_type to one that computes the same",
+    )
+
+
+def _names(family: str) -> set[str]:
+    """All keys by which a family may be told, the dead ones included: its configs carry them."""
+    return {*chain.from_iterable(method_keys(family)), *DEAD.get(family, ())} - ORDINARY
+
+
+def _has_just(family: str, seen: set[str]) -> bool:
+    """All keys that decide the family's method are seen, under one of their names, and none that it does not have."""
+    deciding = [names for names in method_keys(family) if not ORDINARY & set(names)]
+    return seen <= _names(family) and all(seen & set(names) for names in deciding)
+
+
+def _said(scope: Scope, spec: MoESpec, families: list[str]) -> Iterator[tuple[str, tuple[LayerSpec, ...] | None]]:
+    """The layers as each family says, None where a size is not as it says; without those that do not know a value."""
+    for family in families:
+        try:
+            layers = layer_specs(scope, family, spec)
+        except ConfigError:
+            continue
+        yield family, layers if _agrees(scope, family, spec) else None
+
+
+def _agrees(scope: Scope, family: str, spec: MoESpec) -> bool:
+    try:
+        return sizes_of(scope, FAMILIES[family]) == spec
+    except ConfigError:
+        return False

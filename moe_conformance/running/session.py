@@ -1,0 +1,241 @@
+"""A pytest session that judges engines: parametrises checks by engine and case, runs them, gathers results."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moe_conformance.suites
+from moe_conformance.catalogue.case import TIERS, Case, catalogue, in_tier
+from moe_conformance.catalogue.clauses import BUG_CLASSES
+from moe_conformance.errors import UsageError
+from moe_conformance.judging.goldens import Amber
+from moe_conformance.judging.verdict import Result, Verdict
+from moe_conformance.reporting.explain import failure
+from moe_conformance.reporting.report import Report
+from moe_conformance.running import known
+from moe_conformance.running.devices import gpu_count, pinned
+from moe_conformance.running.discovery import Target, available, missing, registered, resolve
+from moe_conformance.running.process import EngineProcess
+
+_SUITES = Path(moe_conformance.suites.__path__[0]).resolve()
+_PROPERTY = "moe_conformance"
+
+
+class Session:
+    """Registered for sessions that include our suites, on the controller and on every xdist worker."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.is_worker = hasattr(config, "workerinput")
+        try:
+            self._read_options(config)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+        config.option.importmode = "importlib"
+        # A run of some engines or cases leaves other snapshots unused; tests/ holds files and catalogue together.
+        config.option.warn_unused_snapshots = True
+        # Snapshots are named by case id, which is the same for every test and engine; syrupy would rather not.
+        config.addinivalue_line("filterwarnings", r"ignore:\s*Can not relate snapshot name:UserWarning")
+        self.process: EngineProcess | None = None
+        self.strays: list[str] = []
+        # What was wrong with a whole engine is told once, not for each of its cases; the stream has them all.
+        self.told: set[tuple[str, str]] = set()
+        self.report = None if self.is_worker else Report(config, self.targets, len(self.cases))
+
+    def _read_options(self, config: pytest.Config) -> None:
+        names = config.getoption("--moe-engine")
+        self.targets = [resolve(name) for name in names] if names else available()
+        classes = _all_known("class", config.getoption("--moe-class"), BUG_CLASSES)
+        wanted = _all_known("case", config.getoption("--moe-case"), catalogue())
+        (tier,) = _all_known("tier", [config.getoption("--moe-tier")], TIERS)
+        self.cases = {
+            case.id: case
+            for case in catalogue().values()
+            if (case.id in wanted if wanted else in_tier(case, tier)) and (not classes or case.bug_class in classes)
+        }
+        self.updating = bool(config.getoption("update_snapshots", False))
+        if self.updating and (
+            [target.name for target in self.targets] != ["reference"] or config.getoption("-n", None)
+        ):
+            raise UsageError("goldens are written from the reference engine in one process: --engine reference -n 0")
+        files = [*map(Path, config.getoption("--moe-known")), *config.getini("moe_known")]
+        self.known = {entry.engine: entry for entry in map(known.read, files)}
+        strangers = self.known.keys() - {target.name for target in self.targets} - registered().keys()
+        if strangers:
+            raise UsageError(f"known failures are for {', '.join(strangers)}, which no engine is called")
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        listed: tuple[Case, ...] | None = getattr(metafunc.function, "moe_cases", None)
+        if listed is None:
+            return
+        selected = [case for case in listed if case.id in self.cases]
+        pairs: dict[str, tuple[Target, tuple[Case, ...]]] = {}
+        for target in self.targets:
+            offered = {stage for stage in {case.stage for case in selected} if _offers(target, stage)}
+            pairs |= {f"{target.name}-{case.id}": (target, (case,)) for case in selected if case.stage in offered}
+            # One item for all that the adapter has no method for: items cost milliseconds, and these are many.
+            if others := tuple(case for case in selected if case.stage not in offered):
+                pairs[f"{target.name}-not-offered"] = (target, others)
+        metafunc.parametrize(("engine", "case"), pairs.values(), ids=pairs)
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Drop checks that nothing selected, and go engine by engine, whose process starts once."""
+        items[:] = [item for item in items if not _is_empty(item)]
+        order = {target.name: number for number, target in enumerate(self.targets)}
+        items.sort(key=lambda item: order.get(_engine_of(item), -1))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
+        if not hasattr(pyfuncitem.function, "moe_cases"):
+            return None
+        params: Mapping[str, Any] = pyfuncitem.callspec.params
+        target: Target = params["engine"]
+        cases: tuple[Case, ...] = params["case"]
+        check = pyfuncitem.originalname.removeprefix("test_")
+        if not _offers(target, cases[0].stage):
+            for case in cases:
+                said = f"stage {case.stage} is not offered"
+                self._tell(pyfuncitem, target, case, check, Verdict.UNSUPPORTED, said, 0.0)
+            pytest.skip(f"unsupported: {said}")
+        (case,) = cases
+        started = time.perf_counter()
+        outcome = self._ask(target, pyfuncitem, case)
+        verdict, message = Verdict(outcome["verdict"]), outcome["message"]
+        if verdict is Verdict.PASS and outcome["facts"] is not None:
+            verdict, message = _against_golden(pyfuncitem, case, check, outcome["facts"])
+        verdict, message = self._known(target, case, check, verdict, message)
+        if verdict.is_bad:
+            message = failure(target.name, case, check, message)
+        self._tell(pyfuncitem, target, case, check, verdict, message, time.perf_counter() - started)
+        if verdict in (Verdict.UNAVAILABLE, Verdict.ERROR) and (target.name, outcome["message"]) in self.told:
+            pytest.skip(f"{verdict}, as told before")
+        self.told.add((target.name, outcome["message"]))
+        if verdict.is_bad:
+            pytest.fail(f"{verdict}: {target.name} on {case.id}: {message}", pytrace=False)
+        if verdict is Verdict.UNSUPPORTED:
+            pytest.skip(f"unsupported: {message}")
+        if verdict is Verdict.KNOWN_FAILURE:
+            pytest.xfail(f"known failure: {message}")
+        return True
+
+    def _tell(
+        self, item: pytest.Function, target: Target, case: Case, check: str, verdict: Verdict, message: str, took: float
+    ) -> None:
+        """Hand a result to the controller."""
+        result = Result(target.name, case.id, check, case.bug_class, case.stage, verdict, message, took)
+        info = self.process.info if self.process and self.process.target == target else None
+        facts = {"version": info.version, "device": info.device} if info else {}
+        item.user_properties.append((_PROPERTY, json.dumps([result.as_line(), facts])))
+
+    def _ask(self, target: Target, item: pytest.Function, case: Case) -> dict[str, Any]:
+        if self.process is None or self.process.target != target:
+            self.pytest_unconfigure()
+            self.process = EngineProcess(target, self.config.getoption("--moe-timeout"), _shares())
+        # By name from the suites' folder: pytest's own module name differs between checkout and wheel.
+        parts = item.path.resolve().relative_to(_SUITES).with_suffix("").parts
+        return self.process.run(".".join(("moe_conformance.suites", *parts)), item.originalname, case.id)
+
+    def _known(self, target: Target, case: Case, check: str, verdict: Verdict, message: str) -> tuple[Verdict, str]:
+        failures = self.known.get(target.name)
+        info = self.process.info if self.process else None
+        entry = failures.find(case.id, check, info) if failures and info else None
+        if entry is None or verdict in (Verdict.UNSUPPORTED, Verdict.UNAVAILABLE):
+            return verdict, message
+        about = f"listed as {entry.kind}, {entry.issue}" + (f": {entry.reason}" if entry.reason else "")
+        if verdict is Verdict.PASS:
+            return Verdict.UNEXPECTED_PASS, f"it passes, but is {about}; take the entry out of the file"
+        return Verdict.KNOWN_FAILURE, f"{about}\n{verdict}: {message}"
+
+    def pytest_unconfigure(self) -> None:
+        if self.process is not None:
+            self.process.close()
+            self.process = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if self.report is None:
+            return
+        found = [json.loads(str(told)) for name, told in report.user_properties if name == _PROPERTY]
+        if report.when == "call" and found:
+            for line, facts in found:
+                self.report.add(Result.from_line(line), facts)
+        elif report.failed and not found and "[" in report.nodeid and _in_suites(report, self.config):
+            self.report.lost(report.nodeid, str(report.longrepr))
+
+    @pytest.hookimpl(tryfirst=True)  # before the reporter, which takes the status as it is then
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        option = self.config.option
+        if self.report is not None and not (option.keyword or option.markexpr or option.maxfail):
+            self.strays = [stray for entry in self.known.values() for stray in entry.strays(self.report.results)]
+            if self.strays and exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+        if self.report is not None:
+            self.report.finish(terminalreporter, exitstatus)
+            for stray in self.strays:
+                terminalreporter.write_line(stray, red=True)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        if config.getoption("dist") != "loadscope":
+            return None
+        from moe_conformance.running.scheduler import OneEngineAWorker
+
+        return OneEngineAWorker(config, log, [target.name for target in self.targets])
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_auto_num_workers(self) -> int | None:
+        """One worker a GPU; without a GPU xdist's own answer, one a core."""
+        return gpu_count() or None
+
+
+def _all_known(what: str, got: list[str], there: Any) -> list[str]:
+    unknown = [name for name in got if name not in there]
+    if unknown:
+        raise UsageError(f"{what}: got {', '.join(unknown)}, want one of {', '.join(there)}")
+    return got
+
+
+def _engine_of(item: pytest.Item) -> str:
+    callspec = getattr(item, "callspec", None)
+    target = callspec.params.get("engine") if callspec else None
+    return target.name if isinstance(target, Target) else ""
+
+
+def _offers(target: Target, stage: str) -> bool:
+    """Whether to ask the engine's process: it must say itself why it cannot start."""
+    return target.offers(stage) or missing(target) is not None
+
+
+def _is_empty(item: pytest.Item) -> bool:
+    """Whether pytest made this item only to say that a check has no case in this run."""
+    return hasattr(getattr(item, "function", None), "moe_cases") and not _engine_of(item)
+
+
+def _in_suites(report: pytest.TestReport, config: pytest.Config) -> bool:
+    return _SUITES in (config.rootpath / report.location[0]).resolve().parents
+
+
+def _shares() -> dict[str, str]:
+    """The engine process's part of the machine: its GPU, and one compute thread.
+
+    Thread pools of several workers that spin on the same cores made small cases ten times slower when measured; a
+    caller's own OMP_NUM_THREADS stands.
+    """
+    threads = {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": "1"}
+    return {**threads, **pinned(os.environ.get("PYTEST_XDIST_WORKER", "gw0"))}
+
+
+def _against_golden(item: pytest.Function, case: Case, check: str, facts: Any) -> tuple[Verdict, str]:
+    snapshot = item._request.getfixturevalue("snapshot").use_extension(Amber.at(case.bug_class, check))
+    if snapshot(name=case.id) == facts:
+        return Verdict.PASS, ""
+    difference = "\n".join(line.rstrip() for line in snapshot.get_assert_diff())
+    return Verdict.FAIL, f"the answer differs from the golden (- want, + got):\n{difference}"

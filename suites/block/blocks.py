@@ -1,0 +1,124 @@
+"""From a case to the inputs of a block: hashed values of a size at which no part of the layer hides."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_conformance.catalogue.case import Case
+from moe_conformance.engine import BlockInputs, Routing
+from moe_conformance.judging.inputs import bits, integers, normal
+from moe_conformance.model.families.describe import describe
+from moe_conformance.model.specs import LayerSpec, Shape
+from moe_conformance.suites.block.cases import VARIANTS
+
+# Spread of a selection bias: about that of the scores it is added to.
+BIAS_STD = {"softmax": 2.0**-4, "sigmoid": 2.0**-2, "sqrt_softplus": 2.0**-1}
+
+
+@cache
+def spec_of(slug: str) -> LayerSpec:
+    family = VARIANTS[slug]
+    found = describe(dict(family.config))
+    return found.layers[(found.moe_layers or found.encoder_moe_layers).index(family.layer)]
+
+
+def tensors_of(slug: str) -> dict[str, Tensor]:
+    """Canonical tensors in float64, exact in every dtype; of one name and size the same in all families."""
+    spec = spec_of(slug)
+    found = {name: tensor(name, shape, spec.num_experts, bias_std(spec)) for name, shape in spec.tensors().items()}
+    if bias := VARIANTS[slug].bias:
+        found["router.selection_bias"] = torch.tensor(bias, dtype=torch.float64)
+    return found
+
+
+def bias_std(spec: LayerSpec) -> float:
+    return 0.5 if spec.routing.select_on == "logits" else BIAS_STD[spec.routing.score]
+
+
+@cache
+def tensor(name: str, shape: Shape, experts: int, selection_bias_std: float) -> Tensor:
+    """Weights spread so that what they make is about 1.5 in size; norms and scales vary around one."""
+    seed, part = f"family-{name}", name.rpartition(".")[2]
+    if name == "router.table":
+        return bits((*shape[:-1], experts), seed).argsort(dim=-1)[..., : shape[-1]]
+    if name == "router.selection_bias":
+        return normal(shape, seed, torch.float64, selection_bias_std)
+    if name in ("latent.norm", "experts.output_norm"):  # added to 1 by the layer
+        return normal(shape, seed, torch.float64, 0.25)
+    if name == "router.scale":  # over sqrt(H) in the layer
+        return normal(shape, seed, torch.float64, 8.0)
+    if "norm" in part or "scale" in part:
+        return 1.25 + normal(shape, seed, torch.float64, 0.25)
+    if "bias" in part or part in ("b1", "b13", "b2"):
+        return normal(shape, seed, torch.float64, 0.5)
+    return normal(shape, seed, torch.float64, 2.0 ** round(math.log2(1.3 / math.sqrt(shape[-1]))))
+
+
+def inputs_of(case: Case) -> BlockInputs:
+    """The case's inputs, in its dtype, on the CPU."""
+    family, spec, dtype = VARIANTS[case["family"]], spec_of(case["family"]), getattr(torch, case["dtype"])
+    kept = {"router.selection_bias": torch.float32, "router.table": torch.int64}
+    state = spec.logits.takes_state and family.state
+    tensors, x = tensors_of(case["family"]), normal((*case["shape"], spec.hidden_size), f"family-{case['x']}")
+    if case["sum"]:
+        # A hidden dim that is 1 in all tokens, and the same in all rows of the projection, moves all logits alike.
+        tensors, x = {**tensors, "router.proj": tensors["router.proj"].clone()}, x.clone()
+        x[..., 0], tensors["router.proj"][:, 0] = 1.0, logit_of(case["sum"], spec)
+    return BlockInputs(
+        config=dict(family.config),
+        layer=family.layer,
+        tensors={name: t.to(kept.get(name, dtype)) for name, t in tensors.items()},
+        x=x.to(dtype),
+        token_ids=integers(case["shape"], "family-tokens", spec.vocab_size) if family.token_ids else None,
+        state=normal((*case["shape"], spec.logits.width), "family-state", dtype) if state else None,
+        routing=routing_of(case, spec),
+        implementation=case["implementation"],
+    )
+
+
+def logit_of(score: float, spec: LayerSpec) -> float:
+    """The logit, a whole number, whose score is about that small; sigmoid and softplus are exp there."""
+    power = 2 if spec.routing.score == "sqrt_softplus" else 1
+    return float(round(power * math.log(score) / spec.routing.logit_scale))
+
+
+def routing_of(case: Case, spec: LayerSpec) -> Routing | None:
+    """spread: K different experts a token, the fourth never; same: the same K for all; dropped: a third of the pairs
+    has no expert; minus-one: the same pairs have the id -1, and keep their weights; zero: no weight at all. Weights are
+    exact in bfloat16, differ, and sum to anything but 1."""
+    kind: str = case["routing"]
+    if not kind:
+        return None
+    tokens, experts, top_k = math.prod(case["shape"]), spec.num_experts, spec.routing.top_k
+    order = bits((tokens, experts), "family-ids").argsort(dim=-1)
+    ids = order[order != 3].view(tokens, experts - 1)[:, :top_k]
+    weights = integers((tokens, top_k), "family-weights", 16, low=1).float() / 8
+    if kind == "same":
+        ids = ids[:1].expand(tokens, top_k).contiguous()
+    elif kind in ("dropped", "minus-one"):
+        gone = integers((tokens, top_k), "family-dropped", 3) == 0
+        ids = ids.masked_fill(gone, experts + spec.routing.identity_experts if kind == "dropped" else -1)
+        weights = weights.masked_fill(gone, 0.0) if kind == "dropped" else weights
+    elif kind == "zero":
+        weights = weights * 0
+    elif spec.routing.identity_experts:
+        ids = torch.where(ids == 5, experts + 1, ids)  # an identity expert among the others
+    return Routing(ids, weights)
+
+
+def on(inputs: BlockInputs, device: str) -> BlockInputs:
+    if device == "cpu":
+        return inputs
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    routing = inputs.routing and Routing(*map(moved, inputs.routing))
+    tensors = {name: moved(tensor) for name, tensor in inputs.tensors.items()}
+    fields = (moved(inputs.x), moved(inputs.token_ids), moved(inputs.state))
+    return BlockInputs(inputs.config, inputs.layer, tensors, *fields, routing, inputs.implementation)
