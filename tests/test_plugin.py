@@ -38,7 +38,7 @@ def test_an_empty_session_loads_the_door_and_nothing_behind_it(tmp_path: Path) -
     (tmp_path / "conftest.py").write_text(PROBE)
     (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
     printed = pytest_in(tmp_path, "-m", "pytest", "-s", "-p", "no:cacheprovider")
-    assert "PROBE ['moe_conformance', 'moe_conformance.running.plugin'] [] []" in printed
+    assert "PROBE ['moe_conformance', 'moe_conformance.running', 'moe_conformance.running.plugin'] [] []" in printed
 
 
 def test_the_plugin_adds_less_than_50_ms(tmp_path: Path) -> None:
