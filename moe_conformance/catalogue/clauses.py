@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["MUST", "SHOULD"]
 
 
 @dataclass(frozen=True)
 class Clause:
-    """text: a full sentence with "must". upstream: public threads where an engine broke it."""
+    """text: a full sentence with "must" or "should". upstream: public threads where an engine broke it.
+
+    level: MUST for a wrong result, a crash, a model that does not load; SHOULD for leniency. A broken SHOULD is a
+    verdict of its own, which fails a run only with --strict.
+    """
 
     bug_class: str
     text: str
     upstream: tuple[str, ...] = ()
+    level: Level = "MUST"
 
 
 CLAUSES: dict[str, Clause] = {
