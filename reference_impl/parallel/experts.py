@@ -73,9 +73,7 @@ def shard(inputs: ShardInputs, experts: Callable[[ExpertsInputs], Tensor] = expe
     whole, held = inputs.whole, held_experts(inputs.expert_map)
     for name in ("quant", "lora"):
         if getattr(whole, name) is not None:
-            raise Unsupported(
-                f"shard: got {name} {given}, want plain tensors; divide the experts before they are stored"
-            )
+            raise Unsupported(f"shard: got {name}, want None; divide plain experts, and store each rank's part")
     rank, ranks = inputs.ep_rank * inputs.tp_size + inputs.tp_rank, inputs.ep_size * inputs.tp_size
     ids, identity = whole.ids, whole.ids >= whole.experts
     if inputs.physical_to_logical is not None:
