@@ -252,7 +252,7 @@ NARROW = tuple(
         clause="replay.narrow",
         recipe={"kind": "local", "experts": experts},
     )
-    for experts in (128, 129, 255, 256, 257, 300, 512, 32768, 32769, 40000, 65536)
+    for experts in (128, 129, 255, 256, 257, 300, 512, 513, 896, 32768, 32769, 40000, 65536)
 )
 
 IDS_AS_THEY_COME = tuple(
