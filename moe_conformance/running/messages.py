@@ -6,8 +6,8 @@ Both sides are of one version, so a key that is missing or unknown means that so
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
 
 from moe_conformance.judging.verdict import Outcome, Refusal, Verdict
 
@@ -57,8 +57,6 @@ class Answer:
 
 Message = Probe | Check | Hello | Unstartable | Answer
 _KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in (Probe, Check, Hello, Unstartable, Answer)}
-# Annotations are text here; those of other types are looked at below.
-_PLAIN = {"int": int, "str": str, "bool": bool}
 
 
 def encode(message: Message) -> str:
@@ -76,17 +74,24 @@ def decode(line: str) -> Message:
         raise ValueError(f"got {line[:200]!r}, want a line of messages.py: {type(error).__name__}: {error}") from error
 
 
-def _build(kind: Any, data: dict[str, Any]) -> Any:
-    want = {item.name: item.type for item in fields(kind)}
-    if data.keys() != want.keys():
-        raise ValueError(f"got the keys {sorted(data)}, want {sorted(want)}")
-    for name, annotation in want.items():
-        plain = _PLAIN.get(str(annotation))
-        if plain is not None and type(data[name]) is not plain:
-            raise ValueError(f"{name}: got {data[name]!r}, want {annotation}")
-    if kind is Answer:
-        data["outcome"] = _build(Outcome, data["outcome"])
-    if kind is Outcome:
-        data["verdict"] = Verdict(data["verdict"])
-        data["refusal"] = None if data["refusal"] is None else Refusal(data["refusal"])
-    return kind(**data)
+def _build(kind: Any, data: Any) -> Any:
+    hints = get_type_hints(kind)
+    if data.keys() != hints.keys():
+        raise ValueError(f"got the keys {sorted(data)}, want {sorted(hints)}")
+    return kind(**{name: _value(name, hint, data[name]) for name, hint in hints.items()})
+
+
+def _value(name: str, hint: Any, value: Any) -> Any:
+    if hint is Any:
+        return value
+    if hint in (int, str, bool):
+        if type(value) is not hint:
+            raise ValueError(f"{name}: got {value!r}, want {hint.__name__}")
+        return value
+    if hint == Refusal | None:
+        return None if value is None else Refusal(value)
+    if hint is Verdict:
+        return Verdict(value)
+    if hint is Outcome:
+        return _build(Outcome, value)
+    raise TypeError(f"{name}: got a field of {hint}, want a type that messages.py knows; add it to _value")
