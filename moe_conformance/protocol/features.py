@@ -82,10 +82,15 @@ FEATURES: tuple[Feature, ...] = (
         "the module may be moved to the meta device and filled again",
         "values that reach the module so",
     ),
-    Feature(("align", "experts", "shard"), "expert_map", "experts of other ranks, by a map of ids", "such calls"),
-    Feature(("align", "experts", "block"), "dropped_ids", "pairs without an expert", "batches with such pairs"),
+    Feature(("align", "experts"), "expert_map", "experts of other ranks, by a map of ids", "such calls"),
     Feature(
-        ("align", "experts", "block", "capture_session"),
+        ("align", "experts", "block", "replicate", "shard"),
+        "dropped_ids",
+        "pairs without an expert",
+        "batches with such pairs",
+    ),
+    Feature(
+        ("align", "experts", "block", "capture_session", "shard"),
         "expert_bounds",
         "ids that name no expert are checked, and refused or ignored; an engine may trust its own router instead",
         "ids outside [0, E)",
@@ -146,7 +151,6 @@ FEATURES: tuple[Feature, ...] = (
     Feature(("expert_map",), "contiguous", "each rank has a run of ids", "this placement"),
     Feature(("expert_map",), "round_robin", "rank r has the ids that are r modulo the ranks", "this placement"),
     Feature(("expert_map", "shard"), "idle_ranks", "a rank may have no expert", "such ranks"),
-    Feature(("replicate",), "dropped_ids", "pairs without an expert", "batches with such pairs"),
     Feature(("shard",), "tensor_parallel", "ranks divide the experts' width", "such ranks"),
     Feature(("shard",), "uneven_width", "a width that the ranks do not divide evenly", "such widths"),
     Feature(("shard",), "replicas", "several copies of an expert", "such layers"),
@@ -322,5 +326,15 @@ _KEYS: dict[str, Any] = {
     "identity_experts": _if("identity_experts"),
     "fused_shared": _if("fused_shared"),
     "padding_rows": _if("padding_rows"),
-    "needs": set,  # what no spec says: a side, a row layout, a placement, a naming style
+    "dropped": _if("dropped_ids"),
+    "held": lambda value: {"expert_map"} if value is not None else set(),  # a rank may hold none
+    "outside": lambda value: {"expert_bounds"},
+    "kind": lambda value: {value},
+    "kinds": set,
+    "placement": lambda value: {value},
+    "style": lambda value: set(value.split("-")),
+    "baseline": lambda value: set(value.split("-")) if value else set(),
+    "tp": lambda value: {"tensor_parallel"} if value > 1 else set(),
+    "copies": _if("replicas"),
+    "needs": set,  # what no single key says
 }

@@ -6,16 +6,13 @@ import torch
 
 from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import Engine
-from moe_conformance.judging import compare
-from moe_conformance.suites.parallel.cases import SHARED
-from moe_conformance.suites.parallel.ranks import expected, parts_sum, ranks, whole
+from moe_conformance.suites.shard.cases import SHARED
+from moe_conformance.suites.shard.ranks import judge_sum, ranks, unsharded
 
 
 @check(SHARED)
 @torch.no_grad()
 def test_shared_output_is_added_once(engine: Engine, case: Case) -> None:
     """Parts sum to the routed sum plus the shared expert's output."""
-    layer = whole(case)
-    everybody = ranks(case, layer)
-    want, bound = expected(layer, everybody[0].ep_size, case["tp"])
-    compare.close("sum of the ranks' parts", parts_sum(engine, everybody), want, bound)
+    layer = unsharded(case)
+    judge_sum(engine, "sum of the ranks' parts", layer, ranks(case, layer))

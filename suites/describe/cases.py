@@ -1,7 +1,7 @@
-"""Cases of the config stages: every config class, every spelling, and what must be refused.
+"""Cases of `describe`: every config class, every spelling, and what must be refused.
 
 A recipe holds `class` and `keys` (the config class of transformers is built from them), or `keys` alone (they are a
-plain config.json); `want` of a capture shape, `names` that the message of a refusal must have.
+plain config.json), and `names` that the message of a refusal must have.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.suites.config.families import (
+from moe_conformance.suites.describe.families import (
     CLASSES,
     EXPERTS,
     LAYERS,
@@ -22,7 +22,7 @@ from moe_conformance.suites.config.families import (
     flat_keys,
     nested_keys,
 )
-from moe_conformance.suites.config.methods import METHODS, layer_keys
+from moe_conformance.suites.describe.methods import METHODS, layer_keys
 
 SMOKE = {
     "config-gemma4-nested",
@@ -151,7 +151,7 @@ def layered(name: str, keys: Keys, config_class: str = "") -> Case:
     recipe: dict[str, Any] = {"keys": keys} | ({"class": config_class} if config_class else {})
     case_id = f"config-layers-{name}"
     tier = "smoke" if case_id in SMOKE else "core"
-    return Case(case_id, "describe", "config.layers", recipe, tier, frozenset({"layers"}))
+    return Case(case_id, "describe", "config.layers", recipe | {"needs": ("layers",)}, tier)
 
 
 def way(number: int) -> str:
@@ -182,45 +182,10 @@ SAVED = tuple(
 )
 
 
-def captured(slug: str, keys: Keys, config_class: str = "") -> Case:
-    want = {"layers": LAYERS, "top_k": TOP_K, "experts": EXPERTS}
-    recipe: dict[str, Any] = {"keys": keys, "want": want} | ({"class": config_class} if config_class else {})
-    tier = "smoke" if slug.startswith("gemma4") else "core"
-    return Case(
-        f"capture-shape-{slug}", "capture_shape", "config.both-sides", recipe, tier, frozenset({"worker", "reader"})
-    )
-
-
-CAPTURED = (
-    *(
-        captured(slug, flat_keys(slug), CLASSES[slug])
-        for slug in (
-            "dbrx",
-            "deepseek-v3",
-            "ernie4-5-moe",
-            "gemma4",
-            "gpt-oss",
-            "hunyuan-v1-moe",
-            "mixtral",
-            "nemotron-h",
-            "qwen3-moe",
-        )
-    ),
-    *(
-        captured(f"{slug}-nested", nested_keys(slug), PARENTS[slug][0])
-        for slug in ("aria", "gemma4", "llama4", "qwen3-omni-thinker", "qwen3-vl-moe")
-    ),
-    captured("hunyuan-v1-moe-top-k-list", flat_keys("hunyuan-v1-moe") | {"moe_topk": UNEVEN}, "HunYuanMoEV1Config"),
-    captured("qwen3-vl-moe-root-differs", ROOT_DIFFERS),
-    captured("qwen3-moe-hub", flat("qwen3-moe", "qwen3_moe")),
-    captured("kimi-linear-hub", flat("kimi-linear", "kimi_linear", TYPES, first_k_dense_replace=LEADING_DENSE)),
-)
-
-
 def refused(name: str, keys: Keys, *names: str, config_class: str = "", tier: str = "core") -> Case:
     recipe: dict[str, Any] = {"keys": keys, "names": names} | ({"class": config_class} if config_class else {})
     # A model library builds what a config says and leaves its values to the config class: it offers no refusals.
-    return Case(f"config-{name}", "describe", "config.say-what-is-missing", recipe, tier, frozenset({"refusals"}))
+    return Case(f"config-{name}", "describe", "config.say-what-is-missing", recipe | {"needs": ("refusals",)}, tier)
 
 
 GEMMA4 = flat_keys("gemma4")
@@ -341,20 +306,4 @@ DENSE = (
 )
 
 
-def capture_refused(name: str, clause: str, keys: Keys, config_class: str) -> Case:
-    # The names of what is missing are asked of the resolver; a capturer need only refuse on purpose.
-    recipe = {"keys": keys, "names": (), "class": config_class}
-    return Case(f"capture-shape-{name}", "capture_shape", clause, recipe, needs=frozenset({"worker", "reader"}))
-
-
-CAPTURE_REFUSED = (
-    capture_refused(
-        "gemma4-without-top-k",
-        "config.say-what-is-missing",
-        GEMMA4 | {"top_k_experts": None},
-        "Gemma4TextConfig",
-    ),
-    capture_refused("llama-dense", "config.refuse-dense", LLAMA, "LlamaConfig"),
-)
-
-CASES = DESCRIBED + LAYERED + CAPTURED + REFUSED + DENSE + CAPTURE_REFUSED
+CASES = DESCRIBED + LAYERED + REFUSED + DENSE

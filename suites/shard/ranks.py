@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.engine import Engine, ShardInputs
+from moe_conformance.engine import Engine, ExpertsInputs, ShardInputs
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import distinct_logits, integers, normal, poisoned_allocations
 from moe_conformance.model.specs import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
@@ -33,13 +34,10 @@ def chosen(tokens: int, experts: int, top_k: int, dropped: int, seed: str, hot: 
     return ids.masked_fill(gone, -1)
 
 
-def whole(case: Case) -> ShardInputs:
-    """The unsharded layer: one rank that holds all."""
+def unsharded(case: Case) -> ShardInputs:
+    """The layer on one rank that holds all of it."""
     dtype = getattr(torch, case["dtype"])
-    T, E, K, D, F_ = (case[name] for name in ("T", "E", "K", "D", "F"))
-    spec = MLPSpec(F_, case["activation"], gated=case["gated"], bias=case["bias"])
-    shared = MLPSpec(case["Fs"]) if case["shared"] else None
-    shapes = spec.tensors("experts", D, (E,)) | (shared.tensors("shared", D) if shared else {})
+    T, E, K, D = (case[name] for name in ("T", "E", "K", "D"))
 
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
         if ".b" in name:
@@ -47,15 +45,26 @@ def whole(case: Case) -> ShardInputs:
         # About 1 over the root of what is summed over, so that no part hides in another's rounding.
         return normal(shape, f"parallel-{name}", dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
 
+    def tensors(mlp: MLPSpec, prefix: str, lead: tuple[int, ...] = ()) -> dict[str, Tensor]:
+        return {name: tensor(name, shape) for name, shape in mlp.tensors(prefix, D, lead).items()}
+
     return ShardInputs(
-        x=normal((T, D), "parallel-x", dtype),
-        ids=chosen(T, E, K, case["dropped"], "parallel-logits", case["hot"]),
-        weights=2.5 * normal((T, K), "parallel-weights"),
-        experts=spec,
-        tensors={name: tensor(name, shape) for name, shape in shapes.items()},
+        whole=ExpertsInputs(
+            x=normal((T, D), "parallel-x", dtype),
+            mlp=case["mlp"],
+            tensors=tensors(case["mlp"], "experts", (E,)),
+            ids=chosen(T, E, K, case["dropped"], "parallel-logits", case["hot"]),
+            weights=2.5 * normal((T, K), "parallel-weights"),
+        ),
         expert_map=torch.arange(E, dtype=torch.int32),
-        shared=shared,
+        shared=case["shared"],
+        shared_tensors=tensors(case["shared"], "shared") if case["shared"] else {},
     )
+
+
+def with_pairs(inputs: ShardInputs, **changed: Tensor) -> ShardInputs:
+    """The same rank with other x, ids or weights."""
+    return replace(inputs, whole=replace(inputs.whole, **changed))
 
 
 def ranks(case: Case, layer: ShardInputs, copies: Sequence[int] = ()) -> list[ShardInputs]:
@@ -84,28 +93,63 @@ def expert_map(owners: Sequence[int], rank: int, rotated: bool) -> Tensor:
 
 def held_pairs(inputs: ShardInputs) -> Tensor:
     """[T, K] bool, the pairs that this rank computes, where every expert is on one rank."""
-    return (inputs.ids >= 0) & (inputs.expert_map[inputs.ids] >= 0)
+    ids = inputs.whole.ids
+    return (ids >= 0) & (inputs.expert_map[ids] >= 0)
 
 
-def expected(layer: ShardInputs, size: int, tp: int) -> tuple[Tensor, Bound]:
+def part_of(engine: Engine, inputs: ShardInputs) -> Tensor:
+    """This rank's part [T, D] in float64 on the CPU; every fresh allocation of the engine is poisoned."""
+    what, x = name_of(inputs), inputs.whole.x
+    with poisoned_allocations():
+        got = engine.shard(to_device(inputs, engine.info.device))
+    compare.shape_and_type(what, got, x.shape, integer=False)
+    compare.same(f"{what}, dtype", str(got.dtype), str(x.dtype))
+    return got.cpu().double()
+
+
+def name_of(inputs: ShardInputs) -> str:
+    return f"part of rank ep{inputs.ep_rank} tp{inputs.tp_rank}"
+
+
+def judge_sum(engine: Engine, what: str, layer: ShardInputs, everybody: Sequence[ShardInputs]) -> None:
+    """The parts of all ranks sum to the exact layer, within what correct ranks may be from it."""
+    total = torch.zeros(layer.whole.x.shape, dtype=torch.float64)
+    for inputs in everybody:
+        total += part_of(engine, inputs)
+    want, bound = expected_sum(layer, everybody[0].ep_size, everybody[0].tp_size)
+    compare.close(what, total, want, bound)
+
+
+def same_part(engine: Engine, what: str, got: Tensor, want: Tensor, inputs: ShardInputs) -> None:
+    """Two parts of the same rank that must not differ: in bits, or for an engine without "same_bits" by roundings."""
+    if "same_bits" in engine.capabilities()["shard"]:
+        compare.equal(what, got, want)
+        return
+    own = with_pairs(inputs, ids=inputs.whole.ids.where(held_pairs(inputs), -1))
+    _, bound = expected_sum(own, inputs.ep_size, inputs.tp_size)
+    compare.close(what, got, want, Bound(2 * bound.limit, f"of each of the two: {bound.origin}"))
+
+
+def expected_sum(inputs: ShardInputs, size: int, tp: int) -> tuple[Tensor, Bound]:
     """The exact layer [T, D] in float64, and how far the sum of the parts of size x tp correct ranks may be from it.
 
     An expert divided among tp ranks rounds as tp narrower experts do that have the same weight, and a divided shared
     expert as so many shared ones. Where tp does not divide the width, the next number that does is counted. What a
     rank stores is one of the partial sums of `Contract.stored`, whichever pairs are in it.
     """
-    contract, width, blocks = Contract.stored(layer.x.dtype), layer.experts.width, 2 if layer.experts.gated else 1
-    experts = len(layer.expert_map)
+    layer, shared = inputs.whole, inputs.shared
+    contract, width, blocks = Contract.stored(layer.x.dtype), layer.mlp.width, 2 if layer.mlp.gated else 1
+    experts, whole = layer.experts, {**layer.tensors, **inputs.shared_tensors}
     dense = LayerSpec(
         hidden_size=layer.x.shape[1],
         num_experts=experts,
         logits=LogitsSpec(),
         routing=RoutingSpec(layer.ids.shape[1]),
-        experts=layer.experts,
-        shared=SharedSpec(layer.shared) if layer.shared else None,
+        experts=layer.mlp,
+        shared=SharedSpec(shared) if shared else None,
     )
     ids = torch.where(layer.ids < 0, experts, layer.ids)  # the oracle's id for a pair that no expert takes
-    exact = layer_value(layer.x, dense, layer.tensors, ids, layer.weights, contract).exact
+    exact = layer_value(layer.x, dense, whole, ids, layer.weights, contract).exact
 
     slices = next(n for n in range(tp, width + 1) if width % n == 0)
 
@@ -122,30 +166,23 @@ def expected(layer: ShardInputs, size: int, tp: int) -> tuple[Tensor, Bound]:
     narrow = replace(
         dense,
         num_experts=experts * slices,
-        experts=replace(layer.experts, width=width // slices),
-        shared=SharedSpec(layer.shared, count=size * tp, weighted=True) if layer.shared else None,
+        experts=replace(layer.mlp, width=width // slices),
+        shared=SharedSpec(shared, count=size * tp, weighted=True) if shared else None,
     )
-    tensors = {n: divided(n, t) if n.startswith("experts.") else t for n, t in layer.tensors.items()}
+    tensors = {n: divided(n, t) if n.startswith("experts.") else t for n, t in whole.items()}
     ids = (ids[..., None] * slices + torch.arange(slices)).clamp(max=experts * slices).flatten(1)  # [T, K slices]
     weights, once = layer.weights.repeat_interleave(slices, -1), layer.x.new_ones(len(layer.x), size * tp)
-    return exact, layer_bound(layer.x, narrow, tensors, ids, weights, contract, once if layer.shared else None)
+    return exact, layer_bound(layer.x, narrow, tensors, ids, weights, contract, once if shared else None)
 
 
-def on(inputs: ShardInputs, device: str) -> ShardInputs:
+def to_device(inputs: ShardInputs, device: str) -> ShardInputs:
     """The inputs on the engine's device."""
-    moved = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    moved = {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
-    return replace(inputs, **moved, tensors={name: tensor.to(device) for name, tensor in inputs.tensors.items()})
+    return moved(inputs, device)  # type: ignore[no-any-return]
 
 
-def parts_sum(engine: Engine, everybody: Sequence[ShardInputs]) -> Tensor:
-    """The sum of the ranks' parts in float64, [T, D]; each part has the shape and dtype of x."""
-    total = torch.zeros(everybody[0].x.shape, dtype=torch.float64)
-    for inputs in everybody:
-        what = f"part of rank ep{inputs.ep_rank} tp{inputs.tp_rank}"
-        with poisoned_allocations():
-            got = engine.shard(on(inputs, engine.info.device))
-        compare.shape_and_type(what, got, inputs.x.shape, integer=False)
-        compare.same(f"{what}, dtype", str(got.dtype), str(inputs.x.dtype))
-        total += got.cpu().double()
-    return total
+def moved(value: Any, device: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, ShardInputs | ExpertsInputs):
+        return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
+    return {name: moved(tensor, device) for name, tensor in value.items()} if isinstance(value, dict) else value

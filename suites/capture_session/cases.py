@@ -1,4 +1,4 @@
-"""Capture cases: which rows arrive on which rank, and what is stored of them."""
+"""Cases of `capture_session`: which rows arrive on which rank, and what is read of them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def _own(kind: str, tp: int, names: tuple[str, ...]) -> Iterator[Case]:
             clause="rows.own",
             recipe={"kind": kind, "counts": COUNTS[name], "tp": tp},
             tier="smoke" if name == "dp2-fewer-first" else "core",
-            needs=frozenset({kind}),
         )
 
 
@@ -71,7 +70,6 @@ SPELLED_OUT = tuple(
         stage="capture_session",
         clause="rows.own",
         recipe={"kind": kind, "counts": (1, 3), "tp": 2},
-        needs=frozenset({kind}),
     )
     for kind in (*WHOLE, *SPLIT)
 )
@@ -83,7 +81,6 @@ MARKED_PADDING = tuple(
         stage="capture_session",
         clause="rows.own",
         recipe={"kind": kind, "counts": (5, 3), "tp": 2, "padding": -1},
-        needs=frozenset({kind}),
     )
     for kind in SPLIT
 )
@@ -95,7 +92,6 @@ ONE_EXPERT = tuple(
         stage="capture_session",
         clause="rows.own",
         recipe={"kind": kind, "counts": (1, 4), "tp": 2, "top_k": 1},
-        needs=frozenset({kind}),
     )
     for kind in (*WHOLE, *SPLIT)
 )
@@ -107,7 +103,6 @@ CHANGING_LAYOUT = tuple(
         stage="capture_session",
         clause="rows.own",
         recipe={"kinds": kinds, "counts": (3, 6, 2), "tp": 2},
-        needs=frozenset(kinds),
     )
     for name, kinds in {
         "whole": ("local", "concatenated", "local"),
@@ -123,7 +118,6 @@ CHANGING_COUNTS = tuple(
         stage="capture_session",
         clause="rows.own",
         recipe={"kind": kind, "steps": steps, "tp": 2},
-        needs=frozenset({kind}),
     )
     for name, steps in {
         "counts-change": ((2, 1, 3), (5, 4, 7)),
@@ -162,7 +156,6 @@ WRONG_COUNT = tuple(
             "fits": fitting[rank],
             "wrong": _WRONG[rank],
         },
-        needs=frozenset({kind}),
     )
     for kind, fitting in _FITTING.items()
     for rank in (0, 1)
@@ -175,7 +168,6 @@ NO_TOKENS_WRONG_COUNT = tuple(
         stage="capture_session",
         clause="rows.refuse-count",
         recipe={"kind": kind, "counts": (24, 0, 71, 38), "tp": tp, "rank": 1, "fits": fits, "wrong": wrong},
-        needs=frozenset({kind}),
     )
     for kind, tp, fits, wrong in (
         ("concatenated", 1, 133, (24, 71, 132, 134)),
@@ -193,8 +185,7 @@ SMALLER_STEP = tuple(
         f"capture-steps-{name}",
         stage="capture_session",
         clause="replay.only-real-rows",
-        recipe={"steps": steps},
-        needs=frozenset({"local"}),
+        recipe={"kind": "local", "steps": steps},
     )
     for name, steps in {"shrink": (9, 4, 1), "grow-again": (9, 4, 6), "through-none": (5, 0, 3), "same": (6, 6)}.items()
 )
@@ -206,8 +197,7 @@ UNWRITTEN = tuple(
         f"capture-unwritten-{name}",
         stage="capture_session",
         clause="replay.only-real-rows",
-        recipe={"steps": steps, "read": read},
-        needs=frozenset({"local", "unwritten"}),
+        recipe={"kind": "local", "steps": steps, "read": read, "needs": ("unwritten",)},
     )
     for name, steps, read in (
         ("nothing-yet", (), 1),
@@ -228,8 +218,7 @@ LAYER_BOUNDS = tuple(
         f"capture-layer-{name}",
         stage="capture_session",
         clause="replay.bounds",
-        recipe={"layers": 3, "layer_id": layer_id},
-        needs=frozenset({"local", "layer_bounds"}),
+        recipe={"kind": "local", "layers": 3, "layer_id": layer_id},
         tier="smoke" if name in ("minus-one", "one-past") else "core",
     )
     for name, layer_id in {"minus-one": -1, "minus-all": -3, "one-past": 3, "far-past": 300, "two-to-32": 2**32}.items()
@@ -242,17 +231,16 @@ EXPERT_BOUNDS = tuple(
         f"capture-expert-{name}",
         stage="capture_session",
         clause="replay.bounds",
-        recipe={"experts": 250, "expert_id": expert_id, "dtype": "int64"},
-        needs=frozenset({"local", *needs}),
+        recipe={"kind": "local", "experts": 250, "expert_id": expert_id, "dtype": "int64", "needs": needs},
     )
     for name, expert_id, needs in (
-        ("minus-one", -1, {"expert_bounds"}),
-        ("minus-two-to-8", 7 - 2**8, {"expert_bounds"}),
-        ("one-past", 250, {"expert_bounds"}),
-        ("two-to-8", 2**8 + 7, set()),
-        ("two-to-16", 2**16 + 7, set()),
-        ("two-to-31", 2**31, {"expert_bounds"}),
-        ("two-to-32", 2**32 + 7, {"expert_bounds"}),
+        ("minus-one", -1, ("expert_bounds",)),
+        ("minus-two-to-8", 7 - 2**8, ("expert_bounds",)),
+        ("one-past", 250, ("expert_bounds",)),
+        ("two-to-8", 2**8 + 7, ()),
+        ("two-to-16", 2**16 + 7, ()),
+        ("two-to-31", 2**31, ("expert_bounds",)),
+        ("two-to-32", 2**32 + 7, ("expert_bounds",)),
     )
 )
 
@@ -262,10 +250,9 @@ NARROW = tuple(
         f"capture-narrow-e{experts}",
         stage="capture_session",
         clause="replay.narrow",
-        recipe={"experts": experts},
-        needs=frozenset({"local"}),
+        recipe={"kind": "local", "experts": experts},
     )
-    for experts in (128, 129, 255, 256, 257, 300, 512, 32768, 32769, 40000, 65536)
+    for experts in (128, 129, 255, 256, 257, 300, 512, 513, 896, 32768, 32769, 40000, 65536)
 )
 
 IDS_AS_THEY_COME = tuple(
@@ -273,8 +260,7 @@ IDS_AS_THEY_COME = tuple(
         f"capture-ids-{dtype}-{layout}",
         stage="capture_session",
         clause="replay.only-real-rows",
-        recipe={"dtype": dtype, "layout": layout},
-        needs=frozenset({"local"}),
+        recipe={"kind": "local", "dtype": dtype, "layout": layout},
     )
     for dtype in ("int32", "int64")
     for layout in ("contiguous", "transposed", "every-second-row", "every-second-column")
@@ -285,29 +271,8 @@ TWO_SESSIONS = (
         "capture-two-sessions",
         stage="capture_session",
         clause="replay.only-real-rows",
-        needs=frozenset({"local"}),
+        recipe={"kind": "local"},
     ),
-)
-
-# Host store -------------------------------------------------------------------------------------------------------
-
-
-def _store(name: str, clause: str, needs: frozenset[str] = frozenset(), **recipe: object) -> Case:
-    return Case(f"store-{name}", stage="capture_store", clause=clause, recipe=recipe, needs=needs)
-
-
-STORE_READER = (_store("reader-in-another-process", "replay.other-process", experts=250),)
-STORE_TORN = (_store("no-torn-rows", "replay.other-process"),)
-STORE_OWNER_KILLED = (_store("owner-killed", "replay.other-process"),)
-STORE_OWNER_CLOSES = (_store("owner-closes", "replay.other-process"),)
-# Slots of three chunks of one prompt, with another request's in between, and slots that change hands.
-STORE_SLOTS = (_store("slots-of-chunks", "replay.only-real-rows"),)
-STORE_TWO = (_store("two-stores", "replay.only-real-rows"),)
-STORE_NARROW = tuple(_store(f"narrow-e{n}", "replay.narrow", experts=n) for n in (128, 256, 257, 40000))
-STORE_UNWRITTEN = (_store("unwritten-slots", "replay.only-real-rows", frozenset({"unwritten"})),)
-STORE_BOUNDS = tuple(
-    _store(f"slot-{name}", "replay.bounds", frozenset({"bounds"}), slot=slot)
-    for name, slot in {"minus-one": -1, "one-past": 11, "far-past": 4000}.items()
 )
 
 CASES = (
@@ -326,13 +291,4 @@ CASES = (
     *NARROW,
     *IDS_AS_THEY_COME,
     *TWO_SESSIONS,
-    *STORE_READER,
-    *STORE_TORN,
-    *STORE_OWNER_KILLED,
-    *STORE_OWNER_CLOSES,
-    *STORE_SLOTS,
-    *STORE_TWO,
-    *STORE_NARROW,
-    *STORE_UNWRITTEN,
-    *STORE_BOUNDS,
 )

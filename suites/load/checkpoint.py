@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_conformance.judging.inputs import normal
-from moe_conformance.suites.weights.cases import PARTS, ROUTER, WIDTHS, spell, spell_router
+from moe_conformance.suites.load.cases import WIDTHS
+from moe_conformance.suites.remap.cases import PARTS, ROUTER, spell, spell_router
 
 LAYERS = 3
 EXPERTS = 11  # two digits, and not a power of two

@@ -1,31 +1,23 @@
-"""Checkpoint names reach one parameter each, in every naming style, and a real load proves it."""
+"""Checkpoint names reach one parameter each, in every naming style."""
 
 from __future__ import annotations
 
 import itertools
-import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import CheckpointName, Engine
-from moe_conformance.errors import CheckpointError, Nonconformance, Unsupported
+from moe_conformance.errors import CheckpointError, Nonconformance
 from moe_conformance.judging import compare
-from moe_conformance.suites.weights import checkpoint
-from moe_conformance.suites.weights.cases import (
-    BROKEN,
+from moe_conformance.suites.load import checkpoint
+from moe_conformance.suites.load.cases import WIDTHS
+from moe_conformance.suites.remap.cases import (
     IDEMPOTENT,
-    LOAD,
-    LOAD_TWICE,
     ONE_TARGET,
     PACKED_PARTS,
     PARTS,
     ROUTER,
-    WIDTHS,
     spell,
     spell_router,
 )
@@ -174,53 +166,3 @@ def test_mapping_twice_equals_mapping_once(engine: Engine, case: Case) -> None:
         return
     for name in own:
         compare.same(f"{name} mapped again", again.get(name), (name,))
-
-
-@check(LOAD)
-def test_a_load_gives_every_tensor_of_the_checkpoint(engine: Engine, case: Case) -> dict[str, str]:
-    """Returns shape and checksum of each tensor, which are the same in every engine and every naming style."""
-    with tempfile.TemporaryDirectory() as folder:
-        return _loads(engine, Path(folder), checkpoint.write(Path(folder), case.recipe))
-
-
-@check(LOAD_TWICE)
-def test_each_load_gives_its_own_checkpoint(engine: Engine, case: Case) -> None:
-    """First, second, and the first again: nothing of an earlier load is left."""
-    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        want = {
-            Path(first): checkpoint.write(Path(first), case.recipe, "first"),
-            Path(second): checkpoint.write(Path(second), case.recipe, "second"),
-        }
-        for folder in (Path(first), Path(second), Path(first)):
-            _loads(engine, folder, want[folder])
-
-
-@check(BROKEN)
-def test_a_broken_checkpoint_is_refused(engine: Engine, case: Case) -> None:
-    """And a whole one loads afterwards."""
-    with tempfile.TemporaryDirectory() as broken, tempfile.TemporaryDirectory() as whole:
-        checkpoint.write(Path(broken), case.recipe)
-        compare.refused(f"a checkpoint with {case['damage']}", lambda: sorted(engine.load(Path(broken))))
-        want = checkpoint.write(Path(whole), {**case.recipe, "damage": None}, "whole")
-        try:
-            _loads(engine, Path(whole), want)
-        except Exception as error:
-            # A style that does not load at all is judged by the load cases, once.
-            raise Unsupported(f"the same checkpoint undamaged does not load: {error}") from error
-
-
-def _loads(engine: Engine, folder: Path, want: dict[str, Any]) -> dict[str, str]:
-    try:
-        got = engine.load(folder)
-    except CheckpointError as error:
-        raise Nonconformance(f"a whole checkpoint: refused ({error}), want every tensor of it") from error
-    absent = sorted(set(want) - set(got))
-    if absent:
-        raise Nonconformance(f"loaded tensors: {', '.join(absent)} not there, got {sorted(got)}")
-    for name, tensor in want.items():
-        compare.equal(name, got[name], tensor)
-    return {name: f"{list(got[name].shape)} {_checksum(got[name])}" for name in sorted(want)}
-
-
-def _checksum(tensor: torch.Tensor) -> str:
-    return f"{zlib.crc32(tensor.detach().float().contiguous().numpy().tobytes()):08x}"

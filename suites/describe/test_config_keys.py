@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from functools import partial
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import Engine, MoESpec
-from moe_conformance.errors import Nonconformance, Unsupported
-from moe_conformance.judging.compare import refused, same
-from moe_conformance.model.families.describe import describe
+from moe_conformance.errors import Nonconformance
+from moe_conformance.judging.compare import same
 from moe_conformance.model.specs import LayerSpec
-from moe_conformance.suites.config.cases import CAPTURE_REFUSED, CAPTURED, DENSE, DESCRIBED, LAYERED, REFUSED, SAVED
-
-SIDES: tuple[Literal["worker", "reader"], ...] = ("worker", "reader")
+from moe_conformance.suites.describe.cases import DENSE, DESCRIBED, LAYERED, REFUSED, SAVED
+from moe_conformance.suites.describe.configs import config_of, refused_on_purpose
 
 
 @check(DESCRIBED)
@@ -32,42 +29,20 @@ def test_a_config_says_how_its_layers_compute(engine: Engine, case: Case) -> dic
     return _said(engine, case, _layer_facts)
 
 
-@check(CAPTURED)
-def test_both_sides_of_capture_take_the_sizes_of_the_model(engine: Engine, case: Case) -> None:
-    """A buffer has a place for each layer of the model, or for each MoE layer; both sides the same."""
-    want = case["want"]
-    layers = {want["layers"], len(describe(_config(case)).moe_layers)}
-    shapes = {side: engine.capture_shape(_config(case), side) for side in SIDES}
-    for side, shape in shapes.items():
-        if shape.layers not in layers:
-            raise Nonconformance(f"{side}: layers: got {shape.layers}, want one of {sorted(layers)}")
-        same(f"{side}: top_k", shape.top_k, want["top_k"])
-        if shape.experts is not None:
-            same(f"{side}: experts", shape.experts, want["experts"])
-    same("layers of the reader", shapes["reader"].layers, shapes["worker"].layers)
-
-
 @check(REFUSED)
 def test_a_config_without_answer_is_refused_with_the_keys(engine: Engine, case: Case) -> None:
-    config = _config(case)
-    _refused("describe", lambda: engine.describe(config), case)
+    config = config_of(case)
+    refused_on_purpose("describe", lambda: engine.describe(config), case)
 
 
 @check(DENSE)
 def test_a_dense_model_is_refused_by_name(engine: Engine, case: Case) -> None:
-    config = _config(case)
-    _refused("describe", lambda: engine.describe(config), case)
-
-
-@check(CAPTURE_REFUSED)
-def test_both_sides_of_capture_refuse_on_purpose(engine: Engine, case: Case) -> None:
-    config = _config(case)
-    for side in SIDES:
-        _refused(side, partial(engine.capture_shape, config, side), case)
+    config = config_of(case)
+    refused_on_purpose("describe", lambda: engine.describe(config), case)
 
 
 def _said(engine: Engine, case: Case, facts_of: Callable[[MoESpec], dict[str, Any]]) -> dict[str, Any]:
-    config = _config(case)
+    config = config_of(case)
     facts = facts_of(engine.describe(config))
     if case in SAVED:
         saved = json.loads(json.dumps(config.to_diff_dict()))  # as config.json, but for its spelling of infinity
@@ -75,46 +50,16 @@ def _said(engine: Engine, case: Case, facts_of: Callable[[MoESpec], dict[str, An
     return facts
 
 
-def _config(case: Case) -> Any:
-    """The config object of the recipe, or its plain dict."""
-    keys = json.loads(json.dumps(case["keys"]))  # a copy that the engine may change
-    name = case.recipe.get("class")
-    if name is None:
-        return keys
-    import transformers
-
-    config_class = getattr(transformers, name, None)
-    if config_class is None:
-        raise Unsupported(f"transformers {transformers.__version__} has no {name}")
-    return config_class(**keys)
-
-
-def _refused(what: str, call: Callable[[], Any], case: Case) -> None:
-    """An error on purpose with the names of the recipe; one that fell out of an attribute or key lookup says nothing.
-
-    Keys are named as they are spelled, a dense model by its model type or its class (qwen3_moe, Qwen3MoeConfig).
-    """
-    by_name = case.clause == "config.refuse-dense" and case["names"]
-    error = refused(what, call, () if by_name else case["names"])
-    if isinstance(error, AttributeError | LookupError | TypeError):
-        raise Nonconformance(f"{what}: stumbled over {type(error).__name__}, want an error that is meant: {error}")
-    if by_name and _letters(case["names"][0]) not in _letters(str(error)):
-        raise Nonconformance(f"{what}: {type(error).__name__} does not name {case['names'][0]}: {error}")
-
-
-def _letters(name: str) -> str:
-    return name.replace("_", "").replace("-", "").lower()
-
-
 def _facts(spec: MoESpec) -> dict[str, Any]:
     """A spec in few lines, defaults left out: layers as ranges, one value for each MoE layer as runs."""
+    layers = len(spec.moe_layers or spec.encoder_moe_layers)
     facts = {
         "layers": spec.num_layers,
         "moe_layers": _ranges(spec.moe_layers),
-        "experts": _runs(spec.num_experts),
-        "top_k": _runs(spec.top_k),
+        "experts": _runs(spec.num_experts, layers),
+        "top_k": _runs(spec.top_k, layers),
         "hidden": spec.hidden_size,
-        "width": _runs(spec.moe_intermediate_size),
+        "width": _runs(spec.moe_intermediate_size, layers),
     }
     if spec.shared_experts or spec.shared_intermediate_size is not None:
         facts["shared"] = f"{spec.shared_experts} of summed width {spec.shared_intermediate_size}"
@@ -154,8 +99,10 @@ def _ranges(indices: tuple[int, ...]) -> str:
     return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _runs(values: int | tuple[int, ...]) -> int | str:
-    """(2, 2, 3) -> "2x2 1x3"."""
+def _runs(values: int | tuple[int, ...], layers: int) -> int | str:
+    """(2, 2, 3) -> "2x2 1x3". One number for each MoE layer that is the same in all says what the number alone says."""
     if isinstance(values, int):
         return values
+    if len(values) == layers and len(set(values)) == 1:
+        return values[0]
     return " ".join(f"{len(list(run))}x{value}" for value, run in groupby(values))

@@ -10,7 +10,7 @@ import torch
 from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import Engine, Rows
 from moe_conformance.judging import compare
-from moe_conformance.suites.capture.cases import (
+from moe_conformance.suites.capture_session.cases import (
     CHANGING_COUNTS,
     CHANGING_LAYOUT,
     MARKED_PADDING,
@@ -21,7 +21,7 @@ from moe_conformance.suites.capture.cases import (
     WRONG_COUNT,
     tp_ranks_judged,
 )
-from moe_conformance.suites.capture.simulated_ranks import LAYERS, TOP_K, SimulatedStep, capture_step
+from moe_conformance.suites.capture_session.simulated_ranks import LAYERS, TOP_K, SimulatedStep, capture_step
 
 
 @check(OWN_ROWS + MARKED_PADDING + ONE_EXPERT)

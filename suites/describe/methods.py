@@ -6,7 +6,7 @@ vitpose has none: its layers have no router.
 
 from __future__ import annotations
 
-from moe_conformance.suites.config.families import Keys, flat_keys
+from moe_conformance.suites.describe.families import Keys, flat_keys
 
 # 12 experts in 4 groups: 11 do not divide.
 GROUPS: Keys = {"n_group": 4, "topk_group": 2}

@@ -134,4 +134,4 @@ def _main(request: str) -> None:
 
 if __name__ == "__main__":
     # Under its own name, so that what is pickled is found where it is unpickled.
-    importlib.import_module("moe_conformance.suites.capture.other_process")._main(sys.argv[1])
+    importlib.import_module("moe_conformance.suites.capture_store.other_process")._main(sys.argv[1])
