@@ -21,13 +21,15 @@ SHIFT = {torch.float32: 1024.0, torch.float16: 64.0, torch.bfloat16: 8.0}
 
 
 def routed(engine: Any, what: str, inputs: RouteInputs) -> Routing:
-    """The engine's answer with its form checked: ids integer, weights float32, [T, slots] both; on the CPU."""
+    """The engine's answer on the CPU, with its form checked: ids integer [T, slots], weights float32 of that shape, or
+    in the logits' dtype where scores are."""
     ids, weights = engine.route(to_device(inputs, engine.info.device))
     shape = (len(inputs.logits), inputs.slots)
     compare.shape_and_type(f"{what}: ids", ids, shape, integer=True)
     compare.shape_and_type(f"{what}: weights", weights, shape, integer=False)
-    if weights.dtype != torch.float32:
-        raise Nonconformance(f"{what}: weights: got {weights.dtype}, want torch.float32")
+    allowed = {torch.float32} | ({inputs.logits.dtype} if inputs.routing.score_dtype == "input" else set())
+    if weights.dtype not in allowed:
+        raise Nonconformance(f"{what}: weights: got {weights.dtype}, want {' or '.join(map(str, allowed))}")
     return Routing(ids.detach().cpu().long(), weights.detach().cpu())
 
 
