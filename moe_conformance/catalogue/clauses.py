@@ -242,7 +242,7 @@ CLAUSES: dict[str, Clause] = {
     ),
     "block.dropped": Clause(
         "expert-map",
-        "A pair with the id one beyond all experts must contribute exactly zero.",
+        "A pair without an expert must contribute exactly zero.",
         ("vllm#46408", "vllm#48371"),
     ),
     "block.no-expert": Clause(
