@@ -100,6 +100,6 @@ def windows(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32,
 
 
 def matrix(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weights [.., out, in] of about 1 over the root of `in`, so that no part of a layer hides in another's rounding."""
+    """Weights [.., out, in] of about 1 / sqrt(in), so that no part of a layer hides in another's rounding."""
     values = windows if shape[-1] > 256 else normal
     return values(shape, seed, dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
