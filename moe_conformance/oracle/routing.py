@@ -125,7 +125,7 @@ class _Judgement:
     def _fits_capacity(self) -> Tensor:
         """[T] bool; and ids of pairs without expert become those of experts that have no place for the token."""
         found = room_of(self.given, self.compared, self.inputs, self.numbers)
-        picked = torch.zeros_like(found.keeps).scatter(1, self.ids, ~self.none)
+        picked = torch.zeros_like(self.compared.exact).scatter_add(1, self.ids, (~self.none).double()) > 0
         right = fitting(picked, interval(self.compared), found, self.spec.top_k)
         lost = self.compared.exact.masked_fill(picked | ~found.drops, -torch.inf)
         place = (self.none.cumsum(-1) - 1).clamp(min=0)
