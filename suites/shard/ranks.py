@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from moe_conformance.judging.inputs import distinct_logits, integers, normal, po
 from moe_conformance.model.specs import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
 from moe_conformance.oracle.layer import layer_bound, layer_value
 from moe_conformance.oracle.tolerance import Bound, Contract
+from moe_conformance.protocol.moving import to_device
 
 
 def chosen(tokens: int, experts: int, top_k: int, dropped: int, seed: str, hot: int | None = None) -> Tensor:
@@ -173,16 +173,3 @@ def expected_sum(inputs: ShardInputs, size: int, tp: int) -> tuple[Tensor, Bound
     ids = (ids[..., None] * slices + torch.arange(slices)).clamp(max=experts * slices).flatten(1)  # [T, K slices]
     weights, once = layer.weights.repeat_interleave(slices, -1), layer.x.new_ones(len(layer.x), size * tp)
     return exact, layer_bound(layer.x, narrow, tensors, ids, weights, contract, once if shared else None)
-
-
-def to_device(inputs: ShardInputs, device: str) -> ShardInputs:
-    """The inputs on the engine's device."""
-    return moved(inputs, device)  # type: ignore[no-any-return]
-
-
-def moved(value: Any, device: str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, ShardInputs | ExpertsInputs):
-        return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
-    return {name: moved(tensor, device) for name, tensor in value.items()} if isinstance(value, dict) else value
