@@ -92,6 +92,10 @@ CLAUSES: dict[str, Clause] = {
         "Padding rows, another rank's rows and rows of an earlier step must never be readable.",
         ("SkyRL#1908", "sglang#23885"),
     ),
+    "replay.layers": Clause(
+        "capture-replay",
+        "Each layer's ids must be read at that layer, whichever other layers of the model route nothing.",
+    ),
     "replay.bounds": Clause(
         "capture-replay",
         "Layer ids out of range, and expert ids that do not fit, must be rejected and must change nothing.",
