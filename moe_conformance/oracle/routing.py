@@ -78,8 +78,9 @@ class _Judgement:
         self.dtype = inputs.logits.dtype
         given = Value.of(inputs.logits) if logits is None else logits
         given = given[:rows]
-        # Of product keys a row has the logits of two tokens.
-        self.numbers = conditioned(given, spec, torch.float64).exact.isfinite().all(-1)
+        self.numbers = given.exact.isfinite().all(-1)
+        if spec.selector == "product_keys":  # a row has logits of two tokens
+            self.numbers = conditioned(given, spec, torch.float64).exact.isfinite().all(-1)
         self.given = given.map(lambda part: part.nan_to_num(0.0, 0.0, 0.0))
         self.compared = compared_value(self.given, spec, inputs.tensors, self.dtype)
         self.experts = self.compared.exact.shape[1] - spec.skip_expert
