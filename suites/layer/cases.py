@@ -75,8 +75,9 @@ VALUE_CASES = (
     *(_case("tiny", TINY, parts, "smoke" if "padded_hidden" in parts else "core") for parts in EIGHT),
     *(_case("tiny-scale1", TINY, parts, scale=1.0) for parts in EIGHT),
     *(_case("equal", EQUAL, parts) for parts in EIGHT),
-    *(_case("narrow", NARROW, parts) for parts in EIGHT),
-    *(_case("narrow-both", NARROW, (*parts, "padded_intermediate")) for parts in PADDED),
+    # Without a scale, for an engine that has none would not be judged here otherwise.
+    *(_case("narrow", NARROW, parts, scale=1.0) for parts in EIGHT),
+    *(_case("narrow-both", NARROW, (*parts, "padded_intermediate"), scale=1.0) for parts in PADDED),
     *(_case("aligned", ALIGNED, (*parts, "padded_intermediate")) for parts in PADDED),
     *(_case("zero-tokens", TINY, parts, tokens=0) for parts in PADDED),
     *(_case("one-token", TINY, parts, tokens=1) for parts in PADDED),
@@ -90,9 +91,9 @@ VALUE_CASES = (
     # have the decoder layer carry on (vLLM's MoE runner with DeepSeek-V2): not judged.
     *(_case("tiny-fp16", TINY, parts, dtype="float16", scale=1.0 if "shared" in parts else 2.5) for parts in EIGHT),
     _case("many-tokens", MANY, ("shared", "latent", "padded_hidden")),
-    _case("hundreds", HUNDREDS, ()),
+    _case("hundreds", HUNDREDS, (), scale=1.0),
     _case("hundreds", HUNDREDS, ("shared", *BOTH)),
-    _case("beyond-512", BEYOND_512, ()),
+    _case("beyond-512", BEYOND_512, (), scale=1.0),
     # Layers of models whose routing or experts are not those above, padded and not.
     *(
         _case(name, dims, parts, routing=routing, experts=experts, scale=1.0)
