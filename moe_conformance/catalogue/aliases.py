@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from types import MappingProxyType
 
 from moe_conformance.errors import UsageError
 
