@@ -194,8 +194,8 @@ CLAUSES: dict[str, Clause] = {
     ),
     "experts.no-expert": Clause(
         "expert-map",
-        "A pair whose id is -1, or whose expert another rank has, must add exactly nothing, whatever its weight and its "
-        "token hold.",
+        "A pair whose id is -1, or whose expert another rank has, must add exactly nothing, whatever its weight and "
+        "its token hold.",
         ("vllm#46408", "vllm#48371", "sglang#30387", "vllm-gaudi#1796"),
     ),
     "experts.out-of-range": Clause(
