@@ -1,4 +1,4 @@
-"""Bounds and storage policies by themselves: the numbers of small cases by hand, and the rule of the root mean square."""
+"""Bounds and storage policies: the numbers of small cases by hand, and the rule of the root mean square."""
 
 from __future__ import annotations
 
