@@ -27,14 +27,15 @@ def align(ids: Tensor, experts: int, block: int, expert_map: Tensor | None = Non
         slot_to_pair [0, 3, 5, 6, 1, 4, 6, 6, 6, 6], expert_of_block [0, 0, 2, -1, -1], padded_count [6]
     """
     expert_map = _checked(ids, experts, block, expert_map)
-    local = local_ids(ids, expert_map).flatten()  # [T K]
-    pairs, held = local.numel(), len(held_experts(expert_map))
+    local, held = local_ids(ids, expert_map).flatten(), len(held_experts(expert_map))  # [T K]
+    pairs = local.numel()
+    local = local.where(local >= 0, held)  # those without an expert here sort behind all others
 
     counts = local.bincount(minlength=held + 1)[:held]
     blocks = -(-counts // block)
     first_pair, first_block = counts.cumsum(0) - counts, blocks.cumsum(0) - blocks
 
-    kept = local.argsort(stable=True)[: counts.sum()]  # those without an expert here sort behind all others
+    kept = local.argsort(stable=True)[: counts.sum()]
     expert = local[kept]
     slot = first_block[expert] * block + torch.arange(len(kept)) - first_pair[expert]
     slot_to_pair = torch.full((slot_count(pairs, experts, block),), pairs, dtype=torch.int32)
