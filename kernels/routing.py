@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from moe_conformance.engine import FusedShared, RouteInputs, Routing, RoutingSpec
 from moe_conformance.errors import InputError, Unsupported
 from moe_conformance.kernels.routing_kernel import empty_routing, launch_route
-from moe_conformance.reference_impl.operators import arguments, operator
+from moe_conformance.reference_impl.operators import arguments, keywords, operator
 from moe_conformance.reference_impl.routing import Routed, ids_of_tokens, named
 
 # One program holds all classes of its tokens in registers: 64-bit sort keys, 32 a thread at 4 warps and 4 tokens.
@@ -19,12 +18,8 @@ MAX_CLASSES = 1024
 # The output tile is [BLOCK_T, BLOCK_K]; no public model chooses more than 22 (Nemotron-3-Super).
 MAX_SLOTS = 32
 
-# `capacity` is never given: it looks beyond a row.
-_FIELDS = [field for field in fields(RoutingSpec) if field.name != "capacity"]
-
-
-def _spec_of(values: tuple[Any, ...]) -> RoutingSpec:
-    return RoutingSpec(**{field.name: value for field, value in zip(_FIELDS, values, strict=True)})
+# Never given: it looks beyond a row.
+_WITHOUT = ("capacity",)
 
 
 def _launch(
@@ -37,10 +32,10 @@ def _launch(
     count: int,
     rule: Any,
     weight: float,
-    *values: Any,
+    **values: Any,
 ) -> tuple[Tensor, Tensor]:
-    fused = FusedShared(count, rule, weight)
-    return launch_route(logits, bias, own_scale, common_scale, given, valid_rows, _spec_of(values), fused)
+    fused, spec = FusedShared(count, rule, weight), RoutingSpec(**values)
+    return launch_route(logits, bias, own_scale, common_scale, given, valid_rows, spec, fused)
 
 
 def _fake(
@@ -51,14 +46,16 @@ def _fake(
     given: Tensor | None,
     valid_rows: int,
     count: int,
-    *values: Any,
+    rule: Any,
+    weight: float,
+    **values: Any,
 ) -> tuple[Tensor, Tensor]:
-    return empty_routing(logits, _spec_of(values[2:]), FusedShared(count))
+    return empty_routing(logits, RoutingSpec(**values), FusedShared(count, rule, weight))
 
 
 _route = operator(
     "route(Tensor logits, Tensor? bias, Tensor? own_scale, Tensor? common_scale, Tensor? given, SymInt valid_rows, "
-    f"int fused_count, str fused_rule, float fused_weight, {arguments(_FIELDS)}) -> (Tensor, Tensor)",
+    f"int fused_count, str fused_rule, float fused_weight, {arguments(RoutingSpec, _WITHOUT)}) -> (Tensor, Tensor)",
     _launch,
     _fake,
 )
@@ -90,14 +87,15 @@ def route_logits(
 def route(inputs: RouteInputs) -> Routing:
     """Ids and weights [T, inputs.slots] of `RouteInputs`; a padding row has ids of -1 and weights of 0.
 
-    Otherwise as `route_logits`. Raises InputError, too, for shared experts whose rule the spec contradicts.
+    Otherwise as `route_logits`. Raises InputError, too, where the router's weights of shared experts are asked for and
+    are not as many.
     """
     fused, spec = inputs.fused_shared or FusedShared(0), inputs.routing
-    if fused.count and (fused.rule == "router") != bool(spec.shared_classes):
-        want = "router, for the spec's shared_classes weigh them" if spec.shared_classes else "constant or share"
-        raise InputError(f"fused_shared.rule: got {fused.rule}, want {want}")
-    if fused.count and spec.shared_classes not in (0, fused.count):
-        raise InputError(f"fused_shared.count: got {fused.count}, want {spec.shared_classes}, the spec's shared_classes")
+    if fused.rule == "router" and fused.count != spec.shared_classes:
+        raise InputError(
+            f"fused_shared.count: got {fused.count} by rule 'router', want {spec.shared_classes}, "
+            "which is RoutingSpec.shared_classes; take another rule where the router weighs no shared expert"
+        )
     tokens = len(inputs.logits)
     valid = tokens if inputs.valid_rows is None else inputs.valid_rows
     if not 0 <= valid <= tokens:
@@ -124,10 +122,8 @@ def _routed(
         # Padding has no token.
         own_ids = token_ids if token_ids is None else token_ids.flatten()[:valid_rows]
         given = ids_of_tokens(named(tensors, "router.table", None, spec.top_k), own_ids, valid_rows).contiguous()
-    values = [getattr(spec, field.name) for field in _FIELDS]
-    ids, weights = _route(
-        logits, bias, own, common, given, valid_rows, fused.count, fused.rule, fused.weight, *values
-    )  # fmt: skip
+    slots = (fused.count, fused.rule, fused.weight)
+    ids, weights = _route(logits, bias, own, common, given, valid_rows, *slots, **keywords(spec, _WITHOUT))
     return ids, weights
 
 

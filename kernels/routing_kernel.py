@@ -66,7 +66,7 @@ def route_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """ids [T, TOP_K + FUSED], weights [T, TOP_K + max(SHARED, FUSED)] of logits [T, experts + SHARED].
+    """ids [T, TOP_K + FUSED], weights [T, TOP_K + (FUSED or SHARED)] of logits [T, experts + SHARED].
 
     Rows from `valid` on are padding. Groups lie BLOCK_S columns apart. NARROW: each step is kept in the logits' dtype.
     """
@@ -222,14 +222,15 @@ def launch_route(
 ) -> tuple[Tensor, Tensor]:
     """ids [T, K + n] int32 and weights [T, K + n] float32 of logits [T, classes], on their device.
 
-    n: fused.count; of weights, of shared experts that the router weighs, too. bias, own_scale, common_scale: the
-    tensors that the spec asks for. given: [valid rows, K], ids out of a table.
+    n: fused.count; without fused ones, of weights, the shared experts that the router weighs. bias, own_scale,
+    common_scale: the tensors that the spec asks for. given: [valid_rows, K], ids out of a table.
     """
     require_device(logits=logits, selection_bias=bias, per_expert_scale=own_scale, global_scale=common_scale)
     tokens, classes = logits.shape[0], logits.shape[1] - spec.shared_classes
     ids, weights = empty_routing(logits, spec, fused)
     if tokens:
-        blocks = route_blocks(tokens, classes, spec.groups, weights.shape[1], interpreted())
+        columns = spec.top_k + max(spec.shared_classes, fused.count)
+        blocks = route_blocks(tokens, classes, spec.groups, columns, interpreted())
         with torch.cuda.device_of(logits):
             route_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
                 logits,
