@@ -36,7 +36,7 @@ def same_routing(what: str, logits: Tensor, top_k: int, renormalize: bool, scale
     compare.close(f"{what}: weights", got.weights, want.weights, bound)
 
 
-def routing_is_the_reference_at_any_shape(device: str) -> None:
+def test_routing_is_the_reference_at_any_shape(device: str) -> None:
     for tokens, experts, top_k in SHAPES:
         for dtype in DTYPES:
             if experts > 256 and dtype == torch.bfloat16:
@@ -48,7 +48,7 @@ def routing_is_the_reference_at_any_shape(device: str) -> None:
             same_routing(f"gemma4 {what}", logits, top_k, True, scale)
 
 
-def routing_reads_strided_logits_and_nothing_beside_them(device: str) -> None:
+def test_routing_reads_strided_logits_and_nothing_beside_them(device: str) -> None:
     for dtype in DTYPES:
         room = poison_(torch.empty(2 * 37, 3 * 60 + 5, dtype=dtype))
         logits = room[1::2, 2:182:3]
@@ -59,14 +59,14 @@ def routing_reads_strided_logits_and_nothing_beside_them(device: str) -> None:
         same_routing(f"transposed, {dtype}", logits.T.contiguous().to(device).T, 4, False)
 
 
-def routing_breaks_ties_to_the_lowest_id(device: str) -> None:
+def test_routing_breaks_ties_to_the_lowest_id(device: str) -> None:
     for dtype in DTYPES:
         tied = integers((33, 60), "tied", 3, -1).to(dtype) * -1.0  # 0 comes as -0.0 too
         same_routing(f"tied {dtype}", tied.to(device), 9, True)
         same_routing(f"equal {dtype}", torch.full((3, 7), -2.5, dtype=dtype, device=device), 5, True)
 
 
-def routing_of_no_numbers_is_unique_and_leaves_other_rows_alone(device: str) -> None:
+def test_routing_of_no_numbers_is_unique_and_leaves_other_rows_alone(device: str) -> None:
     logits = distinct_logits(8, 60, "no numbers")
     logits[7, 3] = torch.tensor(-0x400000, dtype=torch.int32).view(torch.float32)  # a NaN with its sign set
     logits[0], logits[1, 59], logits[2], logits[3, 5], logits[4, 1:], logits[5, ::2] = NAN, NAN, -INF, INF, -INF, NAN
@@ -80,12 +80,12 @@ def routing_of_no_numbers_is_unique_and_leaves_other_rows_alone(device: str) -> 
             same_routing("the row of numbers", rows[6:7].to(device), top_k, True)
 
 
-def routing_of_no_tokens_is_empty(device: str) -> None:
+def test_routing_of_no_tokens_is_empty(device: str) -> None:
     got = routing.softmax_topk(torch.empty(0, 60, device=device), 4, True)
     compare.same("shapes", (list(got.ids.shape), list(got.weights.shape)), ([0, 4], [0, 4]))
 
 
-def routing_refuses_what_it_cannot_do(device: str) -> None:
+def test_routing_refuses_what_it_cannot_do(device: str) -> None:
     def logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -193,14 +193,14 @@ def _same_method(what: str, spec: RoutingSpec, logits: Tensor, device: str, toke
         compare.close(f"{what}: weights of shared experts", got.shared, want.shared, shared.bound("as above"))
 
 
-def every_method_is_the_reference(device: str) -> None:
+def test_every_method_is_the_reference(device: str) -> None:
     for what, (tokens, columns, spec) in METHODS.items():
         for dtype in DTYPES[: 3 if columns <= 256 else 1]:
             logits = distinct_logits(tokens, columns, what, dtype)
             _same_method(f"{what} {dtype}", spec, logits / 8 if "tiny" in what else logits, device)
 
 
-def sums_that_vanish_are_the_reference(device: str) -> None:
+def test_sums_that_vanish_are_the_reference(device: str) -> None:
     """Logits far below zero, where what is added to the sum decides the weights; to a softmax they are like others."""
     for score, epsilon, at in (
         ("sigmoid", 1e-20, -46.0),
@@ -215,13 +215,13 @@ def sums_that_vanish_are_the_reference(device: str) -> None:
         _same_method(f"{score} {epsilon}", spec, distinct_logits(9, 60, "vanish") / 8 + at, device)
 
 
-def a_table_chooses_by_token_id(device: str) -> None:
+def test_a_table_chooses_by_token_id(device: str) -> None:
     spec = _spec(6, score="sqrt_softplus", selector="table", renormalize="sum", scale=1.5)
     logits = distinct_logits(33, 60, "table")
     _same_method("table", spec, logits, device, integers((3, 11), "tokens", 11))
 
 
-def ties_of_compared_values_go_to_the_lowest_id(device: str) -> None:
+def test_ties_of_compared_values_go_to_the_lowest_id(device: str) -> None:
     """Below zero and at zero of either sign, across groups and among groups."""
     logits = torch.tensor([[-2.0, -1.0, -1.0, -2.0, -1.0, -3.0, -0.0, 0.0, 0.0, -0.0, -1.0, -1.0]]).repeat(5, 1)
     logits[1:] = -1.0
@@ -233,7 +233,7 @@ def ties_of_compared_values_go_to_the_lowest_id(device: str) -> None:
         _same_method(f"{spec.groups} groups", spec, logits, device)
 
 
-def every_method_survives_rows_of_no_numbers(device: str) -> None:
+def test_every_method_survives_rows_of_no_numbers(device: str) -> None:
     """Ids unique and in range, those of the reference; rows of numbers between them as ever."""
     for what, (_, columns, spec) in METHODS.items():
         if spec.selector != "topk" or spec.logit_softcap or spec.skip_expert:
@@ -255,7 +255,7 @@ def every_method_survives_rows_of_no_numbers(device: str) -> None:
         compare.equal(f"{what}: ids of numbers", got[6:], want[6:])
 
 
-def methods_that_do_not_fit_are_refused(device: str) -> None:
+def test_methods_that_do_not_fit_are_refused(device: str) -> None:
     logits = torch.zeros(3, 12, device=device)
     for spec, words in (
         (_spec(2, capacity=Capacity()), ("capacity",)),

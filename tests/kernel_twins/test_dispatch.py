@@ -53,7 +53,7 @@ def _same_alignment(what: str, ids: Tensor, experts: int, block: int, expert_map
         compare.equal(f"{what}: {field}", getattr(got, field), tensor)
 
 
-def every_pair_has_the_slot_of_the_reference(device: str) -> None:
+def test_every_pair_has_the_slot_of_the_reference(device: str) -> None:
     _all_alignments(device, most=2000)
 
 
@@ -71,12 +71,12 @@ def _small_programs(pairs: int = 16) -> Any:
     return patch.dict(dispatch.MOST_PAIRS, {name: pairs for name in dispatch.MOST_PAIRS})
 
 
-def several_programs_place_what_each_counts(device: str) -> None:
+def test_several_programs_place_what_each_counts(device: str) -> None:
     with _small_programs():
         _all_alignments(device, most=150)
 
 
-def many_pairs_are_counted_first(device: str) -> None:
+def test_many_pairs_are_counted_first(device: str) -> None:
     with patch.object(dispatch, "_ONE_LAUNCH", 8), _small_programs():
         _all_alignments(device, most=150)
     with patch.object(dispatch, "_ONE_LAUNCH", 8), _small_programs(2):
@@ -84,7 +84,7 @@ def many_pairs_are_counted_first(device: str) -> None:
     _same_alignment("5600 pairs", _ids(700, 8, 128, "distinct"), 128, 64, _maps(128)["half"], device)
 
 
-def strided_ids_are_read_where_they_lie(device: str) -> None:
+def test_strided_ids_are_read_where_they_lie(device: str) -> None:
     room = poison_(torch.empty(2 * 33, 7, dtype=torch.int64))
     room[1::2, 1:7:2] = _ids(33, 3, 20, "distinct")
     _same_alignment("every second", room.to(device)[1::2, 1:7:2], 20, 8, None, device)
@@ -95,7 +95,7 @@ def strided_ids_are_read_where_they_lie(device: str) -> None:
     _same_alignment("transposed", transposed, 20, 8, None, device)
 
 
-def alignment_is_refused_in_words(device: str) -> None:
+def test_alignment_is_refused_in_words(device: str) -> None:
     ids = torch.zeros(4, 3, dtype=torch.int32, device=device)
     for what, arguments, words in (
         ("one dim", (ids[0], 5, 8), ("[3]",)),

@@ -36,7 +36,7 @@ def _bound(
     return total.stored(x.dtype)
 
 
-def combine_is_the_reference(device: str) -> None:
+def test_combine_is_the_reference(device: str) -> None:
     """All options, alone and together, at sizes that fill no tile; what must not be read is NaN."""
     half = torch.tensor([1, -1, 0, -1, -1, 3, 2], dtype=torch.int32)
     for tokens, top_k, width, padded in (
@@ -83,7 +83,7 @@ def combine_is_the_reference(device: str) -> None:
                 compare.same("dtype", got.dtype, dtype)
 
 
-def a_tie_of_the_one_rounding_goes_to_even(device: str) -> None:
+def test_a_tie_of_the_one_rounding_goes_to_even(device: str) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         step = torch.finfo(dtype).eps
         x = (1 + step * torch.arange(8).view(4, 2)).to(dtype)
@@ -94,7 +94,7 @@ def a_tie_of_the_one_rounding_goes_to_even(device: str) -> None:
         compare.equal(f"{dtype}", got.float(), (x.float() + half.float()).to(dtype).float())
 
 
-def weights_may_have_any_strides(device: str) -> None:
+def test_weights_may_have_any_strides(device: str) -> None:
     x, outputs = normal((9, 20), "x"), normal((27, 20), "outputs")
     ids, weights = integers((9, 3), "ids", EXPERTS), integers((9, 3), "weights", 16, low=1).float() / 7
     room = poison_(torch.empty(6, 10))
@@ -105,7 +105,7 @@ def weights_may_have_any_strides(device: str) -> None:
     compare.close("strided weights", got, want, _bound(outputs, ids, weights, x, everybody, {}).bound("float32 sums"))
 
 
-def several_programs_share_a_token(device: str) -> None:
+def test_several_programs_share_a_token(device: str) -> None:
     """Columns that fill two programs and a part of a third, as compiled from 1024 on."""
     x, outputs, added = normal((5, 37), "x"), normal((15, 40), "outputs"), normal((5, 37), "added")
     ids, weights = integers((5, 3), "ids", EXPERTS + IDENTITY), integers((5, 3), "weights", 16, low=1).float() / 7
@@ -130,7 +130,7 @@ def several_programs_share_a_token(device: str) -> None:
     compare.close("columns of several programs", got, want, bound)
 
 
-def offsets_of_rows_do_not_wrap(device: str) -> None:
+def test_offsets_of_rows_do_not_wrap(device: str) -> None:
     """Rows 2^30 elements apart, the third beyond 2^31; memory in between is never touched."""
     far = 2**30 + 16
     room = torch.empty(2 * far + 3 * 16, dtype=torch.float16, device=device)
@@ -149,7 +149,7 @@ def offsets_of_rows_do_not_wrap(device: str) -> None:
         compare.equal(f"far rows, expert {last}", got, want.half())
 
 
-def offsets_of_columns_do_not_wrap_either(device: str) -> None:
+def test_offsets_of_columns_do_not_wrap_either(device: str) -> None:
     """Columns of x and of what is added so far apart that the third lies beyond 2^31 elements."""
     far = 2**30 + 16
     room = torch.empty(2 * far + 16, dtype=torch.float16, device=device)
@@ -160,7 +160,7 @@ def offsets_of_columns_do_not_wrap_either(device: str) -> None:
     compare.equal("far columns", got, 2 * near)
 
 
-def combine_is_refused_in_words(device: str) -> None:
+def test_combine_is_refused_in_words(device: str) -> None:
     x, outputs = torch.zeros(4, 20, device=device), torch.zeros(12, 24, device=device)
     ids, weights = torch.zeros(4, 3, dtype=torch.int64, device=device), torch.zeros(4, 3, device=device)
     for what, call, words in (

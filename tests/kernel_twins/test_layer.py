@@ -37,7 +37,7 @@ LAYERS = {
 }
 
 
-def a_layer_is_the_reference_at_its_own_routing(device: str) -> None:
+def test_a_layer_is_the_reference_at_its_own_routing(device: str) -> None:
     for name, spec in LAYERS.items():
         tensors = {n: normal(s, n, std=1.0 if len(s) == 1 else 0.25) for n, s in spec.tensors().items()}
         x = normal((9, 40), "x")
@@ -52,7 +52,7 @@ def a_layer_is_the_reference_at_its_own_routing(device: str) -> None:
         compare.equal(f"{name}: experts", got.ids, own.ids)
 
 
-def padded_widths_of_layer_inputs_are_those_of_the_weights(device: str) -> None:
+def test_padded_widths_of_layer_inputs_are_those_of_the_weights(device: str) -> None:
     """Each padded width alone, both, and neither; what the load leaves behind the true hidden dim is NaN."""
     x, w13, w2 = normal((9, 20), "x"), normal((7, 20, 20), "w13", std=0.25), normal((7, 20, 10), "w2", std=0.25)
     logits = distinct_logits(9, 7, "logits")
@@ -74,7 +74,7 @@ def padded_widths_of_layer_inputs_are_those_of_the_weights(device: str) -> None:
         compare.close(f"padded to {hidden}, {intermediate}", moe_layer(inputs), want, bound)
 
 
-def a_layer_takes_its_experts_as_they_are_stored(device: str) -> None:
+def test_a_layer_takes_its_experts_as_they_are_stored(device: str) -> None:
     """float8 weights, and rows of gate and up in turn; alone with the combine, and with steps between."""
     for name in ("shared", "latent"):
         spec = LAYERS[name]
@@ -99,7 +99,7 @@ def a_layer_takes_its_experts_as_they_are_stored(device: str) -> None:
             compare.close(f"{name}, {what}", got.output, want, bound)
 
 
-def offsets_do_not_wrap_at_32_bits(device: str) -> None:
+def test_offsets_do_not_wrap_at_32_bits(device: str) -> None:
     """Rows 2^30 elements apart, so that the third begins beyond 2^31; memory in between is never touched."""
     far = 2**30 + 1
     logits = torch.empty(2 * far + 7, dtype=torch.float16, device=device).as_strided((3, 7), (far, 1))
@@ -122,7 +122,7 @@ def offsets_do_not_wrap_at_32_bits(device: str) -> None:
     compare.equal("far layers", layers[:, 2], ids)
 
 
-def operators_trace_with_true_shapes(device: str) -> None:
+def test_operators_trace_with_true_shapes(device: str) -> None:
     """torch's own check of a custom operator: schema, fake tensors, mutations declared, aot_autograd."""
     logits, scale = distinct_logits(5, 7, "trace").to(device), normal((7,), "trace").to(device)
     ids = integers((5, 3), "ids", 7).to(device)

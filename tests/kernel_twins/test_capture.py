@@ -15,7 +15,7 @@ from moe_conformance.kernels.capture import capture
 from moe_conformance.reference_impl import capture as reference_capture
 
 
-def capture_is_the_reference(device: str) -> None:
+def test_capture_is_the_reference(device: str) -> None:
     for ids_dtype in (torch.int32, torch.int64):
         for dtype in (torch.int32, torch.int16, torch.uint8):
             for rows, start, count in ((9, 0, 9), (9, 2, 5), (5, 5, 0), (700, 3, 640)):
@@ -25,7 +25,7 @@ def capture_is_the_reference(device: str) -> None:
                 _same_capture(ids[::2], start, count, dtype, 256, device)
 
 
-def capture_by_several_programs_is_the_reference(device: str) -> None:
+def test_capture_by_several_programs_is_the_reference(device: str) -> None:
     """The check and the copy in two launches, as for more ids than one program holds."""
     with patch.object(capture_kernels, "capture_blocks", lambda *_: {"BLOCK_R": 4, "BLOCK_K": 4}):
         _same_capture(integers((37, 3), "ids", 60), 1, 35, torch.uint8, 60, device)
@@ -46,7 +46,7 @@ def _same_capture(
     compare.equal("rejected", outcomes[0][1], outcomes[1][1])
 
 
-def refused_ids_change_nothing(device: str) -> None:
+def test_refused_ids_change_nothing(device: str) -> None:
     for bad in (-1, 60, 2**31 - 1, 2**32 + 5, -(2**63)):
         ids = integers((11, 3), "ids", 60)
         ids[7, 2] = bad
@@ -57,7 +57,7 @@ def refused_ids_change_nothing(device: str) -> None:
     _same_capture(integers((11, 3), "ids", 60), 1, 9, torch.int16, 60, device, rejected=4)
 
 
-def capture_refuses_what_it_cannot_do(device: str) -> None:
+def test_capture_refuses_what_it_cannot_do(device: str) -> None:
     ids = torch.zeros(4, 3, dtype=torch.int64, device=device)
     buffer, flags = torch.zeros(4, 2, 3, dtype=torch.uint8, device=device), torch.zeros(2, dtype=torch.int32)
     flags = flags.to(device)

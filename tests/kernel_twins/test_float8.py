@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from expert_cases import DTYPES, TILES, dispatched_of, ids_of, same_sum, share_of, weights_of
+from kernel_twins.expert_cases import DTYPES, TILES, dispatched_of, ids_of, same_sum, share_of, weights_of
 
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import normal, poisoned_allocations
@@ -13,7 +13,7 @@ from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.quantised.fp8 import dequantise_fp8, quantise_fp8
 
 
-def float8_weights_are_scaled_tile_by_tile(device: str) -> None:
+def test_float8_weights_are_scaled_tile_by_tile(device: str) -> None:
     """128 x 128 blocks cut at the seam of gate and up, per channel, and small tiles; activations in two dtypes."""
     for gated, tile, hidden, width in (
         (True, (128, 128), 200, 160),
@@ -49,7 +49,7 @@ def float8_weights_are_scaled_tile_by_tile(device: str) -> None:
             same_sum(f"tile {tile}, {dtype}", got, x, spec, exact, ids, share)
 
 
-def every_float8_code_has_its_value(device: str) -> None:
+def test_every_float8_code_has_its_value(device: str) -> None:
     """All 256 codes as weights of one term, subnormals and NaN among them."""
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     w = torch.zeros(1, 256, 16, dtype=torch.uint8).view(torch.float8_e4m3fn)

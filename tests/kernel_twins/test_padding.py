@@ -14,7 +14,7 @@ NAN, INF = float("nan"), float("inf")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def resized_rows_keep_their_bits(device: str) -> None:
+def test_resized_rows_keep_their_bits(device: str) -> None:
     dtypes = (torch.float64, *FLOATS, torch.float8_e4m3fn, torch.int64, torch.int32, torch.uint8, torch.bool)
     for dtype in dtypes:
         x = normal((3, 5, 21), f"resize {dtype}", std=4.0).to(dtype).to(device)
@@ -36,7 +36,7 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8).cpu()
 
 
-def resizing_is_the_reference_at_any_width(device: str) -> None:
+def test_resizing_is_the_reference_at_any_width(device: str) -> None:
     for rows, columns, width in ((1, 1, 2), (7, 20, 24), (5, 2688, 2816), (4, 1023, 1025), (3, 0, 5), (0, 4, 8)):
         x = normal((rows, columns), f"width {columns}").to(device)
         for fill in (0.0, -1.5, INF, NAN):

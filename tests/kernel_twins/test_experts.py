@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from expert_cases import (
+from kernel_twins.expert_cases import (
     DTYPES,
     LIMIT,
     SPECS,
@@ -65,7 +65,7 @@ def _same_gate_up(
 WAYS = ((23, "many tiles", True), (23, "groups of three", True), (5, "one tile", False))
 
 
-def gate_up_is_the_reference(device: str) -> None:
+def test_gate_up_is_the_reference(device: str) -> None:
     top_k, count, hidden = 3, 5, 40
     for index, (name, spec) in enumerate(SPECS.items()):
         for way, (tokens, tile, sort) in enumerate(WAYS):
@@ -86,7 +86,7 @@ def gate_up_is_the_reference(device: str) -> None:
             _same_gate_up(f"{name}, {dtype}, {tile}", got, x, w, bias, spec, ids, share)
 
 
-def activations_of_exact_inputs_are_the_reference(device: str) -> None:
+def test_activations_of_exact_inputs_are_the_reference(device: str) -> None:
     """Products of one term, so that gate and up are what the case says: tiny, large, around a clamp, infinite."""
     values = torch.tensor(
         [
@@ -126,7 +126,7 @@ def activations_of_exact_inputs_are_the_reference(device: str) -> None:
             _same_gate_up(name, got, x, w, None, spec, ids, torch.ones(len(gates), 1))
 
 
-def interleaved_rows_are_gate_and_up_in_turn(device: str) -> None:
+def test_interleaved_rows_are_gate_and_up_in_turn(device: str) -> None:
     spec, count = SPECS["gpt-oss"], 5
     tensors, x, ids = (
         weights_of(spec, 40, count, torch.float32),
@@ -147,7 +147,7 @@ def interleaved_rows_are_gate_and_up_in_turn(device: str) -> None:
     _same_gate_up("interleaved", got, x, w, bias, spec, ids, share_of(9, 3))
 
 
-def strides_and_padded_columns_are_honoured(device: str) -> None:
+def test_strides_and_padded_columns_are_honoured(device: str) -> None:
     """x and w transposed in memory, poison between rows, behind the last column of w and between elements of b."""
     spec, count, hidden = SPECS["gpt-oss"], 5, 40
     tensors, ids = weights_of(spec, hidden, count, torch.float16), ids_of(9, 3, count, dropped=False)
@@ -170,7 +170,7 @@ def strides_and_padded_columns_are_honoured(device: str) -> None:
         _same_gate_up(what, got, x, w, bias, spec, ids, share_of(9, 3))
 
 
-def down_is_the_reference(device: str) -> None:
+def test_down_is_the_reference(device: str) -> None:
     top_k, count, hidden, width = 3, 5, 40, 37
     for dtype in DTYPES:
         for tokens, tile, sort in WAYS:
@@ -200,7 +200,7 @@ def down_is_the_reference(device: str) -> None:
                 compare.equal(f"{dtype}, {tile}: rows of no expert", got[nobody], want[nobody])
 
 
-def the_routed_sum_is_the_reference(device: str) -> None:
+def test_the_routed_sum_is_the_reference(device: str) -> None:
     """Few pairs and many, none, of all specs and dtypes, with identity experts and what is always on."""
     hidden, count = 40, 11
     for index, (name, spec) in enumerate(SPECS.items()):
@@ -227,7 +227,7 @@ def the_routed_sum_is_the_reference(device: str) -> None:
                 same_sum(what, got, x, spec, tensors, ids, share, identity=identity, scale=scale, added=also)
 
 
-def an_output_norm_stands_before_the_weight(device: str) -> None:
+def test_an_output_norm_stands_before_the_weight(device: str) -> None:
     spec = MLPSpec(37, output_norm=0.125)
     tensors, x = weights_of(spec, 40, 5, torch.float32), normal((9, 40), "x")
     ids, share = ids_of(9, 3, 5, dropped=True), share_of(9, 3)
@@ -237,7 +237,7 @@ def an_output_norm_stands_before_the_weight(device: str) -> None:
     same_sum("output norm", got, x, spec, tensors, ids, share)
 
 
-def a_rank_adds_its_own_experts_alone(device: str) -> None:
+def test_a_rank_adds_its_own_experts_alone(device: str) -> None:
     """With a map, few pairs and many; the weights of other ranks' pairs are NaN."""
     spec, count = SPECS["gpt-oss"], 11
     expert_map = torch.full((count,), -1, dtype=torch.int32)
@@ -257,7 +257,7 @@ def a_rank_adds_its_own_experts_alone(device: str) -> None:
         compare.same("the reference's part is near", bool((part - got.cpu()).abs().max() < 1e-4), True)
 
 
-def padded_widths_are_cut_by_masks(device: str) -> None:
+def test_padded_widths_are_cut_by_masks(device: str) -> None:
     """Weights as a load pads them: NaN behind the true hidden dim, zeros behind the true intermediate one."""
     hidden, padded, wide = 40, 48, 64
     normed = {"output norm": MLPSpec(37, output_norm=0.125)}
@@ -286,7 +286,7 @@ def padded_widths_are_cut_by_masks(device: str) -> None:
         same_sum(name, got, x, spec, tensors, ids, share)
 
 
-def tiles_change_no_bit_but_the_order_of_sums(device: str) -> None:
+def test_tiles_change_no_bit_but_the_order_of_sums(device: str) -> None:
     """Blocks of pairs of any height and in any order compute each row alike; twice is the same bits."""
     spec, dtype = SPECS["silu"], torch.float32
     tensors, x = weights_of(spec, 40, 5, dtype), normal((17, 40), "x", dtype)
@@ -305,7 +305,7 @@ def tiles_change_no_bit_but_the_order_of_sums(device: str) -> None:
             compare.equal(f"blocks of {key[0]} in groups of {key[1]}", got, first)
 
 
-def offsets_of_experts_do_not_wrap(device: str) -> None:
+def test_offsets_of_experts_do_not_wrap(device: str) -> None:
     """Experts, their rows and those of x 2^30 elements apart, the third beyond 2^31: strides have 32 bits, offsets 64.
 
     Memory in between is never touched.
@@ -323,7 +323,7 @@ def offsets_of_experts_do_not_wrap(device: str) -> None:
         compare.close(f"far {what}", got, value.exact, value.bound("one kernel"))
 
 
-def offsets_of_columns_do_not_wrap(device: str) -> None:
+def test_offsets_of_columns_do_not_wrap(device: str) -> None:
     """Columns of x, and of w, so far apart that the last of a step lies beyond 2^31 elements."""
     far = 2**27 + 2**24
     near_x, near_w = normal((3, 16), "x", torch.float16), normal((2, 16, 16), "w", torch.float16)
@@ -340,7 +340,7 @@ def offsets_of_columns_do_not_wrap(device: str) -> None:
         compare.close(f"far columns of {what}", got, value.exact, value.bound("one kernel"))
 
 
-def a_map_never_leads_beyond_the_weights(device: str) -> None:
+def test_a_map_never_leads_beyond_the_weights(device: str) -> None:
     """A local id that no expert has is nobody's: its rows are not written, and nothing behind the weights is read."""
     w, x = normal((2, 16, 16), "w"), normal((3, 16), "x")
     ids, expert_map = torch.tensor([[0], [1], [2]]), torch.tensor([1, 2, 0], dtype=torch.int32)
@@ -353,7 +353,7 @@ def a_map_never_leads_beyond_the_weights(device: str) -> None:
         compare.equal("the others", got[[0, 2]].isnan(), torch.zeros(2, 16, dtype=torch.bool))
 
 
-def experts_are_refused_in_words(device: str) -> None:
+def test_experts_are_refused_in_words(device: str) -> None:
     spec, count = SPECS["gpt-oss"], 5
     tensors = {n: t.to(device) for n, t in weights_of(spec, 40, count, torch.float32).items()}
     x, ids = normal((9, 40), "x").to(device), ids_of(9, 3, count, dropped=False).to(device)
