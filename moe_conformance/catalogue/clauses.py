@@ -121,6 +121,17 @@ CLAUSES: dict[str, Clause] = {
         "A router must select and weigh exactly by the model's method: order of score, top-k, renormalisation, scale.",
         ("transformers#39581", "PaddleFormers#3452", "megablocks#87"),
     ),
+    "routing.fused-shared": Clause(
+        "shared-experts",
+        "Shared experts that are further slots of a routing must stand behind the chosen experts, each once in every "
+        "row, with the weight that their rule gives.",
+        ("sglang#31475",),
+    ),
+    "routing.padding-rows": Clause(
+        "token-padding",
+        "Rows behind the valid ones must not change a bit of a valid row, whatever they hold.",
+        ("SkyRL#1908",),
+    ),
     "routing.unique-ids": Clause(
         "ties-nan-duplicates",
         "Expert ids must be unique and in range for any row, ties, NaN and infinities included, the same every run.",
