@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,80 +20,82 @@ NAN = float("nan")
 EXPERTS, IDENTITY = 7, 3
 
 
-def _bound(
-    outputs: Tensor, ids: Tensor, weights: Tensor, x: Tensor, taken: Tensor, options: dict[str, object]
-) -> Value:
+def _bound(outputs: Tensor, ids: Tensor, weights: Tensor, x: Tensor, taken: Tensor, options: dict[str, Any]) -> Value:
     """The sum as the kernel computes it: products and additions in float32, one rounding to x's dtype."""
     (tokens, width), top_k = x.shape, ids.shape[1]
     rows = outputs.unflatten(0, (tokens, top_k))[..., :width].double().masked_fill(~taken[..., None], 0)
     share = (weights if options.get("weighted", True) else torch.ones_like(weights)).double().masked_fill(~taken, 0)
-    identity = (ids >= EXPERTS) & (ids < EXPERTS + int(options.get("identity_experts", 0)))  # type: ignore[call-overload]
+    identity = (ids >= EXPERTS) & (ids < EXPERTS + options.get("identity_experts", 0))
     passed = Value.of(weights.double().masked_fill(~identity, 0).T[..., None]).summed(torch.float32) * Value.of(x)
     products = (Value.of(share.T[..., None]) * Value.of(rows.transpose(0, 1))).stored(torch.float32)  # [K, T, D]
     total = (products.summed(torch.float32) + passed.stored(torch.float32)).stored(torch.float32)
-    total = (total * Value.of(float(options.get("scale", 1.0)))).stored(torch.float32)  # type: ignore[arg-type]
+    total = (total * Value.of(options.get("output_scale", 1.0))).stored(torch.float32)
     added = options.get("added")
     if isinstance(added, Tensor):
         total = (total + Value.of(added)).stored(torch.float32)
     return total.stored(x.dtype)
 
 
-def test_combine_is_the_reference(device: str) -> None:
-    """All options, alone and together, at sizes that fill no tile; what must not be read is NaN."""
-    half = torch.tensor([1, -1, 0, -1, -1, 3, 2], dtype=torch.int32)
-    for tokens, top_k, width, padded in (
-        (7, 3, 20, 24),
-        (1, 1, 1, 1),
-        (131, 8, 33, 33),
-        (5, 22, 1030, 1040),
-        (0, 3, 20, 24),
-    ):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            x, added = normal((tokens, width), "x", dtype), normal((tokens, width), "added", dtype)
-            strided = {"x": x, "added": added}
-            for name, tensor in strided.items():
-                room = poison_(torch.empty(tokens, 2 * width + 1, dtype=dtype))
-                room[:, : 2 * width : 2] = tensor
-                strided[name] = room.to(device)[:, : 2 * width : 2]
-            ids = integers((tokens, top_k), "ids", EXPERTS + IDENTITY + 2, -1)
-            weights = integers((tokens, top_k), "weights", 16, low=1).float() / 7
-            for options in (
-                {},
-                {"scale": 2.5},
-                {"added": added, "scale": 2.5},
-                {"weighted": False},
-                {"identity_experts": IDENTITY, "scale": 2.5, "added": added},
-                {"expert_map": half},
-                {"expert_map": half, "weighted": False, "identity_experts": IDENTITY, "added": added},
-            ):
-                taken = (ids >= 0) & (ids < EXPERTS)
-                if "expert_map" in options:
-                    taken &= half[ids.clamp(0, EXPERTS - 1)] >= 0
-                passed = (ids >= EXPERTS) & (ids < EXPERTS + options.get("identity_experts", 0))
-                outputs = normal((tokens * top_k, padded), "outputs", dtype)
-                outputs[:, width:] = NAN
-                outputs[~taken.flatten()] = NAN
-                share = weights.masked_fill(~(taken | passed), NAN)
-                given = {**options, "added": strided["added"]} if "added" in options else options
-                given = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in given.items()}
-                with poisoned_allocations():
-                    got = combine(outputs.to(device), ids.to(device), share.to(device), strided["x"], EXPERTS, **given)
-                exact = {n: v.double() if n == "added" else v for n, v in options.items()}
-                want = reference(outputs.double(), ids, share.double(), x.double(), EXPERTS, **exact)
-                bound = _bound(outputs, ids, share, x, taken, options).bound("float32 sums, one rounding")
-                compare.close(f"{tokens}x{width} {dtype} {sorted(options)}", got, want, bound)
-                compare.same("dtype", got.dtype, dtype)
+HALF = torch.tensor([1, -1, 0, -1, -1, 3, 2], dtype=torch.int32)
+# All options, alone and together; "added" is made in the test.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scale": {"output_scale": 2.5},
+    "scale and added": {"added": True, "output_scale": 2.5},
+    "weighted already": {"weighted": False},
+    "identity experts": {"identity_experts": IDENTITY, "output_scale": 2.5, "added": True},
+    "map": {"expert_map": HALF},
+    "all": {"expert_map": HALF, "weighted": False, "identity_experts": IDENTITY, "added": True},
+}
+SIZES = ((7, 3, 20, 24), (1, 1, 1, 1), (131, 8, 33, 33), (5, 22, 1030, 1040), (0, 3, 20, 24))
 
 
-def test_a_tie_of_the_one_rounding_goes_to_even(device: str) -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        step = torch.finfo(dtype).eps
-        x = (1 + step * torch.arange(8).view(4, 2)).to(dtype)
-        half = torch.full_like(x, step / 2)
-        ids, weights = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
-        given = (t.to(device) for t in (x, ids, weights, x))
-        got = combine(*given, EXPERTS, added=half.to(device))
-        compare.equal(f"{dtype}", got.float(), (x.float() + half.float()).to(dtype).float())
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("tokens, top_k, width, padded", SIZES)
+@pytest.mark.parametrize("what", OPTIONS)
+def test_combine_is_the_reference(
+    device: str, what: str, tokens: int, top_k: int, width: int, padded: int, dtype: torch.dtype
+) -> None:
+    """At sizes that fill no tile; what must not be read is NaN."""
+    x, added = normal((tokens, width), "x", dtype), normal((tokens, width), "added", dtype)
+    options = OPTIONS[what] | ({"added": added} if "added" in OPTIONS[what] else {})
+    ids = integers((tokens, top_k), "ids", EXPERTS + IDENTITY + 2, -1)
+    weights = integers((tokens, top_k), "weights", 16, low=1).float() / 7
+    taken = (ids >= 0) & (ids < EXPERTS)
+    if "expert_map" in options:
+        taken &= HALF[ids.clamp(0, EXPERTS - 1)] >= 0
+    passed = (ids >= EXPERTS) & (ids < EXPERTS + options.get("identity_experts", 0))
+    outputs = normal((tokens * top_k, padded), "outputs", dtype)
+    outputs[:, width:] = NAN
+    outputs[~taken.flatten()] = NAN
+    share = weights.masked_fill(~(taken | passed), NAN)
+    on = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
+    on |= {"added": _strided(added, device)} if "added" in on else {}
+    with poisoned_allocations():
+        got = combine(*(t.to(device) for t in (outputs, ids, share)), _strided(x, device), EXPERTS, **on)
+    exact = {n: v.double() if n == "added" else v for n, v in options.items()}
+    want = reference(outputs.double(), ids, share.double(), x.double(), EXPERTS, **exact)
+    bound = _bound(outputs, ids, share, x, taken, options).bound("float32 sums, one rounding")
+    compare.close("sum", got, want, bound)
+    compare.same("dtype", got.dtype, dtype)
+
+
+def _strided(x: Tensor, device: str) -> Tensor:
+    """Every second column of poison."""
+    room = poison_(torch.empty(len(x), 2 * x.shape[1] + 1, dtype=x.dtype))
+    room[:, : 2 * x.shape[1] : 2] = x
+    return room.to(device)[:, : 2 * x.shape[1] : 2]
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_a_tie_of_the_one_rounding_goes_to_even(device: str, dtype: torch.dtype) -> None:
+    step = torch.finfo(dtype).eps
+    x = (1 + step * torch.arange(8).view(4, 2)).to(dtype)
+    half = torch.full_like(x, step / 2)
+    ids, weights = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
+    given = (t.to(device) for t in (x, ids, weights, x))
+    got = combine(*given, EXPERTS, added=half.to(device))
+    compare.equal("sum", got.float(), (x.float() + half.float()).to(dtype).float())
 
 
 def test_weights_may_have_any_strides(device: str) -> None:
@@ -160,14 +164,19 @@ def test_offsets_of_columns_do_not_wrap_either(device: str) -> None:
     compare.equal("far columns", got, 2 * near)
 
 
-def test_combine_is_refused_in_words(device: str) -> None:
-    x, outputs = torch.zeros(4, 20, device=device), torch.zeros(12, 24, device=device)
-    ids, weights = torch.zeros(4, 3, dtype=torch.int64, device=device), torch.zeros(4, 3, device=device)
-    for what, call, words in (
-        ("rows", lambda: combine(outputs[:9], ids, weights, x, 7), ("[9, 24]", "12")),
-        ("narrow", lambda: combine(outputs[:, :19], ids, weights, x, 7), ("[12, 19]", "20")),
-        ("columns apart", lambda: combine(outputs.T.contiguous().T, ids, weights, x, 7), ("contiguous",)),
-        ("weights", lambda: combine(outputs, ids, weights[:, :2], x, 7), ("[4, 2]",)),
-        ("added", lambda: combine(outputs, ids, weights, x, 7, added=x[:, :9]), ("[4, 9]",)),
-    ):
-        compare.refused(what, call, words)
+REFUSED: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
+    "rows": ({"outputs": torch.zeros(9, 24)}, ("[9, 24]", "12")),
+    "narrow": ({"outputs": torch.zeros(12, 19)}, ("[12, 19]", "20")),
+    "columns apart": ({"outputs": torch.zeros(24, 12).T}, ("contiguous",)),
+    "weights": ({"weights": torch.zeros(4, 2)}, ("[4, 2]",)),
+    "added": ({"added": torch.zeros(4, 9)}, ("[4, 9]",)),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_combine_is_refused_in_words(device: str, what: str) -> None:
+    changed, words = REFUSED[what]
+    given = {"outputs": torch.zeros(12, 24), "ids": torch.zeros(4, 3, dtype=torch.int64)}
+    given |= {"weights": torch.zeros(4, 3), "x": torch.zeros(4, 20)} | changed
+    on = {name: tensor.to(device) for name, tensor in given.items()}
+    compare.refused(what, lambda: combine(**on, experts=7), words)
