@@ -10,8 +10,9 @@ from torch import Tensor
 from moe_conformance.engine import BlockInputs, BlockOutput, Routing
 from moe_conformance.errors import InputError, Unsupported
 from moe_conformance.model.families.describe import describe
-from moe_conformance.model.specs import LayerSpec, Shape
+from moe_conformance.model.specs import LayerSpec
 from moe_conformance.reference_impl.layer import LayerOutput, layer
+from moe_conformance.reference_impl.tensors import check_tensors
 
 
 def block(inputs: BlockInputs, layer: Callable[..., LayerOutput] = layer) -> BlockOutput:
@@ -51,16 +52,3 @@ def layer_spec(config: Mapping[str, Any], index: int) -> LayerSpec:
     if index not in indices:
         raise InputError(f"layer: got {index}, want one that has experts, out of {', '.join(map(str, indices))}")
     return model.layers[indices.index(index)]
-
-
-def check_tensors(want: Mapping[str, Shape], tensors: Mapping[str, Tensor]) -> None:
-    """Raise InputError, naming every one, for tensors that are missing, unknown or of another shape."""
-    troubles = [f"{name} is missing, want {list(shape)}" for name, shape in want.items() if name not in tensors]
-    troubles += [f"{name} is unknown" for name in tensors if name not in want]
-    troubles += [
-        f"{name}: got {list(tensors[name].shape)}, want {list(shape)}"
-        for name, shape in want.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if troubles:
-        raise InputError(f"tensors: {'; '.join(troubles)}; give exactly those of the spec")

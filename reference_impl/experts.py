@@ -7,6 +7,7 @@ waiting for the device: to them, any id that names no expert is such a pair.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from torch.nn import functional as F
 from moe_conformance.engine import ExpertsInputs
 from moe_conformance.errors import InputError
 from moe_conformance.model.specs import MLPSpec
+from moe_conformance.reference_impl.lora import with_adapters
 from moe_conformance.reference_impl.operators import arguments, keywords, operator
 from moe_conformance.reference_impl.parallel.expert_map import local_ids
+from moe_conformance.reference_impl.quantised.experts import stored_experts
+from moe_conformance.reference_impl.tensors import check_tensors
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -67,6 +71,7 @@ def activate(projected: Tensor, spec: MLPSpec) -> Tensor:
 Matrix = Callable[[str, Tensor], Tensor]
 # (matrix; expert; token [n] int64, whose rows these are; rows [n, in]) -> [n, out], bias included, a new tensor
 Project = Callable[[str, int, Tensor, Tensor], Tensor]
+Around = Callable[[Project], Project]
 
 
 def one_mlp(
@@ -108,12 +113,14 @@ def mlp(x: Tensor, spec: MLPSpec, tensors: Mapping[str, Tensor], prefix: str, we
 def plain(tensors: Mapping[str, Tensor]) -> Project:
     """Matrix and bias of each expert, canonical names: experts.w13 [E, 2F, D], experts.b13 [E, 2F], ...
 
-    Weights may be wider than rows: products are then taken in the weights' dtype, and rounded once to that of rows.
+    Weights may be wider than rows: products are then taken in the wider dtype, and rounded once to that of rows.
     """
 
     def project(name: str, expert: int, token: Tensor, rows: Tensor) -> Tensor:
         w, bias = tensors[f"experts.{name}"][expert], tensors.get(f"experts.b{name[1:]}")
-        return F.linear(rows.to(w.dtype), w, None if bias is None else bias[expert].to(w.dtype)).to(rows.dtype)
+        dtype = torch.promote_types(rows.dtype, w.dtype)
+        output = F.linear(rows.to(dtype), w.to(dtype), None if bias is None else bias[expert].to(dtype))
+        return output.to(rows.dtype)
 
     return project
 
@@ -162,25 +169,27 @@ def routed_sum(
     return (total * output_scale).to(x.dtype)
 
 
-def _routed_experts(
+def _compute(
     x: Tensor,
-    names: Sequence[str],
-    experts: Sequence[Tensor],
+    spec: MLPSpec,
+    tensors: Mapping[str, Tensor],
     ids: Tensor,
     weights: Tensor,
     expert_map: Tensor | None,
     identity_experts: int,
     output_scale: float,
-    **fields: Any,
+    around: Sequence[Around] = (),
 ) -> Tensor:
-    tensors = dict(zip(names, experts, strict=True))
     count = len(tensors["experts.w2"])
     if expert_map is not None:
         ids = of_this_rank(ids, expert_map, count)
+    project = plain(tensors)
+    for outer in around:
+        project = outer(project)
     return routed_sum(
         x,
-        MLPSpec(**fields),
-        plain(tensors),
+        spec,
+        project,
         ids,
         weights,
         experts=count,
@@ -188,6 +197,10 @@ def _routed_experts(
         output_scale=output_scale,
         output_norm=tensors.get("experts.output_norm"),
     )
+
+
+def _routed_experts(x: Tensor, names: Sequence[str], experts: Sequence[Tensor], *rest: Any, **fields: Any) -> Tensor:
+    return _compute(x, MLPSpec(**fields), dict(zip(names, experts, strict=True)), *rest)
 
 
 def of_this_rank(ids: Tensor, expert_map: Tensor, count: int) -> Tensor:
@@ -219,6 +232,7 @@ def routed_experts(
     identity_experts: int = 0,
     expert_map: Tensor | None = None,
     output_scale: float = 1.0,
+    around: Sequence[Around] = (),
 ) -> Tensor:
     """Sum over each token's experts of weight times expert output, accumulated in float32 or wider.
 
@@ -226,8 +240,11 @@ def routed_experts(
     expert_map, of this rank's experts by local id. ids: [T, K] int; those from E on are identity experts, which pass x
     on; -1 is a dropped pair, which adds nothing whatever its weight is. weights: [T, K] float. expert_map: [E] int32,
     the local id of each expert, -1 for those of other ranks, whose pairs add nothing. output_scale: multiplies the sum.
+    around: what stands around the plain projections, the outermost last: quantised activations, adapters.
     returns [T, D] in x's dtype. Raises InputError for an id out of range.
     """
+    if around:
+        return _compute(x, spec, tensors, ids, weights, expert_map, identity_experts, output_scale, around)
     names = list(spec.tensors("experts", *x.shape[1:]))
     experts = [tensors[name] for name in names]
     output: Tensor = _operator(
@@ -237,14 +254,29 @@ def routed_experts(
 
 
 def experts(inputs: ExpertsInputs) -> Tensor:
-    """The routed sum [T, D] in x's dtype; see ExpertsInputs for shapes. Raises InputError for an id out of range."""
+    """The routed sum [T, D] in x's dtype; see ExpertsInputs for shapes.
+
+    Raises InputError for tensors that are not those of the specs, and for an id out of range; Unsupported for what
+    quantised/experts.py does not compute.
+    """
+    x, spec, quant, tensors = inputs.x, inputs.mlp, inputs.quant, inputs.tensors
+    lead = (len(tensors["experts.w2"]),)
+    around: list[Around] = []
+    if quant is None:
+        check_tensors(spec.tensors("experts", x.shape[1], lead), tensors)
+    else:
+        check_tensors(quant.tensors("experts", spec, x.shape[1], lead), tensors)
+        tensors, around = stored_experts(quant, spec, tensors, x.shape[1], wide(x.dtype))
+    if inputs.lora is not None:
+        around = [*around, partial(with_adapters, lora=inputs.lora)]
     return routed_experts(
-        inputs.x,
-        inputs.mlp,
-        inputs.tensors,
+        x,
+        spec,
+        tensors,
         inputs.ids,
         inputs.weights,
         identity_experts=inputs.identity_experts,
         expert_map=inputs.expert_map,
         output_scale=inputs.output_scale,
+        around=around,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch.nn import functional as F
 
 from moe_conformance.engine import LayerInputs, Routing
 from moe_conformance.model.specs import DenseSpec, LayerSpec, SharedSpec
-from moe_conformance.reference_impl.experts import mlp, rms_norm, routed_experts
+from moe_conformance.reference_impl.experts import mlp, rms_norm, routed_experts, wide
 from moe_conformance.reference_impl.padding import pad, pad_expert_weights, unpad
+from moe_conformance.reference_impl.quantised.experts import stored_experts
 from moe_conformance.reference_impl.router import router_logits
 from moe_conformance.reference_impl.routing import route_logits
 
@@ -145,9 +147,13 @@ def dense_output(x: Tensor, spec: DenseSpec, tensors: Tensors) -> Tensor:
 def moe_layer(inputs: LayerInputs) -> Tensor:
     """The layer's output [T, H] in x's dtype; see LayerInputs for shapes."""
     spec, tensors = inputs.spec, inputs.tensors
+    width = spec.latent.width if spec.latent else spec.hidden_size
     ids, weights, shared = route_logits(inputs.logits, spec.routing, tensors, token_ids=inputs.token_ids)
+    experts: Experts = routed_experts
+    if inputs.quant is not None:
+        plain, around = stored_experts(inputs.quant, spec.experts, tensors, width, wide(inputs.x.dtype))
+        tensors, experts = {**tensors, **plain}, partial(routed_experts, around=around)
     padding = None
     if inputs.padded_hidden or inputs.padded_intermediate:
-        width = spec.latent.width if spec.latent else spec.hidden_size
         padding = Padding(inputs.padded_hidden or width, inputs.padded_intermediate or spec.experts.width, pad, unpad)
-    return experts_output(inputs.x, spec, tensors, ids, weights, shared, padding)
+    return experts_output(inputs.x, spec, tensors, ids, weights, shared, padding, experts)

@@ -16,7 +16,7 @@ from moe_conformance.reference_impl import padding
 
 class SharedAddedBeforeCut(Faulty):
     def layer(self, inputs: LayerInputs) -> Tensor:
-        if inputs.shared_w13 is None or inputs.latent_out is not None:
+        if inputs.spec.shared is None or inputs.spec.latent is not None:
             return super().layer(inputs)
         with patch.object(stage, "unpad", lambda x, width: x):
             return super().layer(inputs)[..., : inputs.x.shape[-1]]
@@ -26,7 +26,7 @@ class PlainLayerIsNotCut(Faulty):
     """The fix of the fix: cut only where there is a shared expert or a latent projection (vllm#40865)."""
 
     def layer(self, inputs: LayerInputs) -> Tensor:
-        if inputs.shared_w13 is not None or inputs.latent_out is not None:
+        if inputs.spec.shared is not None or inputs.spec.latent is not None:
             return super().layer(inputs)
         with patch.object(stage, "unpad", lambda x, width: x):
             return super().layer(inputs)
@@ -36,13 +36,13 @@ class LatentProjectsPadding(Faulty):
     """The output projection is widened with zeros instead of the padding being cut: zero times garbage is garbage."""
 
     def layer(self, inputs: LayerInputs) -> Tensor:
-        if inputs.latent_out is None:
+        if inputs.spec.latent is None:
             return super().layer(inputs)
 
-        linear = F.linear
+        linear, latent_out = F.linear, inputs.tensors["latent.out"]
 
         def widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            return linear(x, padding.pad(weight, x.shape[-1]) if weight is inputs.latent_out else weight, bias)
+            return linear(x, padding.pad(weight, x.shape[-1]) if weight is latent_out else weight, bias)
 
         with patch.object(stage, "unpad", lambda x, width: x), patch.object(F, "linear", widened):
             return super().layer(inputs)
@@ -90,7 +90,7 @@ class AccumulatorIsReturned(Faulty):
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         output = super().layer(inputs)
-        return output if inputs.shared_w13 is not None else output.float()
+        return output if inputs.spec.shared is not None else output.float()
 
 
 class GraphBreaks(Faulty):

@@ -13,8 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from moe_conformance.catalogue.clauses import CLAUSES, Clause, Level
-from moe_conformance.protocol.features import is_known, needs, unknown
+from moe_conformance.catalogue import aliases
+from moe_conformance.catalogue.clauses import BUG_CLASSES, CLAUSES, Clause, Level
+from moe_conformance.protocol.features import is_known, near, needs, unknown
 from moe_conformance.protocol.stages import STAGES
 
 # smoke: seconds. core: the default. full: sweeps. gpu: needs one.
@@ -47,7 +48,9 @@ class Case:
         if self.stage not in STAGES:
             raise ValueError(f"{self.id}: stage: got {self.stage!r}, want one of {', '.join(STAGES)}")
         if self.clause not in CLAUSES:
-            raise ValueError(f"{self.id}: clause: got {self.clause!r}, want one of {', '.join(CLAUSES)}")
+            now = aliases.CLAUSES.get(self.clause)
+            want = f"{now}, its new name" if now else f"one of {', '.join(CLAUSES)}{near(self.clause, CLAUSES)}"
+            raise ValueError(f"{self.id}: clause: got {self.clause!r}, want {want}")
         if self.tier not in TIERS:
             raise ValueError(f"{self.id}: tier: got {self.tier!r}, want one of {', '.join(TIERS)}")
         object.__setattr__(self, "recipe", MappingProxyType(dict(self.recipe)))
@@ -93,7 +96,7 @@ def check(cases: Iterable[Case]) -> Callable[[Callable[..., Any]], Callable[...,
 
 @cache
 def catalogue() -> Mapping[str, Case]:
-    """Every case of every suite, by id, in suite order."""
+    """Every case of every suite, by id, in suite order. Raises ValueError where an alias leads nowhere."""
     suites = importlib.import_module("moe_conformance.suites")
     found: dict[str, Case] = {}
     for folder in sorted(pkgutil.iter_modules(suites.__path__), key=lambda m: m.name):
@@ -102,7 +105,9 @@ def catalogue() -> Mapping[str, Case]:
         module = importlib.import_module(f"moe_conformance.suites.{folder.name}.cases")
         for case in module.CASES:
             if found.setdefault(case.id, case) is not case:
-                raise ValueError(f"case id {case.id!r} is used twice")
+                raise ValueError(f"case id: got {case.id!r} twice, want each case to have its own")
+    if astray := list(aliases.astray(found, BUG_CLASSES, CLAUSES, check_names(), STAGES, is_known)):
+        raise ValueError("\n".join(astray))
     return MappingProxyType(found)
 
 

@@ -176,6 +176,29 @@ CLAUSES: dict[str, Clause] = {
         "An id out of range must raise or contribute zero; it must never wrap to an expert.",
         ("vllm#46408", "flashinfer#1469"),
     ),
+    "experts.function": Clause(
+        "activation",
+        "Experts must compute the activation, clamps, biases, norm and layout of gate and up that their spec names, "
+        "whatever the proportions of their matrices.",
+        ("vllm#42855", "sglang#39939", "vllm#51125", "vllm#49096"),
+    ),
+    "experts.combine": Clause(
+        "combine-algebra",
+        "A token's output must be the sum of its experts' outputs, each times its own weight, times the output scale, "
+        "each applied once.",
+        ("vllm#24119", "vllm#45037", "Automodel#2591"),
+    ),
+    "experts.no-expert": Clause(
+        "expert-map",
+        "A pair whose id is -1, or whose expert another rank has, must add exactly nothing, whatever its weight and its "
+        "token hold.",
+        ("vllm#46408", "vllm#48371", "sglang#30387", "vllm-gaudi#1796"),
+    ),
+    "experts.out-of-range": Clause(
+        "expert-map",
+        "An id out of range must raise or add nothing; it must never wrap to an expert.",
+        ("vllm#46408", "flashinfer#1469"),
+    ),
     "replicas.same-output": Clause(
         "eplb",
         "Redundant experts, and moving them, must leave the output unchanged.",

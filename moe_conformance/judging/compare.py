@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.errors import Nonconformance, Unsupported
-from moe_conformance.oracle.tolerance import Bound
+from moe_conformance.oracle.bounds import Bound
 
 
 def _where(flat_index: int, shape: Sequence[int]) -> str:

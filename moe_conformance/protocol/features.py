@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
+from moe_conformance.catalogue.aliases import renamed_word
 from moe_conformance.model.specs import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
 from moe_conformance.model.storage import QuantSpec
 from moe_conformance.protocol.stages import STAGES
@@ -79,10 +82,15 @@ FEATURES: tuple[Feature, ...] = (
         "the module may be moved to the meta device and filled again",
         "values that reach the module so",
     ),
-    Feature(("align", "experts", "shard"), "expert_map", "experts of other ranks, by a map of ids", "such calls"),
-    Feature(("align", "experts", "block"), "dropped_ids", "pairs without an expert", "batches with such pairs"),
+    Feature(("align", "experts"), "expert_map", "experts of other ranks, by a map of ids", "such calls"),
     Feature(
-        ("align", "experts", "block", "capture_session"),
+        ("align", "experts", "block", "replicate", "shard"),
+        "dropped_ids",
+        "pairs without an expert",
+        "batches with such pairs",
+    ),
+    Feature(
+        ("align", "experts", "block", "capture_session", "shard"),
         "expert_bounds",
         "ids that name no expert are checked, and refused or ignored; an engine may trust its own router instead",
         "ids outside [0, E)",
@@ -143,7 +151,6 @@ FEATURES: tuple[Feature, ...] = (
     Feature(("expert_map",), "contiguous", "each rank has a run of ids", "this placement"),
     Feature(("expert_map",), "round_robin", "rank r has the ids that are r modulo the ranks", "this placement"),
     Feature(("expert_map", "shard"), "idle_ranks", "a rank may have no expert", "such ranks"),
-    Feature(("replicate",), "dropped_ids", "pairs without an expert", "batches with such pairs"),
     Feature(("shard",), "tensor_parallel", "ranks divide the experts' width", "such ranks"),
     Feature(("shard",), "uneven_width", "a width that the ranks do not divide evenly", "such widths"),
     Feature(("shard",), "replicas", "several copies of an expert", "such layers"),
@@ -159,19 +166,17 @@ FEATURES: tuple[Feature, ...] = (
 )
 
 
+@cache
 def words(stage: str) -> Mapping[str, Feature]:
     """The features of a stage by word; capitals stand for further words (see `is_known`)."""
-    return {feature.word: feature for feature in FEATURES if stage in feature.stages}
+    return MappingProxyType({feature.word: feature for feature in FEATURES if stage in feature.stages})
 
 
 def is_known(stage: str, word: str) -> bool:
     """Whether a stage has a feature of this word."""
-    if stage == "block":
-        from moe_conformance.model.families.families import FAMILIES
-
-        if word in FAMILIES or word.startswith("implementation:"):
-            return True
-    return word in words(stage) and not word.isupper() and not word.endswith(":NAME")
+    if stage == "block" and word.startswith("implementation:"):
+        return not word.endswith((":", ":NAME"))
+    return word in _spelled_out(stage)
 
 
 def complaints(capabilities: object) -> list[str]:
@@ -181,23 +186,33 @@ def complaints(capabilities: object) -> list[str]:
     found = []
     for stage, declared in capabilities.items():
         if stage not in STAGES:
-            found.append(f"capabilities: got stage {stage!r}, want one of {', '.join(STAGES)}{_near(stage, STAGES)}")
-        elif isinstance(declared, str) or not isinstance(declared, Collection):
+            found.append(f"capabilities: got stage {stage!r}, want one of {', '.join(STAGES)}{near(stage, STAGES)}")
+        elif isinstance(declared, (str, Mapping)) or not isinstance(declared, Collection):
             found.append(f"capabilities[{stage!r}]: got {declared!r}, want a set of words, frozenset() for none")
         else:
-            found += [unknown(stage, word) for word in sorted(map(str, declared)) if not is_known(stage, word)]
+            strangers = sorted(str(word) for word in declared if not is_known(stage, str(word)))
+            found += [renamed_word(stage, word) or unknown(stage, word) for word in strangers]
     return found
 
 
 def unknown(stage: str, word: str) -> str:
     """The message for a feature that a stage does not have."""
     there = sorted(words(stage))
-    return f"{stage}: got feature {word!r}, want one of {', '.join(there) or 'none'}{_near(word, there)}"
+    return f"{stage}: got feature {word!r}, want one of {', '.join(there) or 'none'}{near(word, _spelled_out(stage))}"
 
 
-def _near(word: object, there: Iterable[str]) -> str:
-    near = get_close_matches(str(word), list(there), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+@cache
+def _spelled_out(stage: str) -> tuple[str, ...]:
+    """The words of a stage, and in place of one in capitals those that it stands for."""
+    from moe_conformance.model.families.families import FAMILIES
+
+    return (*(word for word in words(stage) if word.islower()), *(FAMILIES if stage == "block" else ()))
+
+
+def near(word: object, there: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the most similar one there is, if any is similar."""
+    found = get_close_matches(str(word), list(there), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def of_routing(spec: RoutingSpec) -> set[str]:
@@ -311,5 +326,15 @@ _KEYS: dict[str, Any] = {
     "identity_experts": _if("identity_experts"),
     "fused_shared": _if("fused_shared"),
     "padding_rows": _if("padding_rows"),
-    "needs": set,  # what no spec says: a side, a row layout, a placement, a naming style
+    "dropped": _if("dropped_ids"),
+    "held": lambda value: {"expert_map"} if value is not None else set(),  # a rank may hold none
+    "outside": lambda value: {"expert_bounds"},
+    "kind": lambda value: {value},
+    "kinds": set,
+    "placement": lambda value: {value},
+    "style": lambda value: set(value.split("-")),
+    "baseline": lambda value: set(value.split("-")) if value else set(),
+    "tp": lambda value: {"tensor_parallel"} if value > 1 else set(),
+    "copies": _if("replicas"),
+    "needs": set,  # what no single key says
 }

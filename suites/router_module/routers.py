@@ -97,6 +97,6 @@ def tensor_in(module: nn.Module, name: str) -> Tensor:
 
 
 def fill(handle: RouterHandle, values: Tensors) -> None:
-    """Copy canonical values into the module, in the way of weight loaders."""
+    """Copy canonical values into the module; under no_grad."""
     for canonical, name in handle.tensors.items():
-        tensor_in(handle.module, name).data.copy_(values[canonical])
+        tensor_in(handle.module, name).copy_(values[canonical])

@@ -1,0 +1,151 @@
+"""What was captured is read back: each token's own rows, every id, nothing of before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from moe_conformance.catalogue.case import Case, check
+from moe_conformance.engine import Engine
+from moe_conformance.errors import Unsupported
+from moe_conformance.judging import compare
+from moe_conformance.judging.inputs import poison_
+from moe_conformance.suites.capture_session.cases import (
+    EXPERT_BOUNDS,
+    IDS_AS_THEY_COME,
+    LAYER_BOUNDS,
+    NARROW,
+    SMALLER_STEP,
+    TWO_SESSIONS,
+    UNWRITTEN,
+)
+from moe_conformance.suites.capture_session.steps import (
+    LAYERS,
+    TOP_K,
+    capture,
+    capture_step,
+    ids_at_the_edges,
+    ids_of,
+    record_of,
+    spec_of,
+    unreadable,
+)
+
+
+@check(SMALLER_STEP)
+def test_each_step_shows_its_own_rows(engine: Engine, case: Case) -> None:
+    """And what was read of the step before stays as it was read."""
+    before, read = 0, torch.zeros(0, LAYERS, TOP_K)
+    with closing(engine.capture_session(spec_of(9))) as session:
+        for step, tokens in enumerate(case["steps"]):
+            capture_step(session, step, tokens)
+            compare.equal(f"earlier read of step {step - 1}", read, record_of(step - 1, before))
+            for asked in range(tokens, -1, -1):
+                compare.equal(f"{asked} rows of step {step}", session.read(asked), record_of(step, tokens)[:asked])
+            before, read = tokens, session.read(tokens)
+
+
+@check(UNWRITTEN)
+def test_what_this_step_did_not_capture_is_unreadable(engine: Engine, case: Case) -> None:
+    last, layers = 0, ()
+    with closing(engine.capture_session(spec_of(9))) as session:
+        for step, (tokens, layers) in enumerate(case["steps"]):
+            capture_step(session, step, tokens, layers)
+            last = tokens
+        unreadable("rows beyond this step", lambda: session.read(case["read"]), (slice(last, None),))
+        for layer in set(range(LAYERS)) - set(layers):
+            unreadable(f"layer {layer} of this step", lambda: session.read(case["read"]), (slice(None), layer))
+        if last:
+            own = session.read(last)
+            for layer in layers:
+                want = ids_of(len(case["steps"]) - 1, last, layer)
+                compare.equal(f"layer {layer} of this step", own[:, layer], want)
+
+
+@check(LAYER_BOUNDS)
+def test_layer_ids_out_of_range_are_refused(engine: Engine, case: Case) -> None:
+    with closing(engine.capture_session(spec_of(5, layers=case["layers"]))) as session:
+        capture_step(session, 0, 5)
+        compare.refused(
+            f"layer {case['layer_id']} of {case['layers']}", lambda: capture(session, case["layer_id"], ids_of(1, 5, 0))
+        )
+        compare.equal("record after the refusal", session.read(5), record_of(0, 5))
+
+
+@check(EXPERT_BOUNDS)
+def test_expert_ids_that_do_not_fit_are_refused(engine: Engine, case: Case) -> None:
+    ids = ids_of(1, 5, 1)
+    ids[3, 1] = case["expert_id"]
+
+    def capture_and_read() -> Tensor:
+        for layer in range(LAYERS):
+            capture(session, layer, ids if layer == 1 else ids_of(1, 5, layer))
+        return session.read(5)[3, 1]
+
+    with closing(engine.capture_session(spec_of(5, case["experts"]))) as session:
+        capture_step(session, 0, 5)
+        # Capturing must not wait for a device, so an engine may notice as late as it is asked for the record.
+        refused_or_kept(engine, f"expert id {case['expert_id']} of {case['experts']}", capture_and_read, ids[3])
+        capture_step(session, 2, 5)
+        compare.equal("record of the step after the refusal", session.read(5), record_of(2, 5))
+
+
+def refused_or_kept(engine: Engine, what: str, capture_and_read: Callable[[], Tensor], given: Tensor) -> None:
+    """An engine that declares no bounds may also give the ids back as they came."""
+    if "expert_bounds" in engine.capabilities()["capture_session"]:
+        compare.refused(what, capture_and_read)
+        return
+    try:
+        got = capture_and_read()
+    except Unsupported:
+        raise
+    except Exception:
+        return
+    compare.equal(f"{what}, which was neither refused nor kept", got, given)
+
+
+@check(NARROW)
+def test_every_expert_id_survives_storage(engine: Engine, case: Case) -> None:
+    want = ids_at_the_edges(case["experts"])
+    for dtype in (torch.int32, torch.int64):
+        with closing(engine.capture_session(spec_of(len(want), case["experts"]))) as session:
+            for layer in range(LAYERS):
+                capture(session, layer, want[:, layer].to(dtype))
+            compare.equal(f"record of {dtype} ids of {case['experts']} experts", session.read(len(want)), want)
+
+
+@check(IDS_AS_THEY_COME)
+def test_ids_are_recorded_whatever_their_strides(engine: Engine, case: Case) -> None:
+    with closing(engine.capture_session(spec_of(7))) as session:
+        for layer in range(LAYERS):
+            ids = laid_out(ids_of(0, 7, layer).to(getattr(torch, case["dtype"])), case["layout"])
+            before = ids.clone()
+            capture(session, layer, ids)
+            compare.equal(f"ids of layer {layer} after capture", ids, before)
+            poison_(ids)  # a router uses its output buffer again
+        compare.equal("record", session.read(7), record_of(0, 7))
+
+
+def laid_out(ids: Tensor, layout: str) -> Tensor:
+    """The same values with other strides; what lies between them is poison."""
+    tokens, top_k = ids.shape
+    if layout == "contiguous":
+        return ids.clone()
+    if layout == "transposed":
+        return ids.T.contiguous().T
+    rows, columns = (2, 1) if layout == "every-second-row" else (1, 2)
+    view = poison_(ids.new_empty(rows * tokens, columns * top_k))[::rows, ::columns]
+    return view.copy_(ids)
+
+
+@check(TWO_SESSIONS)
+def test_sessions_share_no_state(engine: Engine, case: Case) -> None:
+    with closing(engine.capture_session(spec_of(9))) as one, closing(engine.capture_session(spec_of(5))) as other:
+        for layer in range(LAYERS):
+            capture(one, layer, ids_of(0, 9, layer))
+            capture(other, layer, ids_of(1, 4, layer))
+        compare.equal("record of the first session", one.read(9), record_of(0, 9))
+        compare.equal("record of the second session", other.read(4), record_of(1, 4))

@@ -1,0 +1,80 @@
+"""From an experts case to its inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_conformance.catalogue.case import Case
+from moe_conformance.judging.inputs import bits, integers, normal, windows
+from moe_conformance.protocol.experts import ExpertsInputs
+
+
+def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Weights are about 1 over the root of what they are summed over, so that no part hides in another's rounding."""
+    part = name.rpartition(".")[2]
+    if part.startswith("b"):
+        return normal(shape, name, dtype)
+    if "norm" in part:
+        return normal(shape, name, dtype, 0.25)
+    # Rows of large matrices are windows of one stretch, which is cheap.
+    values = windows if shape[-1] > 256 else normal
+    return values(shape, name, dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
+
+
+def chosen(case: Case) -> Tensor:
+    """ids [T, K] int64, distinct in a row but for -1; of every five rows the first is whole and the last wholly -1."""
+    tokens, top_k, count = case["T"], case["K"], case["E"] + case["identity_experts"]
+    ids = bits((tokens, count), "experts-ids").argsort(dim=-1)
+    if case["hot"] is not None:
+        ids = torch.cat([torch.full((tokens, 1), case["hot"]), ids[ids != case["hot"]].view(tokens, -1)], dim=1)
+    ids = ids[:, :top_k].contiguous()
+    gone = integers(ids.shape, "experts-dropped", 20) < case["dropped"]
+    if 0 < case["dropped"] < 20:
+        gone[::5], gone[4::5] = False, True
+    return ids.masked_fill(gone, -1)
+
+
+def expert_map(case: Case) -> Tensor | None:
+    """[E] int32 of the case's rank. The first of its experts is its last, which no order of ids explains."""
+    if not case["owners"]:
+        return None
+    held = [expert for expert, owner in enumerate(case["owners"]) if owner == case["rank"]]
+    found = torch.full((case["E"],), -1, dtype=torch.int32)
+    found[held[1:] + held[:1]] = torch.arange(len(held), dtype=torch.int32)
+    return found
+
+
+def inputs_of(case: Case) -> ExpertsInputs:
+    """The case's inputs on the CPU; tensors of this rank's experts alone."""
+    dtype, mlp = getattr(torch, case["dtype"]), case["mlp"]
+    tensors = {
+        name: tensor(name, shape, dtype) for name, shape in mlp.tensors("experts", case["D"], (case["E"],)).items()
+    }
+    here = expert_map(case)
+    if here is not None:
+        held = (here >= 0).nonzero().flatten()
+        order = held[here[held].argsort()]
+        # The output norm is one for all experts.
+        tensors = {name: t if name == "experts.output_norm" else t[order] for name, t in tensors.items()}
+    shape = (case["T"], case["K"])
+    return ExpertsInputs(
+        x=normal((case["T"], case["D"]), "experts-x", dtype),
+        mlp=mlp,
+        tensors=tensors,
+        ids=chosen(case),
+        # Of both signs, and a sum of anything but 1.
+        weights=normal(shape, "experts-weights") + 0.375,
+        expert_map=here,
+        output_scale=case["output_scale"],
+        identity_experts=case["identity_experts"],
+    )
+
+
+def held_pairs(inputs: ExpertsInputs) -> Tensor:
+    """[T, K] bool, the pairs that these inputs compute."""
+    held = inputs.ids >= 0
+    if inputs.expert_map is not None:
+        inside = inputs.ids.clamp(max=inputs.experts - 1)
+        held &= (inputs.ids >= inputs.experts) | (inputs.expert_map[inside] >= 0)
+    return held
