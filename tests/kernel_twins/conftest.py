@@ -12,8 +12,8 @@ Interpreted, programs of a grid run last to first, and an access outside the ten
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -27,7 +27,7 @@ from moe_conformance.running.devices import gpu_count
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Where the process that another one started for these tests writes its reports, a JSON object a line.
+# Where the process that another one started for these tests writes its reports, pickled one behind the other.
 REPORTS = "MOE_CONFORMANCE_TWIN_REPORTS"
 ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
@@ -69,7 +69,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
         return None
     kept: dict[Path, dict[str, list[Any]]] = item.session.stash.setdefault(_KEPT, {})
     if item.path not in kept:
-        kept[item.path] = reports_of([other.nodeid for other in item.session.items if other.path == item.path], item)
+        kept[item.path] = reports_of([other for other in item.session.items if other.path == item.path])
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for data in kept[item.path].get(item.nodeid, ()):
         report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
@@ -81,23 +81,26 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 _KEPT = pytest.StashKey[dict[Path, dict[str, list[Any]]]]()
 
 
-def reports_of(nodeids: list[str], item: pytest.Item) -> dict[str, list[Any]]:
-    """Serialised reports by test. A test without a report of its call has one that says how the process ended."""
+def reports_of(items: list[pytest.Item]) -> dict[str, list[Any]]:
+    """Serialised reports by test; of a test that was not run to its end, one that says how the process ended."""
+    config = items[0].config
     with tempfile.TemporaryDirectory() as folder:
         reports = Path(folder) / "reports"
         reports.touch()
-        command = [sys.executable, "-W", "ignore", "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *nodeids]
+        command = [sys.executable, "-W", "ignore", "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
+        command += [item.nodeid for item in items]
         environment = os.environ | ENVIRONMENT | {REPORTS: str(reports)}
-        ran = subprocess.run(command, env=environment, cwd=item.config.rootpath, capture_output=True, text=True)
-        found: dict[str, list[Any]] = {nodeid: [] for nodeid in nodeids}
-        for line in reports.read_text().splitlines():
-            data = json.loads(line)
-            found[data["nodeid"]].append(data)
-    for nodeid, own in found.items():
-        if not any(data["when"] == "teardown" for data in own):
+        ran = subprocess.run(command, env=environment, cwd=config.rootpath, capture_output=True, text=True)
+        found: dict[str, list[Any]] = {item.nodeid: [] for item in items}
+        with reports.open("rb") as file:
+            while file.peek():
+                data = pickle.load(file)
+                found[data["nodeid"]].append(data)
+    for item in items:
+        if not any(data["when"] == "teardown" for data in found[item.nodeid]):
             text = f"no report of this test; its process ended with {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
-            lost = pytest.TestReport(nodeid, item.location, {}, "failed", text, "call")
-            own.append(item.config.hook.pytest_report_to_serializable(config=item.config, report=lost))
+            lost = pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")
+            found[item.nodeid].append(config.hook.pytest_report_to_serializable(config=config, report=lost))
     return found
 
 
@@ -113,5 +116,5 @@ class Reporter:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
-        with self.path.open("a") as file:
-            file.write(json.dumps(data) + "\n")
+        with self.path.open("ab") as file:
+            pickle.dump(data, file)  # tuples stay tuples

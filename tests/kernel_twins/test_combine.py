@@ -13,7 +13,7 @@ from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import integers, normal, poison_, poisoned_allocations
 from moe_conformance.kernels import combine as combine_kernels
 from moe_conformance.kernels.combine import combine
-from moe_conformance.oracle.tolerance import Value
+from moe_conformance.oracle.value import Value
 from moe_conformance.reference_impl.combine import combine as reference
 
 NAN = float("nan")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from kernel_twins.expert_cases import (
     DTYPES,
@@ -19,18 +20,19 @@ from kernel_twins.expert_cases import (
 )
 from torch import Tensor
 
-from moe_conformance.errors import InputError
+from moe_conformance.engine import ExpertsInputs, Lora, LoraSpec, MLPSpec
+from moe_conformance.errors import InputError, Unsupported
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import normal, poison_, poisoned_allocations
 from moe_conformance.kernels import experts, grouped_matmul
 from moe_conformance.kernels.dispatch import align
-from moe_conformance.kernels.grouped_matmul import Dispatched, Quantised
+from moe_conformance.kernels.float8 import Quantised
+from moe_conformance.kernels.grouped_kernel import Dispatched
 from moe_conformance.kernels.tuning import Config, Tile
-from moe_conformance.model.specs import MLPSpec
-from moe_conformance.oracle.layer import activated
-from moe_conformance.oracle.tolerance import Contract, Value
+from moe_conformance.oracle.activation import activated
+from moe_conformance.oracle.storage import Storage
+from moe_conformance.oracle.value import Value
 from moe_conformance.reference_impl import grouped_matmul as reference_grouped
-from moe_conformance.reference_impl.parallel.experts import experts_part
 
 
 def _inside(spec: MLPSpec, x: Tensor, w: Tensor, bias: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Value:
@@ -41,7 +43,7 @@ def _inside(spec: MLPSpec, x: Tensor, w: Tensor, bias: Tensor | None, weight: Te
     if bias is not None:
         both = (both + Value.of(bias)).stored(torch.float32)
     gate, up = (both[:, : spec.width], both[:, spec.width :]) if spec.gated else (both, None)
-    inner = activated(gate, up, spec, Contract.stored(torch.float32))
+    inner = activated(gate, up, spec, Storage.stored(torch.float32))
     return (inner * Value.of(weight) if spec.weight_on == "w2_input" else inner).stored(dtype)
 
 
@@ -65,65 +67,56 @@ def _same_gate_up(
 WAYS = ((23, "many tiles", True), (23, "groups of three", True), (5, "one tile", False))
 
 
-def test_gate_up_is_the_reference(device: str) -> None:
+specs = pytest.mark.parametrize("name", SPECS)
+ways = pytest.mark.parametrize("tokens, tile, sort", WAYS, ids=str)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def _in_turn(name: str, number: int) -> torch.dtype:
+    """A dtype for each spec and number, so that every spec meets every dtype somewhere."""
+    return DTYPES[([*SPECS].index(name) + number) % 3]
+
+
+@ways
+@specs
+def test_gate_up_is_the_reference(device: str, name: str, tokens: int, tile: str, sort: bool) -> None:
     top_k, count, hidden = 3, 5, 40
-    for index, (name, spec) in enumerate(SPECS.items()):
-        for way, (tokens, tile, sort) in enumerate(WAYS):
-            dtype = DTYPES[(index + way) % 3]
-            tensors, x = weights_of(spec, hidden, count, dtype), normal((tokens, hidden), "x", dtype)
-            w, bias = (tensors.get(f"experts.{part}{'13' if spec.gated else '1'}") for part in "wb")
-            ids, share = ids_of(tokens, top_k, count, dropped=True), share_of(tokens, top_k)
-            with poisoned_allocations():
-                got = grouped_matmul.gate_up(
-                    x.to(device),
-                    w.to(device),
-                    spec,
-                    dispatched_of(ids, count, 16, sort, device),
-                    TILES[tile],
-                    bias=None if bias is None else bias.to(device),
-                    weights=share.to(device),
-                )
-            _same_gate_up(f"{name}, {dtype}, {tile}", got, x, w, bias, spec, ids, share)
+    spec, dtype = SPECS[name], _in_turn(name, [*TILES].index(tile))
+    tensors, x = weights_of(spec, hidden, count, dtype), normal((tokens, hidden), "x", dtype)
+    w, bias = (tensors.get(f"experts.{part}{'13' if spec.gated else '1'}") for part in "wb")
+    ids, share = ids_of(tokens, top_k, count, dropped=True), share_of(tokens, top_k)
+    with poisoned_allocations():
+        got = grouped_matmul.gate_up(
+            x.to(device),
+            w.to(device),
+            spec,
+            dispatched_of(ids, count, 16, sort, device),
+            TILES[tile],
+            bias=None if bias is None else bias.to(device),
+            weights=share.to(device),
+        )
+    _same_gate_up("gate_up", got, x, w, bias, spec, ids, share)
 
 
-def test_activations_of_exact_inputs_are_the_reference(device: str) -> None:
+VALUES = torch.tensor(
+    [0.0, 2.0**-30, -(2.0**-12), 0.01, -0.25, 0.25, LIMIT, -LIMIT, 0.7421875, 1.5, -3.0, 8.0, -9.0, 20.0, -40.0, 95.0]
+)
+
+
+@pytest.mark.parametrize("up", (torch.ones(len(VALUES)), VALUES.flip(0)), ids=("up of 1", "up of values"))
+@specs
+def test_activations_of_exact_inputs_are_the_reference(device: str, name: str, up: Tensor) -> None:
     """Products of one term, so that gate and up are what the case says: tiny, large, around a clamp, infinite."""
-    values = torch.tensor(
-        [
-            0.0,
-            2.0**-30,
-            -(2.0**-12),
-            0.01,
-            -0.25,
-            0.25,
-            LIMIT,
-            -LIMIT,
-            0.7421875,
-            1.5,
-            -3.0,
-            8.0,
-            -9.0,
-            20.0,
-            -40.0,
-            95.0,
-        ]
-    )
-    width = len(values)
-    gates = torch.cat([values, -values, values / 3])
-    for name, spec in SPECS.items():
-        spec = replace(spec, width=width, bias=False, weight_on="output")
-        for up in (torch.ones(width), values.flip(0)):
-            # Expert 0 computes gate = x0 values; x is one column that matters and 15 of zeros.
-            rows = torch.cat([values, up]) if spec.gated else values
-            w = torch.zeros(1, len(rows), 16)
-            w[0, :, 0] = rows
-            x = torch.zeros(len(gates), 16)
-            x[:, 0] = gates
-            ids = torch.zeros(len(gates), 1, dtype=torch.int64)
-            got = grouped_matmul.gate_up(
-                x.to(device), w.to(device), spec, dispatched_of(ids, 1, 16, True, device), TILES["one tile"]
-            )
-            _same_gate_up(name, got, x, w, None, spec, ids, torch.ones(len(gates), 1))
+    gates = torch.cat([VALUES, -VALUES, VALUES / 3])
+    spec = replace(SPECS[name], width=len(VALUES), bias=False, weight_on="output")
+    # Expert 0 computes gate = x0 values; x is one column that matters and 15 of zeros.
+    rows = torch.cat([VALUES, up]) if spec.gated else VALUES
+    w, x = torch.zeros(1, len(rows), 16), torch.zeros(len(gates), 16)
+    w[0, :, 0], x[:, 0] = rows, gates
+    ids = torch.zeros(len(gates), 1, dtype=torch.int64)
+    dispatched = dispatched_of(ids, 1, 16, True, device)
+    got = grouped_matmul.gate_up(x.to(device), w.to(device), spec, dispatched, TILES["one tile"])
+    _same_gate_up("gate_up", got, x, w, None, spec, ids, torch.ones(len(gates), 1))
 
 
 def test_interleaved_rows_are_gate_and_up_in_turn(device: str) -> None:
@@ -170,61 +163,71 @@ def test_strides_and_padded_columns_are_honoured(device: str) -> None:
         _same_gate_up(what, got, x, w, bias, spec, ids, share_of(9, 3))
 
 
-def test_down_is_the_reference(device: str) -> None:
+@pytest.mark.parametrize("has_bias", (False, True), ids=("no bias", "bias"))
+@ways
+@dtypes
+def test_down_is_the_reference(
+    device: str, dtype: torch.dtype, tokens: int, tile: str, sort: bool, has_bias: bool
+) -> None:
     top_k, count, hidden, width = 3, 5, 40, 37
-    for dtype in DTYPES:
-        for tokens, tile, sort in WAYS:
-            ids = ids_of(tokens, top_k, count, dropped=True)
-            rows = normal((tokens * top_k, width), "rows", dtype)
-            w, bias = normal((count, hidden, width), "w2", dtype, 0.25), normal((count, hidden), "b2", dtype)
-            # What stands in the row of a pair without an expert is poison, as gate_up leaves it.
-            rows[~((ids >= 0) & (ids < count)).flatten()] = float("nan")
-            for own in (None, bias):
-                with poisoned_allocations():
-                    got = grouped_matmul.down(
-                        rows.to(device),
-                        w.to(device),
-                        dispatched_of(ids, count, 16, sort, device),
-                        TILES[tile],
-                        bias=None if own is None else own.to(device),
-                    ).cpu()
-                exact = None if own is None else own.double()
-                want = reference_grouped.down(rows.double(), w.double(), ids, bias=exact)
-                for expert in range(count):
-                    at = (ids.flatten() == expert).nonzero().flatten()
-                    value = Value.of(rows[at]).project(w[expert], torch.float32)
-                    value = value if own is None else (value + Value.of(own[expert])).stored(torch.float32)
-                    bound = value.stored(dtype).bound("one kernel")
-                    compare.close(f"{dtype}, {tile}, expert {expert}", got[at], want[at], bound)
-                nobody = ~((ids >= 0) & (ids < count)).flatten()
-                compare.equal(f"{dtype}, {tile}: rows of no expert", got[nobody], want[nobody])
+    ids = ids_of(tokens, top_k, count, dropped=True)
+    rows = normal((tokens * top_k, width), "rows", dtype)
+    w, bias = normal((count, hidden, width), "w2", dtype, 0.25), normal((count, hidden), "b2", dtype)
+    # What stands in the row of a pair without an expert is poison, as gate_up leaves it.
+    nobody = ~((ids >= 0) & (ids < count)).flatten()
+    rows[nobody] = float("nan")
+    dispatched = dispatched_of(ids, count, 16, sort, device)
+    own = bias.to(device) if has_bias else None
+    with poisoned_allocations():
+        got = grouped_matmul.down(rows.to(device), w.to(device), dispatched, TILES[tile], bias=own).cpu()
+    exact = bias.double() if has_bias else None
+    want = reference_grouped.down(rows.double(), w.double(), ids, bias=exact)
+    for expert in range(count):
+        at = (ids.flatten() == expert).nonzero().flatten()
+        value = Value.of(rows[at]).project(w[expert], torch.float32)
+        value = (value + Value.of(bias[expert])).stored(torch.float32) if has_bias else value
+        compare.close(f"expert {expert}", got[at], want[at], value.stored(dtype).bound("one kernel"))
+    compare.equal("rows of no expert", got[nobody], want[nobody])
 
 
-def test_the_routed_sum_is_the_reference(device: str) -> None:
-    """Few pairs and many, none, of all specs and dtypes, with identity experts and what is always on."""
-    hidden, count = 40, 11
-    for index, (name, spec) in enumerate(SPECS.items()):
-        for tokens, top_k in ((1, 2), (7, 3), (67, 8), (0, 3)):
-            dtype = DTYPES[(index + tokens) % 3]
-            tensors, x = weights_of(spec, hidden, count, dtype), normal((tokens, hidden), "x", dtype)
-            added = normal((tokens, hidden), "added", dtype)
-            ids, share = ids_of(tokens, top_k, count, dropped=True), share_of(tokens, top_k)
-            ids = ids.where(ids != 3, count + 1)
-            on = {n: t.to(device) for n, t in tensors.items()}
-            turned = [t.to(device).T.contiguous().T for t in (ids, share)]
-            for identity, scale, also in ((0, 1.0, None), (3, 2.5, added)):
-                with poisoned_allocations():
-                    got = experts.routed_experts(
-                        x.to(device),
-                        spec,
-                        on,
-                        *turned,
-                        identity_experts=identity,
-                        scale=scale,
-                        added=None if also is None else also.to(device),
-                    )
-                what = f"{name}, {dtype}, {tokens} tokens, {identity} identity experts"
-                same_sum(what, got, x, spec, tensors, ids, share, identity=identity, scale=scale, added=also)
+SUMS = {
+    "plain": {},
+    "all that is added": {"identity_experts": 3, "output_scale": 2.5, "added": True},
+}
+
+
+@pytest.mark.parametrize("options", SUMS)
+@pytest.mark.parametrize("tokens, top_k", ((1, 2), (7, 3), (67, 8), (0, 3)), ids=str)
+@specs
+def test_the_routed_sum_is_the_reference(device: str, name: str, tokens: int, top_k: int, options: str) -> None:
+    """Few pairs and many, none, with identity experts and what is always on."""
+    spec, hidden, count, dtype = SPECS[name], 40, 11, _in_turn(name, tokens)
+    tensors, x = weights_of(spec, hidden, count, dtype), normal((tokens, hidden), "x", dtype)
+    ids, share = ids_of(tokens, top_k, count, dropped=True), share_of(tokens, top_k)
+    ids = ids.where(ids != 3, count + 1)
+    given: dict[str, Any] = {**SUMS[options]}
+    given |= {"added": normal((tokens, hidden), "added", dtype)} if "added" in given else {}
+    on = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in given.items()}
+    turned = [t.to(device).T.contiguous().T for t in (ids, share)]
+    with poisoned_allocations():
+        got = experts.routed_experts(x.to(device), spec, {n: t.to(device) for n, t in tensors.items()}, *turned, **on)
+    same_sum("sum", got, x, spec, tensors, ids, share, **given)
+
+
+# Widths of most models: experts narrower than half of the hidden dim, beyond one tile and no multiple of it, and wider.
+# The last has more experts than pairs.
+@pytest.mark.parametrize("hidden, width, count", ((136, 24, 7), (40, 150, 7), (150, 70, 7), (20, 9, 600)), ids=str)
+@pytest.mark.parametrize("gated", (True, False), ids=("gate", "no gate"))
+def test_sizes_of_any_proportion_are_the_reference(
+    device: str, hidden: int, width: int, count: int, gated: bool
+) -> None:
+    spec = MLPSpec(width, gated=gated)
+    tensors, x = weights_of(spec, hidden, count, torch.bfloat16), normal((9, hidden), "x", torch.bfloat16)
+    ids, share = ids_of(9, 3, count, dropped=True), share_of(9, 3)
+    on = {n: t.to(device) for n, t in tensors.items()}
+    with poisoned_allocations():
+        got = experts.routed_experts(x.to(device), spec, on, ids.to(device), share.to(device))
+    same_sum("sum", got, x, spec, tensors, ids, share)
 
 
 def test_an_output_norm_stands_before_the_weight(device: str) -> None:
@@ -237,53 +240,65 @@ def test_an_output_norm_stands_before_the_weight(device: str) -> None:
     same_sum("output norm", got, x, spec, tensors, ids, share)
 
 
-def test_a_rank_adds_its_own_experts_alone(device: str) -> None:
-    """With a map, few pairs and many; the weights of other ranks' pairs are NaN."""
+@pytest.mark.parametrize("tokens, top_k", ((1, 2), (23, 3)), ids=str)
+def test_a_rank_adds_its_own_experts_alone(device: str, tokens: int, top_k: int) -> None:
+    """By the stage, with a map, few pairs and many, and identity experts; the weights of other ranks' pairs are NaN."""
     spec, count = SPECS["gpt-oss"], 11
     expert_map = torch.full((count,), -1, dtype=torch.int32)
     expert_map[torch.tensor([7, 0, 10, 3])] = torch.arange(4, dtype=torch.int32)
-    tensors = weights_of(spec, 40, 4, torch.float32)
-    on = {n: t.to(device) for n, t in tensors.items()}
-    for tokens, top_k in ((1, 2), (23, 3)):
-        x, ids = normal((tokens, 40), "x"), ids_of(tokens, top_k, count, dropped=False)
-        share = share_of(tokens, top_k).masked_fill(expert_map[ids] < 0, float("nan"))
-        with poisoned_allocations():
-            got = experts.experts_part(x.to(device), ids.to(device), share.to(device), spec, on, expert_map.to(device))
-        local = torch.where(expert_map[ids] < 0, 4, expert_map[ids].long())
-        same_sum(f"{tokens} tokens", got, x, spec, tensors, local, share.nan_to_num())
-        part = experts_part(
-            x.double(), ids, share.nan_to_num().double(), spec, {n: t.double() for n, t in tensors.items()}, expert_map
-        )
-        compare.same("the reference's part is near", bool((part - got.cpu()).abs().max() < 1e-4), True)
+    tensors, x = weights_of(spec, 40, 4, torch.float32), normal((tokens, 40), "x")
+    ids = ids_of(tokens, top_k, count, dropped=True)
+    ids = ids.where(ids != 1, count + 1)
+    given: dict[str, Any] = {"expert_map": expert_map, "identity_experts": 2, "output_scale": 2.5}
+    there = ((ids >= 0) & (ids < count) & (expert_map[ids.clamp(0, count - 1)] >= 0)) | (ids == count + 1)
+    share = share_of(tokens, top_k).masked_fill(~there, float("nan"))
+    inputs = ExpertsInputs(
+        x.to(device), spec, {n: t.to(device) for n, t in tensors.items()}, ids.to(device), share.to(device), **given
+    )
+    with poisoned_allocations():
+        got = experts.experts(replace(inputs, expert_map=expert_map.to(device)))
+    same_sum("part", got, x, spec, tensors, ids, share.nan_to_num(), **given)
 
 
-def test_padded_widths_are_cut_by_masks(device: str) -> None:
+def test_adapters_are_unsupported(device: str) -> None:
+    spec = LoraSpec(1, 4, 8.0)
+    lora = Lora(spec, {}, torch.zeros(3, dtype=torch.int64))
+    ids, weights = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    with pytest.raises(Unsupported, match="lora"):
+        experts.experts(ExpertsInputs(torch.zeros(3, 16), MLPSpec(16), {}, ids, weights, lora=lora))
+
+
+PADDED = {name: SPECS[name] for name in ("silu", "gpt-oss", "relu2, no gate")} | {
+    "output norm": MLPSpec(37, output_norm=0.125)
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_widths_are_cut_by_masks(device: str, name: str) -> None:
     """Weights as a load pads them: NaN behind the true hidden dim, zeros behind the true intermediate one."""
-    hidden, padded, wide = 40, 48, 64
-    normed = {"output norm": MLPSpec(37, output_norm=0.125)}
-    for name, spec in ({name: SPECS[name] for name in ("silu", "gpt-oss", "relu2, no gate")} | normed).items():
-        tensors, x = weights_of(spec, hidden, 5, torch.float32), normal((9, hidden), "x")
-        ids, share = ids_of(9, 3, 5, dropped=False), share_of(9, 3)
-        halves, first = (2, "13") if spec.gated else (1, "1")
-        w1 = torch.zeros(5, halves, wide, padded)
-        w1[..., hidden:] = float("nan")
-        w1[:, :, : spec.width, :hidden] = tensors[f"experts.w{first}"].view(5, halves, spec.width, hidden)
-        w2 = torch.full((5, padded, wide), float("nan"))
-        w2[:, :hidden] = 0
-        w2[:, :hidden, : spec.width] = tensors["experts.w2"]
-        on = {f"experts.w{first}": w1.flatten(1, 2), "experts.w2": w2}
-        if spec.output_norm:
-            on["experts.output_norm"] = tensors["experts.output_norm"]
-        if spec.bias:
-            b1 = torch.zeros(5, halves, wide)
-            b1[..., : spec.width] = tensors[f"experts.b{first}"].view(5, halves, spec.width)
-            b2 = torch.full((5, padded), float("nan"))
-            b2[:, :hidden] = tensors["experts.b2"]
-            on |= {f"experts.b{first}": b1.flatten(1), "experts.b2": b2}
-        got = experts.routed_experts(
-            x.to(device), spec, {n: t.to(device) for n, t in on.items()}, ids.to(device), share.to(device)
-        )
-        same_sum(name, got, x, spec, tensors, ids, share)
+    hidden, padded, wide, spec = 40, 48, 64, PADDED[name]
+    tensors, x = weights_of(spec, hidden, 5, torch.float32), normal((9, hidden), "x")
+    ids, share = ids_of(9, 3, 5, dropped=False), share_of(9, 3)
+    halves, first = (2, "13") if spec.gated else (1, "1")
+    w1 = torch.zeros(5, halves, wide, padded)
+    w1[..., hidden:] = float("nan")
+    w1[:, :, : spec.width, :hidden] = tensors[f"experts.w{first}"].view(5, halves, spec.width, hidden)
+    w2 = torch.full((5, padded, wide), float("nan"))
+    w2[:, :hidden] = 0
+    w2[:, :hidden, : spec.width] = tensors["experts.w2"]
+    on = {f"experts.w{first}": w1.flatten(1, 2), "experts.w2": w2}
+    if spec.output_norm:
+        on["experts.output_norm"] = tensors["experts.output_norm"]
+    if spec.bias:
+        b1 = torch.zeros(5, halves, wide)
+        b1[..., : spec.width] = tensors[f"experts.b{first}"].view(5, halves, spec.width)
+        b2 = torch.full((5, padded), float("nan"))
+        b2[:, :hidden] = tensors["experts.b2"]
+        on |= {f"experts.b{first}": b1.flatten(1), "experts.b2": b2}
+    got = experts.routed_experts(
+        x.to(device), spec, {n: t.to(device) for n, t in on.items()}, ids.to(device), share.to(device)
+    )
+    same_sum("sum", got, x, spec, tensors, ids, share)
 
 
 def test_tiles_change_no_bit_but_the_order_of_sums(device: str) -> None:
@@ -305,97 +320,103 @@ def test_tiles_change_no_bit_but_the_order_of_sums(device: str) -> None:
             compare.equal(f"blocks of {key[0]} in groups of {key[1]}", got, first)
 
 
-def test_offsets_of_experts_do_not_wrap(device: str) -> None:
-    """Experts, their rows and those of x 2^30 elements apart, the third beyond 2^31: strides have 32 bits, offsets 64.
-
-    Memory in between is never touched.
-    """
-    far = 2**30 + 16
-    room = torch.empty(2 * far + 16 * 16, dtype=torch.float16, device=device)
-    for what, shape, strides in (("experts", (3, 16, 16), (far, 16, 1)), ("rows", (1, 3, 16), (16, far, 1))):
-        w = room.as_strided(shape, strides)
-        w.copy_(normal(shape, what, torch.float16))
-        x = torch.empty(2 * far + 16, dtype=torch.float16, device=device).as_strided((3, 16), (far, 1))
-        x.copy_(normal((3, 16), "x", torch.float16))
-        ids = torch.full((3, 1), shape[0] - 1)
-        got = grouped_matmul.down(x, w, dispatched_of(ids, shape[0], 16, True, device), TILES["one tile"])
-        value = Value.of(x.cpu()).project(w[-1].cpu(), torch.float32).stored(torch.float16)
-        compare.close(f"far {what}", got, value.exact, value.bound("one kernel"))
+# Experts, or rows of one and those of x, 2^30 elements apart.
+FAR = 2**30 + 16
+FAR_APART = {"experts": ((3, 16, 16), (FAR, 16, 1)), "rows": ((1, 3, 16), (16, FAR, 1))}
 
 
-def test_offsets_of_columns_do_not_wrap(device: str) -> None:
+@pytest.mark.parametrize("what", FAR_APART)
+def test_offsets_of_experts_do_not_wrap(device: str, what: str) -> None:
+    """The third beyond 2^31: strides have 32 bits, offsets 64. Memory in between is never touched."""
+    shape, strides = FAR_APART[what]
+    w = torch.empty(2 * FAR + 16 * 16, dtype=torch.float16, device=device).as_strided(shape, strides)
+    w.copy_(normal(shape, what, torch.float16))
+    x = torch.empty(2 * FAR + 16, dtype=torch.float16, device=device).as_strided((3, 16), (FAR, 1))
+    x.copy_(normal((3, 16), "x", torch.float16))
+    ids = torch.full((3, 1), shape[0] - 1)
+    got = grouped_matmul.down(x, w, dispatched_of(ids, shape[0], 16, True, device), TILES["one tile"])
+    value = Value.of(x.cpu()).project(w[-1].cpu(), torch.float32).stored(torch.float16)
+    compare.close(f"far {what}", got, value.exact, value.bound("one kernel"))
+
+
+@pytest.mark.parametrize("what", ("x", "w"))
+def test_offsets_of_columns_do_not_wrap(device: str, what: str) -> None:
     """Columns of x, and of w, so far apart that the last of a step lies beyond 2^31 elements."""
     far = 2**27 + 2**24
     near_x, near_w = normal((3, 16), "x", torch.float16), normal((2, 16, 16), "w", torch.float16)
     room = torch.empty(15 * far + 512, dtype=torch.float16, device=device)
-    for what in ("x", "w"):
-        x, w = near_x.to(device), near_w.to(device)
-        if what == "x":
-            x = room.as_strided((3, 16), (1, far)).copy_(near_x)
-        else:
-            w = room.as_strided((2, 16, 16), (16, 1, far)).copy_(near_w)
-        dispatched = dispatched_of(torch.ones(3, 1, dtype=torch.int64), 2, 16, True, device)
-        got = grouped_matmul.down(x, w, dispatched, TILES["one tile"])
-        value = Value.of(near_x).project(near_w[1], torch.float32).stored(torch.float16)
-        compare.close(f"far columns of {what}", got, value.exact, value.bound("one kernel"))
+    x, w = near_x.to(device), near_w.to(device)
+    if what == "x":
+        x = room.as_strided((3, 16), (1, far)).copy_(near_x)
+    else:
+        w = room.as_strided((2, 16, 16), (16, 1, far)).copy_(near_w)
+    dispatched = dispatched_of(torch.ones(3, 1, dtype=torch.int64), 2, 16, True, device)
+    got = grouped_matmul.down(x, w, dispatched, TILES["one tile"])
+    value = Value.of(near_x).project(near_w[1], torch.float32).stored(torch.float16)
+    compare.close(f"far columns of {what}", got, value.exact, value.bound("one kernel"))
 
 
-def test_a_map_never_leads_beyond_the_weights(device: str) -> None:
+@pytest.mark.parametrize("sort", (True, False), ids=("sorted", "unsorted"))
+def test_a_map_never_leads_beyond_the_weights(device: str, sort: bool) -> None:
     """A local id that no expert has is nobody's: its rows are not written, and nothing behind the weights is read."""
     w, x = normal((2, 16, 16), "w"), normal((3, 16), "x")
     ids, expert_map = torch.tensor([[0], [1], [2]]), torch.tensor([1, 2, 0], dtype=torch.int32)
-    for sort in (True, False):
-        on = (ids.to(device), 3, 16), expert_map.to(device)
-        aligned = align(on[0][0], 3, 16, on[1]) if sort else None
-        with poisoned_allocations():
-            got = grouped_matmul.down(x.to(device), w.to(device), Dispatched(*on[0], aligned, on[1]), TILES["one tile"])
-        compare.equal("the pair of local expert 2 of 2", got[1].isnan(), torch.ones(16, dtype=torch.bool))
-        compare.equal("the others", got[[0, 2]].isnan(), torch.zeros(2, 16, dtype=torch.bool))
+    on = (ids.to(device), 3, 16), expert_map.to(device)
+    aligned = align(on[0][0], 3, 16, on[1]) if sort else None
+    with poisoned_allocations():
+        got = grouped_matmul.down(x.to(device), w.to(device), Dispatched(*on[0], aligned, on[1]), TILES["one tile"])
+    compare.equal("the pair of local expert 2 of 2", got[1].isnan(), torch.ones(16, dtype=torch.bool))
+    compare.equal("the others", got[[0, 2]].isnan(), torch.zeros(2, 16, dtype=torch.bool))
 
 
-def test_experts_are_refused_in_words(device: str) -> None:
-    spec, count = SPECS["gpt-oss"], 5
-    tensors = {n: t.to(device) for n, t in weights_of(spec, 40, count, torch.float32).items()}
-    x, ids = normal((9, 40), "x").to(device), ids_of(9, 3, count, dropped=False).to(device)
-    share = share_of(9, 3).to(device)
+COUNT, REFUSED_SPEC = 5, SPECS["gpt-oss"]
+PLAIN = weights_of(REFUSED_SPEC, 40, COUNT, torch.float32)
+CODES = PLAIN | {n: PLAIN[n].to(torch.float8_e4m3fn) for n in ("experts.w13", "experts.w2")}
+SHARE, IDS = share_of(9, 3), ids_of(9, 3, COUNT, dropped=False)
 
-    def call(**changed: Any) -> None:
-        given = {"x": x, "spec": spec, "tensors": tensors, "ids": ids, "weights": share} | changed
-        experts.routed_experts(**given)
 
-    eight = {
-        "w13": Quantised(torch.ones(count, 2, 1, device=device)),
-        "w2": Quantised(torch.ones(count, 1, 1, device=device)),
-    }
-    codes = tensors | {n: tensors[n].to(torch.float8_e4m3fn) for n in ("experts.w13", "experts.w2")}
-    small = {"w13": Quantised(torch.ones(count, 2, 5, device=device), (128, 8))}
-    small["w2"] = Quantised(torch.ones(count, 1, 5, device=device), (128, 8))
-    without = {n: t for n, t in tensors.items() if n != "experts.b2"}
-    for what, changed, words in (
-        ("float64", {"x": x.double()}, ("float64",)),
-        ("mixed", {"x": x.half()}, ("float16", "float32")),
-        ("narrow weights", {"x": normal((9, 41), "x").to(device)}, ("41", "2 F")),
-        ("no bias", {"tensors": without}, ("experts.b2",)),
-        ("ids of float", {"ids": ids.float()}, ("float32", "weights")),
-        ("more rows of ids", {"ids": ids.repeat(2, 1), "weights": share.repeat(2, 1)}, ("[18, 3]", "9")),
-        ("another number of experts", {"tensors": tensors | {"experts.w13": tensors["experts.w13"][:4]}}, ("4", "5")),
-        ("map of int64", {"expert_map": torch.zeros(5, dtype=torch.int64, device=device)}, ("int64",)),
-        ("weights of another K", {"weights": share[:, :2]}, ("[9, 2]",)),
-        ("short bias", {"tensors": tensors | {"experts.b13": tensors["experts.b13"][:, :-1]}}, ("73", "74")),
-        ("rows of x", {"ids": ids[:4], "weights": share[:4]}, ("[4, 3]", "9")),
-        ("added", {"added": x[:4]}, ("[4, 40]",)),
-        ("not float8", {"quantised": eight}, ("float8_e4m3fn",)),
-        ("scales", {"tensors": codes, "quantised": eight | {"w13": Quantised(share[0])}}, ("[3]", "[5, 2, 1]")),
-        ("two tiles", {"tensors": codes, "quantised": eight | {"w2": replace(eight["w2"], tile=(1, 0))}}, ("(1, 0)",)),
-        ("scales of 8 columns", {"tensors": codes, "quantised": small}, ("8", "16")),
-        ("interleaved float8", {"tensors": codes, "quantised": eight, "interleaved": True}, ("interleaved",)),
-    ):  # fmt: skip
-        error = compare.refused(what, lambda c=changed: call(**c), words)
-        compare.same(f"{what}: error", type(error), InputError)
-    hidden = torch.zeros(26, spec.width, device=device)
-    dispatched = dispatched_of(ids, count, 16, True, device)
-    compare.refused(
-        "a row too few",
-        lambda: grouped_matmul.down(hidden, tensors["experts.w2"], dispatched, TILES["one tile"]),
-        ("26", "27"),
-    )
+def _scales(across: int = 1, **how: Any) -> dict[str, Quantised]:
+    return {part: Quantised(torch.ones(COUNT, down, across), **how) for part, down in (("w13", 2), ("w2", 1))}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "float64": ({"x": torch.zeros(9, 40, dtype=torch.float64)}, ("float64",)),
+    "mixed": ({"x": torch.zeros(9, 40, dtype=torch.float16)}, ("float16", "float32")),
+    "narrow weights": ({"x": torch.zeros(9, 41)}, ("41", "2 F")),
+    "no bias": ({"tensors": {n: t for n, t in PLAIN.items() if n != "experts.b2"}}, ("experts.b2",)),
+    "ids of float": ({"ids": IDS.float()}, ("float32", "weights")),
+    "more rows of ids": ({"ids": IDS.repeat(2, 1), "weights": SHARE.repeat(2, 1)}, ("[18, 3]", "9")),
+    "another number of experts": ({"tensors": PLAIN | {"experts.w13": PLAIN["experts.w13"][:4]}}, ("4", "5")),
+    "map of int64": ({"expert_map": torch.zeros(5, dtype=torch.int64)}, ("int64",)),
+    "weights of another K": ({"weights": SHARE[:, :2]}, ("[9, 2]",)),
+    "short bias": ({"tensors": PLAIN | {"experts.b13": PLAIN["experts.b13"][:, :-1]}}, ("73", "74")),
+    "rows of x": ({"ids": IDS[:4], "weights": SHARE[:4]}, ("[4, 3]", "9")),
+    "added": ({"added": torch.zeros(4, 40)}, ("[4, 40]",)),
+    "not float8": ({"quantised": _scales()}, ("float8_e4m3fn",)),
+    "scales": ({"tensors": CODES, "quantised": _scales() | {"w13": Quantised(SHARE[0])}}, ("[3]", "[5, 2, 1]")),
+    "one scale for both": ({"tensors": CODES, "quantised": _scales(tile=(0, 0), stacked=False)}, ("[5, 1, 1]",)),
+    "scales of 8 columns": ({"tensors": CODES, "quantised": _scales(5, tile=(128, 8))}, ("8", "16")),
+    "interleaved float8": ({"tensors": CODES, "quantised": _scales(), "interleaved": True}, ("interleaved",)),
+}
+
+
+def _to(value: Any, device: str) -> Any:
+    if isinstance(value, Quantised):
+        return replace(value, scale=value.scale.to(device))
+    if isinstance(value, dict):
+        return {name: _to(own, device) for name, own in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_experts_are_refused_in_words(device: str, what: str) -> None:
+    changed, words = REFUSED[what]
+    given = {"x": torch.zeros(9, 40), "spec": REFUSED_SPEC, "tensors": PLAIN, "ids": IDS, "weights": SHARE} | changed
+    error = compare.refused(what, lambda: experts.routed_experts(**_to(given, device)), words)
+    compare.same("error", type(error), InputError)
+
+
+def test_a_row_too_few_is_refused(device: str) -> None:
+    hidden, w2 = torch.zeros(26, REFUSED_SPEC.width, device=device), PLAIN["experts.w2"].to(device)
+    dispatched = dispatched_of(IDS, COUNT, 16, True, device)
+    compare.refused("call", lambda: grouped_matmul.down(hidden, w2, dispatched, TILES["one tile"]), ("26", "27"))

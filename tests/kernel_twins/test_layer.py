@@ -30,7 +30,7 @@ from moe_conformance.kernels import dispatch, experts, padding, routing
 from moe_conformance.kernels.capture import capture
 from moe_conformance.kernels.layer import layer, moe_layer
 from moe_conformance.oracle.layer import layer_bound
-from moe_conformance.oracle.tolerance import Contract
+from moe_conformance.oracle.storage import Storage
 from moe_conformance.reference_impl import layer as reference_layer
 from moe_conformance.reference_impl import padding as reference_padding
 from moe_conformance.reference_impl import routing as reference_routing
@@ -64,7 +64,7 @@ def test_a_layer_is_the_reference_at_its_own_routing(device: str, name: str) -> 
     wide = {n: t.double() for n, t in tensors.items()}
     routing_of = Routing(got.ids.cpu().long(), got.weights.cpu().double())
     want = reference_layer.layer(x.double(), spec, wide, routing=routing_of)
-    bound = layer_bound(x, spec, tensors, *routing_of, Contract.stored(torch.float32))
+    bound = layer_bound(x, spec, tensors, *routing_of, Storage.stored(torch.float32))
     compare.close("output", got.output, want.output, bound)
     own = reference_layer.layer(x.double(), spec, wide)
     compare.equal("experts", got.ids, own.ids)
@@ -79,7 +79,7 @@ def same_layer(device: str, spec: LayerSpec, tensors: dict[str, Tensor], exact: 
     wide = {n: t.double() for n, t in exact.items()}
     routed = reference_routing.route_logits(logits.double(), spec.routing, wide)
     want = reference_layer.moe_layer(LayerInputs(x.double(), logits.double(), spec, wide))
-    bound = layer_bound(x, spec, exact, routed.ids, routed.weights, Contract.stored(torch.float32))
+    bound = layer_bound(x, spec, exact, routed.ids, routed.weights, Storage.stored(torch.float32))
     compare.close("output", got, want, bound)
 
 
@@ -128,7 +128,7 @@ def test_a_layer_takes_rows_of_gate_and_up_in_turn(device: str, name: str) -> No
     wide = {n: t.double() for n, t in tensors.items()}
     routing_of = Routing(got.ids.cpu().long(), got.weights.cpu().double())
     want = reference_layer.layer(x.double(), spec, wide, routing=routing_of).output
-    bound = layer_bound(x, spec, wide, *routing_of, Contract.stored(torch.float32))
+    bound = layer_bound(x, spec, wide, *routing_of, Storage.stored(torch.float32))
     compare.close("output", got.output, want, bound)
 
 

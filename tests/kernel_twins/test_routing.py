@@ -14,7 +14,7 @@ from moe_conformance.errors import InputError, Unsupported
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import distinct_logits, integers, normal, poison_, poisoned_allocations
 from moe_conformance.kernels import routing
-from moe_conformance.oracle.routing import weights_value
+from moe_conformance.oracle.weights import weights_value
 from moe_conformance.reference_impl import routing as reference_routing
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -132,13 +132,13 @@ def same_as_exact(
     exact: dict[str, Tensor],
     token_ids: Tensor | None = None,
 ) -> None:
-    logits = logits.double()
+    dtype, logits = logits.dtype, logits.double()
     want = reference_routing.route_logits(logits, spec, exact, token_ids=token_ids)
     compare.equal(f"{what}: ids", got.ids, want.ids)
     skipped = want.weights == 0 if spec.skip_expert else None
     unskipped = replace(spec, skip_expert=False)
     chosen = reference_routing.route_logits(logits, unskipped, exact, token_ids=token_ids).ids
-    weights, shared = weights_value(logits, chosen, spec, exact, torch.float32, skipped)
+    weights, shared = weights_value(logits, chosen, spec, exact, dtype, skipped, stored=torch.float32)
     compare.close(f"{what}: weights", got.weights, want.weights, weights.bound("roundings of float32"))
     if shared is not None:
         compare.close(f"{what}: weights of shared experts", got.shared, want.shared, shared.bound("as above"))
