@@ -17,6 +17,7 @@ SHIFT = "a_constant_added_to_all_logits_changes_nothing"
 UNIQUE = "ids_are_unique_and_in_range_for_any_row"
 AGAIN = "the_same_logits_give_the_same_bits_again"
 ROUTER = "a_router_chooses_and_weighs_by_its_method"
+SHARED = "shared_experts_are_the_last_slots"
 PADDING = "padding_rows_change_no_token"
 
 
@@ -393,12 +394,12 @@ MUTANTS = (
         SharedSlotIsScaled,
         "shared-experts",
         "the scaling factor multiplies the shared expert's weight",
-        ("route-deepseek-v3-fused-shared-one", METHOD),
+        ("route-deepseek-v3-fused-shared-one", SHARED),
     ),
     Mutant(
         SharedSlotIsExpertZero,
         "shared-experts",
         "the shared expert's slot names expert 0",
-        ("route-renorm-fused-shared-one", METHOD),
+        ("route-renorm-fused-shared-one", SHARED),
     ),
 )

@@ -92,6 +92,10 @@ CLAUSES: dict[str, Clause] = {
         "Padding rows, another rank's rows and rows of an earlier step must never be readable.",
         ("SkyRL#1908", "sglang#23885"),
     ),
+    "replay.layers": Clause(
+        "capture-replay",
+        "Each layer's ids must be read at that layer, whichever other layers of the model route nothing.",
+    ),
     "replay.bounds": Clause(
         "capture-replay",
         "Layer ids out of range, and expert ids that do not fit, must be rejected and must change nothing.",
@@ -190,8 +194,8 @@ CLAUSES: dict[str, Clause] = {
     ),
     "experts.no-expert": Clause(
         "expert-map",
-        "A pair whose id is -1, or whose expert another rank has, must add exactly nothing, whatever its weight and its "
-        "token hold.",
+        "A pair whose id is -1, or whose expert another rank has, must add exactly nothing, whatever its weight and "
+        "its token hold.",
         ("vllm#46408", "vllm#48371", "sglang#30387", "vllm-gaudi#1796"),
     ),
     "experts.out-of-range": Clause(
@@ -238,7 +242,7 @@ CLAUSES: dict[str, Clause] = {
     ),
     "block.dropped": Clause(
         "expert-map",
-        "A pair with the id one beyond all experts must contribute exactly zero.",
+        "A pair without an expert must contribute exactly zero.",
         ("vllm#46408", "vllm#48371"),
     ),
     "block.no-expert": Clause(

@@ -126,6 +126,38 @@ CHANGING_COUNTS = tuple(
     for kind in (*WHOLE, *SPLIT)
 )
 
+# Rows behind the valid ones, as a batch has that is padded to the size of a CUDA graph. padding_id: their ids; None:
+# legal ones that look like any other. No layout has room for them.
+PADDING_ROWS = tuple(
+    Case(
+        f"capture-{kind.replace('_', '-')}-padding-rows-{name}",
+        stage="capture_session",
+        clause="rows.own",
+        recipe={"kind": kind, "counts": counts, "tp": 2, "padding_rows": rows, "padding_id": padding_id},
+        tier="smoke" if (kind, name) == ("local", "legal") else "core",
+    )
+    for kind in (*WHOLE, *SPLIT)
+    for name, counts, rows, padding_id in (
+        ("legal", (5, 3), 3, None),
+        ("marked", (3, 5), 11, -1),
+        ("garbage", (5, 3), 3, -(2**31)),
+        ("out-of-range", (4, 4), 1, 2**31 - 1),
+        ("none-first", (0, 5), 2, None),
+        ("none-valid", (0, 0), 8, None),
+    )
+)
+
+# For a session that knows what a step captured: the padding of this step is not in it.
+PADDING_UNREADABLE = tuple(
+    Case(
+        f"capture-{kind}-padding-rows-unreadable",
+        stage="capture_session",
+        clause="rows.own",
+        recipe={"kind": kind, "counts": (5,), "tp": 1, "padding_rows": 3, "padding_id": None, "needs": ("unwritten",)},
+    )
+    for kind in WHOLE
+)
+
 # Wrong row counts -------------------------------------------------------------------------------------------------
 
 # Sizes that fit some layout on some rank, at two tensor-parallel ranks: 404 concatenated, 171 and 233 local, 86 and 117
@@ -177,15 +209,34 @@ NO_TOKENS_WRONG_COUNT = tuple(
     )
 )
 
+# Padding does not make up for rows that are missing, nor do surplus rows count as padding that was not said.
+WRONG_VALID_COUNT = tuple(
+    Case(
+        f"capture-{kind.replace('_', '-')}-wrong-valid-count",
+        stage="capture_session",
+        clause="rows.refuse-count",
+        recipe={
+            "kind": kind,
+            "counts": _COUNTS,
+            "tp": _TP,
+            "rank": 1,
+            "fits": fitting[1],
+            "wrong": _WRONG[1],
+            "padding_rows": 500,
+        },
+    )
+    for kind, fitting in _FITTING.items()
+)
+
 # What is readable -------------------------------------------------------------------------------------------------
 
-# One data-parallel rank and whole rows, so that a wrong layout is not accused here a second time.
+# One rank, where all layouts are one, so that a wrong layout is not accused here a second time.
 SMALLER_STEP = tuple(
     Case(
         f"capture-steps-{name}",
         stage="capture_session",
         clause="replay.only-real-rows",
-        recipe={"kind": "local", "steps": steps},
+        recipe={"steps": steps},
     )
     for name, steps in {"shrink": (9, 4, 1), "grow-again": (9, 4, 6), "through-none": (5, 0, 3), "same": (6, 6)}.items()
 )
@@ -197,7 +248,7 @@ UNWRITTEN = tuple(
         f"capture-unwritten-{name}",
         stage="capture_session",
         clause="replay.only-real-rows",
-        recipe={"kind": "local", "steps": steps, "read": read, "needs": ("unwritten",)},
+        recipe={"steps": steps, "read": read, "needs": ("unwritten",)},
     )
     for name, steps, read in (
         ("nothing-yet", (), 1),
@@ -213,34 +264,56 @@ UNWRITTEN = tuple(
     )
 )
 
+# The layers of each step that have routed experts; the others are dense, or a draft model's that did not run.
+DENSE_BETWEEN = tuple(
+    Case(
+        f"capture-{name}",
+        stage="capture_session",
+        clause="replay.layers",
+        recipe={"layers": layers, "steps": steps},
+        tier="smoke" if name == "dense-between" else "core",
+    )
+    for name, layers, steps in (
+        ("dense-between", 5, ((6, (0, 2, 4)), (4, (0, 2, 4)))),
+        ("dense-every-second", 6, ((5, (1, 3, 5)), (5, (1, 3, 5)), (8, (1, 3, 5)))),
+        ("dense-first", 4, ((3, (1, 2, 3)), (6, (1, 2, 3)), (2, (1, 2, 3)))),
+        ("dense-first-and-last", 5, ((5, (2, 3)), (0, (2, 3)), (5, (2, 3)))),
+        ("dense-last", 4, ((6, (0, 1)), (6, (0, 1)))),
+        ("one-routed-layer", 7, ((4, (3,)), (4, (3,)), (1, (3,)))),
+        ("draft-layers", 5, ((5, (1, 2)), (2, (1, 2, 4)), (7, (1, 2)), (7, (1, 2, 4)))),
+    )
+)
+
 LAYER_BOUNDS = tuple(
     Case(
         f"capture-layer-{name}",
         stage="capture_session",
         clause="replay.bounds",
-        recipe={"kind": "local", "layers": 3, "layer_id": layer_id},
+        recipe={"layers": 3, "layer_id": layer_id},
         tier="smoke" if name in ("minus-one", "one-past") else "core",
     )
     for name, layer_id in {"minus-one": -1, "minus-all": -3, "one-past": 3, "far-past": 300, "two-to-32": 2**32}.items()
 )
 
 # Ids that would pass for a legal one after narrowing to 8, 16 or 32 bits, and the first that is none. An engine whose
-# storage is wide enough to keep an id as it came misleads nobody; only one that declares bounds must refuse it.
+# storage is wide enough to keep an id as it came misleads nobody; only one that declares bounds must refuse it. In a
+# byte, -1 is 255, which is the last of 256 experts.
 EXPERT_BOUNDS = tuple(
     Case(
         f"capture-expert-{name}",
         stage="capture_session",
         clause="replay.bounds",
-        recipe={"kind": "local", "experts": 250, "expert_id": expert_id, "dtype": "int64", "needs": needs},
+        recipe={"experts": experts, "expert_id": expert_id, "dtype": "int64", "needs": needs},
     )
-    for name, expert_id, needs in (
-        ("minus-one", -1, ("expert_bounds",)),
-        ("minus-two-to-8", 7 - 2**8, ("expert_bounds",)),
-        ("one-past", 250, ("expert_bounds",)),
-        ("two-to-8", 2**8 + 7, ()),
-        ("two-to-16", 2**16 + 7, ()),
-        ("two-to-31", 2**31, ("expert_bounds",)),
-        ("two-to-32", 2**32 + 7, ("expert_bounds",)),
+    for name, experts, expert_id, needs in (
+        ("minus-one", 250, -1, ("expert_bounds",)),
+        ("minus-one-of-256", 256, -1, ()),
+        ("minus-two-to-8", 250, 7 - 2**8, ("expert_bounds",)),
+        ("one-past", 250, 250, ("expert_bounds",)),
+        ("two-to-8", 250, 2**8 + 7, ()),
+        ("two-to-16", 250, 2**16 + 7, ()),
+        ("two-to-31", 250, 2**31, ("expert_bounds",)),
+        ("two-to-32", 250, 2**32 + 7, ("expert_bounds",)),
     )
 )
 
@@ -250,9 +323,21 @@ NARROW = tuple(
         f"capture-narrow-e{experts}",
         stage="capture_session",
         clause="replay.narrow",
-        recipe={"kind": "local", "experts": experts},
+        recipe={"experts": experts},
     )
     for experts in (128, 129, 255, 256, 257, 300, 512, 513, 896, 32768, 32769, 40000, 65536)
+)
+
+# Every id of the largest models, at their number of experts a token.
+MANY_EXPERTS = tuple(
+    Case(
+        f"capture-narrow-e896-k{top_k}",
+        stage="capture_session",
+        clause="replay.narrow",
+        recipe={"experts": 896, "top_k": top_k},
+        tier="smoke" if top_k == 16 else "core",
+    )
+    for top_k in (16, 22)
 )
 
 IDS_AS_THEY_COME = tuple(
@@ -260,7 +345,7 @@ IDS_AS_THEY_COME = tuple(
         f"capture-ids-{dtype}-{layout}",
         stage="capture_session",
         clause="replay.only-real-rows",
-        recipe={"kind": "local", "dtype": dtype, "layout": layout},
+        recipe={"dtype": dtype, "layout": layout},
     )
     for dtype in ("int32", "int64")
     for layout in ("contiguous", "transposed", "every-second-row", "every-second-column")
@@ -271,7 +356,6 @@ TWO_SESSIONS = (
         "capture-two-sessions",
         stage="capture_session",
         clause="replay.only-real-rows",
-        recipe={"kind": "local"},
     ),
 )
 
@@ -282,13 +366,18 @@ CASES = (
     *ONE_EXPERT,
     *CHANGING_LAYOUT,
     *CHANGING_COUNTS,
+    *PADDING_ROWS,
+    *PADDING_UNREADABLE,
     *WRONG_COUNT,
     *NO_TOKENS_WRONG_COUNT,
+    *WRONG_VALID_COUNT,
     *SMALLER_STEP,
     *UNWRITTEN,
+    *DENSE_BETWEEN,
     *LAYER_BOUNDS,
     *EXPERT_BOUNDS,
     *NARROW,
+    *MANY_EXPERTS,
     *IDS_AS_THEY_COME,
     *TWO_SESSIONS,
 )

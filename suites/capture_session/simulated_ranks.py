@@ -15,11 +15,20 @@ EXPERTS, LAYERS, TOP_K = 251, 3, 3
 
 
 class SimulatedStep:
-    """One step's ids on every rank. counts: tokens of each data-parallel rank. padding: the id in padding rows, or
-    None for ids that look like any other."""
+    """One step's ids on every rank. counts: tokens of each data-parallel rank. padding: the id in the rows that make
+    slices whole, or None for ids that look like any other. behind: how many rows lie behind the valid ones, and their
+    id, or None for legal ones."""
 
-    def __init__(self, counts: Sequence[int], tp: int, padding: int | None = None, top_k: int = TOP_K) -> None:
+    def __init__(
+        self,
+        counts: Sequence[int],
+        tp: int,
+        padding: int | None = None,
+        top_k: int = TOP_K,
+        behind: tuple[int, int | None] = (0, None),
+    ) -> None:
         self.counts, self.tp, self.padding, self.top_k = tuple(counts), tp, padding, top_k
+        self.behind = behind
 
     def spec(self, dp_rank: int, tp_rank: int = 0, layers: int = LAYERS) -> CaptureSpec:
         """A capturer with room for the largest rank's tokens and not for those of all."""
@@ -57,7 +66,14 @@ class SimulatedStep:
         # The other ranks of the group hold the same rows unless these are slices. Any layout has a gather: an
         # engine may find out only by the number of rows which one it is.
         parts = slices if kind == "sequence_shard" else (ids,) * self.tp
-        return ids.clone(), Rows(kind, self.counts, gather=_gather(parts))
+        padded = [self._with_rows_behind(part) for part in parts]
+        valid_rows = ids.shape[0] if self.behind[0] else None
+        return self._with_rows_behind(ids), Rows(kind, self.counts, _gather(parts, padded), valid_rows)
+
+    def _with_rows_behind(self, ids: Tensor) -> Tensor:
+        rows, expert = self.behind
+        legal = (torch.arange(rows)[:, None] * 5 + torch.arange(self.top_k) * 11 + 2) % EXPERTS
+        return torch.cat([ids, legal if expert is None else torch.full_like(legal, expert)])
 
     def _padded(self, dp_rank: int, layer: int) -> Tensor:
         """One data-parallel rank's rows with the padding that makes them whole slices: [tp ceil(count / tp), K]."""
@@ -69,8 +85,14 @@ class SimulatedStep:
         return ids
 
 
-def _gather(parts: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda ids: torch.cat([part.to(ids) for part in parts])
+def _gather(parts: Sequence[Tensor], padded: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """All ranks' rows, with the padding behind them if the engine gathers before it cuts that off."""
+
+    def gather(ids: Tensor) -> Tensor:
+        cut = ids.shape[0] == parts[0].shape[0]
+        return torch.cat([part.to(ids) for part in (parts if cut else padded)])
+
+    return gather
 
 
 def capture_step(session: CaptureSession, step: SimulatedStep, kind: RowKind, dp_rank: int, tp_rank: int = 0) -> None:

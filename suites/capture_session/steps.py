@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import CaptureSession, CaptureSpec, Rows
+from moe_conformance.engine import CaptureSpec, Engine, RowKind, Rows
 from moe_conformance.errors import Nonconformance, Unsupported
 
 LAYERS, TOP_K, EXPERTS = 3, 3, 250
+KINDS: tuple[RowKind, ...] = ("local", "concatenated", "sequence_shard", "sequence_gathered")
 
 
-def spec_of(max_tokens: int, experts: int = EXPERTS, layers: int = LAYERS) -> CaptureSpec:
-    return CaptureSpec(max_tokens=max_tokens, layers=layers, top_k=TOP_K, experts=experts)
+def spec_of(max_tokens: int, experts: int = EXPERTS, layers: int = LAYERS, top_k: int = TOP_K) -> CaptureSpec:
+    return CaptureSpec(max_tokens=max_tokens, layers=layers, top_k=top_k, experts=experts)
 
 
 def ids_of(step: int, tokens: int, layer: int) -> Tensor:
@@ -27,14 +28,32 @@ def record_of(step: int, tokens: int, layers: int = LAYERS) -> Tensor:
     return torch.stack([ids_of(step, tokens, layer) for layer in range(layers)], dim=1)
 
 
-def capture(session: CaptureSession, layer: int, ids: Tensor) -> None:
-    """On the only rank there is, every row is its own."""
-    session.capture(layer, ids, Rows("local", (ids.shape[0],)))
+class OnlyRank:
+    """A session on the only rank there is, where every row is its own and all layouts are the same.
 
+    Rows are said to be in whichever layout the engine offers.
+    """
 
-def capture_step(session: CaptureSession, step: int, tokens: int, layers: tuple[int, ...] = (0, 1, 2)) -> None:
-    for layer in layers:
-        capture(session, layer, ids_of(step, tokens, layer))
+    def __init__(self, engine: Engine, spec: CaptureSpec) -> None:
+        offered = engine.capabilities()["capture_session"]
+        self.kind = next((kind for kind in KINDS if kind in offered), None)
+        if self.kind is None:
+            raise Unsupported(f"capture_session: got no layout, want one of {', '.join(KINDS)}")
+        self.session = engine.capture_session(spec)
+
+    def capture(self, layer: int, ids: Tensor) -> None:
+        assert self.kind is not None
+        self.session.capture(layer, ids, Rows(self.kind, (ids.shape[0],), gather=lambda rows: rows))
+
+    def capture_step(self, step: int, tokens: int, layers: tuple[int, ...] = (0, 1, 2)) -> None:
+        for layer in layers:
+            self.capture(layer, ids_of(step, tokens, layer))
+
+    def read(self, num_tokens: int) -> Tensor:
+        return self.session.read(num_tokens)
+
+    def close(self) -> None:
+        self.session.close()
 
 
 def unreadable(what: str, read: Any, of: tuple[slice | int, ...]) -> None:
@@ -51,8 +70,14 @@ def unreadable(what: str, read: Any, of: tuple[slice | int, ...]) -> None:
 
 
 def ids_at_the_edges(experts: int) -> Tensor:
-    """[n, L, K]: the lowest and highest ids, and those on both sides of 2^7, 2^8, 2^15 and 2^16."""
-    edges = {0, 1, experts - 2, experts - 1, *(2**bits - side for bits in (7, 8, 15, 16) for side in (0, 1))}
+    """[n, L, K]: the lowest and highest ids, and those on both sides of 2^7 to 2^10, 2^15 and 2^16."""
+    edges = {0, 1, experts - 2, experts - 1, *(2**bits - side for bits in (7, 8, 9, 10, 15, 16) for side in (0, 1))}
     legal = torch.tensor(sorted(edge for edge in edges if edge < experts))
     places = torch.arange(len(legal))[:, None, None] + torch.arange(LAYERS)[:, None] + torch.arange(TOP_K)
     return legal[places % len(legal)]
+
+
+def every_id(experts: int, top_k: int) -> Tensor:
+    """[n, L, K]: all ids in turn, each layer from another one on; those of a row differ."""
+    row = torch.arange(-(-experts // top_k))[:, None, None] * top_k
+    return (row + 300 * torch.arange(LAYERS)[:, None] + torch.arange(top_k)) % experts

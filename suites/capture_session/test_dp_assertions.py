@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,22 +18,43 @@ from moe_conformance.suites.capture_session.cases import (
     NO_TOKENS_WRONG_COUNT,
     ONE_EXPERT,
     OWN_ROWS,
+    PADDING_ROWS,
+    PADDING_UNREADABLE,
     SPELLED_OUT,
     WRONG_COUNT,
+    WRONG_VALID_COUNT,
     tp_ranks_judged,
 )
 from moe_conformance.suites.capture_session.simulated_ranks import LAYERS, TOP_K, SimulatedStep, capture_step
+from moe_conformance.suites.capture_session.steps import unreadable
 
 
-@check(OWN_ROWS + MARKED_PADDING + ONE_EXPERT)
+@check(OWN_ROWS + MARKED_PADDING + ONE_EXPERT + PADDING_ROWS)
 def test_every_rank_records_its_own_rows(engine: Engine, case: Case) -> None:
-    step = SimulatedStep(case["counts"], case["tp"], case.recipe.get("padding"), case.recipe.get("top_k", TOP_K))
+    step = _step(case)
     for dp_rank, count in enumerate(step.counts):
         for tp_rank in tp_ranks_judged(case["kind"], count, step.tp):
             with closing(engine.capture_session(step.spec(dp_rank, tp_rank))) as session:
                 capture_step(session, step, case["kind"], dp_rank, tp_rank)
                 got = session.read(count)
             compare.equal(f"record of rank dp{dp_rank} tp{tp_rank}", got, step.want(dp_rank))
+
+
+def _step(case: Case) -> SimulatedStep:
+    recipe = case.recipe
+    behind = recipe.get("padding_rows", 0), recipe.get("padding_id")
+    return SimulatedStep(case["counts"], case["tp"], recipe.get("padding"), recipe.get("top_k", TOP_K), behind)
+
+
+@check(PADDING_UNREADABLE)
+def test_padding_rows_are_never_readable(engine: Engine, case: Case) -> None:
+    """A buffer with room for them has kept none: what lies behind the step's own rows is -1, or raises."""
+    step, count, rows = _step(case), case["counts"][0], case["padding_rows"]
+    spec = replace(step.spec(0), max_tokens=count + rows)
+    with closing(engine.capture_session(spec)) as session:
+        capture_step(session, step, case["kind"], 0)
+        unreadable("padding rows of this step", lambda: session.read(count + rows), (slice(count, None),))
+        compare.equal("record of this step", session.read(count), step.want(0))
 
 
 @check(SPELLED_OUT)
@@ -68,16 +90,19 @@ def test_counts_may_change_between_steps(engine: Engine, case: Case) -> None:
         compare.equal(f"record of rank dp{dp_rank} after the second step", got, second.want(dp_rank))
 
 
-@check(WRONG_COUNT + NO_TOKENS_WRONG_COUNT)
+@check(WRONG_COUNT + NO_TOKENS_WRONG_COUNT + WRONG_VALID_COUNT)
 def test_wrong_row_counts_are_refused_by_number(engine: Engine, case: Case) -> None:
+    """wrong: rows that are no padding; behind them may lie padding, as many rows as would make up for any."""
+    padding = case.recipe.get("padding_rows", 0)
     step = SimulatedStep(case["counts"], case["tp"])
     dp_rank, tp_rank = case["rank"], step.tp - 1
     want = step.want(dp_rank)
     with closing(engine.capture_session(step.spec(dp_rank, tp_rank))) as session:
         capture_step(session, step, case["kind"], dp_rank, tp_rank)
         for wrong in case["wrong"]:
-            ids = torch.arange(wrong * step.top_k).reshape(wrong, step.top_k) % 7
-            rows = Rows(case["kind"], step.counts, gather=lambda ids: torch.cat([ids] * step.tp))
+            ids = torch.arange((wrong + padding) * step.top_k).reshape(-1, step.top_k) % 7
+            valid_rows = wrong if padding else None
+            rows = Rows(case["kind"], step.counts, lambda ids: torch.cat([ids] * step.tp), valid_rows)
             compare.refused(
                 f"{wrong} rows on rank dp{dp_rank} tp{tp_rank}, where {case['fits']} fit",
                 partial(session.capture, LAYERS - 1, ids, rows),

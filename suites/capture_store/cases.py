@@ -16,7 +16,9 @@ OWNER_CLOSES = (_store("owner-closes", "replay.other-process"),)
 # Slots of three chunks of one prompt, with another request's in between, and slots that change hands.
 SLOTS_CHANGE_HANDS = (_store("slots-of-chunks", "replay.only-real-rows"),)
 TWO = (_store("two-stores", "replay.only-real-rows"),)
-NARROW = tuple(_store(f"narrow-e{experts}", "replay.narrow", experts=experts) for experts in (128, 256, 257, 896, 40000))
+NARROW = tuple(
+    _store(f"narrow-e{experts}", "replay.narrow", experts=experts) for experts in (128, 256, 257, 896, 40000)
+)
 # "unwritten": a slot that nobody wrote reads as -1, or raises.
 UNWRITTEN = (_store("unwritten-slots", "replay.only-real-rows", needs=("unwritten",)),)
 BOUNDS = tuple(

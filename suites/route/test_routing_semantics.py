@@ -13,7 +13,7 @@ from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
 from moe_conformance.oracle.routing import judge_routing
 from moe_conformance.protocol.moving import to_device
-from moe_conformance.suites.route.cases import FUSED_CASES, METHOD_CASES, NONE_CASES, SHIFT_CASES, UNIQUE_CASES
+from moe_conformance.suites.route.cases import METHOD_CASES, NONE_CASES, SHIFT_CASES, UNIQUE_CASES
 from moe_conformance.suites.route.inputs import inputs_of
 
 # Added to all logits: far beyond the overflow of exp in float32, as far as two-byte dtypes stay exact.
@@ -21,17 +21,19 @@ SHIFT = {torch.float32: 1024.0, torch.float16: 64.0, torch.bfloat16: 8.0}
 
 
 def routed(engine: Any, what: str, inputs: RouteInputs) -> Routing:
-    """The engine's answer with its form checked: ids integer, weights float32, [T, slots] both; on the CPU."""
+    """The engine's answer on the CPU, with its form checked: ids integer [T, slots], weights float32 of that shape, or
+    in the logits' dtype where scores are."""
     ids, weights = engine.route(to_device(inputs, engine.info.device))
     shape = (len(inputs.logits), inputs.slots)
     compare.shape_and_type(f"{what}: ids", ids, shape, integer=True)
     compare.shape_and_type(f"{what}: weights", weights, shape, integer=False)
-    if weights.dtype != torch.float32:
-        raise Nonconformance(f"{what}: weights: got {weights.dtype}, want torch.float32")
+    allowed = {torch.float32} | ({inputs.logits.dtype} if inputs.routing.score_dtype == "input" else set())
+    if weights.dtype not in allowed:
+        raise Nonconformance(f"{what}: weights: got {weights.dtype}, want {' or '.join(map(str, allowed))}")
     return Routing(ids.detach().cpu().long(), weights.detach().cpu())
 
 
-@check((*METHOD_CASES, *NONE_CASES, *FUSED_CASES))
+@check((*METHOD_CASES, *NONE_CASES))
 def test_ids_and_weights_are_those_of_the_method(engine: Any, case: Case) -> None:
     """Route once: every row of numbers gets the experts and the weights that float64 gives it."""
     inputs = inputs_of(case)

@@ -11,7 +11,8 @@ from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import normal
-from moe_conformance.oracle.routing import judge_routing, logits_value
+from moe_conformance.oracle.logits import logits_value
+from moe_conformance.oracle.routing import judge_routing
 from moe_conformance.suites.route.inputs import fine
 
 Tensors = dict[str, Tensor]
