@@ -15,7 +15,7 @@ from moe_conformance.engines.transformers import Transformers
 from moe_conformance.errors import ConfigError, InputError, Nonconformance, Unsupported
 from moe_conformance.model.specs import LayerSpec
 from moe_conformance.oracle.layer import layer_value
-from moe_conformance.oracle.tolerance import Contract
+from moe_conformance.oracle.storage import Storage
 from moe_conformance.reference_impl.layer import layer
 from moe_conformance.reference_impl.router import router_logits
 from moe_conformance.reference_impl.routing import route_logits
@@ -37,7 +37,7 @@ def test_the_reference_agrees_with_the_oracle_of_the_bounds(slug: str) -> None:
     routed = route_logits(logits, exact.spec.routing, exact.tensors, token_ids=exact.token_ids, sequences=2)
     mine, _ = exact.output(Routing(routed.ids, routed.weights))
     other = layer_value(
-        exact.x, exact.spec, exact.tensors, routed.ids, routed.weights, Contract.stored(torch.float64), routed.shared
+        exact.x, exact.spec, exact.tensors, routed.ids, routed.weights, Storage.stored(torch.float64), routed.shared
     )
     torch.testing.assert_close(mine, other.exact, rtol=1e-11, atol=1e-11)
 
