@@ -58,8 +58,8 @@ CLAUSES: dict[str, Clause] = {
     ),
     "remap.one-target": Clause(
         "double-prefix",
-        "Every naming style and suffix of one checkpoint tensor must map to one and the same parameter, and no two "
-        "tensors to the same.",
+        "Every naming style and suffix of one checkpoint tensor must map to one and the same parameter, and two tensors "
+        "to the same only as parts of a fused one: gate and up of an expert or of all, or one part of all experts.",
         ("vllm#41206", "mobius#239", "vllm#31261"),
     ),
     "remap.idempotent": Clause(
@@ -194,8 +194,8 @@ CLAUSES: dict[str, Clause] = {
     ),
     "experts.no-expert": Clause(
         "expert-map",
-        "A pair whose id is -1, or whose expert another rank has, must add exactly nothing, whatever its weight and its "
-        "token hold.",
+        "A pair whose id is -1, or whose expert another rank has, must add exactly nothing, whatever its weight and "
+        "its token hold.",
         ("vllm#46408", "vllm#48371", "sglang#30387", "vllm-gaudi#1796"),
     ),
     "experts.out-of-range": Clause(
@@ -242,7 +242,7 @@ CLAUSES: dict[str, Clause] = {
     ),
     "block.dropped": Clause(
         "expert-map",
-        "A pair with the id one beyond all experts must contribute exactly zero.",
+        "A pair without an expert must contribute exactly zero.",
         ("vllm#46408", "vllm#48371"),
     ),
     "block.no-expert": Clause(

@@ -1,22 +1,22 @@
-"""What each rank is given, and what the parts of all must sum to, in float64."""
+"""What each rank is given, and what its part is held against."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import Engine, ExpertsInputs, ShardInputs
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import distinct_logits, integers, normal, poisoned_allocations
-from moe_conformance.model.specs import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
-from moe_conformance.oracle.layer import layer_bound, layer_value
-from moe_conformance.oracle.tolerance import Bound, Contract
+from moe_conformance.judging.repeats import assert_repeats
+from moe_conformance.model.specs import MLPSpec
+from moe_conformance.oracle.bounds import Bound
+from moe_conformance.oracle.experts import expected_parts
+from moe_conformance.protocol.moving import to_device
 
 
 def chosen(tokens: int, experts: int, top_k: int, dropped: int, seed: str, hot: int | None = None) -> Tensor:
@@ -116,73 +116,14 @@ def judge_sum(engine: Engine, what: str, layer: ShardInputs, everybody: Sequence
     total = torch.zeros(layer.whole.x.shape, dtype=torch.float64)
     for inputs in everybody:
         total += part_of(engine, inputs)
-    want, bound = expected_sum(layer, everybody[0].ep_size, everybody[0].tp_size)
-    compare.close(what, total, want, bound)
+    compare.close(what, total, *_expected(everybody[0]))
 
 
 def same_part(engine: Engine, what: str, got: Tensor, want: Tensor, inputs: ShardInputs) -> None:
     """Two parts of the same rank that must not differ: in bits, or for an engine without "same_bits" by roundings."""
-    if "same_bits" in engine.capabilities()["shard"]:
-        compare.equal(what, got, want)
-        return
     own = with_pairs(inputs, ids=inputs.whole.ids.where(held_pairs(inputs), -1))
-    _, bound = expected_sum(own, inputs.ep_size, inputs.tp_size)
-    compare.close(what, got, want, Bound(2 * bound.limit, f"of each of the two: {bound.origin}"))
+    assert_repeats(what, engine, "shard", got, want, _expected(own)[1])
 
 
-def expected_sum(inputs: ShardInputs, size: int, tp: int) -> tuple[Tensor, Bound]:
-    """The exact layer [T, D] in float64, and how far the sum of the parts of size x tp correct ranks may be from it.
-
-    An expert divided among tp ranks rounds as tp narrower experts do that have the same weight, and a divided shared
-    expert as so many shared ones. Where tp does not divide the width, the next number that does is counted. What a
-    rank stores is one of the partial sums of `Contract.stored`, whichever pairs are in it.
-    """
-    layer, shared = inputs.whole, inputs.shared
-    contract, width, blocks = Contract.stored(layer.x.dtype), layer.mlp.width, 2 if layer.mlp.gated else 1
-    experts, whole = layer.experts, {**layer.tensors, **inputs.shared_tensors}
-    dense = LayerSpec(
-        hidden_size=layer.x.shape[1],
-        num_experts=experts,
-        logits=LogitsSpec(),
-        routing=RoutingSpec(layer.ids.shape[1]),
-        experts=layer.mlp,
-        shared=SharedSpec(shared) if shared else None,
-    )
-    ids = torch.where(layer.ids < 0, experts, layer.ids)  # the oracle's id for a pair that no expert takes
-    exact = layer_value(layer.x, dense, whole, ids, layer.weights, contract).exact
-
-    slices = next(n for n in range(tp, width + 1) if width % n == 0)
-
-    def divided(name: str, tensor: Tensor) -> Tensor:
-        """[E, ...] -> [E slices, ...]; the first slice of an expert has its b2."""
-        if name == "experts.b2":
-            return F.pad(tensor[:, None], (0, 0, 0, slices - 1)).flatten(0, 1)
-        if name == "experts.w2":
-            columns: Tensor = tensor.unflatten(2, (slices, -1))
-            return columns.movedim(2, 1).flatten(0, 1)
-        rows: Tensor = tensor.unflatten(1, (blocks, slices, -1))
-        return rows.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-
-    narrow = replace(
-        dense,
-        num_experts=experts * slices,
-        experts=replace(layer.mlp, width=width // slices),
-        shared=SharedSpec(shared, count=size * tp, weighted=True) if shared else None,
-    )
-    tensors = {n: divided(n, t) if n.startswith("experts.") else t for n, t in whole.items()}
-    ids = (ids[..., None] * slices + torch.arange(slices)).clamp(max=experts * slices).flatten(1)  # [T, K slices]
-    weights, once = layer.weights.repeat_interleave(slices, -1), layer.x.new_ones(len(layer.x), size * tp)
-    return exact, layer_bound(layer.x, narrow, tensors, ids, weights, contract, once if shared else None)
-
-
-def to_device(inputs: ShardInputs, device: str) -> ShardInputs:
-    """The inputs on the engine's device."""
-    return moved(inputs, device)  # type: ignore[no-any-return]
-
-
-def moved(value: Any, device: str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, ShardInputs | ExpertsInputs):
-        return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
-    return {name: moved(tensor, device) for name, tensor in value.items()} if isinstance(value, dict) else value
+def _expected(inputs: ShardInputs) -> tuple[Tensor, Bound]:
+    return expected_parts(inputs.whole, inputs.shared, inputs.shared_tensors, inputs.ep_size, inputs.tp_size)
