@@ -24,6 +24,8 @@ class Router(nn.Module):
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         experts = self.parts["moe"].experts if "moe" in self.parts else self.parts["experts"]
+        # What vLLM's projection puts out is float32 whatever the model's dtype is.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         hidden = logits  # Gemma 4's routing function is given hidden states, as all are, and does not use them.
         return experts.router.custom_routing_function(
             hidden_states=hidden, gating_output=logits, topk=self.top_k, renormalize=True
@@ -63,14 +65,11 @@ def router_module(spec: RouterSpec) -> RouterHandle:
 
 @torch.no_grad()
 def route(inputs: RouteInputs) -> Routing:
-    """The torch routing function that vLLM's Gemma 4 calls on a CPU.
-
-    It is given float32, as in vLLM, whose router projection has that output dtype whatever the model's is.
-    """
+    """The torch routing function that vLLM's Gemma 4 calls on a CPU."""
     experts = inputs.logits.shape[-1]
     spec = RouterSpec(LogitsSpec("gemma4"), inputs.routing, experts, 32, torch.float32)
     handle = router_module(spec)
     parameter = handle.module.get_parameter(handle.tensors["router.per_expert_scale"])
     parameter.copy_(inputs.tensors["router.per_expert_scale"])
-    weights, ids = handle.module(inputs.logits.float())
+    weights, ids = handle.module(inputs.logits)
     return Routing(ids, weights)
