@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import fake_engines
@@ -118,13 +119,14 @@ def test_a_refusal_has_a_kind_and_the_engines_words() -> None:
     assert said[0].message == "no kernel for sm_35"
 
 
-def test_limits_hold_for_calls_that_go_around_the_guard() -> None:
-    engine = judge_of("Declines").engine
+def test_limits_hold_for_calls_and_can_be_asked_where_a_check_goes_around_them() -> None:
+    engine = judge_of("CallsBack").engine
     inputs = AlignInputs(torch.zeros((1, 1), dtype=torch.int32), 4, 1)
     engine.within("align", inputs)
     engine.limits = {"align": Limits(pairs=0)}
-    with pytest.raises(Unsupported, match="align: limits: pairs: got 1, want at most 0"):
-        engine.within("align", inputs)
+    for call in (engine.align, partial(engine.within, "align")):
+        with pytest.raises(Unsupported, match="align: limits: pairs: got 1, want at most 0"):
+            call(inputs)
 
 
 class Recorder(Engine):
