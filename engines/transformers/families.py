@@ -217,7 +217,7 @@ FAMILIES = (
             "experts.width": "expert_ffn_hidden_size",
             "experts.activation": "hidden_act",
         },
-        {"num_layers": 1},
+        {"num_layers": 1, "num_hidden_layers": 2},
     ),
     Family(
         "ernie4_5_moe",
@@ -255,7 +255,7 @@ FAMILIES = (
     Family(
         "llama4_text",
         _layer(replace(_CHOSEN, score="sigmoid"), experts=MLPSpec(0, weight_on="input"), shared=_SHARED),
-        {**_LOCAL, **_PLAIN},
+        {**_LOCAL, **_PLAIN, **_BUILT},
         {"interleave_moe_layer_step": 1},
         lone_router=False,
     ),
@@ -381,7 +381,14 @@ FAMILIES = (
     Family(
         "step3p5",
         _layer(_BIASED, experts=MLPSpec(0, clamp="after"), shared=_SHARED),
-        {**_NUM, **_OWN, "experts.limit": "swiglu_limits", "output_scale": "moe_router_scaling_factor"},
+        {
+            **_ROUTED,
+            **_OWN,
+            "experts.limit": "swiglu_limits",
+            "shared.mlp.width": "share_expert_dim",
+            "shared.mlp.activation": "hidden_act",
+            "output_scale": "moe_router_scaling_factor",
+        },
         _SPARSE,
     ),
     Family(

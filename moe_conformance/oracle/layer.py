@@ -43,9 +43,9 @@ def expected_layer(inputs: LayerInputs) -> tuple[Tensor, Bound]:
 def expected_block(inputs: BlockInputs, spec: LayerSpec, routing: Routing | None = None) -> tuple[Tensor, Bound]:
     """The exact output [T, H] in float64, and the largest error of a correct engine that stores in x's dtype.
 
-    At inputs.routing where the case gives one; then what the router gives shared experts is of its own choice. Otherwise
-    at `routing`, ids and weights [T, K] that the engine reports, where one of weight 0 has no expert if the model drops
-    or skips pairs; None: at the oracle's own choice. Raises ValueError where rounding could change an expert of that.
+    At inputs.routing where the case gives one; what the router gives shared experts then follows from its own choice.
+    Otherwise at `routing`, ids and weights [T, K] that the engine reports, where a pair of weight 0 has no expert if
+    the model drops or skips pairs. None: at the oracle's own choice. Raises ValueError where rounding could change it.
     """
     x, logits = inputs.x.flatten(0, 1), block_logits(inputs, spec)
     given, shared = inputs.routing or routing, None
