@@ -342,16 +342,21 @@ MUTANTS = (
     _mutant(WidthIsTheDenseOne, "the dense width for the experts'", "config-qwen3-moe", _DESCRIBED),
     _mutant(LegacyKeysAreForObjects, "ignores legacy keys of a config.json", "config-kimi-linear-hub", _DESCRIBED),
     _mutant(EpsilonIsThatOfTheLargestFamily, "the epsilon of another family", "config-layers-lfm2-moe", _LAYERS),
-    _mutant(NormFlagIsNotRead, "renormalises whatever the flag says", "config-layers-qwen3-moe-otherwise", _LAYERS),
     _mutant(
-        OutputScaleGoesIntoTheWeights, "scales weights, where the model scales the sum", "config-layers-laguna", _LAYERS
+        NormFlagIsNotRead, "renormalises whatever the flag says", "config-layers-qwen3-moe-otherwise-published", _LAYERS
     ),
-    _mutant(MaskedGroupsAreMinusInfinity, "masks as DeepSeek-V3, not with 0", "config-layers-axk2", _LAYERS),
-    _mutant(RouterComputesInTheInputDtype, "a float32 router runs in bf16", "config-layers-flint", _LAYERS),
-    _mutant(SharedExpertsAreClampedToo, "clamps shared experts as routed", "config-layers-hy-v4", _LAYERS),
-    _mutant(KnowsOnlyHiddenAct, "knows one key of the activation", "config-layers-jetmoe", _LAYERS),
-    _mutant(LimitsCountMoELayers, "takes the clamp limit of another layer", "config-layers-step3p7", _LAYERS),
+    _mutant(
+        OutputScaleGoesIntoTheWeights,
+        "scales weights, where the model scales the sum",
+        "config-layers-laguna-published",
+        _LAYERS,
+    ),
+    _mutant(MaskedGroupsAreMinusInfinity, "masks as DeepSeek-V3, not with 0", "config-layers-axk2-published", _LAYERS),
+    _mutant(RouterComputesInTheInputDtype, "a float32 router runs in bf16", "config-layers-flint-published", _LAYERS),
+    _mutant(SharedExpertsAreClampedToo, "clamps shared experts as routed", "config-layers-hy-v4-published", _LAYERS),
+    _mutant(KnowsOnlyHiddenAct, "knows one key of the activation", "config-layers-gemma4-published", _LAYERS),
+    _mutant(LimitsCountMoELayers, "takes the clamp limit of another layer", "config-layers-step3p7-published", _LAYERS),
     _mutant(AbsentGroupsAreOne, "forgets the default of n_group", "config-layers-deepseek-v3-hub", _LAYERS),
-    _mutant(DeadNormFlagIsRead, "reads a key that the model does not", "config-layers-deepseek-v2", _LAYERS),
-    _mutant(HashedLayersAreNot, "does not know layers that hash", "config-layers-deepseek-v4", _LAYERS),
+    _mutant(DeadNormFlagIsRead, "reads a key that the model does not", "config-layers-deepseek-v2-published", _LAYERS),
+    _mutant(HashedLayersAreNot, "does not know layers that hash", "config-layers-deepseek-v4-published", _LAYERS),
 )
