@@ -125,32 +125,26 @@ def plain(tensors: Mapping[str, Tensor]) -> Project:
     return project
 
 
-def routed_sum(
+def _routed_sum(
     x: Tensor,
     spec: MLPSpec,
-    project: Project,
+    tensors: Mapping[str, Tensor],
     ids: Tensor,
     weights: Tensor,
-    *,
-    experts: int,
-    identity_experts: int = 0,
-    output_scale: float = 1.0,
-    output_norm: Tensor | None = None,
+    expert_map: Tensor | None,
+    identity_experts: int,
+    output_scale: float,
+    around: Sequence[Around] = (),
 ) -> Tensor:
-    """Sum over each token's experts of weight times expert output, both projections left to `project`.
-
-    The one loop over experts: what weights are stored as, and what an adapter adds, is project's affair.
-    x: [T, D]. ids: [T, K] int in [-1, experts + identity_experts). weights: [T, K] float, not looked at where the id is
-    -1. returns [T, D] in x's dtype, summed in float32 or wider and rounded once. Raises InputError for an id out of
-    range.
-    """
+    """`routed_experts`: the one loop over experts. How they are stored and adapted is the projections' affair."""
+    experts = len(tensors["experts.w2"])  # here; identity experts come behind them
+    ids = _own_ids(ids, experts, identity_experts, expert_map)
+    project = plain(tensors)
+    for outer in around:
+        project = outer(project)
     total = x.new_zeros(x.shape, dtype=wide(x.dtype))  # [T, D]
+
     chosen, pair = ids.flatten().sort()  # [T K], pairs of one expert side by side
-    count = experts + identity_experts
-    if len(chosen) and not -1 <= int(chosen[0]) <= int(chosen[-1]) < count:
-        raise InputError(
-            f"ids: got {int(chosen[0])} to {int(chosen[-1])}, want 0 to {count - 1}, or -1 for a pair without an expert"
-        )
     kept = chosen >= 0
     chosen, pair = chosen[kept], pair[kept]
     token, weight = pair // ids.shape[1], weights.flatten()[pair, None].to(total.dtype)
@@ -162,51 +156,28 @@ def routed_sum(
             def matrix(name: str, rows: Tensor, expert: int = expert, token: Tensor = token_e) -> Tensor:
                 return project(name, expert, token, rows)
 
-            output = one_mlp(x_e, spec, matrix, weight_e, output_norm)
+            output = one_mlp(x_e, spec, matrix, weight_e, tensors.get("experts.output_norm"))
         else:
             output = x_e * weight_e
         total.index_add_(0, token_e, output.to(total.dtype))
     return (total * output_scale).to(x.dtype)
 
 
-def _compute(
-    x: Tensor,
-    spec: MLPSpec,
-    tensors: Mapping[str, Tensor],
-    ids: Tensor,
-    weights: Tensor,
-    expert_map: Tensor | None,
-    identity_experts: int,
-    output_scale: float,
-    around: Sequence[Around] = (),
-) -> Tensor:
-    count = len(tensors["experts.w2"])
-    if expert_map is not None:
-        ids = of_this_rank(ids, expert_map, count)
-    project = plain(tensors)
-    for outer in around:
-        project = outer(project)
-    return routed_sum(
-        x,
-        spec,
-        project,
-        ids,
-        weights,
-        experts=count,
-        identity_experts=identity_experts,
-        output_scale=output_scale,
-        output_norm=tensors.get("experts.output_norm"),
-    )
+def _own_ids(ids: Tensor, held: int, identity_experts: int, expert_map: Tensor | None) -> Tensor:
+    """Ids by this rank's own numbers: those it holds first, then the identity experts; -1 for other ranks' experts."""
+    experts = held if expert_map is None else len(expert_map)
+    last = experts + identity_experts - 1
+    if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) <= last:
+        got = f"{int(ids.min())} to {int(ids.max())}"
+        raise InputError(f"ids: got {got}, want 0 to {last}, or -1 for a pair without an expert")
+    if expert_map is None:
+        return ids
+    identity = ids >= experts
+    return torch.where(identity, ids - experts + held, local_ids(ids.masked_fill(identity, -1), expert_map))
 
 
 def _routed_experts(x: Tensor, names: Sequence[str], experts: Sequence[Tensor], *rest: Any, **fields: Any) -> Tensor:
-    return _compute(x, MLPSpec(**fields), dict(zip(names, experts, strict=True)), *rest)
-
-
-def of_this_rank(ids: Tensor, expert_map: Tensor, count: int) -> Tensor:
-    """Ids by this rank's own numbers: its `count` experts first, then the identity experts; -1 for other ranks'."""
-    identity = ids >= len(expert_map)
-    return torch.where(identity, ids - len(expert_map) + count, local_ids(ids.masked_fill(identity, -1), expert_map))
+    return _routed_sum(x, MLPSpec(**fields), dict(zip(names, experts, strict=True)), *rest)
 
 
 def _routed_experts_shape(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -244,7 +215,7 @@ def routed_experts(
     returns [T, D] in x's dtype. Raises InputError for an id out of range.
     """
     if around:
-        return _compute(x, spec, tensors, ids, weights, expert_map, identity_experts, output_scale, around)
+        return _routed_sum(x, spec, tensors, ids, weights, expert_map, identity_experts, output_scale, around)
     names = list(spec.tensors("experts", *x.shape[1:]))
     experts = [tensors[name] for name in names]
     output: Tensor = _operator(

@@ -22,8 +22,8 @@ from moe_conformance.errors import InputError
 from moe_conformance.reference_impl.capture import Capturer, local_rows, row_counts, storage_dtype
 from moe_conformance.reference_impl.store import HostReader, HostStore
 from moe_conformance.suites.capture_session.cases import tp_ranks_judged
-from moe_conformance.suites.capture_store.other_process import read_slots
 from moe_conformance.suites.capture_session.simulated_ranks import SimulatedStep, capture_step
+from moe_conformance.suites.capture_store.other_process import read_slots
 
 SPEC = CaptureSpec(max_tokens=6, layers=2, top_k=2, experts=250)
 IDS = torch.tensor([[3, 249], [0, 7], [12, 1]])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_conformance.engine import LayerInputs
+from moe_conformance.engine import LayerInputs, MLPSpec
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.reference_impl import layer as stage
 from moe_conformance.reference_impl import padding
@@ -52,10 +53,13 @@ class GateAndUpPaddedAsOne(Faulty):
     """Rows are added below up only, so that the kernel takes up's first rows for gate's last."""
 
     def layer(self, inputs: LayerInputs) -> Tensor:
-        def as_one(w13: Tensor, w2: Tensor, hidden: int, intermediate: int) -> tuple[Tensor, Tensor]:
-            _, down = padding.pad_expert_weights(w13, w2, hidden, intermediate)
-            rows = 2 * intermediate - w13.shape[1]
-            return F.pad(w13, (0, hidden - w13.shape[2], 0, rows)), down
+        def as_one(tensors: Mapping[str, Tensor], spec: MLPSpec, hidden: int, intermediate: int) -> dict[str, Tensor]:
+            padded = padding.pad_expert_weights(tensors, spec, hidden, intermediate)
+            w13 = tensors.get("experts.w13")
+            if w13 is not None:
+                rows = 2 * intermediate - w13.shape[1]
+                padded["experts.w13"] = F.pad(w13, (0, hidden - w13.shape[2], 0, rows))
+            return padded
 
         with patch.object(stage, "pad_expert_weights", as_one):
             return super().layer(inputs)

@@ -2,12 +2,19 @@
 
 That is in --case and --class, known-failure files, `explain`, and verdict streams of older releases that `diff` reads.
 A case's class and stage need no entry: a stream that is read back takes both from the catalogue of today.
-This module imports nothing of the package, so that each table it renames may import it.
+This module imports no table that it renames, so that each of them may import it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+
+from moe_conformance.errors import UsageError
+
+# Names up to which a message lists all that there are.
+LISTED = 40
 
 # Case ids are permanent; one that had to change stands here for good.
 CASES: Mapping[str, str] = {}
@@ -27,6 +34,20 @@ WORDS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("capture_session", "layer_bounds"): (),
     ("capture_store", "bounds"): (),
 }
+
+
+def current(
+    what: str, got: Iterable[str], there: Collection[str], renamed: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """These names as they are now. Raises UsageError with the near matches where one does not exist."""
+    names = [renamed.get(name, name) for name in got]
+    for name in names:
+        if name not in there:
+            near = get_close_matches(name, there, n=3)
+            want = ", ".join(near if len(there) > LISTED else there) or f"one of the {len(there)} that exist"
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{what}: got {name!r}, want {want}{guess}")
+    return names
 
 
 def renamed_word(stage: str, word: str) -> str | None:

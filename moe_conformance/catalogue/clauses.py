@@ -194,8 +194,8 @@ CLAUSES: dict[str, Clause] = {
     ),
     "experts.no-expert": Clause(
         "expert-map",
-        "A pair whose id is -1, or whose expert another rank has, must add exactly nothing, whatever its weight and its "
-        "token hold.",
+        "A pair whose id is -1, or whose expert another rank has, must add exactly nothing, whatever its weight and "
+        "its token hold.",
         ("vllm#46408", "vllm#48371", "sglang#30387", "vllm-gaudi#1796"),
     ),
     "experts.out-of-range": Clause(
@@ -242,7 +242,7 @@ CLAUSES: dict[str, Clause] = {
     ),
     "block.dropped": Clause(
         "expert-map",
-        "A pair with the id one beyond all experts must contribute exactly zero.",
+        "A pair without an expert must contribute exactly zero.",
         ("vllm#46408", "vllm#48371"),
     ),
     "block.no-expert": Clause(

@@ -82,7 +82,7 @@ def best(compared: Value, spec: RoutingSpec) -> tuple[Tensor, Tensor]:
     """ids [T, K] of the best K of the exact scores, best first; and whether no rounding changes that set, [T]."""
     tokens, experts = compared.exact.shape
     many = min(2 if spec.group_score == "top2_sum" else 1, experts // spec.groups)
-    groups = compared.exact.reshape(tokens, spec.groups, -1).topk(many).values.sum(-1)
+    groups = compared.exact.reshape(tokens, spec.groups, experts // spec.groups).topk(many).values.sum(-1)
     kept = torch.zeros_like(groups, dtype=torch.bool).scatter(1, groups.topk(spec.top_groups).indices, True)
     outside = ~kept.repeat_interleave(experts // spec.groups, dim=1)
     low, high = (bound.masked_fill(outside, spec.group_mask) for bound in interval(compared))

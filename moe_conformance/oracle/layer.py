@@ -40,22 +40,23 @@ def expected_layer(inputs: LayerInputs) -> tuple[Tensor, Bound]:
     return _expected(inputs.x, inputs.spec, inputs.tensors, choose(routed, None, inputs.x.dtype))
 
 
-def expected_block(inputs: BlockInputs, spec: LayerSpec, routing: Routing | None) -> tuple[Tensor, Bound]:
+def expected_block(inputs: BlockInputs, spec: LayerSpec, routing: Routing | None = None) -> tuple[Tensor, Bound]:
     """The exact output [T, H] in float64, and the largest error of a correct engine that stores in x's dtype.
 
-    routing: ids and weights [T, K] to compute at, the case's or those that the engine reports; where the model drops
-    or skips pairs, one of weight 0 has no expert. None: the oracle's own choice; raises ValueError where rounding could
-    change an expert of it.
+    At inputs.routing where the case gives one; what the router gives shared experts then follows from its own choice.
+    Otherwise at `routing`, ids and weights [T, K] that the engine reports, where a pair of weight 0 has no expert if
+    the model drops or skips pairs. None: at the oracle's own choice. Raises ValueError where rounding could change it.
     """
-    x, needed = inputs.x.flatten(0, 1), routing is None or spec.routing.shared_classes
-    logits = block_logits(inputs, spec) if needed else None
-    if routing is None:
+    x, logits = inputs.x.flatten(0, 1), block_logits(inputs, spec)
+    given, shared = inputs.routing or routing, None
+    if given is None:
         return _expected(x, spec, inputs.tensors, choose(block_routing(inputs, spec), logits, x.dtype))
-    ids, weights = routing.ids.cpu().long(), routing.weights.cpu()
-    shared = None
+    ids, weights = given.ids.cpu().long(), given.weights.cpu()
     if spec.routing.shared_classes:
-        assert logits is not None
-        shared = weights_value(logits, ids, spec.routing, inputs.tensors, x.dtype)[1]
+        if inputs.routing is not None:
+            shared = choose(block_routing(inputs, spec), logits, x.dtype).shared
+        else:
+            _, shared = weights_value(logits, ids, spec.routing, inputs.tensors, x.dtype)
     ids = ids.where(~without_expert(Routing(ids, weights), spec.routing), -1)
     return _expected(x, spec, inputs.tensors, Choice(ids, Value.of(weights), shared))
 

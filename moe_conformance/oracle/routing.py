@@ -45,16 +45,31 @@ def judge_routing(
     shift: what was added to all logits that the engine was given, of a softmax. stored: the dtype in which weights may
     be handed on, None for that of the logits; those with a scale of the expert's own are float32 (Gemma 4).
     """
-    shape = (len(inputs.logits), inputs.slots)
-    ids = compare.shape_and_type(f"{what}: ids", answer.ids, shape, integer=True)
-    weights = compare.shape_and_type(f"{what}: weights", answer.weights, shape, integer=False)
-    valid = Routing(ids[: inputs.valid_rows].detach().cpu().long(), weights[: inputs.valid_rows].detach().cpu())
-    judgement = _Judgement(what, valid, inputs, logits, shift, stored)
+    judgement = _Judgement(what, _valid(what, answer, inputs), inputs, logits, shift, stored)
     judgement.names()
     judgement.sets()
     judgement.weights()
     if inputs.fused_shared is not None:
         judgement.fused_shared(inputs.fused_shared)
+
+
+def judge_names(what: str, answer: Routing, inputs: RouteInputs) -> None:
+    """Whether ids are unique and in range, as `judge_routing` judges them, and nothing else."""
+    _Judgement(what, _valid(what, answer, inputs), inputs, None, 0.0, None).names()
+
+
+def judge_fused_shared(what: str, answer: Routing, inputs: RouteInputs) -> None:
+    """The last slots alone, as `judge_routing` judges them, for logits that are exact."""
+    assert inputs.fused_shared is not None
+    _Judgement(what, _valid(what, answer, inputs), inputs, None, 0.0, None).fused_shared(inputs.fused_shared)
+
+
+def _valid(what: str, answer: Routing, inputs: RouteInputs) -> Routing:
+    """The valid rows of an answer on the CPU. Raises Nonconformance for another form than [T, slots]."""
+    shape = (len(inputs.logits), inputs.slots)
+    ids = compare.shape_and_type(f"{what}: ids", answer.ids, shape, integer=True)
+    weights = compare.shape_and_type(f"{what}: weights", answer.weights, shape, integer=False)
+    return Routing(ids[: inputs.valid_rows].detach().cpu().long(), weights[: inputs.valid_rows].detach().cpu())
 
 
 class _Judgement:
@@ -78,8 +93,9 @@ class _Judgement:
         self.dtype = inputs.logits.dtype
         given = Value.of(inputs.logits) if logits is None else logits
         given = given[:rows]
-        # Of product keys a row has the logits of two tokens.
-        self.numbers = conditioned(given, spec, torch.float64).exact.isfinite().all(-1)
+        self.numbers = given.exact.isfinite().all(-1)
+        if spec.selector == "product_keys":  # a row has logits of two tokens
+            self.numbers = conditioned(given, spec, torch.float64).exact.isfinite().all(-1)
         self.given = given.map(lambda part: part.nan_to_num(0.0, 0.0, 0.0))
         self.compared = compared_value(self.given, spec, inputs.tensors, self.dtype)
         self.experts = self.compared.exact.shape[1] - spec.skip_expert
@@ -124,7 +140,7 @@ class _Judgement:
     def _fits_capacity(self) -> Tensor:
         """[T] bool; and ids of pairs without expert become those of experts that have no place for the token."""
         found = room_of(self.given, self.compared, self.inputs, self.numbers)
-        picked = torch.zeros_like(found.keeps).scatter(1, self.ids, ~self.none)
+        picked = torch.zeros_like(self.compared.exact).scatter_add(1, self.ids, (~self.none).double()) > 0
         right = fitting(picked, interval(self.compared), found, self.spec.top_k)
         lost = self.compared.exact.masked_fill(picked | ~found.drops, -torch.inf)
         place = (self.none.cumsum(-1) - 1).clamp(min=0)
@@ -237,16 +253,17 @@ class _Judgement:
         compute = wide(self.dtype)
         if fused.rule == "constant":
             return Value.of(torch.full(index.shape, fused.weight)).stored(compute)
-        _, routed, shared = next(self._weights())
         if fused.rule == "router":
+            shared = next(self._weights())[2]
             if shared is None:
                 raise ValueError("inputs are no good: fused_shared: got rule 'router', want shared_classes in routing")
             return shared.gather(index)
-        sums = (part.sum(-1, keepdim=True) for part in (routed.exact, routed.spread, routed.limit))
-        size = routed.exact.abs().sum(-1, keepdim=True)
-        total = Value(*sums).erring(size, self.spec.top_k, compute)
+        # Of the weights that the engine gives, which may be of before or after a rounding.
+        routed = self.routed.weights.double()
+        size = routed.abs().sum(-1, keepdim=True)
+        total = Value.of(routed.sum(-1, keepdim=True)).erring(size, 2 * self.spec.top_k, compute)
         if self.narrow is not None and self.narrow != compute:
-            total = total.erring(size, 1, self.narrow)  # the sum of weights already rounded
+            total = total.erring(size, 1, self.narrow)
         share = (total * Value.of(fused.weight).stored(compute)).stored(compute)
         return share.map(lambda part: part.expand(index.shape))
 

@@ -50,7 +50,7 @@ def conditioned(logits: Tensor | Value, spec: RoutingSpec, store: torch.dtype) -
         argument = value.exact.abs() / 2  # as in activation.activated
         value = value.through(lambda v: cap * torch.tanh(v / cap)).erring(argument, 1, store).stored(store, INSIDE)
     if spec.selector == "product_keys":
-        halves = value.map(lambda t: t.reshape(2, len(t), -1))
+        halves = value.map(lambda t: t.reshape(2, len(t), t.shape[1] // 2))
         value = (halves[0][:, :, None] + halves[1][:, None, :]).stored(store).map(lambda t: t.flatten(1))
     return value
 

@@ -42,7 +42,9 @@ def weights_value(
         weights = score(value.gather(ids), spec, store, shift)
     else:
         weights = score(value, spec, store, shift).gather(ids)
-    kept = torch.ones_like(weights.exact) if dropped is None else (~dropped).double()
+    kept = torch.ones_like(weights.exact)
+    if dropped is not None:
+        kept[:, : ids.shape[1]] = (~dropped).double()
     late = spec.capacity is not None and spec.capacity.renormalize_before
     weights = _normalised(weights if late else weights * Value.of(kept), spec, store) * Value.of(kept)
     weights = (weights * Value.of(spec.scale).stored(store)).stored(store)

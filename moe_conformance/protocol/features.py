@@ -172,6 +172,13 @@ def words(stage: str) -> Mapping[str, Feature]:
     return MappingProxyType({feature.word: feature for feature in FEATURES if stage in feature.stages})
 
 
+def feature(stage: str, word: str) -> Feature:
+    """The entry of a word that the stage has."""
+    if word in words(stage):
+        return words(stage)[word]
+    return words(stage)["implementation:NAME" if word.startswith("implementation:") else "MODEL_TYPE"]
+
+
 def is_known(stage: str, word: str) -> bool:
     """Whether a stage has a feature of this word."""
     if stage == "block" and word.startswith("implementation:"):

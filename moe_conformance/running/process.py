@@ -21,6 +21,8 @@ from moe_conformance.running.messages import Answer, Check, Hello, Message, Prob
 
 # A vLLM process imports and initialises for up to 40 s on two busy cores.
 START_SECONDS = 300.0
+# How the message begins where a stage's probe ended its process: it stands for every case of the stage.
+PROBING = "in the probe of "
 
 
 class EngineProcess:
@@ -69,7 +71,7 @@ class EngineProcess:
         match self._read(seconds):
             case Outcome() as outcome:
                 if isinstance(asked, Probe):
-                    return Outcome(outcome.verdict, f"in the probe of {asked.stage}: {outcome.message}")
+                    return Outcome(outcome.verdict, f"{PROBING}{asked.stage}: {outcome.message}")
                 return outcome
             case Answer(number, outcome) if number == asked.number:
                 return outcome

@@ -6,20 +6,17 @@ import torch
 from torch import Tensor
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.judging.inputs import bits, integers, normal, windows
+from moe_conformance.judging.inputs import bits, integers, matrix, normal
 from moe_conformance.protocol.experts import ExpertsInputs
 
 
 def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Weights are about 1 over the root of what they are summed over, so that no part hides in another's rounding."""
     part = name.rpartition(".")[2]
     if part.startswith("b"):
         return normal(shape, name, dtype)
     if "norm" in part:
         return normal(shape, name, dtype, 0.25)
-    # Rows of large matrices are windows of one stretch, which is cheap.
-    values = windows if shape[-1] > 256 else normal
-    return values(shape, name, dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
+    return matrix(shape, name, dtype)
 
 
 def chosen(case: Case) -> Tensor:

@@ -13,7 +13,7 @@ from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import LayerInputs
 from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
-from moe_conformance.judging.inputs import distinct_logits, normal, poisoned_allocations, windows
+from moe_conformance.judging.inputs import distinct_logits, matrix, normal, poisoned_allocations
 from moe_conformance.judging.repeats import assert_repeats
 from moe_conformance.oracle.layer import expected_layer
 from moe_conformance.protocol.moving import to_device
@@ -21,8 +21,7 @@ from moe_conformance.suites.layer.cases import TRACE_CASES, VALUE_CASES
 
 
 def build(case: Case) -> LayerInputs:
-    """Inputs of a case. Weights are about 1 over the root of what they sum over, so that every part of the output
-    is of a size with the others and none hides in another's rounding."""
+    """The case's inputs on the CPU."""
     dtype, spec = getattr(torch, case["dtype"]), case["spec"]
     return LayerInputs(
         x=normal((case["tokens"], spec.hidden_size), "layer-x", dtype),
@@ -42,7 +41,7 @@ def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return normal(shape, seed, std=0.25)
     if part.startswith("b"):
         return normal(shape, seed, dtype, 0.5)
-    return windows(shape, seed, dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
+    return matrix(shape, seed, dtype)
 
 
 @check(VALUE_CASES)
