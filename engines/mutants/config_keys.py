@@ -103,6 +103,20 @@ class StepStartsAtLayerZero(Faulty):
         return replace(spec, moe_layers=tuple(i for i in range(spec.num_layers) if i % step == 0 and i not in dense))
 
 
+class SizesOfEveryLayer(Faulty):
+    """One number for each layer of the model, dense ones included."""
+
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        return replace(spec, top_k=(spec.top_k,) * spec.num_layers) if isinstance(spec.top_k, int) else spec
+
+
+class LargestTopKForEveryLayer(Faulty):
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        return replace(spec, top_k=spec.max_top_k)
+
+
 class TopKListIsItsFirstEntry(Faulty):
     def capture_shape(self, config: Any, side: Side) -> CaptureShape:
         shape = super().capture_shape(config, side)
@@ -330,6 +344,13 @@ MUTANTS = (
     _mutant(ThinkerIsNotOpened, "thinker_config is not opened", "config-qwen3-omni-thinker-nested", _DESCRIBED),
     _mutant(DenseLayersAreOffByOne, "one leading dense layer too many", "config-deepseek-v3", _DESCRIBED),
     _mutant(StepStartsAtLayerZero, "the sparse step counts from layer 0", "config-qwen3-moe", _DESCRIBED),
+    _mutant(SizesOfEveryLayer, "a top-k for each layer, dense ones too", "config-qwen3-moe", _DESCRIBED),
+    _mutant(
+        LargestTopKForEveryLayer,
+        "the largest of a list of top-ks for all",
+        "config-hunyuan-v1-moe-top-k-list",
+        _DESCRIBED,
+    ),
     _mutant(
         TopKListIsItsFirstEntry, "takes the first of a list", "capture-shape-hunyuan-v1-moe-top-k-list", _BOTH_SIDES
     ),
