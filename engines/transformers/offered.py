@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from moe_conformance.engine import LayerSpec, Limits
+from moe_conformance.engine import Activation, LayerSpec, Limits
 from moe_conformance.engines.transformers.families import Family
 from moe_conformance.engines.transformers.matching import available, filled
 from moe_conformance.protocol import features
@@ -24,7 +24,7 @@ _ACTING: dict[str, Any] = {
     "selection_bias": True,
     "bias": True,
 }
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+_ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def offered(stage: str) -> frozenset[str]:
