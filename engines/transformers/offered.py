@@ -12,7 +12,7 @@ from moe_conformance.engines.transformers.matching import available, filled
 from moe_conformance.protocol import features
 
 # Values that act, of the fields that a config key may decide.
-_ACTING: dict[str, Any] = {
+ACTING: dict[str, Any] = {
     "renormalize": "sum",
     "groups": 2,
     "scale": 2.0,
@@ -46,7 +46,7 @@ def offered(stage: str) -> frozenset[str]:
 def _layers(family: Family) -> Iterator[LayerSpec]:
     """The family's layer with all keys at rest, and with all that act."""
     yield family.layer
-    acting = {path: _ACTING[name] for path in family.keys if (name := path.rpartition(".")[2]) in _ACTING}
+    acting = {path: ACTING[name] for path in family.keys if (name := path.rpartition(".")[2]) in ACTING}
     yield filled(family.layer, acting)
     for activation in _ACTIVATIONS if "experts.activation" in family.keys else ():
         yield replace(family.layer, experts=replace(family.layer.experts, activation=activation))
