@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Iterator
-
 import pytest
+from every_check import CHECKS, modules, verdict
 
 import moe_conformance.engines.mutants
-import moe_conformance.suites
-from moe_conformance.catalogue.case import Case
 from moe_conformance.catalogue.clauses import BUG_CLASSES
 from moe_conformance.engine import STAGES
 from moe_conformance.engines.mutants.mutant import Mutant
 from moe_conformance.engines.reference import Reference
-from moe_conformance.judging.goldens import matches
 from moe_conformance.judging.judge import Judge
-from moe_conformance.judging.verdict import Outcome, Verdict, at_level
+from moe_conformance.judging.verdict import Verdict
 from moe_conformance.running.discovery import Target
 
 SEEDS = ("config-keys", "closure-capture", "double-prefix", "dp-assertions", "shape-mismatch")
 
 
-def modules(package: object, prefix: str) -> Iterator[object]:
-    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):  # type: ignore[attr-defined]
-        if found.name.rpartition(".")[2].startswith(prefix):
-            yield importlib.import_module(found.name)
-
-
 MUTANTS: list[Mutant] = [
     mutant for module in modules(moe_conformance.engines.mutants, "") for mutant in getattr(module, "MUTANTS", ())
 ]
-CHECKS: list[tuple[str, str, Case]] = [
-    (module.__name__, name, case)
-    for module in modules(moe_conformance.suites, "test_")
-    for name, function in vars(module).items()
-    for case in getattr(function, "moe_cases", ())
-]
-
-
-def verdict(judge: Judge, module: str, name: str, case: Case) -> Verdict:
-    outcome = judge.run(module, name, case)
-    facts = outcome.facts
-    if facts is not None and not matches(case.bug_class, name.removeprefix("test_"), case.id, facts):
-        outcome = Outcome(Verdict.FAIL)
-    return at_level(outcome, case.level).verdict
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.engine.name)

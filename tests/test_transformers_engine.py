@@ -14,7 +14,7 @@ from moe_conformance.engines.transformers import Transformers
 from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import distinct_logits, normal
-from moe_conformance.oracle.tolerance import sums
+from moe_conformance.oracle.bounds import sums
 
 
 def test_the_adapter_imports_neither_torch_nor_transformers() -> None:
