@@ -90,12 +90,12 @@ def combine(
     experts: int,
     *,
     weighted: bool = True,
-    scale: float = 1.0,
+    output_scale: float = 1.0,
     identity_experts: int = 0,
     added: Tensor | None = None,
     expert_map: Tensor | None = None,
 ) -> Tensor:
-    """Each token's sum of weight times expert output, times scale, plus added; in float32, rounded once.
+    """Each token's sum of weight times expert output, times output_scale, plus added; in float32, rounded once.
 
     outputs: [T K, D'], rows contiguous; columns behind D, padding, are never read, nor are rows of pairs that no expert
     takes. ids: [T, K] int32 or int64; weights: [T, K] float, not looked at for those pairs; both of any strides.
@@ -129,7 +129,7 @@ def combine(
                 width,
                 experts,
                 identity_experts,
-                scale,
+                output_scale,
                 outputs.stride(0),
                 *weights.stride(),
                 *x.stride(),

@@ -6,6 +6,7 @@ argparse, because importing click takes longer than all else that --help does.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,8 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"got {' '.join(others)}, which this command does not take")
     try:
         code = command(options, others)
+        sys.stdout.flush()
     except UsageError as error:
         parser.error(str(error))
+    except BrokenPipeError:  # as behind `| head`; nor may the interpreter flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     sys.exit(code)
 
 

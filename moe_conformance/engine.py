@@ -39,7 +39,7 @@ from moe_conformance.model.specs import (
 from moe_conformance.model.storage import LoraSpec, QuantSpec
 from moe_conformance.protocol.align import Aligned, AlignInputs
 from moe_conformance.protocol.capture import CaptureReader, CaptureSession, CaptureSpec, CaptureStore, RowKind, Rows
-from moe_conformance.protocol.checkpoint import CheckpointName
+from moe_conformance.protocol.checkpoint import CheckpointName, Target
 from moe_conformance.protocol.engine import Engine, EngineInfo, called_by_engine
 from moe_conformance.protocol.experts import ExpertsInputs, Lora
 from moe_conformance.protocol.layer import BlockInputs, BlockOutput, LayerInputs
@@ -67,7 +67,7 @@ __all__ = [
     "ExpertsInputs", "FusedShared", "InputError", "LatentSpec", "LayerInputs", "LayerSpec", "Limits", "LogitsSpec",
     "Lora", "LoraSpec", "MLPSpec", "MoEConformanceError", "MoESpec", "Precision", "QuantSpec", "ReplicateInputs",
     "Replicated", "RouteInputs", "RouterHandle", "RouterSpec", "Routing", "RoutingSpec", "RowKind", "Rows", "Shape",
-    "ShardInputs", "SharedSpec", "Unavailable", "Unsupported", "bits", "called_by_engine", "distinct_logits",
+    "ShardInputs", "SharedSpec", "Target", "Unavailable", "Unsupported", "bits", "called_by_engine", "distinct_logits",
     "integers", "normal", "poison_", "poisoned_allocations", "windows",
 ]
 # fmt: on

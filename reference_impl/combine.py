@@ -27,7 +27,7 @@ def combine(
     passed on by ids in [experts, experts + identity_experts). weighted: False where the weights are in the outputs
     already. added: [T, D]. expert_map: [experts], the local id of each expert, -1 for those of other ranks.
     returns [T, D] in x's dtype, summed in float32 or wider. A pair that no expert takes adds nothing, whatever stands
-    in its row and in its weight; here, too, an id out of range is such a pair, for this is what a kernel can do.
+    in its row and in its weight. This is what one kernel does, so an id out of range is such a pair here (experts.py).
     """
     (tokens, width), top_k = x.shape, ids.shape[1]
     taken = (ids >= 0) & (ids < experts)  # [T, K]

@@ -50,8 +50,9 @@ def align(ids: Tensor, experts: int, block: int, expert_map: Tensor | None = Non
 def slot_count(pairs: int, experts: int, block: int) -> int:
     """P of `align`, enough for any ids: each expert that has pairs, one a pair at most, has block - 1 of padding."""
     slots = round_up(pairs + min(experts, pairs) * (block - 1), block)
-    if slots > torch.iinfo(torch.int32).max:
-        raise InputError(f"ids: {pairs} pairs in blocks of {block} need {slots} slots, more than int32 can count")
+    most = torch.iinfo(torch.int32).max
+    if slots > most:
+        raise InputError(f"ids: got {pairs} pairs in blocks of {block}, {slots} slots, want at most {most} (int32)")
     return slots
 
 

@@ -81,6 +81,24 @@ def test_refusal_names_what_came_and_the_count_of_every_layout() -> None:
     assert all(str(count) in str(refused.value) for count in (57, 404, 233, 117, 406))
 
 
+@pytest.mark.parametrize("kind", ["concatenated", "local", "sequence_shard", "sequence_gathered"])
+def test_padding_rows_are_cut_before_the_layout_is_read(kind: RowKind) -> None:
+    """Whatever they hold, also no expert: the step is recorded as if they were not there."""
+    step = SimulatedStep((3, 5), tp=2)
+    session, padding = Capturer(step.spec(1)), torch.full((4, 3), -7)
+    for layer in range(step.spec(1).layers):
+        ids, rows = step.rows(kind, 1, 0, layer)
+        padded = torch.cat([ids, padding.to(ids.dtype)[:, : ids.shape[1]]])
+        session.capture(layer, padded, replace(rows, valid_rows=len(ids)))
+    assert all(torch.equal(session.read(5)[:, layer].long(), step.own(1, layer).long()) for layer in range(3))
+
+
+@pytest.mark.parametrize(("valid", "message"), [(-1, "got -1, want 0 to 3"), (4, "got 4, want 0 to 3"), (2, "2 rows")])
+def test_valid_rows_that_do_not_fit_are_refused(valid: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Capturer(SPEC).capture(0, IDS, replace(local(IDS), valid_rows=valid))
+
+
 @pytest.mark.parametrize("wrong", [Rows("local", (3, 3)), Rows("local", (-3,)), Rows("sequence_shard", (3,))])
 def test_rows_that_contradict_the_spec_are_refused(wrong: Rows) -> None:
     with pytest.raises(InputError, match="rows"):

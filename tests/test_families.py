@@ -25,19 +25,23 @@ from moe_conformance.suites.block.test_routing_semantics import test_a_block_rou
 CASES = {case.id.removeprefix("family-"): case for case in (*ROUTE_CASES, *BLOCK_CASES, *EXPERTS_CASES, *SHARED_CASES)}
 
 
+def exact(inputs: BlockInputs) -> BlockInputs:
+    """The same in float64."""
+
+    def wide(tensor: torch.Tensor | None) -> Any:
+        return tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+
+    tensors = {name: wide(tensor) for name, tensor in inputs.tensors.items()}
+    routing = inputs.routing and Routing(*map(wide, inputs.routing))
+    return replace(inputs, x=wide(inputs.x), tensors=tensors, state=wide(inputs.state), routing=routing)
+
+
 @pytest.mark.parametrize("slug", VARIANTS)
 def test_the_reference_agrees_with_the_oracle(slug: str) -> None:
     """Two implementations of a layer in float64, neither of which knows the other, nor transformers."""
-    case = next(case for case in BLOCK_CASES if case["family"] == slug)
-    inputs, spec = inputs_of(case), spec_of(slug)
-    tensors = {
-        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.tensors.items()
-    }
-    state = None if inputs.state is None else inputs.state.double()
-    wide = replace(inputs, tensors=tensors, x=inputs.x.double(), state=state)
-    got = Reference().block(wide)
-    want, _ = expected_block(wide, spec, got.routing)
-    torch.testing.assert_close(got.output, want, rtol=1e-11, atol=1e-11)
+    inputs = exact(inputs_of(next(case for case in BLOCK_CASES if case["family"] == slug)))
+    want, _ = expected_block(inputs, spec_of(slug))
+    torch.testing.assert_close(Reference().block(inputs).output, want, rtol=1e-11, atol=1e-11)
 
 
 def test_no_case_leaves_it_to_rounding_which_experts_are_chosen() -> None:

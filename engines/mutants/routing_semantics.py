@@ -148,7 +148,8 @@ class TiesGoEitherWay(Faulty):
 
     def route(self, inputs: RouteInputs) -> Routing:
         self.calls += 1
-        if self.calls & 2:
+        spec = inputs.routing
+        if self.calls & 2 or spec.selector != "topk" or spec.groups > 1 or spec.classes(0):
             return super().route(inputs)
         flipped = replace(
             inputs,
@@ -164,7 +165,8 @@ class BiasEntersWeights(Faulty):
 
     def route(self, inputs: RouteInputs) -> Routing:
         ids, weights = super().route(inputs)
-        if inputs.routing.selection_bias and inputs.routing.score == "sigmoid":
+        is_biased = inputs.routing.selection_bias and inputs.routing.score == "sigmoid"
+        if is_biased and not inputs.routing.shared_classes and inputs.fused_shared is None:
             scores = inputs.logits.float().sigmoid() + inputs.tensors["router.selection_bias"]
             weights = scores.gather(-1, ids)
             weights = weights / weights.sum(-1, keepdim=True) * inputs.routing.scale
@@ -277,10 +279,15 @@ class ScoresOfTheModelsDtype(Faulty):
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         handle = build_router(spec)
-        assert isinstance(handle.module, Router)
-        select = handle.module.select
-        handle.module.experts.routing_function = lambda logits: select(logits.to(spec.dtype))
+        handle.module.__class__ = _NarrowLogits
+        assert isinstance(handle.module, _NarrowLogits)
+        handle.module.experts.routing_function = handle.module.select
         return handle
+
+
+class _NarrowLogits(Router):
+    def select(self, logits: Tensor, **batch: Any) -> Routing:
+        return super().select(logits.to(self.spec.dtype).to(logits.dtype), **batch)
 
 
 class BatchMaximumOfAllRows(Faulty):
@@ -376,8 +383,8 @@ MUTANTS = (
     _method(SigmoidInLogitsDtype, "sigmoids run in bfloat16", "route-biased-e256-k8-t9-bf16-normal-sliced"),
     _method(LogitsInInputPrecision, "logits are computed in bfloat16", "router-biased-e256-k8-bf16", ROUTER),
     _method(ScoresOfTheModelsDtype, "logits are rounded to bfloat16", "router-deepseek-v3-e256-k8-bf16", ROUTER),
-    _unique(TiedGroupsAllKept, "all tied groups compete", "route-deepseek-v3-e64-k6-t23-fp32-tied-groups"),
-    _unique(ThresholdTakesTiesFirst, "a tie ousts a larger score", "route-renorm-e40-k5-t23-fp32-last-place"),
+    _method(TiedGroupsAllKept, "all tied groups compete", "route-deepseek-v3-e72-k6-t23-fp32-tied-groups"),
+    _method(ThresholdTakesTiesFirst, "a tie ousts a larger score", "route-renorm-e40-k5-t23-fp32-last-place"),
     Mutant(
         BatchMaximumOfAllRows,
         "token-padding",

@@ -198,7 +198,10 @@ FAMILIES = (
         _SPARSE,
     ),
     Family(
-        "flint", _layer(RoutingSpec(0, score="sigmoid"), _FLOAT32, shared=_SHARED), {**_NUM, **_OWN, **_NORM, **_BUILT}
+        "flint",
+        _layer(RoutingSpec(0, score="sigmoid"), _FLOAT32, shared=_SHARED),
+        {**_NUM, **_OWN, **_NORM, **_BUILT},
+        {"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
     Family(
         "kolibri1",
@@ -217,7 +220,7 @@ FAMILIES = (
             "experts.width": "expert_ffn_hidden_size",
             "experts.activation": "hidden_act",
         },
-        {"num_layers": 1},
+        {"num_layers": 1, "num_hidden_layers": 2},
     ),
     Family(
         "ernie4_5_moe",
@@ -255,7 +258,7 @@ FAMILIES = (
     Family(
         "llama4_text",
         _layer(replace(_CHOSEN, score="sigmoid"), experts=MLPSpec(0, weight_on="input"), shared=_SHARED),
-        {**_LOCAL, **_PLAIN},
+        {**_LOCAL, **_PLAIN, **_BUILT},
         {"interleave_moe_layer_step": 1},
         lone_router=False,
     ),
@@ -349,14 +352,14 @@ FAMILIES = (
     Family(
         "zaya",
         _layer(
-            RoutingSpec(0, score_dtype="input", selection_bias=True, skip_expert=True),
+            RoutingSpec(1, score_dtype="input", selection_bias=True, skip_expert=True),
             LogitsSpec("zaya", norm_eps=1e-5),
         ),
-        {**_NUM, **_OWN, "logits.width": "router_hidden_size", "logits.norm_eps": "rms_norm_eps"},
+        {**_OWN, "num_experts": "num_experts", "logits.width": "router_hidden_size", "logits.norm_eps": "rms_norm_eps"},
     ),
     Family(
         "switch_transformers",
-        _layer(RoutingSpec(1, capacity=Capacity(tokens=64)), _FLOAT32, experts=_UNGATED),
+        _layer(RoutingSpec(1, score_dtype="input", capacity=Capacity(tokens=64)), _FLOAT32, experts=_UNGATED),
         {
             "hidden_size": "d_model",
             "num_experts": "num_experts",
@@ -381,7 +384,14 @@ FAMILIES = (
     Family(
         "step3p5",
         _layer(_BIASED, experts=MLPSpec(0, clamp="after"), shared=_SHARED),
-        {**_NUM, **_OWN, "experts.limit": "swiglu_limits", "output_scale": "moe_router_scaling_factor"},
+        {
+            **_ROUTED,
+            **_OWN,
+            "experts.limit": "swiglu_limits",
+            "shared.mlp.width": "share_expert_dim",
+            "shared.mlp.activation": "hidden_act",
+            "output_scale": "moe_router_scaling_factor",
+        },
         _SPARSE,
     ),
     Family(

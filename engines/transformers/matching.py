@@ -7,9 +7,9 @@ judged is always the family's own code, and a spec that no row is equal to is re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from moe_conformance.engine import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
@@ -19,7 +19,7 @@ from moe_conformance.errors import Unsupported
 # What a layer is from its logits on.
 _PARTS = tuple(item.name for item in fields(LayerSpec) if item.name not in ("logits", "vocab_size"))
 # One layer, one head: nothing but the block is run.
-_SMALL = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 64}
+_SMALL = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
 # Values as configs write them.
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
 _WORDS: dict[str, dict[Any, Any]] = {
@@ -38,51 +38,88 @@ def available() -> tuple[Family, ...]:
     return tuple(family for family in FAMILIES if family.model_type in model_types())
 
 
-def for_layer(spec: LayerSpec, dtype: str) -> tuple[Family, LayerSpec]:
-    """A family with that layer, from its logits on; its spec has a shared expert where the model always has one."""
-    for family in available():
-        if (found := _expressed(family, spec, dtype, _PARTS)) is not None:
-            return family, found
-    for family in available():
-        if spec.shared is None and family.layer.shared is not None and not family.layer.shared.gate:
-            mlp = replace(family.layer.shared.mlp, width=spec.experts.width, activation=spec.experts.activation)
-            mlp = replace(mlp, limit=spec.experts.limit, alpha=spec.experts.alpha)
-            beside = replace(spec, shared=replace(family.layer.shared, mlp=mlp))
-            if (found := _expressed(family, beside, dtype, _PARTS)) is not None:
-                return family, found
+Found = tuple[Family, LayerSpec]
+
+
+def for_layer(spec: LayerSpec, dtype: str) -> Found:
+    """A family with that layer, from its logits on; its spec has a shared expert where the model always has one.
+
+    A scale of the sum of what is weighted is one of every weight.
+    """
+    specs = [spec]
+    if spec.output_scale != 1 and spec.experts.weight_on == "output":
+        routing = replace(spec.routing, scale=spec.routing.scale * spec.output_scale)
+        specs.append(replace(spec, output_scale=1.0, routing=routing))
+    for beside_zero in (False, True) if spec.shared is None else (False,):
+        for said in specs:
+            if found := _search(partial(_around, said, beside_zero), dtype, _PARTS):
+                return found
     raise Unsupported(f"transformers has no layer that computes {_said(spec)}, in {dtype}")
 
 
-def for_router(routing: RoutingSpec, dtype: str) -> tuple[Family, LayerSpec]:
+def for_router(routing: RoutingSpec, dtype: str) -> Found:
     """A family whose block routes so, and a small layer of it."""
-    for family in available():
-        small = replace(family.layer, routing=routing)
-        if (found := _expressed(family, small, dtype, ("routing",))) is not None:
-            return family, found
+    if found := _search(lambda family: replace(family.layer, routing=routing), dtype, ("routing",)):
+        return found
     raise Unsupported(f"transformers has no router that computes {_said(routing)}, in {dtype}")
 
 
-def for_router_module(logits: LogitsSpec, routing: RoutingSpec, dtype: str) -> tuple[Family, LayerSpec]:
+def for_router_module(logits: LogitsSpec, routing: RoutingSpec, dtype: str) -> Found:
     """A family whose router, given hidden states, routes so by itself, and a small layer of it."""
-    for family in available():
-        small = replace(family.layer, routing=routing, logits=logits)
-        if family.lone_router and (found := _expressed(family, small, dtype, ("routing", "logits"))) is not None:
-            return family, found
+
+    def small(family: Family) -> LayerSpec | None:
+        return replace(family.layer, routing=routing, logits=logits) if family.lone_router else None
+
+    if found := _search(small, dtype, ("routing", "logits")):
+        return found
     raise Unsupported(
         f"transformers has no router module of {_said(logits)} that computes {_said(routing)}, in {dtype}"
     )
 
 
-def for_experts(mlp: MLPSpec, identity_experts: int, dtype: str) -> tuple[Family, LayerSpec]:
+def for_experts(mlp: MLPSpec, identity_experts: int, dtype: str) -> Found:
     """A family with those experts, and a small layer of it."""
-    for family in available():
+
+    def small(family: Family) -> LayerSpec | None:
         passes = "routing.identity_experts" in family.keys
+        # Experts that have a capacity are told of one token an expert at a time.
+        if passes != bool(identity_experts) or family.layer.routing.capacity is not None:
+            return None
         routing = replace(family.layer.routing, identity_experts=identity_experts)
-        small = replace(family.layer, experts=mlp, routing=routing)
-        if passes == bool(identity_experts) and (found := _expressed(family, small, dtype, ("experts",))) is not None:
-            return family, found
+        return _with_shared(replace(family.layer, experts=mlp, routing=routing), family)
+
+    if found := _search(small, dtype, ("experts",)):
+        return found
     beside = f" beside {identity_experts} that pass their input on" if identity_experts else ""
     raise Unsupported(f"transformers has no experts that compute {_said(mlp)}{beside}, in {dtype}")
+
+
+def _search(spec_for: Callable[[Family], LayerSpec | None], dtype: str, parts: tuple[str, ...]) -> Found | None:
+    """The first family whose row, with the spec's values in it, is the spec in these parts.
+
+    Where all is float32, "input" is float32, too; but a family that says the same word comes first.
+    """
+    for narrow in dict.fromkeys((True, dtype != "float32")):
+        for family in available():
+            spec = spec_for(family)
+            if spec is not None and (found := _expressed(family, spec, narrow, parts)) is not None:
+                return family, found
+    return None
+
+
+def _around(spec: LayerSpec, beside_zero: bool, family: Family) -> LayerSpec | None:
+    """The spec, or the spec and a shared expert without which the family has no layer; zero, if it is added as is."""
+    if beside_zero and (family.layer.shared is None or family.layer.shared.combine != "sum"):
+        return None
+    return _with_shared(spec, family) if beside_zero else spec
+
+
+def _with_shared(spec: LayerSpec, family: Family) -> LayerSpec:
+    """The spec and a shared expert as the family has one, of what the spec's experts are."""
+    if family.layer.shared is None:
+        return spec
+    said = {name: getattr(spec.experts, name) for name in ("width", "activation", "limit", "alpha")}
+    return replace(spec, shared=replace(family.layer.shared, mlp=replace(family.layer.shared.mlp, **said)))
 
 
 def config_of(family: Family, spec: LayerSpec) -> dict[str, Any]:
@@ -101,13 +138,13 @@ def config_of(family: Family, spec: LayerSpec) -> dict[str, Any]:
     return found
 
 
-def _expressed(family: Family, spec: LayerSpec, dtype: str, parts: tuple[str, ...]) -> LayerSpec | None:
+def _expressed(family: Family, spec: LayerSpec, narrow: bool, parts: tuple[str, ...]) -> LayerSpec | None:
     """The family's spec with the values of this one, if the parts named are then equal, and None otherwise."""
     values = {path: _value(spec, path) for path in family.keys}
     found = filled(family.layer, {path: value for path, value in values.items() if value is not None})
     if found.routing.selection_bias and not spec.routing.selection_bias:
         spec = replace(spec, routing=replace(spec.routing, selection_bias=True))  # of zeros, as it is initialised
-    row, want = at_rest(found, dtype), at_rest(spec, dtype)
+    row, want = at_rest(found, narrow), at_rest(spec, narrow)
     if any(getattr(row, part) != getattr(want, part) for part in parts):
         return None
     try:
@@ -141,9 +178,8 @@ def _value(spec: Any, path: str) -> Any:
     return spec
 
 
-def at_rest(spec: LayerSpec, dtype: str) -> LayerSpec:
-    """The same layer with the fields that nothing reads at their defaults; dtype: of x and logits."""
-    narrow = dtype != "float32"
+def at_rest(spec: LayerSpec, narrow: bool) -> LayerSpec:
+    """The same layer with the fields that nothing reads at their defaults; narrow: x is not float32."""
     return replace(
         spec,
         routing=_routing_at_rest(spec.routing, narrow),

@@ -66,7 +66,7 @@ class _Projection(TorchFunctionMode):
     @called_by_engine
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear and args[1].shape[0] == self.logits.shape[1]:
-            return self.logits.to(args[0].dtype).view(*args[0].shape[:-1], -1)
+            return self.logits.to(args[0].dtype).view(*args[0].shape[:-1], self.logits.shape[1])
         return func(*args, **(kwargs or {}))
 
 

@@ -17,7 +17,7 @@ from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import PROTOCOL_VERSION, STAGES, Engine, EngineInfo, Limits
 from moe_conformance.errors import BeyondLimits, Nonconformance, Unavailable, Unsupported, UsageError
 from moe_conformance.judging.probe import probe
-from moe_conformance.judging.verdict import Outcome, Refusal, Verdict, broken
+from moe_conformance.judging.verdict import Outcome, Refusal, Verdict
 from moe_conformance.protocol import features, limits
 from moe_conformance.protocol.engine import is_called_by_engine, is_signature_of_marked
 from moe_conformance.running.discovery import Target
@@ -142,18 +142,18 @@ class Judge:
             facts = check(self.engine, case)
         except Exception as error:
             self.raised = error
-            return self._outcome(error, case)
+            return self._outcome(error)
         return Outcome(Verdict.PASS, facts=facts)
 
-    def _outcome(self, error: Exception, case: Case) -> Outcome:
+    def _outcome(self, error: Exception) -> Outcome:
         match error:
             case BeyondLimits():
                 return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.LIMIT)
             case Unsupported():
                 return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.CALL)
             case Nonconformance():
-                return Outcome(broken(case.level), str(error))
-        verdict = Verdict.ERROR if self._is_adapters(error) else broken(case.level)
+                return Outcome(Verdict.FAIL, str(error))
+        verdict = Verdict.ERROR if self._is_adapters(error) else Verdict.FAIL
         return Outcome(verdict, _describe(error))
 
     def _is_adapters(self, error: Exception) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -38,11 +38,6 @@ class Verdict(StrEnum):
         return 2 if self.is_bad else int(self is Verdict.BROKEN_SHOULD)
 
 
-def broken(level: Level) -> Verdict:
-    """The verdict on an engine that breaks a case of this level."""
-    return Verdict.FAIL if level == "MUST" else Verdict.BROKEN_SHOULD
-
-
 class Refusal(StrEnum):
     """Why a case was not judged: the adapter declares no such stage, feature or size, or it refused this call."""
 
@@ -60,6 +55,13 @@ class Outcome:
     message: str = ""
     facts: Any = None
     refusal: Refusal | None = None
+
+
+def at_level(outcome: Outcome, level: Level) -> Outcome:
+    """The outcome of a case of this level: a broken SHOULD is no fail. Crashes and hangs are the same at any level."""
+    if outcome.verdict is Verdict.FAIL and level == "SHOULD":
+        return replace(outcome, verdict=Verdict.BROKEN_SHOULD)
+    return outcome
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class QuantSpec:
     granularity: of the scales, float32. "tensor": one a matrix, or one each for gate and up with split_gate_up;
     "channel": one a row; "block": one a tile of `block` rows and columns; "group": one for `group` columns of a row,
     for "mxfp4" (32) in e8m0 as uint8, for "nvfp4" (16) in float8_e4m3fn beside one float32 scale a matrix.
-    zero_points: a weight is (code - zero point) times scale; without them integer codes are symmetric around 0.
+    zero_points: a weight is (code - zero point) times scale, and 4-bit codes are 0 to 15; without them integer codes
+    are symmetric around 0, those of 4 bits in two's complement.
     activations: "no", weights are dequantised; "token" or "group", x and what enters w2 are quantised by a scale for
     each row, or each row and `group` columns, that the engine computes; "static", by a scale that is given.
     """
@@ -85,7 +86,8 @@ class LoraSpec:
         """lora.w13.a [A, E, r, D], lora.w13.b [A, E, 2F, r], lora.w2.a [A, E, r, F], lora.w2.b [A, E, D, r]."""
         lead = (self.adapters, experts)
         found: dict[str, Shape] = {}
-        for name, (rows, columns) in mlp.tensors("lora", hidden).items():
+        for name, shape in mlp.tensors("lora", hidden).items():
             if name.rpartition(".")[2].startswith("w"):
+                rows, columns = shape
                 found |= {f"{name}.a": (*lead, self.rank, columns), f"{name}.b": (*lead, rows, self.rank)}
         return found

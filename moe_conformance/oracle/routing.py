@@ -50,6 +50,11 @@ def judge_routing(
         judgement.fused_shared(inputs.fused_shared)
 
 
+def judge_names(what: str, answer: Routing, inputs: RouteInputs) -> None:
+    """Whether ids are unique and in range, as `judge_routing` judges them, and nothing else."""
+    _Judgement(what, _valid(what, answer, inputs), inputs, None, 0.0, None).names()
+
+
 def judge_fused_shared(what: str, answer: Routing, inputs: RouteInputs) -> None:
     """The last slots alone, as `judge_routing` judges them, for logits that are exact."""
     assert inputs.fused_shared is not None
@@ -228,10 +233,10 @@ class _Judgement:
         strange = (index.sort(-1).values != torch.arange(fused.count)).any(-1)
         if strange.any():
             row = int(strange.nonzero()[0])
-            want = list(range(self.experts, self.experts + fused.count))
+            there = list(range(self.experts, self.experts + fused.count))
             raise Nonconformance(
-                f"{self.what}: row {row}: ids of shared experts: got {self.last.ids[row].tolist()}, want {want} in any "
-                f"order, in the last {fused.count} slots"
+                f"{self.what}: row {row}: ids of shared experts: got {self.last.ids[row].tolist()}, want {there} in "
+                f"any order, in the last {fused.count} slots"
             )
         want = self._of_shared(fused, index)
         bad = self.numbers[:, None] & ~self._near(self.last.weights, want)
@@ -247,16 +252,17 @@ class _Judgement:
         compute = wide(self.dtype)
         if fused.rule == "constant":
             return Value.of(torch.full(index.shape, fused.weight)).stored(compute)
-        _, routed, shared = next(self._weights())
         if fused.rule == "router":
+            shared = next(self._weights())[2]
             if shared is None:
                 raise ValueError("inputs are no good: fused_shared: got rule 'router', want shared_classes in routing")
             return shared.gather(index)
-        sums = (part.sum(-1, keepdim=True) for part in (routed.exact, routed.spread, routed.limit))
-        size = routed.exact.abs().sum(-1, keepdim=True)
-        total = Value(*sums).erring(size, self.spec.top_k, compute)
+        # Of the weights that the engine gives, which may be of before or after a rounding.
+        routed = self.routed.weights.double()
+        size = routed.abs().sum(-1, keepdim=True)
+        total = Value.of(routed.sum(-1, keepdim=True)).erring(size, 2 * self.spec.top_k, compute)
         if self.narrow is not None and self.narrow != compute:
-            total = total.erring(size, 1, self.narrow)  # the sum of weights already rounded
+            total = total.erring(size, 1, self.narrow)
         share = (total * Value.of(fused.weight).stored(compute)).stored(compute)
         return share.map(lambda part: part.expand(index.shape))
 

@@ -15,7 +15,7 @@ from moe_conformance.errors import Unsupported
 from moe_conformance.model.description import CaptureShape, MoESpec
 from moe_conformance.protocol.align import Aligned, AlignInputs
 from moe_conformance.protocol.capture import CaptureReader, CaptureSession, CaptureSpec, CaptureStore
-from moe_conformance.protocol.checkpoint import CheckpointName
+from moe_conformance.protocol.checkpoint import CheckpointName, Target
 from moe_conformance.protocol.experts import ExpertsInputs
 from moe_conformance.protocol.layer import BlockInputs, BlockOutput, LayerInputs
 from moe_conformance.protocol.limits import Limits
@@ -169,8 +169,13 @@ class Engine:
         """Return this rank's part [T, D], in x's dtype: summed over all ranks it is the layer's output."""
         raise _not_offered("shard")
 
-    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
-        """The engine's own name, or names, for each checkpoint tensor of a model with this config (a plain dict)."""
+    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str | Target, ...]]:
+        """The engine's own name, or names, for each checkpoint tensor of a model with this config (a plain dict).
+
+        Where the engine fuses tensors into one parameter, several have its name, or each a Target that says which part
+        of the parameter it is. Gate and up of one expert or of all may share a name so, and any one part of all
+        experts.
+        """
         raise _not_offered("remap")
 
     def load(self, folder: Path) -> Mapping[str, Tensor]:

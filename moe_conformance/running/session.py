@@ -19,7 +19,7 @@ from moe_conformance.catalogue.case import TIERS, Case, catalogue, in_tier
 from moe_conformance.catalogue.clauses import BUG_CLASSES
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.goldens import Amber
-from moe_conformance.judging.verdict import Outcome, Refusal, Result, Verdict, broken
+from moe_conformance.judging.verdict import Outcome, Refusal, Result, Verdict, at_level
 from moe_conformance.reporting.explain import failure
 from moe_conformance.reporting.report import IN_PROCESS, Report
 from moe_conformance.running import known
@@ -156,6 +156,7 @@ class Session:
         """The outcome once goldens and known failures have been looked at, with all that its reader must know."""
         if outcome.verdict is Verdict.PASS and outcome.facts is not None:
             outcome = _against_golden(item, case, outcome)
+        outcome = at_level(outcome, case.level)
         outcome = self._known(target, case, _check(item), outcome)
         if outcome.verdict.badness:
             return replace(outcome, message=failure(target.name, case, _check(item), outcome.message))
@@ -274,4 +275,4 @@ def _against_golden(item: pytest.Function, case: Case, outcome: Outcome) -> Outc
     if snapshot(name=case.id) == outcome.facts:
         return outcome
     difference = "\n".join(line.rstrip() for line in snapshot.get_assert_diff())
-    return Outcome(broken(case.level), f"the answer differs from the golden (- want, + got):\n{difference}")
+    return Outcome(Verdict.FAIL, f"the answer differs from the golden (- want, + got):\n{difference}")

@@ -44,9 +44,18 @@ LOAD = (
 LOAD_TWICE = (_load("packed", "-twice"), _load("plain", "-twice", shards=3))
 
 
+# What is too much in the checkpoint: the model of its config is loaded whole and right without.
+LENIENT = dict.fromkeys(
+    ("unknown-suffix", "unknown-tensor", "unknown-router-tensor", "extra-expert"),
+    "every parameter that the config asks for is there and fits; the engine left out what it has no place for",
+) | {
+    "extra-layer": "published checkpoints carry draft layers that the config's number of layers does not count",
+}
+
+
 def _broken(style: str, damage: str, tier: str = "core") -> Case:
     recipe = {"style": style, "widths": "distinct", "shards": 2, "shuffled": False, "damage": damage}
-    return Case(f"load-gemma4-{style}-{damage}", "load", "load.refuse-broken", recipe, tier)
+    return Case(f"load-gemma4-{style}-{damage}", "load", "load.refuse-broken", recipe, tier, LENIENT.get(damage, ""))
 
 
 BROKEN = (

@@ -113,7 +113,7 @@ _AWKWARD = {name: (40, 5) for name in METHODS} | {
 # What the methods below have beside a row of logits (a table, a capacity, product keys) is not about ties.
 _BY_ROW = tuple(name for name in METHODS if name not in ("doge", "switch", "deepseek-v4-hash"))
 
-ODD_CASES = (
+UNIQUE_CASES = (
     *(
         _case("routing.unique-ids", row)
         for row in (
@@ -129,20 +129,29 @@ ODD_CASES = (
             "renorm    7  5 63 fp16 tied        contiguous core",
         )
     ),
-    # Ties at the last place, inside groups and between them; rows that are no numbers.
     *(
-        _case("routing.unique-ids", "{} {} {} 23 fp32 {} contiguous core".format(name, *_AWKWARD[name], logits))
+        _case("routing.unique-ids", "{} {} {} 23 fp32 not-numbers contiguous core".format(name, *_AWKWARD[name]))
         for name in _BY_ROW
-        for logits in ("not-numbers", "tied", "last-place")
-        if (name, logits) not in {("plain", "tied"), ("plain", "not-numbers")}
+        if name != "plain"
+    ),
+    _case("routing.unique-ids", "deepseek-v3 64 6 23 bf16 not-numbers contiguous core"),
+    _case("routing.unique-ids", "deepseek-v3 64 6 23 fp32 tied-groups contiguous core"),
+)
+
+# Ties at the last place, inside groups and between them: any of those tied, and none that is smaller.
+TIE_CASES = (
+    *(
+        _case("routing.method", "{} {} {} 23 fp32 {} contiguous core".format(name, *_AWKWARD[name], logits))
+        for name in _BY_ROW
+        for logits in ("tied", "last-place")
     ),
     *(
-        _case("routing.unique-ids", f"{name} {E} {K} 23 {dtype} {logits} contiguous core")
-        for name, E, K in (("deepseek-v3", 64, 6), ("deepseek-v2", 64, 6), ("softmax-groups", 64, 6))
-        for dtype, logits in (("fp32", "tied-groups"), ("bf16", "tied"), ("bf16", "not-numbers"))
+        _case("routing.method", f"{name} 72 6 23 {dtype} {logits} contiguous core")
+        for name in ("deepseek-v3", "deepseek-v2", "softmax-groups")
+        for dtype, logits in (("fp32", "tied-groups"), ("bf16", "tied"))
     ),
     # More experts than the kept groups have: theirs, and any others.
-    _case("routing.unique-ids", "deepseek-v3 16 10 23 fp32 distinct contiguous core"),
+    _case("routing.method", "deepseek-v3 16 10 23 fp32 distinct contiguous core"),
 )
 
 NONE_CASES = tuple(
@@ -150,8 +159,6 @@ NONE_CASES = tuple(
     for name in METHODS
     if name not in ("plain", "gemma4")
 )
-
-UNIQUE_CASES = ODD_CASES
 
 # Behind the tokens stand rows of other sizes, NaN and infinities, as a batch padded for a CUDA graph has.
 PADDING_CASES = tuple(
@@ -201,4 +208,4 @@ FUSED_CASES = tuple(
     )
 )
 
-CASES = (*METHOD_CASES, *NONE_CASES, *ODD_CASES, *PADDING_CASES, *FUSED_CASES)
+CASES = (*METHOD_CASES, *TIE_CASES, *NONE_CASES, *UNIQUE_CASES, *PADDING_CASES, *FUSED_CASES)

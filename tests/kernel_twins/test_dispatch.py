@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -53,38 +54,47 @@ def _same_alignment(what: str, ids: Tensor, experts: int, block: int, expert_map
         compare.equal(f"{what}: {field}", getattr(got, field), tensor)
 
 
-def every_pair_has_the_slot_of_the_reference(device: str) -> None:
-    _all_alignments(device, most=2000)
+SMALL = [shape for shape in SHAPES if shape[0] * shape[1] <= 150]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+small_shapes = pytest.mark.parametrize("shape", SMALL, ids=str)
 
 
-def _all_alignments(device: str, most: int) -> None:
-    for tokens, top_k, experts, block in (shape for shape in SHAPES if shape[0] * shape[1] <= most):
-        for name, expert_map in _maps(experts).items():
-            for kind in ("distinct", "outside") if name != "half" else ("distinct", "outside", "one expert"):
-                what = f"T {tokens}, K {top_k}, E {experts}, block {block}, {name}, {kind}"
-                ids = _ids(tokens, top_k, experts, kind)
-                dtype = torch.int64 if kind == "outside" or tokens % 2 else torch.int32
-                _same_alignment(what, ids.to(dtype), experts, block, expert_map, device)
+@shapes
+def test_every_pair_has_the_slot_of_the_reference(device: str, shape: tuple[int, int, int, int]) -> None:
+    _all_alignments(device, *shape)
+
+
+def _all_alignments(device: str, tokens: int, top_k: int, experts: int, block: int) -> None:
+    for name, expert_map in _maps(experts).items():
+        for kind in ("distinct", "outside") if name != "half" else ("distinct", "outside", "one expert"):
+            ids = _ids(tokens, top_k, experts, kind)
+            dtype = torch.int64 if kind == "outside" or tokens % 2 else torch.int32
+            _same_alignment(f"{name}, {kind}", ids.to(dtype), experts, block, expert_map, device)
 
 
 def _small_programs(pairs: int = 16) -> Any:
     return patch.dict(dispatch.MOST_PAIRS, {name: pairs for name in dispatch.MOST_PAIRS})
 
 
-def several_programs_place_what_each_counts(device: str) -> None:
+@small_shapes
+def test_several_programs_place_what_each_counts(device: str, shape: tuple[int, int, int, int]) -> None:
     with _small_programs():
-        _all_alignments(device, most=150)
+        _all_alignments(device, *shape)
 
 
-def many_pairs_are_counted_first(device: str) -> None:
+@small_shapes
+def test_pairs_are_counted_first(device: str, shape: tuple[int, int, int, int]) -> None:
     with patch.object(dispatch, "_ONE_LAUNCH", 8), _small_programs():
-        _all_alignments(device, most=150)
+        _all_alignments(device, *shape)
+
+
+def test_many_pairs_are_counted_first(device: str) -> None:
     with patch.object(dispatch, "_ONE_LAUNCH", 8), _small_programs(2):
         _same_alignment("130 chunks, more than are summed at once", _ids(130, 2, 3, "distinct"), 3, 8, None, device)
     _same_alignment("5600 pairs", _ids(700, 8, 128, "distinct"), 128, 64, _maps(128)["half"], device)
 
 
-def strided_ids_are_read_where_they_lie(device: str) -> None:
+def test_strided_ids_are_read_where_they_lie(device: str) -> None:
     room = poison_(torch.empty(2 * 33, 7, dtype=torch.int64))
     room[1::2, 1:7:2] = _ids(33, 3, 20, "distinct")
     _same_alignment("every second", room.to(device)[1::2, 1:7:2], 20, 8, None, device)
@@ -95,16 +105,20 @@ def strided_ids_are_read_where_they_lie(device: str) -> None:
     _same_alignment("transposed", transposed, 20, 8, None, device)
 
 
-def alignment_is_refused_in_words(device: str) -> None:
-    ids = torch.zeros(4, 3, dtype=torch.int32, device=device)
-    for what, arguments, words in (
-        ("one dim", (ids[0], 5, 8), ("[3]",)),
-        ("float", (ids.float(), 5, 8), ("float32",)),
-        ("block of 12", (ids, 5, 12), ("12",)),
-        ("block of 0", (ids, 5, 0), ("0",)),
-        ("no experts", (ids, 0, 8), ("0",)),
-        ("short map", (ids, 5, 8, torch.zeros(4, dtype=torch.int32, device=device)), ("[4]", "[5]")),
-        ("map of int64", (ids, 5, 8, torch.zeros(5, dtype=torch.int64, device=device)), ("int64",)),
-    ):
-        error = compare.refused(what, lambda a=arguments: dispatch.align(*a), words)
-        compare.same(f"{what}: error", type(error), InputError)
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "one dim": ({"ids": torch.zeros(3, dtype=torch.int32)}, ("[3]",)),
+    "float": ({"ids": torch.zeros(4, 3)}, ("float32",)),
+    "block of 12": ({"block": 12}, ("12",)),
+    "block of 0": ({"block": 0}, ("0",)),
+    "no experts": ({"experts": 0}, ("0",)),
+    "short map": ({"expert_map": torch.zeros(4, dtype=torch.int32)}, ("[4]", "[5]")),
+    "map of int64": ({"expert_map": torch.zeros(5, dtype=torch.int64)}, ("int64",)),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_alignment_is_refused_in_words(device: str, what: str) -> None:
+    changed, words = REFUSED[what]
+    given = {"ids": torch.zeros(4, 3, dtype=torch.int32), "experts": 5, "block": 8} | changed
+    on = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+    compare.same("error", type(compare.refused(what, lambda: dispatch.align(**on), words)), InputError)
