@@ -385,6 +385,19 @@ def test_a_pair_without_expert_is_said_by_its_id_or_by_its_weight() -> None:
             judge_routing("route", Routing(ids.masked_fill(none.flip(0), -1), weights), inputs)
 
 
+def test_a_pair_without_expert_is_no_repeat_of_another() -> None:
+    """Of two tokens with the same first choice and one place the second has its second choice alone."""
+    spec = RoutingSpec(2, capacity=Capacity(tokens=1, per="batch"))
+    for second in (1, 2):
+        logits = torch.tensor([[5.0, 0.0, 1.0], [5.0, 1.0, 0.0]])[:, [0, second, 3 - second]]
+        weights = logits.softmax(-1).topk(2).values
+        ids = torch.tensor([[0, 3 - second], [-1, second]])
+        for order in ([0, 1], [1, 0]):
+            judge_routing("route", Routing(ids[:, order], weights[:, order]), RouteInputs(logits, spec))
+        with pytest.raises(Nonconformance, match="wrong experts"):
+            judge_routing("route", Routing(ids.clamp(min=0), weights), RouteInputs(logits, spec))
+
+
 def test_the_engine_s_own_logits_have_errors() -> None:
     """Ids that the exact logits do not give, but logits within their errors do; and no others."""
     inputs = tied(1.0, 0.9, 0.0)
