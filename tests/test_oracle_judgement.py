@@ -455,6 +455,27 @@ def test_fused_shared_experts_stand_behind_the_routed_ones(rule: str) -> None:
             judge_routing("route", bad, inputs)
 
 
+def test_a_share_of_rounded_weights_is_one() -> None:
+    spec, fused, _ = FUSED["share"]
+    inputs = replace(built(spec, BF16), fused_shared=fused)
+    ids, weights = routed(inputs)
+    last = torch.tensor([[E, E + 1]]).expand(T, 2)
+
+    def answer(weights: Tensor, total: Tensor) -> Routing:
+        share = (total.sum(-1, keepdim=True) * 0.25).expand(T, 2)
+        return Routing(torch.cat([ids, last], 1), torch.cat([weights, share], 1))
+
+    rounded = weights.bfloat16().float()
+    judge_routing("route", answer(rounded, rounded), inputs)
+    judge_routing("route", answer(weights, weights), inputs)
+    with pytest.raises(Nonconformance, match="by rule 'share'"):
+        judge_routing("route", answer(rounded, rounded * (1 + 2**-6)), inputs)
+    exact = replace(built(spec), fused_shared=fused)
+    ids, weights = routed(exact)
+    with pytest.raises(Nonconformance, match="by rule 'share'"):
+        judge_routing("route", answer(weights, weights.bfloat16().float()), exact)
+
+
 def test_the_router_s_weights_of_shared_experts_belong_to_their_ids() -> None:
     spec, fused, weigh = FUSED["router"]
     inputs = replace(built(spec), fused_shared=fused)
