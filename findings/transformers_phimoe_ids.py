@@ -1,7 +1,7 @@
 """PhiMoE's router and a row of logits without a largest one, without our suite: one expert is chosen twice.
 
-The first argmax is masked by minus infinity for the second. Where all logits are minus infinity, that changes nothing, and
-the second argmax is the first again.
+The first argmax is masked by minus infinity for the second. Where all logits are minus infinity, that changes nothing,
+and the second argmax is the first again.
 """
 
 import torch
