@@ -124,7 +124,7 @@ def raise_rejected(rejected: Tensor) -> None:
         rejected.zero_()
         found = ", ".join(f"layer {layer} row {row - 1}" for layer, row in enumerate(rows) if row)
         raise InputError(
-            f"ids: got one outside [0, E) at {found}, want experts alone; nothing of these layers was recorded"
+            f"ids: got an id outside [0, E) at {found}, want experts alone; nothing of these layers was recorded"
         )
 
 

@@ -101,14 +101,6 @@ class Misspells(_Fake):
         return inputs.x
 
 
-class OfProtocolOne(_Fake):
-    name = "of-protocol-one"
-    protocol = 1
-
-    def layer(self, inputs: LayerInputs) -> Any:
-        return inputs.x
-
-
 class FailsItsProbe(_Routes):
     name = "fails-its-probe"
 
@@ -126,15 +118,15 @@ class DiesInItsProbe(_Routes):
 
 
 class Declines(_Fake):
-    """Declares latent layers, and refuses them when called; says of hidden widths what it takes."""
+    """Declares shared experts, and refuses them when called; says of the experts' width what it takes."""
 
     name = "declines"
 
     def limits(self) -> Mapping[str, Limits]:
-        return {"layer": Limits(multiples={"H": 16})}
+        return {"layer": Limits(multiples={"D": 5})}
 
     def layer(self, inputs: LayerInputs) -> Any:
-        if inputs.spec.latent is not None:
+        if inputs.spec.shared is not None:
             raise Unsupported("no kernel for sm_35")
         return inputs.x + 1
 

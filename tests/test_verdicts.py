@@ -139,12 +139,14 @@ def test_a_crash_in_a_probe_is_that_of_every_case_of_the_stage(fakes: Run) -> No
 
 
 def test_refusals_are_listed_by_reason_apart_from_what_is_declared_away(fakes: Run) -> None:
-    assert fakes.verdicts["declines"] == ["unsupported"] * 3
-    got = [(fakes.lines["declines", case]["refusal"], fakes.message("declines", case)) for case in (*CASES, ROUTE_CASE)]
-    limit = ("limit", "layer: limits: H: got 20, want a multiple of 16")
-    assert got == [limit, ("call", "no kernel for sm_35"), limit, ("stage", "stage route is not offered")]
+    assert fakes.verdicts["declines"] == ["fail", "unsupported", "unsupported"]
+    got = [
+        (fakes.lines["declines", case]["refusal"], fakes.message("declines", case)) for case in (*CASES[1:], ROUTE_CASE)
+    ]
+    limit = ("limit", "layer: limits: D: got 12, want a multiple of 5")
+    assert got == [limit, ("call", "no kernel for sm_35"), ("stage", "stage route is not offered")]
     for text in (fakes.text, fakes.summary):
-        assert f"declines, beyond limits: 2 results\n  2 {limit[1]}\n" in text
+        assert f"declines, beyond limits: 1 results\n  1 {limit[1]}\n" in text
         assert "declines, refused when called: 1 results\n  1 no kernel for sm_35\n" in text
         assert "declines, stages not offered: 1 results\n  1 stage route is not offered\n" in text
 

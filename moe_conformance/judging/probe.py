@@ -22,6 +22,7 @@ from moe_conformance.engine import (
     RouteInputs,
     RouterSpec,
     RoutingSpec,
+    RowKind,
     Rows,
 )
 from moe_conformance.errors import Unsupported
@@ -99,7 +100,7 @@ _TRIVIAL: dict[str, Callable[[Engine, Set[str], Limits], None]] = {
     "layer": _layer,
     "capture_session": _capture,
 }
-_ROW_KINDS = ("local", "concatenated", "sequence_shard", "sequence_gathered")
+_ROW_KINDS: tuple[RowKind, ...] = ("local", "concatenated", "sequence_shard", "sequence_gathered")
 _CAPTURE = CaptureSpec(max_tokens=4, layers=2, top_k=2, experts=EXPERTS)
 
 
@@ -108,7 +109,6 @@ def _routings(declared: Set[str], top_k: int) -> Iterator[RoutingSpec]:
     scores, renormalize = ("softmax", "sigmoid", "sqrt_softplus"), ("sum", "no", "norm")
     shapes = [{"select_on": "scores"}, {"select_on": "logits"}]
     shapes += [{"selector": name, "select_on": "logits"} for name in ("sparsemixer", "product_keys")]
-    shapes += [{"selector": "table"}]
     for shape, score, divided in product(shapes, scores, renormalize):
         routing = RoutingSpec(top_k, score=score, renormalize=divided, **shape)  # type: ignore[arg-type]
         if of_routing(routing) <= declared:
@@ -139,17 +139,9 @@ def _tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str
     return {name: normal(shape, f"probe-{name}", dtype, std=0.125) for name, shape in shapes.items()}
 
 
-def _router_tensors(routing: RoutingSpec) -> dict[str, Tensor]:
-    return {"router.table": torch.arange(routing.top_k).repeat(TOKENS, 1)} if routing.selector == "table" else {}
-
-
-def _token_ids(routing: RoutingSpec) -> Tensor | None:
-    return torch.arange(TOKENS) if routing.selector == "table" else None
-
-
 def _route_inputs(routing: RoutingSpec, limits: Limits) -> RouteInputs:
     logits = distinct_logits(TOKENS, routing.classes(EXPERTS), "probe-logits", _dtype(limits))
-    return RouteInputs(logits, routing, _router_tensors(routing), _token_ids(routing))
+    return RouteInputs(logits, routing)
 
 
 def _experts_inputs(limits: Limits) -> ExpertsInputs:
@@ -166,16 +158,13 @@ def _experts_inputs(limits: Limits) -> ExpertsInputs:
 
 def _layer_inputs(routing: RoutingSpec, limits: Limits) -> LayerInputs:
     hidden, dtype = _width(limits, "H", "D"), _dtype(limits)
-    vocabulary = TOKENS if routing.selector == "table" else 0
-    mlp = MLPSpec(_width(limits, "F"))
-    spec = LayerSpec(hidden, EXPERTS, LogitsSpec(), routing, mlp, vocab_size=vocabulary)
+    spec = LayerSpec(hidden, EXPERTS, LogitsSpec(), routing, MLPSpec(_width(limits, "F")))
     shapes = {name: shape for name, shape in spec.tensors().items() if name.startswith("experts.")}
     return LayerInputs(
         x=normal((TOKENS, hidden), "probe-x", dtype),
         logits=distinct_logits(TOKENS, spec.classes, "probe-logits", dtype),
         spec=spec,
-        tensors={**_tensors(shapes, dtype), **_router_tensors(routing)},
-        token_ids=_token_ids(routing),
+        tensors=_tensors(shapes, dtype),
     )
 
 

@@ -56,18 +56,6 @@ def sums(
     return Bound(limit, origin)
 
 
-def softmax_weights(logits: Tensor, top_k: int) -> float:
-    """Roundings on the path from float32 logits [T, E] to renormalised top-k weights.
-
-    exp(l - max): the subtraction's error is multiplied by |l - max| (the derivative of exp in its argument), at most
-    `span` u; exp itself 2 ulp. Softmax denominator: E additions. Division. Renormalisation: K additions and a
-    division. Scale: one product. Numerator and denominators each carry the span.
-    """
-    finite = torch.where(logits.isfinite(), logits.double(), logits.new_zeros((), dtype=torch.float64))
-    span = float((finite.amax(-1) - finite.amin(-1)).max()) if finite.numel() else 0.0
-    return 3 * (span + 4) + logits.shape[-1] + top_k + 6
-
-
 def rms_ratio(got: Tensor, peer: Tensor, exact: Tensor) -> float:
     """Root mean square error of `got` over that of `peer`, a correct path that stores in the same dtype.
 

@@ -13,14 +13,11 @@ from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
 from moe_conformance.oracle.capacity import fitting
 from moe_conformance.oracle.choice import accepted, best, ids_of_table, interval, room_of, without_expert
-from moe_conformance.oracle.logits import logits_value
 from moe_conformance.oracle.precision import wide
 from moe_conformance.oracle.scores import compared_value, conditioned
 from moe_conformance.oracle.value import Value
 from moe_conformance.oracle.weights import weights_value
 from moe_conformance.protocol.routing import FusedShared, RouteInputs, Routing
-
-__all__ = ["accepted", "compared_value", "judge_routing", "logits_value", "weights_value"]
 
 
 def judge_routing(
@@ -61,7 +58,9 @@ def judge_names(what: str, answer: Routing, inputs: RouteInputs) -> None:
 def judge_fused_shared(what: str, answer: Routing, inputs: RouteInputs) -> None:
     """The last slots alone, as `judge_routing` judges them, for logits that are exact."""
     assert inputs.fused_shared is not None
-    _Judgement(what, _valid(what, answer, inputs), inputs, None, 0.0, None).fused_shared(inputs.fused_shared)
+    judgement = _Judgement(what, _valid(what, answer, inputs), inputs, None, 0.0, None)
+    judgement.names()
+    judgement.fused_shared(inputs.fused_shared)
 
 
 def _valid(what: str, answer: Routing, inputs: RouteInputs) -> Routing:
@@ -234,10 +233,10 @@ class _Judgement:
         strange = (index.sort(-1).values != torch.arange(fused.count)).any(-1)
         if strange.any():
             row = int(strange.nonzero()[0])
-            want = list(range(self.experts, self.experts + fused.count))
+            there = list(range(self.experts, self.experts + fused.count))
             raise Nonconformance(
-                f"{self.what}: row {row}: ids of shared experts: got {self.last.ids[row].tolist()}, want {want} in any "
-                f"order, in the last {fused.count} slots"
+                f"{self.what}: row {row}: ids of shared experts: got {self.last.ids[row].tolist()}, want {there} in "
+                f"any order, in the last {fused.count} slots"
             )
         want = self._of_shared(fused, index)
         bad = self.numbers[:, None] & ~self._near(self.last.weights, want)

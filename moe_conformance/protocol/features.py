@@ -298,10 +298,11 @@ def of_quant(spec: QuantSpec | None) -> set[str]:
 def needs(stage: str, recipe: Mapping[str, Any]) -> frozenset[str]:
     """The features that a case of this stage takes, from the specs and switches in its recipe.
 
-    Specs count by their type, whatever key they stand under; of the other keys, those listed here.
+    Specs count by their type, whatever key they stand under, and for what the stage has to do with; of the other keys,
+    those listed here. Words that the recipe itself spells are all returned, for `Case` to refuse those unknown.
     """
     found: set[str] = set()
-    here = words(stage)
+    spelled: set[str] = set()
     for key, value in recipe.items():
         if isinstance(value, LayerSpec):
             found |= of_layer(value)
@@ -313,19 +314,19 @@ def needs(stage: str, recipe: Mapping[str, Any]) -> frozenset[str]:
             found |= {"shared"} if key == "shared" else of_mlp(value)
         elif isinstance(value, QuantSpec):
             found |= of_quant(value)
-        elif key in _KEYS:
-            found |= _KEYS[key](value)
-    return frozenset(word for word in found if word in here or stage == "block")
+        elif key in _SWITCHES:
+            found |= _SWITCHES[key](value)
+        elif key in _SPELLED:
+            spelled |= _SPELLED[key](value)
+    return frozenset(spelled | found & words(stage).keys())
 
 
 def _if(word: str) -> Any:
     return lambda value: {word} if value else set()
 
 
-# What the other keys of a recipe take, by stage-independent names.
-_KEYS: dict[str, Any] = {
-    "model_type": lambda value: {value},
-    "implementation": lambda value: {f"implementation:{value}"} if value else set(),
+# Keys of a recipe that stand for a feature, by stage-independent names.
+_SWITCHES: dict[str, Any] = {
     "padded_hidden": _if("padded_hidden"),
     "padded_intermediate": _if("padded_intermediate"),
     "output_scale": lambda value: {"output_scale"} if value != 1 else set(),
@@ -336,12 +337,17 @@ _KEYS: dict[str, Any] = {
     "dropped": _if("dropped_ids"),
     "held": lambda value: {"expert_map"} if value is not None else set(),  # a rank may hold none
     "outside": lambda value: {"expert_bounds"},
+    "tp": lambda value: {"tensor_parallel"} if value > 1 else set(),
+    "copies": _if("replicas"),
+}
+# Keys whose values are features, or are made of them.
+_SPELLED: dict[str, Any] = {
+    "model_type": lambda value: {value},
+    "implementation": lambda value: {f"implementation:{value}"} if value else set(),
     "kind": lambda value: {value},
     "kinds": set,
     "placement": lambda value: {value},
     "style": lambda value: set(value.split("-")),
     "baseline": lambda value: set(value.split("-")) if value else set(),
-    "tp": lambda value: {"tensor_parallel"} if value > 1 else set(),
-    "copies": _if("replicas"),
     "needs": set,  # what no single key says
 }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from moe_conformance.model.specs import LayerSpec
 from moe_conformance.model.storage import QuantSpec
+from moe_conformance.protocol.gone import HadOtherFields
 from moe_conformance.protocol.routing import Routing
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LayerInputs:
+class LayerInputs(HadOtherFields):
     """One MoE layer, its input and its router's logits.
 
     x: [T, H]. logits: [T, classes]. spec: what the layer computes; spec.logits is not used, for logits are given.
@@ -26,6 +27,19 @@ class LayerInputs:
     token_ids: [T] int64, for a model that routes by token id.
     """
 
+    gone: ClassVar[Mapping[str, str]] = {
+        "w13": "tensors['experts.w13']",
+        "w2": "tensors['experts.w2']",
+        "top_k": "spec.routing.top_k",
+        "method": "spec.routing",
+        "activation": "spec.experts.activation",
+        "scale": "spec.output_scale",
+        "per_expert_scale": "tensors['router.per_expert_scale']",
+        "shared_w13": "tensors['shared.w13']",
+        "shared_w2": "tensors['shared.w2']",
+        "latent_in": "tensors['latent.in']",
+        "latent_out": "tensors['latent.out']",
+    }
     x: Tensor
     logits: Tensor
     spec: LayerSpec

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from moe_conformance.model.specs import MLPSpec
 from moe_conformance.protocol.experts import ExpertsInputs
+from moe_conformance.protocol.gone import HadOtherFields
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ class Replicated(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShardInputs:
+class ShardInputs(HadOtherFields):
     """A batch that every rank has, all experts, and one rank's place: which of them it holds, and what slice of each.
 
     whole: the routed sum of the unsharded layer: tensors of all experts, and no expert map of its own.
@@ -58,6 +59,13 @@ class ShardInputs:
     and shapes them, in x's dtype.
     """
 
+    gone: ClassVar[Mapping[str, str]] = {
+        "x": "whole.x",
+        "ids": "whole.ids",
+        "weights": "whole.weights",
+        "experts": "whole.mlp",
+        "tensors": "whole.tensors",
+    }
     whole: ExpertsInputs
     expert_map: Tensor
     ep_rank: int = 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from moe_conformance.model.specs import LogitsSpec, RoutingSpec, Shape, router_tensors
+from moe_conformance.protocol.gone import HadOtherFields
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ class FusedShared:
 
 
 @dataclass(frozen=True)
-class RouteInputs:
+class RouteInputs(HadOtherFields):
     """Router logits, and how they become ids and weights.
 
     logits: [T, classes] float32, bfloat16 or float16; classes as `LayerSpec.classes` counts them.
@@ -48,6 +49,11 @@ class RouteInputs:
     fused_shared: shared experts that are slots of the answer.
     """
 
+    gone: ClassVar[Mapping[str, str]] = {
+        "method": "routing",
+        "top_k": "routing.top_k",
+        "per_expert_scale": "tensors['router.per_expert_scale']",
+    }
     logits: Tensor
     routing: RoutingSpec
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -63,12 +69,17 @@ class RouteInputs:
 
 
 @dataclass(frozen=True)
-class RouterSpec:
+class RouterSpec(HadOtherFields):
     """The router to build: from hidden states [T, H] to ids and weights.
 
     num_experts: those with weights. dtype: of its parameters. vocab_size: rows of the table of a "table" selector.
     """
 
+    gone: ClassVar[Mapping[str, str]] = {
+        "method": "routing",
+        "top_k": "routing.top_k",
+        "norm_eps": "logits.norm_eps",
+    }
     logits: LogitsSpec
     routing: RoutingSpec
     num_experts: int

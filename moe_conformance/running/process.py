@@ -94,14 +94,18 @@ class EngineProcess:
                     self._unavailable = self._wrong_line(f"while starting: got {other}, want who the engine is")
         return self._unavailable
 
+    def _command(self) -> list[str]:
+        # -P: the working directory must not come first on the path; discovery.extend_path appends it.
+        # -u: what the engine printed before it died must not die in a buffer.
+        module = "moe_conformance.running.host"
+        return [sys.executable, "-P", "-u", "-m", module, self.target.name, self.target.path]
+
     def _launch(self) -> None:
         cls = self.target.load()
         environment: Mapping[str, str] = getattr(cls, "environment", dict)()
         self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, see close()
-        # -P: the working directory must not come first on the path; discovery.extend_path appends it.
-        # -u: what the engine printed before it died must not die in a buffer.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-u", "-m", "moe_conformance.running.host", self.target.name, self.target.path],
+            self._command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

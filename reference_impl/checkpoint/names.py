@@ -495,7 +495,7 @@ def family_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
             if name in FAMILIES:
                 return name, level
     raise ConfigError(
-        f"model_type: got {root or 'none'!r}, want one whose checkpoint names are known; add them to {__name__}"
+        f"model_type: got {root or 'none'}, whose checkpoint names are not known, want one of {', '.join(FAMILIES)}"
     )
 
 

@@ -22,7 +22,7 @@ from moe_conformance.suites.describe.families import (
     flat_keys,
     nested_keys,
 )
-from moe_conformance.suites.describe.methods import METHODS, layer_keys
+from moe_conformance.suites.describe.methods import METHODS, is_published, layer_keys
 
 SMOKE = {
     "config-gemma4-nested",
@@ -30,7 +30,9 @@ SMOKE = {
     "config-nemotron-h",
     "config-hunyuan-v1-moe-top-k-list",
     "config-layers-deepseek-v3",
+    "config-layers-deepseek-v3-published",
     "config-layers-step3p7",
+    "config-layers-step3p7-published",
 }
 
 
@@ -147,11 +149,11 @@ HUB = (
 DESCRIBED = FLAT + NESTED + VARIANTS + HUB
 
 
-def layered(name: str, keys: Keys, config_class: str = "") -> Case:
+def layered(name: str, keys: Keys, config_class: str = "", lenient: str = "") -> Case:
     recipe: dict[str, Any] = {"keys": keys} | ({"class": config_class} if config_class else {})
     case_id = f"config-layers-{name}"
     tier = "smoke" if case_id in SMOKE else "core"
-    return Case(case_id, "describe", "config.layers", recipe | {"needs": ("layers",)}, tier)
+    return Case(case_id, "describe", "config.layers", recipe | {"needs": ("layers",)}, tier, lenient)
 
 
 def way(number: int) -> str:
@@ -171,21 +173,38 @@ LEFT_OUT = (
         flat("step3p7", "step3p5", swiglu_limits=[0.0] * (LAYERS - 1) + [4.5, 5.5], num_nextn_predict_layers=1),
     ),
 )
-LAYERED = LEFT_OUT + tuple(
-    layered(f"{slug}{way(number)}", layer_keys(slug, number), CLASSES[slug])
-    for slug, ways in METHODS.items()
-    for number in range(len(ways))
+WAYS = tuple((slug, number) for slug, ways in METHODS.items() for number in range(len(ways)))
+# A way with keys that no published config sets is a SHOULD, and without them a case of its own.
+EVERY_KEY = tuple(
+    layered(
+        f"{slug}{way(number)}",
+        layer_keys(slug, number),
+        CLASSES[slug],
+        "" if is_published(slug, number) else "no published config has this activation, bias or jitter",
+    )
+    for slug, number in WAYS
 )
+PUBLISHED_KEYS = tuple(
+    layered(f"{slug}{way(number)}-published", layer_keys(slug, number, published=True), CLASSES[slug])
+    for slug, number in WAYS
+    if not is_published(slug, number)
+)
+LAYERED = LEFT_OUT + EVERY_KEY + PUBLISHED_KEYS
 # The talker's own parent has no model type: saved, it does not say what it is.
 SAVED = tuple(
     case for case in DESCRIBED + LAYERED if case.recipe.get("class") not in (None, "Qwen3OmniMoeTalkerConfig")
 )
 
 
-def refused(name: str, keys: Keys, *names: str, config_class: str = "", tier: str = "core") -> Case:
+NO_SUCH = "no published config has such a value, or a second spelling that differs"
+
+
+def refused(name: str, keys: Keys, *names: str, config_class: str = "", tier: str = "core", lenient: str = "") -> Case:
     recipe: dict[str, Any] = {"keys": keys, "names": names} | ({"class": config_class} if config_class else {})
     # A model library builds what a config says and leaves its values to the config class: it offers no refusals.
-    return Case(f"config-{name}", "describe", "config.say-what-is-missing", recipe | {"needs": ("refusals",)}, tier)
+    return Case(
+        f"config-{name}", "describe", "config.say-what-is-missing", recipe | {"needs": ("refusals",)}, tier, lenient
+    )
 
 
 GEMMA4 = flat_keys("gemma4")
@@ -227,12 +246,14 @@ REFUSED = (
         flat("qwen3-moe", "qwen3_moe", num_local_experts=EXPERTS + 2),
         "num_experts",
         "num_local_experts",
+        lenient=NO_SUCH,
     ),
     refused(
         "ernie4-5-moe-two-top-ks",
         flat("ernie4-5-moe", "ernie4_5_moe", num_experts_per_tok=TOP_K + 2),
         "moe_k",
         "num_experts_per_tok",
+        lenient=NO_SUCH,
     ),
     refused(
         "mixtral-top-k-above-experts",
@@ -246,11 +267,33 @@ REFUSED = (
     ),
     refused("hunyuan-v1-moe-short-list", flat("hunyuan-v1-moe", "hunyuan_v1_moe", moe_topk=UNEVEN[:-1]), "moe_topk"),
     refused("mixtral-no-experts-at-all", flat("mixtral", "mixtral", num_local_experts=0), "num_local_experts"),
-    refused("mixtral-negative-top-k", flat("mixtral", "mixtral", num_experts_per_tok=-1), "num_experts_per_tok"),
-    refused("mixtral-zero-top-k", flat("mixtral", "mixtral", num_experts_per_tok=0), "num_experts_per_tok"),
-    refused("mixtral-boolean-top-k", flat("mixtral", "mixtral", num_experts_per_tok=True), "num_experts_per_tok"),
-    refused("mixtral-textual-experts", flat("mixtral", "mixtral", num_local_experts="11"), "num_local_experts"),
-    refused("mixtral-fractional-width", flat("mixtral", "mixtral", intermediate_size=24.5), "intermediate_size"),
+    refused(
+        "mixtral-negative-top-k",
+        flat("mixtral", "mixtral", num_experts_per_tok=-1),
+        "num_experts_per_tok",
+        lenient=NO_SUCH,
+    ),
+    refused(
+        "mixtral-zero-top-k", flat("mixtral", "mixtral", num_experts_per_tok=0), "num_experts_per_tok", lenient=NO_SUCH
+    ),
+    refused(
+        "mixtral-boolean-top-k",
+        flat("mixtral", "mixtral", num_experts_per_tok=True),
+        "num_experts_per_tok",
+        lenient=NO_SUCH,
+    ),
+    refused(
+        "mixtral-textual-experts",
+        flat("mixtral", "mixtral", num_local_experts="11"),
+        "num_local_experts",
+        lenient=NO_SUCH,
+    ),
+    refused(
+        "mixtral-fractional-width",
+        flat("mixtral", "mixtral", intermediate_size=24.5),
+        "intermediate_size",
+        lenient=NO_SUCH,
+    ),
     refused("axk1-types-too-few", flat("axk1", "axk1", mlp_layer_types=["dense", "sparse"]), TYPES),
     refused("axk1-types-unknown", flat("axk1", "axk1", mlp_layer_types=["dense"] * 8 + ["wide"]), TYPES),
 )

@@ -44,6 +44,28 @@ MOE_SHARED: Keys = {"moe_num_shared_experts": 2}
 ONE_SHARED: Keys = {"shared_expert_intermediate_size": SHARED_WIDTH}
 WIDE_SHARED: Keys = {"shared_intermediate_size": SHARED_WIDTH}
 
+# Keys that published config.json files carry to say what the model does anyway. Few classes read them; some engines do,
+# and raise where they are not there.
+NOAUX_TC: Keys = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+SAID_BESIDE: dict[str, Keys] = {
+    "afmoe": {"score_func": "sigmoid", "route_norm": True},
+    "axk1": NOAUX_TC,
+    "bailing-hybrid": {"score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    "deepseek-ocr2": {"topk_method": "greedy", "scoring_func": "softmax"},
+    "deepseek-v2": {"topk_method": "greedy", "scoring_func": "softmax"},
+    "deepseek-v3": NOAUX_TC,
+    "deepseek-v32": NOAUX_TC,
+    "dots1": NOAUX_TC,
+    "exaone-moe": NOAUX_TC,
+    "glm-moe-dsa": NOAUX_TC,
+    "glm4-moe-lite": NOAUX_TC,
+    "kimi-linear": {"moe_router_activation_func": "sigmoid", "use_grouped_topk": True},
+    "longcat-flash": {"zero_expert_type": "identity"},
+    "mimo-v2-flash": NOAUX_TC,
+    "minimax-m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
+    "unlimited-ocr": {"topk_method": "greedy", "scoring_func": "softmax"},
+}
+
 # Slug -> config class, its keys. SIZES are added where the class takes them.
 FAMILIES: dict[str, tuple[str, Keys]] = {
     "afmoe": ("AfmoeConfig", NUM_EXPERTS | OWN_WIDTH | NUM_SHARED | {"num_dense_layers": LEADING_DENSE}),
@@ -247,7 +269,7 @@ def flat_keys(slug: str) -> Keys:
     keys = FAMILIES[slug][1]
     if "d_model" in keys:
         return dict(keys)
-    sizes = SIZES | keys
+    sizes = SIZES | SAID_BESIDE.get(slug, {}) | keys
     if "num_layers" in keys or "hybrid_override_pattern" in keys:
         del sizes["num_hidden_layers"]  # derived from these
     if "pyramid_num_routed" in keys:

@@ -141,7 +141,22 @@ METHODS: dict[str, tuple[Keys, ...]] = {
 }
 
 
-def layer_keys(slug: str, way: int) -> Keys:
-    """The slug's config with the method keys of one way."""
+# What no published config of these models sets otherwise than its class does: the activation, biases of the experts'
+# projections, noise that routers add in training. An engine may have the usual value built in.
+UNPUBLISHED = {
+    *("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function", "dense_act_fn", "ffn_act_fn"),
+    *("mlp_bias", "router_jitter_noise"),
+}
+
+
+def is_published(slug: str, way: int) -> bool:
+    """Whether this way says nothing that no published config says."""
+    return not METHODS[slug][way].keys() & UNPUBLISHED
+
+
+def layer_keys(slug: str, way: int, published: bool = False) -> Keys:
+    """The slug's config with the method keys of one way, or only with those that published configs set."""
     keys, more = flat_keys(slug), METHODS[slug][way]
+    if published:
+        more = {key: value for key, value in more.items() if key not in UNPUBLISHED}
     return keys | {"ffn_config": keys["ffn_config"] | more} if "ffn_config" in keys else keys | more

@@ -44,7 +44,7 @@ def test_every_style_of_a_tensor_reaches_one_target(engine: Engine, case: Case) 
 
 @check(ONE_TARGET)
 def test_two_tensors_never_share_a_target(engine: Engine, case: Case) -> None:
-    """But as parts of a fused parameter. A target keeps the layer and the expert, and repeats no segment of its path."""
+    """But as parts of a fused one. A target keeps the layer and the expert, and repeats no segment of its path."""
     named = names_of(case["style"], case["suffixes"])
     owners: dict[str | Target, list[Tensor]] = {}
     for tensor, targets in remapped(engine, case["style"], named).items():

@@ -13,8 +13,11 @@ from torch import Tensor
 from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
 from moe_conformance.model.specs import DenseSpec, LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
-from moe_conformance.oracle.layer import activated, layer_bound, layer_value
-from moe_conformance.oracle.tolerance import Contract, Value, unit_roundoff, wide
+from moe_conformance.oracle.activation import activated
+from moe_conformance.oracle.layer import layer_bound, layer_value
+from moe_conformance.oracle.precision import unit_roundoff, wide
+from moe_conformance.oracle.storage import Storage
+from moe_conformance.oracle.value import Value
 from moe_conformance.reference_impl.layer import experts_output
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -72,13 +75,14 @@ class Built:
         self.spec = spec
         self.tensors = {n: normal(*s, scale=s[-1] ** -0.5 if len(s) > 1 else 1.0) for n, s in spec.tensors().items()}
         self.x = normal(T, spec.hidden_size)
-        last = spec.num_experts + spec.routing.identity_experts  # a dropped pair
+        last = spec.num_experts + spec.routing.identity_experts
         self.ids = torch.stack([torch.randperm(last + 1, generator=random)[:K] for _ in range(T)])
+        self.ids = self.ids.where(self.ids < last, -1)
         self.weights = normal(T, K).abs().to(wide(dtype))
         self.shared = normal(T, 2).abs().to(wide(dtype)) if spec.shared and spec.shared.weighted else None
 
-    def value(self, contract: Contract) -> Value:
-        return layer_value(self.x, self.spec, self.tensors, self.ids, self.weights, contract, self.shared)
+    def value(self, storage: Storage) -> Value:
+        return layer_value(self.x, self.spec, self.tensors, self.ids, self.weights, storage, self.shared)
 
     def output(self) -> Tensor:
         return experts_output(self.x, self.spec, self.tensors, self.ids, self.weights, self.shared)
@@ -88,7 +92,7 @@ class Built:
 def test_the_float64_layer_is_the_reference_s(spec: LayerSpec) -> None:
     built = Built(spec, 0, FP64)
     want = built.output()
-    assert float((built.value(Contract.stored(FP64)).exact - want).abs().max()) <= 2e-14 * float(want.abs().max())
+    assert float((built.value(Storage.stored(FP64)).exact - want).abs().max()) <= 2e-14 * float(want.abs().max())
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
@@ -98,7 +102,7 @@ def test_a_correct_layer_stays_below_its_bound_and_not_far_below(spec: LayerSpec
     ratios = []
     for seed in range(4):
         built = Built(spec, seed, dtype)
-        exact = built.value(Contract.stored(dtype))
+        exact = built.value(Storage.stored(dtype))
         ratios.append(float(((built.output().double() - exact.exact).abs() / exact.limit).max()))
     assert max(ratios) < 0.5
     assert dtype == FP32 or max(ratios) > 0.1
@@ -106,7 +110,7 @@ def test_a_correct_layer_stays_below_its_bound_and_not_far_below(spec: LayerSpec
 
 def test_no_tokens_have_an_empty_bound() -> None:
     built = Built(SPECS["silu"], 0, BF16)
-    bound = layer_bound(built.x[:0], built.spec, built.tensors, built.ids[:0], built.weights[:0], Contract.stored(BF16))
+    bound = layer_bound(built.x[:0], built.spec, built.tensors, built.ids[:0], built.weights[:0], Storage.stored(BF16))
     assert bound.limit.shape == (0, H)
 
 
@@ -150,7 +154,7 @@ def test_a_planted_fault_exceeds_the_bound(fault: str, dtype: torch.dtype) -> No
     name, path = FAULTS[fault]
     for seed in range(3):
         built = Built(SPECS[name], seed, dtype)
-        exact = built.value(Contract.stored(dtype))
+        exact = built.value(Storage.stored(dtype))
         with pytest.raises(Nonconformance, match=r"times the bound \(derived: r"):
             compare.close("output", path(built), exact.exact, exact.bound("r"))
 
@@ -161,7 +165,7 @@ def test_a_wrong_gelu_shows_in_float32_alone(dtype: torch.dtype, caught: bool) -
     ratios = []
     for seed in range(5):
         built = Built(SPECS["gelu-tanh"], seed, dtype)
-        exact = built.value(Contract.stored(dtype))
+        exact = built.value(Storage.stored(dtype))
         got = faulty(built, spec=SPECS["gelu"])
         ratios.append(float(((got.double() - exact.exact).abs() / exact.limit).max()))
     assert (min(ratios) > 10) if caught else (max(ratios) < 1)
@@ -169,19 +173,19 @@ def test_a_wrong_gelu_shows_in_float32_alone(dtype: torch.dtype, caught: bool) -
 
 def test_a_wrong_gelu_shows_in_any_precision_on_exact_inputs() -> None:
     spec, gate = mlp(activation="gelu_tanh", gated=False), torch.linspace(-6, 6, 4001)[:, None].to(BF16)
-    stage = activated(Value.of(gate), None, spec, Contract.stored(BF16))
+    stage = activated(Value.of(gate), None, spec, Storage.stored(BF16))
     right, wrong = (torch.nn.functional.gelu(gate, approximate=form) for form in ("tanh", "none"))
     compare.close("activation", right, stage.exact, stage.bound(""))
     with pytest.raises(Nonconformance):
         compare.close("activation", wrong, stage.exact, stage.bound(""))
 
 
-def test_a_contract_without_a_store_that_a_path_makes_condemns_it() -> None:
+def test_a_storage_without_a_store_that_a_path_makes_condemns_it() -> None:
     built = Built(replace(SPECS["silu"], experts=mlp(256)), 0, BF16)
     built.ids, built.weights = built.ids % E, torch.ones_like(built.weights)
     whole, without = (
-        built.value(contract)
-        for contract in (Contract.stored(BF16), replace(Contract.stored(FP32), result=BF16, weights=BF16))
+        built.value(storage)
+        for storage in (Storage.stored(BF16), replace(Storage.stored(FP32), result=BF16, weights=BF16))
     )
     error = (built.output().double() - whole.exact).abs()
     assert float((error / whole.limit).max()) < 0.5
@@ -190,10 +194,10 @@ def test_a_contract_without_a_store_that_a_path_makes_condemns_it() -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_a_bound_is_linear_in_u(dtype: torch.dtype) -> None:
-    """Of contracts that differ in u alone; up to products of errors, which bfloat16 has of some size."""
+    """Of storages that differ in u alone; up to products of errors, which bfloat16 has of some size."""
     built = Built(SPECS["silu"], 0, FP32)
-    narrow = built.value(replace(Contract.stored(dtype), compute=dtype)).spread
-    single = built.value(Contract.stored(FP32)).spread
+    narrow = built.value(replace(Storage.stored(dtype), compute=dtype)).spread
+    single = built.value(Storage.stored(FP32)).spread
     assert torch.allclose(
         narrow / single, torch.full_like(single, unit_roundoff(dtype) / unit_roundoff(FP32)), rtol=0.2
     )

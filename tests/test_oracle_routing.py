@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from moe_conformance.model.specs import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
-from moe_conformance.oracle.routing import accepted, compared_value, logits_value, softmax, weights_value
-from moe_conformance.oracle.tolerance import Value
+from moe_conformance.oracle.choice import accepted
+from moe_conformance.oracle.logits import logits_value
+from moe_conformance.oracle.scores import compared_value, softmax
+from moe_conformance.oracle.value import Value
+from moe_conformance.oracle.weights import weights_value
 from moe_conformance.reference_impl.router import router_logits
 from moe_conformance.reference_impl.routing import route_logits
 
@@ -134,23 +137,31 @@ def test_softmax_scores_are_compared_in_the_order_of_their_logits() -> None:
     assert compared.spread[0].tolist() == pytest.approx([3 * U32, 5**0.5 * U32])
 
 
-def test_a_softmax_has_errors_of_its_numerator_and_its_denominator() -> None:
-    even = softmax(Value.of(torch.zeros(1, 2)), FP32)
+def test_a_softmax_has_errors_of_its_numerator_its_denominator_and_a_logarithm_of_both() -> None:
+    even, log = softmax(Value.of(torch.zeros(1, 2)), FP32), math.log(2)
     assert even.exact.tolist() == [[0.5, 0.5]]
-    limit = 0.5 * math.expm1((0.5 * 4 + 0.5 * 4 + 3) * U32) + TINY32
+    limit = 0.5 * math.expm1((0.5 * 4 + 0.5 * 4 + 2 + 2 + log) * U32) + TINY32
     assert even.limit[0].tolist() == pytest.approx([limit, limit], rel=1e-12)
-    spread = 0.5 * math.expm1(5 * math.sqrt(1 + 1 + 3) * U32) / 5 + TINY32
+    spread = 0.5 * math.expm1(5 * math.sqrt(1 + 1 + 2 + 2 + log**2) * U32) / 5 + TINY32
     assert even.spread[0].tolist() == pytest.approx([spread, spread], rel=1e-12)
+    shifted = softmax(Value.of(torch.zeros(1, 2)), FP32, shift=-1024.0)
+    assert shifted.limit[0, 0].item() == pytest.approx(0.5 * math.expm1((8 + log + 1024) * U32) + TINY32, rel=1e-12)
     rough = Value(torch.zeros(1, 2, dtype=FP64), torch.tensor([[0.01, 0.02]], dtype=FP64))
     spread = 0.5 * math.expm1(5 * math.hypot(0.005, 0.01)) / 5
     assert softmax(rough, FP64).spread[0, 0].item() == pytest.approx(spread, rel=1e-9)
     apart = softmax(Value.of(torch.tensor([[0.0, 3.0]])), FP32)  # the first exponent is 3 below, and exp adds 4 u
     low, high = apart.exact[0].tolist()
-    limit = low * math.expm1(((1 - low) * 7 + high * 4 + 3) * U32) + TINY32
+    limit = low * math.expm1(((1 - low) * 7 + high * 4 + 4 + math.log(1 + math.e**3)) * U32) + TINY32
     assert apart.limit[0, 0].item() == pytest.approx(limit, rel=1e-9)
     sure = softmax(scored([0.0, 9.0], limit=0.01), FP64)
     p = sure.exact[0, 1].item()
     assert sure.limit[0, 1].item() == pytest.approx(p * math.expm1((1 - p) * 0.02), rel=1e-9)
+
+
+def test_a_narrow_softmax_sums_in_float32_and_stores_twice() -> None:
+    even, u = softmax(Value.of(torch.zeros(1, 512)), BF16), 2**-8
+    sums = 8 * 511 / 512 + 512 * U32 / u + 2 + math.log(512)  # each of 512 exponentials is off by 4 u
+    assert even.limit[0, 0].item() == pytest.approx(math.expm1(sums * u) / 512, rel=1e-9)
 
 
 def test_pairs_without_room_have_no_weight_before_or_after_the_rest_is_normalised() -> None:
