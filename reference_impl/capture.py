@@ -123,7 +123,9 @@ def raise_rejected(rejected: Tensor) -> None:
     if any(rows):
         rejected.zero_()
         found = ", ".join(f"layer {layer} row {row - 1}" for layer, row in enumerate(rows) if row)
-        raise InputError(f"ids: got an id outside [0, E) at {found}, want experts alone; nothing of these layers was recorded")
+        raise InputError(
+            f"ids: got an id outside [0, E) at {found}, want experts alone; nothing of these layers was recorded"
+        )
 
 
 class Capturer:

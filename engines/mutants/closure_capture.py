@@ -22,6 +22,11 @@ def _rewired(spec: RouterSpec, rewire: Callable[[Router], Callable[[Tensor], Rou
     return handle
 
 
+def _scale(router: Router) -> Tensor:
+    """The parameter as the module has it now."""
+    return router.get_parameter("per_expert_scale")
+
+
 def _gemma4(spec: RouterSpec, logits: Tensor, per_expert_scale: Tensor) -> Routing:
     return reference_route(RouteInputs(logits, spec.routing, {"router.per_expert_scale": per_expert_scale}))
 
@@ -29,7 +34,7 @@ def _gemma4(spec: RouterSpec, logits: Tensor, per_expert_scale: Tensor) -> Routi
 class ClosureKeepsParameter(Faulty):
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         def rewire(router: Router) -> Callable[[Tensor], Routing]:
-            per_expert_scale = router.per_expert_scale
+            per_expert_scale = _scale(router)
             return lambda logits: _gemma4(spec, logits, per_expert_scale)
 
         return _rewired(spec, rewire)
@@ -37,7 +42,7 @@ class ClosureKeepsParameter(Faulty):
 
 class ClosureKeepsModule(Faulty):
     def router_module(self, spec: RouterSpec) -> RouterHandle:
-        return _rewired(spec, lambda router: lambda logits: _gemma4(spec, logits, router.per_expert_scale))
+        return _rewired(spec, lambda router: lambda logits: _gemma4(spec, logits, _scale(router)))
 
 
 class FirstCallIsCached(Faulty):
@@ -47,7 +52,7 @@ class FirstCallIsCached(Faulty):
 
             def route(logits: Tensor) -> Routing:
                 if not kept:
-                    kept.append(router.per_expert_scale.float().clone())
+                    kept.append(_scale(router).float().clone())
                 return _gemma4(spec, logits, kept[0])
 
             return route
@@ -63,7 +68,7 @@ class CachedUntilVersionChanges(Faulty):
             kept: dict[object, Tensor] = {}
 
             def route(logits: Tensor) -> Routing:
-                scale = router.per_expert_scale
+                scale = _scale(router)
                 if torch.compiler.is_compiling():
                     return _gemma4(spec, logits, scale)
                 key = (scale.data_ptr(), scale._version, scale.dtype)
@@ -89,7 +94,7 @@ class NewestRouterAnswers(Faulty):
 
             def route(logits: Tensor) -> Routing:
                 assert self.newest is not None
-                return _gemma4(spec, logits, self.newest.per_expert_scale)
+                return _gemma4(spec, logits, _scale(self.newest))
 
             return route
 

@@ -37,7 +37,7 @@ class FaultyShard(Faulty):
     def shard(self, inputs: ShardInputs) -> Tensor:
         if inputs.physical_to_logical is not None or inputs.shared is not None:
             return super().shard(inputs)
-        with patch.multiple(stage, **self.replaced(inputs)):
+        with patch.multiple(stage, **dict[str, Any](self.replaced(inputs))):
             return stage.shard(self.seen(inputs), self.own_sum)
 
 

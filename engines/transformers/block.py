@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
-from moe_conformance.engine import BlockInputs, BlockOutput
+from moe_conformance.engine import BlockInputs, BlockOutput, called_by_engine
 from moe_conformance.engines.transformers.block_families import MODEL_TYPES
 from moe_conformance.engines.transformers.block_routing import Tap
 from moe_conformance.engines.transformers.build import as_config, build, language_part
@@ -120,6 +120,7 @@ class Silent(nn.Module):
         self.answer: Tensor | None = None
         self.got: Tensor | None = None
 
+    @called_by_engine
     def forward(self, hidden_states: Tensor, **_: Any) -> Any:
         self.got = hidden_states
         answer = hidden_states if self.answer is None else self.answer

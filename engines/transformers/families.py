@@ -198,7 +198,10 @@ FAMILIES = (
         _SPARSE,
     ),
     Family(
-        "flint", _layer(RoutingSpec(0, score="sigmoid"), _FLOAT32, shared=_SHARED), {**_NUM, **_OWN, **_NORM, **_BUILT}
+        "flint",
+        _layer(RoutingSpec(0, score="sigmoid"), _FLOAT32, shared=_SHARED),
+        {**_NUM, **_OWN, **_NORM, **_BUILT},
+        {"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
     Family(
         "kolibri1",
@@ -349,14 +352,14 @@ FAMILIES = (
     Family(
         "zaya",
         _layer(
-            RoutingSpec(0, score_dtype="input", selection_bias=True, skip_expert=True),
+            RoutingSpec(1, score_dtype="input", selection_bias=True, skip_expert=True),
             LogitsSpec("zaya", norm_eps=1e-5),
         ),
-        {**_NUM, **_OWN, "logits.width": "router_hidden_size", "logits.norm_eps": "rms_norm_eps"},
+        {**_OWN, "num_experts": "num_experts", "logits.width": "router_hidden_size", "logits.norm_eps": "rms_norm_eps"},
     ),
     Family(
         "switch_transformers",
-        _layer(RoutingSpec(1, capacity=Capacity(tokens=64)), _FLOAT32, experts=_UNGATED),
+        _layer(RoutingSpec(1, score_dtype="input", capacity=Capacity(tokens=64)), _FLOAT32, experts=_UNGATED),
         {
             "hidden_size": "d_model",
             "num_experts": "num_experts",

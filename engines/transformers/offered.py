@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from moe_conformance.engine import LayerSpec, Limits
+from moe_conformance.engine import Activation, LayerSpec, Limits
 from moe_conformance.engines.transformers.families import Family
 from moe_conformance.engines.transformers.matching import available, filled
 from moe_conformance.protocol import features
 
 # Values that act, of the fields that a config key may decide.
-_ACTING: dict[str, Any] = {
+ACTING: dict[str, Any] = {
     "renormalize": "sum",
     "groups": 2,
     "scale": 2.0,
@@ -24,7 +24,7 @@ _ACTING: dict[str, Any] = {
     "selection_bias": True,
     "bias": True,
 }
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+_ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def offered(stage: str) -> frozenset[str]:
@@ -46,7 +46,7 @@ def offered(stage: str) -> frozenset[str]:
 def _layers(family: Family) -> Iterator[LayerSpec]:
     """The family's layer with all keys at rest, and with all that act."""
     yield family.layer
-    acting = {path: _ACTING[name] for path in family.keys if (name := path.rpartition(".")[2]) in _ACTING}
+    acting = {path: ACTING[name] for path in family.keys if (name := path.rpartition(".")[2]) in ACTING}
     yield filled(family.layer, acting)
     for activation in _ACTIVATIONS if "experts.activation" in family.keys else ():
         yield replace(family.layer, experts=replace(family.layer.experts, activation=activation))

@@ -58,8 +58,9 @@ CLAUSES: dict[str, Clause] = {
     ),
     "remap.one-target": Clause(
         "double-prefix",
-        "Every naming style and suffix of one checkpoint tensor must map to one and the same parameter, and two tensors "
-        "to the same only as parts of a fused one: gate and up of an expert or of all, or one part of all experts.",
+        "Every naming style and suffix of one checkpoint tensor must map to one and the same parameter, and two "
+        "tensors to the same only as parts of a fused one: gate and up of an expert or of all, or one part of all "
+        "experts.",
         ("vllm#41206", "mobius#239", "vllm#31261"),
     ),
     "remap.idempotent": Clause(

@@ -22,6 +22,7 @@ from moe_conformance.engine import (
     RouteInputs,
     RouterSpec,
     RoutingSpec,
+    RowKind,
     Rows,
 )
 from moe_conformance.errors import Unsupported
@@ -99,7 +100,7 @@ _TRIVIAL: dict[str, Callable[[Engine, Set[str], Limits], None]] = {
     "layer": _layer,
     "capture_session": _capture,
 }
-_ROW_KINDS = ("local", "concatenated", "sequence_shard", "sequence_gathered")
+_ROW_KINDS: tuple[RowKind, ...] = ("local", "concatenated", "sequence_shard", "sequence_gathered")
 _CAPTURE = CaptureSpec(max_tokens=4, layers=2, top_k=2, experts=EXPERTS)
 
 

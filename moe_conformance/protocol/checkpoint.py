@@ -17,8 +17,8 @@ class CheckpointName:
 class Target(NamedTuple):
     """A place in a parameter that holds several checkpoint tensors.
 
-    parameter: its name. expert: which of its experts, None where it holds one or the tensor fills all. shard: which part
-    of an expert, in the engine's own words ("w1", 0, ...), None where the tensor fills it.
+    parameter: its name. expert: which of its experts, None where it holds one or the tensor fills all. shard: which
+    part of an expert, in the engine's own words ("w1", 0, ...), None where the tensor fills it.
     """
 
     parameter: str

@@ -173,7 +173,8 @@ class Engine:
         """The engine's own name, or names, for each checkpoint tensor of a model with this config (a plain dict).
 
         Where the engine fuses tensors into one parameter, several have its name, or each a Target that says which part
-        of the parameter it is. Gate and up of one expert or of all may share a name so, and any one part of all experts.
+        of the parameter it is. Gate and up of one expert or of all may share a name so, and any one part of all
+        experts.
         """
         raise _not_offered("remap")
 

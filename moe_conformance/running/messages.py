@@ -69,7 +69,8 @@ def decode(line: str) -> Message:
     try:
         data = json.loads(line)
         kind = _KINDS[data.pop("kind")]
-        return _build(kind, data)
+        built: Message = _build(kind, data)
+        return built
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"got {line[:200]!r}, want a line of messages.py: {type(error).__name__}: {error}") from error
 

@@ -113,7 +113,7 @@ def tensors_of(case: Case) -> dict[str, Tensor]:
     """What the method takes beside logits; scales are distinct, of both signs, and never 1."""
     spec: RoutingSpec = case["routing"]
     experts = case["experts"]
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, shape in router_tensors(LogitsSpec(), spec, 1, experts, VOCABULARY).items():
         match name:
             case "router.selection_bias":

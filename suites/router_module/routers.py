@@ -41,11 +41,11 @@ class Router:
         shape = (len(self.hidden), self.spec.routing.top_k)
         compare.shape_and_type(f"{what}: ids", ids, shape, integer=True)
         compare.shape_and_type(f"{what}: weights", weights, shape, integer=False)
-        ids, weights = ids.detach().cpu().long(), weights.detach().cpu()
+        answered = Routing(ids.detach().cpu().long(), weights.detach().cpu())
         logits = logits_value(self.hidden, self.spec.logits, tensors)
         inputs = RouteInputs(logits.exact.to(self.hidden.dtype), self.spec.routing, tensors)
-        judge_routing(what, Routing(ids, weights), inputs, logits if takes == "hidden" else None)
-        return ids
+        judge_routing(what, answered, inputs, logits if takes == "hidden" else None)
+        return answered.ids
 
 
 def value_of(name: str, shape: tuple[int, ...], version: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def unsharded(case: Case) -> ShardInputs:
     )
 
 
-def with_pairs(inputs: ShardInputs, **changed: Tensor) -> ShardInputs:
+def with_pairs(inputs: ShardInputs, **changed: Any) -> ShardInputs:
     """The same rank with other x, ids or weights."""
     return replace(inputs, whole=replace(inputs.whole, **changed))
 

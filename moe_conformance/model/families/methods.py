@@ -218,8 +218,9 @@ METHODS: dict[str, Method] = {
         shared_mlp=bias(),
         latent=bias(),
     ),
-    # Scores of a float32 softmax, rounded to the model's dtype before they are normalised; switch_transformers the same,
-    # before it chooses. The floor is the epsilon of float32. In evaluation, too, outputs shrink by the share that training drops.
+    # Scores of a float32 softmax, rounded to the model's dtype before they are normalised; switch_transformers the
+    # same, before it chooses. The floor is the epsilon of float32. In evaluation, too, outputs shrink by the share that
+    # training drops.
     "nllb-moe": Method(
         Key(
             "second_expert_policy",
