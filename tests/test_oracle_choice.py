@@ -125,7 +125,7 @@ def test_inputs_whose_experts_rounding_may_change_are_no_good() -> None:
     assert (fine.ids.tolist(), fine.weights.exact.tolist(), fine.shared) == ([[0]], [[1.0]], None)
     with pytest.raises(ValueError, match="token_ids: got None"):
         choose(replace(inputs, routing=RoutingSpec(1, selector="table")), None, FP32)
-    with pytest.raises(ValueError, match="want a capacity and no groups"):
+    with pytest.raises(ValueError, match="want a capacity, no groups and scores"):
         choose(replace(inputs, routing=RoutingSpec(1, groups=3, top_groups=3, capacity=Capacity(1))), None, FP32)
 
 

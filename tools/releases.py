@@ -42,7 +42,7 @@ BASE = "0.20.0"
 PINNED = ("torch", "triton", "transformers")
 REPLACED = {*PINNED, "torchaudio", "torchcodec", "torchvision", "triton-cpu"}
 # What this project's wheel needs and vLLM's metadata does not bring.
-HARNESS = ("click", "packaging", "pytest", "pytest-xdist", "syrupy")
+HARNESS = ("packaging", "pytest", "pytest-xdist", "syrupy")
 # From good to bad: a case is as bad as its worst check, a class as its worst case.
 ORDER = (
     Verdict.UNSUPPORTED, Verdict.PASS, Verdict.KNOWN_FAILURE, Verdict.BROKEN_SHOULD, Verdict.UNEXPECTED_PASS,

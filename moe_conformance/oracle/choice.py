@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.model.specs import RoutingSpec
-from moe_conformance.oracle.capacity import Interval, Room, room
+from moe_conformance.oracle.capacity import Interval, Room, choices, room
 from moe_conformance.oracle.precision import in_precision, unit_roundoff
 from moe_conformance.oracle.scores import compared_value, conditioned, routed_logits, score
 from moe_conformance.oracle.value import Value
@@ -138,11 +138,14 @@ def ids_of_table(inputs: RouteInputs) -> Tensor:
 def room_of(given: Value, compared: Value, inputs: RouteInputs, numbers: Tensor | None = None) -> Room:
     """Which pairs find a place. numbers: [T] bool, rows whose scores are known; others may choose anything."""
     spec = inputs.routing
-    if spec.groups > 1 or spec.capacity is None:
-        raise ValueError(f"got {spec}, want a capacity and no groups")
+    if spec.groups > 1 or spec.capacity is None or spec.select_on != "scores":
+        raise ValueError(f"got {spec}, want a capacity, no groups and scores that are compared")
     store = in_precision(inputs.logits.dtype, spec.score_dtype)
     scores = interval(score(routed_logits(conditioned(given, spec, store), spec), spec, store))
-    bounds, first = interval(compared), Interval(scores.low.amax(-1), scores.high.amax(-1))
+    bounds = interval(compared)
+    may_be_first = choices(bounds, 1)[0][..., 0]  # [T, E]
+    lowest = scores.low.masked_fill(~may_be_first, torch.inf).amin(-1)
+    first = Interval(lowest, scores.high.masked_fill(~may_be_first, -torch.inf).amax(-1))
     if numbers is not None:
         bounds, first = _anything(bounds, numbers[:, None]), _anything(first, numbers)
     return room(bounds, first, spec.capacity, inputs.sequences, spec.top_k)

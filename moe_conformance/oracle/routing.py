@@ -235,8 +235,8 @@ class _Judgement:
             row = int(strange.nonzero()[0])
             there = list(range(self.experts, self.experts + fused.count))
             raise Nonconformance(
-                f"{self.what}: row {row}: ids of shared experts: got {self.last.ids[row].tolist()}, want {there} in any "
-                f"order, in the last {fused.count} slots"
+                f"{self.what}: row {row}: ids of shared experts: got {self.last.ids[row].tolist()}, want {there} in "
+                f"any order, in the last {fused.count} slots"
             )
         want = self._of_shared(fused, index)
         bad = self.numbers[:, None] & ~self._near(self.last.weights, want)

@@ -45,7 +45,8 @@ def weights_value(
     kept = torch.ones_like(weights.exact)
     if dropped is not None:
         kept[:, : ids.shape[1]] = (~dropped).double()
-    late = spec.capacity is not None and spec.capacity.renormalize_before
+    # What a token skips counts in the sum, as does what it drops where that comes after it.
+    late = spec.skip_expert or (spec.capacity is not None and spec.capacity.renormalize_before)
     weights = _normalised(weights if late else weights * Value.of(kept), spec, store) * Value.of(kept)
     weights = (weights * Value.of(spec.scale).stored(store)).stored(store)
     if spec.global_scale:

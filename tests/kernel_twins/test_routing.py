@@ -250,7 +250,8 @@ def test_every_method_survives_rows_of_no_numbers(device: str, what: str) -> Non
     got = routing.route_logits(logits.to(device), spec, tensors).ids.cpu()
     want = reference_routing.route_logits(logits, spec, {n: t.cpu() for n, t in tensors.items()}).ids
     experts = columns - spec.shared_classes
-    compare.chosen("ids", got, torch.zeros(8, experts), 0.0)
+    assert int(got.min()) >= 0 and int(got.max()) < experts
+    assert got.cpu().sort(-1).values.diff(dim=-1).ne(0).all()
     compare.equal("ids of numbers", got[6:], want[6:])
 
 
