@@ -51,7 +51,7 @@ def local_ids(ids: Tensor, expert_map: Tensor) -> Tensor:
     """
     _check_ids(ids, len(expert_map))
     # One entry more, which is what an id of -1 indexes.
-    local = torch.cat([expert_map.clamp(min=-1), expert_map.new_tensor([-1])])
+    local = torch.cat([expert_map, expert_map.new_tensor([-1])])
     return local[ids].long()
 
 

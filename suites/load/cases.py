@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from moe_conformance.catalogue.case import Case
 
-# 2F = H makes gate_up_proj square, F = H down_proj: no layout can be told from such a shape.
-WIDTHS = {"distinct": (64, 48), "square-gate-up": (64, 32), "square-down": (64, 64)}
+# H and F. 2F = H makes gate_up_proj square, F = H down_proj: no layout can be told from such a shape. 2F < H, as most
+# models have it: a layout guessed from the larger dim is the other one.
+WIDTHS = {"distinct": (64, 48), "square-gate-up": (64, 32), "square-down": (64, 64), "narrow": (64, 24)}
 
 
 def _load(style: str, tail: str = "", tier: str = "core", **recipe: object) -> Case:
@@ -26,6 +27,7 @@ LOAD = (
     _load("packed", "-two-shards"),
     _load("packed", "-square-gate-up", widths="square-gate-up"),
     _load("packed", "-square-down", widths="square-down"),
+    _load("packed", "-narrow", widths="narrow"),
     _load("packed", "-shuffled", shards=3, shuffled=True),
     _load("packed", "-eleven-layers", layers=11),
     _load("packed", "-stale-file", stale_file=True),
@@ -33,6 +35,7 @@ LOAD = (
     _load("plain", "-shuffled", shards=3, shuffled=True),
     _load("plain", "-square-gate-up", widths="square-gate-up"),
     _load("plain", "-square-down", widths="square-down"),
+    _load("plain", "-narrow", widths="narrow"),
     _load("moe", "-two-shards"),
     _load("moe", "-shuffled-square-gate-up", shards=3, shuffled=True, widths="square-gate-up"),
     _load("moe-packed", "-two-shards"),
