@@ -47,6 +47,7 @@ def route_kernel(
     SHARED: tl.constexpr,
     FUSED: tl.constexpr,
     FUSED_RULE: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     NARROW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SCORE: tl.constexpr,
@@ -170,11 +171,14 @@ def route_kernel(
             weights = tl.where(slot >= 0, (fused_weight * total)[:, None], weights)
         else:
             tl.static_assert(FUSED_RULE == "router")
-    rows = offs_t[:, None] < tokens
+    if HAS_PADDING:
+        ids = tl.where(mask_t, ids, -1)
+        weights = tl.where(mask_t, weights, 0.0)
+        mask_t = offs_t[:, None] < tokens
     offs_ids = offs_t[:, None] * IDS + offs_k[None, :]
-    tl.store(ids_ptr + offs_ids, tl.where(mask_t, ids, -1), mask=rows & (offs_k[None, :] < IDS))
+    tl.store(ids_ptr + offs_ids, ids, mask=mask_t & (offs_k[None, :] < IDS))
     offs_weights = offs_t[:, None] * WEIGHTS + offs_k[None, :]
-    tl.store(weights_ptr + offs_weights, tl.where(mask_t, weights, 0.0), mask=rows & (offs_k[None, :] < WEIGHTS))
+    tl.store(weights_ptr + offs_weights, weights, mask=mask_t & (offs_k[None, :] < WEIGHTS))
 
 
 def route_blocks(tokens: int, classes: int, groups: int, columns: int, interpret: bool) -> dict[str, int]:
@@ -255,6 +259,7 @@ def launch_route(
                 spec.floor,
                 spec.scale,
                 fused.weight,
+                HAS_PADDING=valid_rows < tokens,
                 **route_constants(spec, fused, classes, logits),
                 **blocks,
             )

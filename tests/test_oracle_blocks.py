@@ -90,7 +90,7 @@ def some_routing(top_k: int = 2) -> Routing:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_the_case_s_routing_comes_before_what_an_engine_reports(name: str) -> None:
-    """Where the router weighs shared experts, those weights are of its own choice, which the routing does not change."""
+    """What the router gives shared experts is of its own choice, which the routing does not change."""
     spec, given = SPECS[name], some_routing()
     inputs = replace(built(spec), routing=given)
     want = reference(inputs, spec, given)
@@ -114,10 +114,11 @@ def test_a_pair_of_weight_0_has_no_expert_where_the_model_skips_or_drops(name: s
     spec, (ids, weights) = SPECS[name], some_routing()
     inputs, gone = built(spec), torch.arange(B * S) % 3 == 0
     weights = weights.masked_fill(gone[:, None], 0.0)
-    want, bound = expected_block(inputs, spec, Routing(ids, weights))
-    other, other_bound = expected_block(inputs, spec, Routing(ids.masked_fill(gone[:, None], -1), weights))
-    assert torch.equal(want, other)
-    assert torch.equal(bound.limit, other_bound.limit) is (name != "plain")
+    want, _ = expected_block(inputs, spec, Routing(ids, weights))
+    other, bound = expected_block(inputs, spec, Routing(ids.masked_fill(gone[:, None], -1), weights))
+    torch.testing.assert_close(want, other, rtol=1e-13, atol=1e-14)
+    nothing = gone[:, None].expand_as(want)
+    assert (bound.limit[nothing] <= torch.finfo(FP64).tiny).all()
 
 
 def test_a_block_s_router_computes_in_its_input_s_dtype() -> None:
