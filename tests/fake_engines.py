@@ -67,18 +67,6 @@ class Hangs(_Fake):
         return inputs.x
 
 
-class ClaimsTooMuch(_Fake):
-    """Declares a stage that it does not have."""
-
-    name = "claims-too-much"
-
-    def capabilities(self) -> Mapping[str, frozenset[str]]:
-        return {**super().capabilities(), "capture_session": frozenset({"local"})}
-
-    def layer(self, inputs: LayerInputs) -> Any:
-        return inputs.x
-
-
 class ClaimsTooLittle(_Routes):
     """Answers in a stage that it does not declare."""
 

@@ -265,3 +265,15 @@ def test_a_case_of_an_old_clause_is_told_the_new_one(monkeypatch: pytest.MonkeyP
 def test_a_case_that_needs_an_unknown_word_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a: align: got feature 'expert_mapp', want .*did you mean 'expert_map'"):
         Case("a", "align", "align.whole-blocks", {"needs": ("expert_mapp",)})
+
+
+def test_ratios_are_printed_beside_what_they_are_to() -> None:
+    tool = [sys.executable, str(Path(__file__).parent.parent / "tools" / "timing.py")]
+    done = subprocess.run([*tool, "help", "--rounds", "1"], text=True, capture_output=True)
+    head, line = done.stdout.splitlines()
+    assert head.split() == ["command", "ratio", "most", "seconds", "beside"]
+    name, ratio, most, seconds, *beside, empty, unit = line.split()
+    assert (name, most, beside, unit) == ("help", "3", ["python", "-c", "pass:"], "s")
+    assert float(ratio) == pytest.approx(float(seconds) / float(empty), rel=0.3)
+    refused = subprocess.run([*tool, "halp"], text=True, capture_output=True)
+    assert (refused.returncode, "got halp, want some of help, smoke, run, tests" in refused.stderr) == (2, True)

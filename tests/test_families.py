@@ -18,11 +18,18 @@ from moe_conformance.oracle.choice import choose
 from moe_conformance.oracle.layer import block_logits, block_routing, expected_block
 from moe_conformance.reference_impl.layer import layer
 from moe_conformance.suites.block.blocks import inputs_of, spec_of
-from moe_conformance.suites.block.cases import BLOCK_CASES, EXPERTS_CASES, ROUTE_CASES, SHARED_CASES, VARIANTS
-from moe_conformance.suites.block.judging import judge_output
-from moe_conformance.suites.block.test_routing_semantics import test_a_block_routes_as_its_model_does as judge_route
+from moe_conformance.suites.block.cases import (
+    BLOCK_CASES,
+    EXPERTS_CASES,
+    NARROW_ROUTE_CASES,
+    ROUTE_CASES,
+    SHARED_CASES,
+    VARIANTS,
+)
+from moe_conformance.suites.block.judging import answer, judge_output, judge_router, reported
 
-CASES = {case.id.removeprefix("family-"): case for case in (*ROUTE_CASES, *BLOCK_CASES, *EXPERTS_CASES, *SHARED_CASES)}
+ROUTED = (*ROUTE_CASES, *NARROW_ROUTE_CASES)
+CASES = {case.id.removeprefix("family-"): case for case in (*ROUTED, *BLOCK_CASES, *EXPERTS_CASES, *SHARED_CASES)}
 
 
 def exact(inputs: BlockInputs) -> BlockInputs:
@@ -64,8 +71,9 @@ class Altered(Reference):
     def judge(self, case_id: str) -> None:
         case = CASES[case_id]
         self.family = case["family"]
-        if case in ROUTE_CASES:
-            judge_route(self, case)
+        if case in ROUTED:
+            inputs = inputs_of(case)
+            judge_router(inputs, spec_of(self.family), reported(answer(self, inputs)))
         else:
             judge_output(self, case)
 
@@ -94,6 +102,10 @@ def _of_layer(**fields: Any) -> Callable[[LayerSpec], LayerSpec]:
     return lambda spec: replace(spec, **fields)
 
 
+def _narrow_router(spec: LayerSpec) -> LayerSpec:
+    return _routing(score_dtype="input")(replace(spec, logits=replace(spec.logits, dtype="input")))
+
+
 FAULTS: dict[str, tuple[str, Callable[[LayerSpec], LayerSpec]]] = {
     "a bias that is left out": ("deepseek-v3-route", _routing(selection_bias=False)),
     "no groups": ("deepseek-v3-route", _routing(groups=1, top_groups=1)),
@@ -115,6 +127,8 @@ FAULTS: dict[str, tuple[str, Callable[[LayerSpec], LayerSpec]]] = {
     "no scale of an expert's own": ("gemma4-route", _routing(per_expert_scale=False)),
     "a narrower threshold": ("phimoe-route", _routing(jitter=0.1)),
     "nobody dropped": ("switch-transformers-route", _routing(capacity=None)),
+    "a float32 router in the model's dtype": ("deepseek-v3-bf16-route", _narrow_router),
+    "and where nothing is renormalised": ("longcat-flash-bf16-route", _narrow_router),
     "gelu for silu": ("mixtral-experts", _experts(activation="gelu")),
     "erf for tanh": ("gemma4-experts", _experts(activation="gelu")),
     "relu for its square": ("nemotron-h-experts", _experts(activation="relu")),
@@ -145,6 +159,23 @@ def test_a_fault_in_any_part_of_a_layer_is_noticed(fault: str) -> None:
     Altered(lambda spec: spec).judge(case_id)
     with pytest.raises(Nonconformance):
         Altered(change).judge(case_id)
+
+
+class GuessesTheOrientation(Reference):
+    """Takes the larger dim of [E, 2F, H] for 2F, as a loader without names of dims may."""
+
+    def block(self, inputs: BlockInputs) -> BlockOutput:
+        first = inputs.tensors["experts.w13"]
+        if first.shape[1] < first.shape[2]:
+            first = first.reshape(len(first), first.shape[2], first.shape[1]).transpose(1, 2).contiguous()
+        return super().block(replace(inputs, tensors={**inputs.tensors, "experts.w13": first}))
+
+
+def test_an_orientation_guessed_from_the_larger_dim_shows_on_narrow_experts_alone() -> None:
+    for slug in ("mixtral", "mixtral-square"):
+        judge_output(GuessesTheOrientation(), CASES[f"{slug}-block"])
+    with pytest.raises(Nonconformance, match="block output: "):
+        judge_output(GuessesTheOrientation(), CASES["mixtral-narrow-block"])
 
 
 def block_inputs(case_id: str, **tensors: torch.Tensor) -> BlockInputs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ import fake_engines
 import pytest
 import torch
 
-from moe_conformance.catalogue.case import Case
+from moe_conformance.catalogue.case import Case, catalogue
 from moe_conformance.engine import AlignInputs, Engine, EngineInfo, Limits, Unsupported, called_by_engine
 from moe_conformance.errors import Nonconformance, UsageError
 from moe_conformance.judging.judge import Judge
@@ -196,13 +195,28 @@ def test_a_probe_looks_at_form() -> None:
         probe(OneColumn(), "route", {"softmax", "renormalize"})
 
 
-def test_an_input_written_to_is_named() -> None:
-    def check(engine: Any, case: Case) -> None:
-        ids = torch.zeros((1, 1), dtype=torch.int32)
-        engine.align(replace(AlignInputs(ids, 4, 1), expert_map=torch.arange(4, dtype=torch.int32)))
+LAYERS = ("moe_conformance.suites.layer.test_shape_mismatch", "test_padding_never_reaches_the_output")
 
-    judge = judge_of("CallsBack")
-    judge.engine.raw.align = lambda inputs: inputs.expert_map.numpy().fill(7)
-    outcome = judge.judge(check, CASE)
-    assert (outcome.verdict, outcome.message.partition(":")[0]) == (Verdict.FAIL, "expert_map"), outcome
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ("WritesIntoInputs", "x: the engine wrote into its input"),
+        ("WritesIntoWeights", "tensors['experts.w2']: the engine wrote into its input"),
+    ],
+)
+def test_an_input_written_to_is_named(engine: str, words: str) -> None:
+    judge = judge_of(engine)
+    outcome = judge.run(*LAYERS, catalogue()["layer-tiny-plain"])
+    assert (outcome.verdict, words in outcome.message) == (Verdict.FAIL, True), outcome
     assert isinstance(judge.raised, Nonconformance)
+
+
+def test_an_input_written_to_in_the_probe_is_an_error_of_the_stage() -> None:
+    said = judge_of("WritesIntoInputs").probe("layer")
+    assert said.verdict is Verdict.ERROR and "x: the engine wrote into its input" in said.message
+
+
+def test_an_adapter_that_raises_is_an_error() -> None:
+    outcome = judge_of("AdapterBroken").run(*LAYERS, catalogue()["layer-tiny-plain"])
+    assert (outcome.verdict, "a misspelt attribute" in outcome.message) == (Verdict.ERROR, True), outcome

@@ -385,6 +385,19 @@ def test_a_pair_without_expert_is_said_by_its_id_or_by_its_weight() -> None:
             judge_routing("route", Routing(ids.masked_fill(none.flip(0), -1), weights), inputs)
 
 
+def test_a_pair_without_expert_is_no_repeat_of_another() -> None:
+    """Of two tokens with the same first choice and one place the second has its second choice alone."""
+    spec = RoutingSpec(2, capacity=Capacity(tokens=1, per="batch"))
+    for second in (1, 2):
+        logits = torch.tensor([[5.0, 0.0, 1.0], [5.0, 1.0, 0.0]])[:, [0, second, 3 - second]]
+        weights = logits.softmax(-1).topk(2).values
+        ids = torch.tensor([[0, 3 - second], [-1, second]])
+        for order in ([0, 1], [1, 0]):
+            judge_routing("route", Routing(ids[:, order], weights[:, order]), RouteInputs(logits, spec))
+        with pytest.raises(Nonconformance, match="wrong experts"):
+            judge_routing("route", Routing(ids.clamp(min=0), weights), RouteInputs(logits, spec))
+
+
 def test_the_engine_s_own_logits_have_errors() -> None:
     """Ids that the exact logits do not give, but logits within their errors do; and no others."""
     inputs = tied(1.0, 0.9, 0.0)
@@ -440,6 +453,27 @@ def test_fused_shared_experts_stand_behind_the_routed_ones(rule: str) -> None:
             judge_fused_shared("route", bad, inputs)
         with pytest.raises(Nonconformance, match=words):
             judge_routing("route", bad, inputs)
+
+
+def test_a_share_of_rounded_weights_is_one() -> None:
+    spec, fused, _ = FUSED["share"]
+    inputs = replace(built(spec, BF16), fused_shared=fused)
+    ids, weights = routed(inputs)
+    last = torch.tensor([[E, E + 1]]).expand(T, 2)
+
+    def answer(weights: Tensor, total: Tensor) -> Routing:
+        share = (total.sum(-1, keepdim=True) * 0.25).expand(T, 2)
+        return Routing(torch.cat([ids, last], 1), torch.cat([weights, share], 1))
+
+    rounded = weights.bfloat16().float()
+    judge_routing("route", answer(rounded, rounded), inputs)
+    judge_routing("route", answer(weights, weights), inputs)
+    with pytest.raises(Nonconformance, match="by rule 'share'"):
+        judge_routing("route", answer(rounded, rounded * (1 + 2**-6)), inputs)
+    exact = replace(built(spec), fused_shared=fused)
+    ids, weights = routed(exact)
+    with pytest.raises(Nonconformance, match="by rule 'share'"):
+        judge_routing("route", answer(weights, weights.bfloat16().float()), exact)
 
 
 def test_the_router_s_weights_of_shared_experts_belong_to_their_ids() -> None:

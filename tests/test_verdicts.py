@@ -25,10 +25,7 @@ FAKES = (
     "AlwaysWrong",
     "Crashes",
     "Hangs",
-    "ClaimsTooMuch",
     "ClaimsTooLittle",
-    "WritesIntoInputs",
-    "AdapterBroken",
     "NotInstalled",
     "Noisy",
     "Misspells",
@@ -54,7 +51,8 @@ class Run(NamedTuple):
 
 def run(folder: Path, engines: tuple[str, ...], *arguments: str) -> Run:
     """Judge these engines on CASES by CHECK and on ROUTE_CASE, in a process and a folder of their own."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {name: value for name, value in inherited.items() if name != "CI"}  # for --in-process
     environment["PYTHONPATH"] = str(Path(__file__).parent)
     options = [item for engine in engines for item in ("--engine", engine)]
     options += [item for case in (*CASES, ROUTE_CASE) for item in ("--case", case)]
@@ -92,7 +90,7 @@ def test_a_wrong_engine_fails_and_is_told_why(fakes: Run) -> None:
     message = fakes.message("always-wrong", "layer-tiny-plain")
     for part in ("first at [0, 0]: got", "times the bound", "clause:", "vllm#40794", "--case layer-tiny-plain"):
         assert part in message
-    assert re.search(r"^always-wrong +0/3, 3 fail  unsupported", fakes.text, re.MULTILINE)
+    assert re.search(r"^always-wrong +0/3, 3 fail +unsupported", fakes.text, re.MULTILINE)
 
 
 def test_a_crash_costs_its_case_and_leaves_last_words(fakes: Run) -> None:
@@ -109,11 +107,8 @@ def test_a_hang_costs_its_case_and_is_killed(fakes: Run) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("claims-too-much", "capabilities: got 'capture_session', which the adapter has no method for"),
         ("misspells", "did you mean 'softmax'?"),
         ("misspells", "got feature 'scale', which protocol 2 no longer has; declare 'output_scale' instead"),
-        ("writes-into-inputs", "x: the engine wrote into its input"),
-        ("adapter-broken", "a misspelt attribute"),
     ],
 )
 def test_an_adapter_that_is_not_what_it_says_is_an_error(fakes: Run, name: str, words: str) -> None:
@@ -171,7 +166,7 @@ def test_the_stream_says_by_which_protocol_and_at_which_level(fakes: Run) -> Non
 
 
 def test_unsupported_is_neither_pass_nor_failure(tmp_path: Path) -> None:
-    done = run(tmp_path, ("fake_engines:NoStages",), "-n", "0")
+    done = run(tmp_path, ("fake_engines:NoStages",), "--in-process")
     assert (done.code, done.verdicts["no-stages"]) == (0, ["unsupported"] * 3)
     assert "unsupported" in done.text and "100% of 4 results" in done.text
 
@@ -179,7 +174,7 @@ def test_unsupported_is_neither_pass_nor_failure(tmp_path: Path) -> None:
 def test_a_broken_should_is_a_verdict_of_its_own_that_fails_a_strict_run_only(tmp_path: Path) -> None:
     cases = tuple({"case": f'"{case}"'} for case in CASES[1:])
     file = write_known(tmp_path / "known.toml", "always-wrong", *cases)
-    options = ("-n", "0", "-p", "lenient_cases", "--known", str(file))
+    options = ("--in-process", "-p", "lenient_cases", "--known", str(file))
     usual = run(tmp_path, ("fake_engines:AlwaysWrong",), *options)
     assert (usual.code, usual.verdicts["always-wrong"]) == (0, ["broken_should", "known_failure", "known_failure"])
     assert usual.lines["always-wrong", CASES[0]]["level"] == "SHOULD"
@@ -192,7 +187,7 @@ def test_a_broken_should_is_a_verdict_of_its_own_that_fails_a_strict_run_only(tm
 
 def test_known_failures_excuse_a_broken_should(tmp_path: Path) -> None:
     file = write_known(tmp_path / "known.toml", "always-wrong", *({"case": f'"{case}"'} for case in CASES))
-    done = run(tmp_path, ("fake_engines:AlwaysWrong",), "-n", "0", "-p", "lenient_cases", "--known", str(file))
+    done = run(tmp_path, ("fake_engines:AlwaysWrong",), "--in-process", "-p", "lenient_cases", "--known", str(file))
     assert done.verdicts["always-wrong"] == ["known_failure"] * 3
     assert "broken_should: layer output" in done.message("always-wrong", CASES[0])
 
@@ -226,7 +221,7 @@ def test_known_failures_excuse_what_they_name_and_nothing_that_passes(tmp_path: 
 
 def test_a_run_whose_only_failures_are_known_succeeds(tmp_path: Path) -> None:
     file = write_known(tmp_path / "k.toml", "always-wrong", *({"case": f'"{case}"'} for case in CASES))
-    assert run(tmp_path, ("fake_engines:AlwaysWrong",), "--known", str(file), "-n", "0").code == 0
+    assert run(tmp_path, ("fake_engines:AlwaysWrong",), "--known", str(file), "--in-process").code == 0
 
 
 @pytest.mark.parametrize(
@@ -259,10 +254,3 @@ def test_an_entry_with_another_cases_check_fails_the_run_that_judges_its_case(tm
     command = ["run", "--engine", "reference", "--case", case.id, "--known", str(file), "-n", "0"]
     done = subprocess.run([sys.executable, "-m", "moe_conformance.cli", *command], text=True, capture_output=True)
     assert done.returncode == 1 and f"{case.id} has no check {CHECK!r}, only" in done.stdout
-
-
-def test_an_engine_that_spoils_its_weights_is_told_which() -> None:
-    options = ["--engine", "fake_engines:WritesIntoWeights", "--case", CASES[0], "-n", "0"]
-    command = [sys.executable, "-m", "moe_conformance.cli", "run", *options]
-    done = subprocess.run(command, text=True, capture_output=True, cwd=Path(__file__).parent)
-    assert done.returncode == 1 and "tensors['experts.w2']: the engine wrote into its input" in done.stdout

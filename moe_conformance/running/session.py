@@ -135,11 +135,12 @@ class Session:
                 pytest.xfail(f"broken SHOULD: {outcome.message}")
             case Verdict.PASS:
                 return True
+        said = f"{outcome.verdict}: {target.name} on {case.id}: {outcome.message}"
         assert self.process is not None
         if self.process.raised is not None:
-            self.process.raised.add_note(outcome.message)
+            self.process.raised.add_note(said)
             raise at_the_check(self.process.raised)
-        pytest.fail(f"{outcome.verdict}: {target.name} on {case.id}: {outcome.message}", pytrace=False)
+        pytest.fail(said, pytrace=False)
 
     def _ask(self, target: Target, item: pytest.Function, case: Case) -> Outcome:
         if self.process is None or self.process.target != target:

@@ -30,8 +30,16 @@ GPT_OSS = {"T": 2, "E": 2, "K": 1, "H": 2880, "D": 0, "F": 2880, "Fs": 0, "Hp": 
 
 
 def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "core", **changes: Any) -> Case:
-    """routing: by name as in suites/route/methods.py. experts: fields of MLPSpec. scale: of the routed sum."""
-    changes = {"routing": "renorm", "experts": {}, "scale": 2.5, "dtype": "float32", "tokens": dims["T"], **changes}
+    """routing: by name as in suites/route/methods.py. experts, shared: fields of MLPSpec. scale: of the routed sum."""
+    changes = {
+        "routing": "renorm",
+        "experts": {},
+        "shared": {},
+        "scale": 2.5,
+        "dtype": "float32",
+        "tokens": dims["T"],
+        **changes,
+    }
     has, latent = set(parts), "latent" in parts
     spec = LayerSpec(
         hidden_size=dims["H"],
@@ -39,7 +47,7 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
         logits=LogitsSpec(),
         routing=method(changes["routing"], dims["K"]),
         experts=MLPSpec(dims["F"], **changes["experts"]),
-        shared=SharedSpec(MLPSpec(dims["Fs"])) if "shared" in has else None,
+        shared=SharedSpec(MLPSpec(dims["Fs"], **changes["shared"])) if "shared" in has else None,
         latent=LatentSpec(dims["D"]) if latent else None,
         output_scale=changes["scale"],
     )
@@ -96,7 +104,7 @@ VALUE_CASES = (
     _case("beyond-512", BEYOND_512, (), scale=1.0),
     # Layers of models whose routing or experts are not those above, padded and not.
     *(
-        _case(name, dims, parts, routing=routing, experts=experts, scale=1.0)
+        _case(name, dims, parts, routing=routing, experts=experts, shared=experts if name == "relu2" else {}, scale=1.0)
         for name, dims, routing, experts, padded in (
             ("deepseek-v3", {**NARROW, "E": 32, "K": 4}, "deepseek-v3", {}, ("shared", *BOTH)),
             ("deepseek-v2", {**NARROW, "E": 32, "K": 4}, "deepseek-v2", {}, ("shared", *BOTH)),

@@ -85,6 +85,7 @@ def test_a_second_run_gives_the_same_bits(engine: Any, case: Case) -> None:
 def test_fake_tensors_have_the_true_shape(engine: Any, case: Case) -> dict[str, Any]:
     """Under FakeTensorMode, as Dynamo and the memory planner run the layer, shape and dtype are those of a real run."""
     inputs = to_device(build(case), engine.info.device)
+    engine.within("layer", inputs)  # `raw` is not guarded
     mode = FakeTensorMode()
     fake = replace(
         inputs,
@@ -102,6 +103,7 @@ def test_fake_tensors_have_the_true_shape(engine: Any, case: Case) -> dict[str, 
 def test_the_whole_layer_compiles_without_a_graph_break(engine: Any, case: Case) -> None:
     """torch.compile(fullgraph=True) traces it, and the traced layer computes what the eager one does."""
     inputs = to_device(build(case), engine.info.device)
+    engine.within("layer", inputs)  # `raw` is not guarded
     want, bound = expected_layer(build(case))
     torch.compiler.reset()
 

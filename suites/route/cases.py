@@ -11,7 +11,11 @@ from moe_conformance.suites.route.methods import AT_OWN_SIZES, AT_REAL_SIZES, ME
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def _case(clause: str, row: str, **more: Any) -> Case:
+# DeepSeek's own inference code divides by the plain sum; transformers' adds 1e-20, which shows for such logits alone.
+_PLAIN_SUM = "DeepSeek's own code adds nothing to the sum, and no trained router's scores sum to about 1e-20"
+
+
+def _case(clause: str, row: str, lenient: str = "", **more: Any) -> Case:
     """A row is: method, E, K, T, dtype, logits, layout, tier."""
     name, experts, top_k, tokens, dtype, logits, layout, tier = row.split()
     suffix = "" if layout == "contiguous" else f"-{layout}"
@@ -29,6 +33,7 @@ def _case(clause: str, row: str, **more: Any) -> Case:
             **more,
         },
         tier=tier,
+        lenient=lenient,
     )
 
 
@@ -96,8 +101,13 @@ REAL_CASES = (
     ),
     # Sums of scores so small that what is added to them, or is a floor under them, shows.
     *(
-        _case("routing.method", f"{name} {E} {K} 9 fp32 tiny contiguous core")
-        for name, E, K in (("biased", 384, 8), ("deepseek-v3", 256, 8), ("lfm2", 64, 4), ("muse-spark", 128, 8))
+        _case("routing.method", f"{name} {E} {K} 9 fp32 tiny contiguous core", lenient)
+        for name, E, K, lenient in (
+            ("biased", 384, 8, _PLAIN_SUM),
+            ("deepseek-v3", 256, 8, _PLAIN_SUM),
+            ("lfm2", 64, 4, ""),
+            ("muse-spark", 128, 8, ""),
+        )
     ),
 )
 
