@@ -13,7 +13,6 @@ with NumPy 2.4, which no longer converts one-element arrays to scalars.
 
 from __future__ import annotations
 
-import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,10 @@ import triton.language as tl
 from moe_conformance.kernels.launch import interpreted
 
 # What `make_light` replaces; a Triton that lacks one of them is left alone.
-PARTS = ("_patch_lang", "_patch_attr", "_get_np_dtype", "InterpretedFunction", "interpreter_builder")
+PARTS = (
+    *("_patch_lang", "_patch_attr", "_LangPatchScope", "_get_np_dtype"),
+    *("InterpretedFunction", "interpreter_builder", "interpreter_semantic"),
+)
 
 
 def make_light(check_overflow: bool = False) -> None:
@@ -84,8 +86,8 @@ def light_types(interpreter: Any) -> None:
 
 def light_language(interpreter: Any) -> None:
     """One launch patches the language once, by a list that is made once."""
-    patch_language, semantic = interpreter._patch_lang, getattr(interpreter, "interpreter_semantic", None)
-    patch_attribute = interpreter._patch_attr
+    patch_language, patch_attribute = interpreter._patch_lang, interpreter._patch_attr
+    semantic = interpreter.interpreter_semantic
     wrapper = tl.core.builtin(lambda: None).__code__
     everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     found: list[tuple[Any, str, Any, Any]] = []
@@ -107,9 +109,7 @@ def light_language(interpreter: Any) -> None:
         if not found:
             scope = patch_language(everything)
             tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
-            changes = getattr(scope, "_changes", None)
-            if changes is not None:
-                found.extend((obj, name, before, vars(obj)[name]) for obj, name, before in changes)
+            found.extend((obj, name, before, vars(obj)[name]) for obj, name, before in scope._changes)
             return scope
         scope = interpreter._LangPatchScope()
         scope._changes = [change[:3] for change in found]
@@ -120,8 +120,6 @@ def light_language(interpreter: Any) -> None:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.rewrite()(*args, **kwargs)
 
-    # Triton 3.6 keeps no record of what it patches.
-    if "scope" in inspect.signature(patch_attribute).parameters and semantic is not None:
-        interpreter._patch_attr = patch_directly
+    interpreter._patch_attr = patch_directly
     interpreter._patch_lang = patch_once
     interpreter.InterpretedFunction.__call__ = call

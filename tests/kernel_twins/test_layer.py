@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from moe_conformance.errors import Unsupported
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import distinct_logits, integers, normal, poisoned_allocations
 from moe_conformance.kernels import capture as capture_kernels
-from moe_conformance.kernels import dispatch, experts, padding, routing
+from moe_conformance.kernels import dispatch, experts, grouped_matmul, padding, routing
 from moe_conformance.kernels.capture import capture
 from moe_conformance.kernels.layer import layer, moe_layer
 from moe_conformance.oracle.layer import layer_bound
@@ -98,8 +99,13 @@ def test_padded_widths_are_those_of_the_weights(
     device: str, name: str, hidden: int | None, intermediate: int | None
 ) -> None:
     """Each padded width alone, both, and neither; what the load leaves behind the true hidden dim is NaN."""
-    tensors = tensors_of(PADDED[name])
-    same_layer(device, PADDED[name], tensors, tensors, padded_hidden=hidden, padded_intermediate=intermediate)
+    spec, tensors = PADDED[name], tensors_of(PADDED[name])
+    with patch.object(grouped_matmul, "launch_grouped_matmul", wraps=grouped_matmul.launch_grouped_matmul) as launched:
+        same_layer(device, spec, tensors, tensors, padded_hidden=hidden, padded_intermediate=intermediate)
+    widths = hidden or 20, intermediate or 10
+    halves = 2 if spec.experts.gated else 1
+    shapes = [tuple(call.args[1].shape) for call in launched.call_args_list]
+    compare.same("shapes of weights", shapes, [(7, halves * widths[1], widths[0]), (7, *widths)])
 
 
 @pytest.mark.parametrize("name", ("shared", "latent"))

@@ -175,7 +175,8 @@ def test_every_method_is_the_reference(device: str, what: str, dtype: torch.dtyp
 
 NARROW = {name: replace(METHODS[name][2], score_dtype="input") for name in (
     "gpt-oss", "Llama 4", "PhiMoE", "DBRX of order 2", "Laguna", "Inkling, conditioned", "ZAYA", "Gemma 4", "floor",
-    "both scales", "logits with bias", "DeepSeek-V2",
+    "DeepSeek-V3, groups of 5",
+        "both scales", "logits with bias", "DeepSeek-V2",
 )}  # fmt: skip
 
 
@@ -193,6 +194,9 @@ def test_scores_of_the_logits_dtype_are_rounded_at_each_step(device: str, what: 
     skipped = want.weights == 0 if spec.skip_expert else None
     weights, _ = weights_value(logits.double(), want.ids.clamp(min=0), spec, _exact(tensors), dtype, skipped)
     compare.close("weights", got.weights, weights.exact, weights.bound(f"roundings of {dtype}"))
+    # An exponential's last bit decides a rounding now and then; a step that is not rounded shows in many weights.
+    same = (got.weights.cpu() == want.weights.float()).double().mean().item()
+    compare.same(f"{same:.3f} of the weights are torch's", same >= 0.95, True)
 
 
 @dtypes
@@ -322,6 +326,7 @@ FUSED = {
     "as the router weighs them": (62, METHODS["Inkling"][2], FusedShared(2, "router")),
     "beside those that the router weighs": (62, METHODS["Inkling"][2], FusedShared(3, "share")),
     "beside a class that is no expert": (33, _spec(4, skip_expert=True), FusedShared(1)),
+    "none, though the router weighs them": (62, METHODS["Inkling"][2], None),
     "up to the last slot": (60, _spec(30, renormalize="sum"), FusedShared(2)),
 }
 
