@@ -87,7 +87,7 @@ def reports_of(items: list[pytest.Item]) -> dict[str, list[Any]]:
     with tempfile.TemporaryDirectory() as folder:
         reports = Path(folder) / "reports"
         reports.touch()
-        command = [sys.executable, "-W", "ignore", "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-P", "-W", "ignore", "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
         command += [item.nodeid for item in items]
         environment = os.environ | ENVIRONMENT | {REPORTS: str(reports)}
         ran = subprocess.run(command, env=environment, cwd=config.rootpath, capture_output=True, text=True)
