@@ -52,13 +52,13 @@ def judge_routing(
 
 def judge_names(what: str, answer: Routing, inputs: RouteInputs) -> None:
     """Whether ids are unique and in range, as `judge_routing` judges them, and nothing else."""
-    _Judgement(what, _valid(what, answer, inputs), inputs, None, 0.0, None).names()
+    _Judgement(what, _valid(what, answer, inputs), inputs).names()
 
 
 def judge_fused_shared(what: str, answer: Routing, inputs: RouteInputs) -> None:
     """The last slots alone, as `judge_routing` judges them, for logits that are exact."""
     assert inputs.fused_shared is not None
-    judgement = _Judgement(what, _valid(what, answer, inputs), inputs, None, 0.0, None)
+    judgement = _Judgement(what, _valid(what, answer, inputs), inputs)
     judgement.names()
     judgement.fused_shared(inputs.fused_shared)
 
@@ -79,9 +79,9 @@ class _Judgement:
         what: str,
         answer: Routing,
         inputs: RouteInputs,
-        logits: Value | None,
-        shift: float,
-        stored: torch.dtype | None,
+        logits: Value | None = None,
+        shift: float = 0.0,
+        stored: torch.dtype | None = None,
     ) -> None:
         rows, spec = len(answer.ids), inputs.routing
         self.what, self.spec, self.shift = what, spec, shift
