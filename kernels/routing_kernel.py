@@ -158,7 +158,7 @@ def route_kernel(
         weights = tl.where(mask_k, in_precision(weights * in_precision(own_scale, dtype), dtype), weights)
     if SKIP_LAST:
         skipped = ids == experts - 1
-        ids = tl.where(skipped, 0, ids)
+        ids = tl.where(skipped, -1, ids)
         weights = tl.where(skipped, 0.0, weights)
     if FUSED:
         # Slots behind the chosen ones; their ids follow the last one that has a column of its own.

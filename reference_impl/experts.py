@@ -164,7 +164,7 @@ def _routed_sum(
 
 
 def _own_ids(ids: Tensor, held: int, identity_experts: int, expert_map: Tensor | None) -> Tensor:
-    """Ids by this rank's own numbers: those it holds first, then the identity experts; -1 for other ranks' experts."""
+    """Ids by this rank's own numbers, below `held`; -1 for other ranks' experts. Identity experts keep their ids."""
     experts = held if expert_map is None else len(expert_map)
     last = experts + identity_experts - 1
     if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) <= last:
@@ -173,7 +173,7 @@ def _own_ids(ids: Tensor, held: int, identity_experts: int, expert_map: Tensor |
     if expert_map is None:
         return ids
     identity = ids >= experts
-    return torch.where(identity, ids - experts + held, local_ids(ids.masked_fill(identity, -1), expert_map))
+    return torch.where(identity, ids, local_ids(ids.masked_fill(identity, -1), expert_map))
 
 
 def _routed_experts(x: Tensor, names: Sequence[str], experts: Sequence[Tensor], *rest: Any, **fields: Any) -> Tensor:

@@ -41,7 +41,7 @@ def route_logits(
     logits: [T, classes] float. tensors: by the names of `LayerSpec.tensors`; only those that spec asks for are read.
     token_ids: T integers in any shape, for a table. sequences: how many equally long ones the T tokens are, in order.
     returns ids, unique and in range for any row; ties go to the lowest id, a NaN is larger than any number. An id of
-    an identity expert stays as it is; a pair that is skipped or over capacity has weight 0.
+    an identity expert stays as it is; a pair that is skipped has id -1 and weight 0, one over capacity weight 0.
     Raises InputError for a tensor that is missing or does not fit logits or spec.
 
     >>> route_logits(torch.tensor([[0.0, 4.0, 4.0, 2.0]]), RoutingSpec(2, score="sigmoid", renormalize="sum"), {})[:2]
@@ -83,7 +83,7 @@ def route_logits(
         weights = weights * named(tensors, "router.per_expert_scale", classes)[ids].to(weights.dtype)
     if spec.skip_expert:
         skipped = ids == classes - 1
-        ids, weights = ids.masked_fill(skipped, 0), weights.masked_fill(skipped, 0.0)
+        ids, weights = ids.masked_fill(skipped, -1), weights.masked_fill(skipped, 0.0)
     return Routed(ids, weights, shared if spec.shared_classes else None)
 
 

@@ -223,7 +223,7 @@ EXAMPLES = (
         "skipped",
         FIVE,
         RoutingSpec(2, skip_expert=True, selection_bias=True),
-        [[0, 3]],
+        [[-1, 3]],
         [[0.0, 0.4]],
         {BIAS: [0, 0, 0, 0, 0.3]},
     ),
@@ -558,7 +558,7 @@ def test_valid_rows_that_are_not_there_are_refused(valid: int) -> None:
         (RoutingSpec(2, scale=2), FusedShared(2, "share", 0.5), [3, 1, 4, 5], [0.8, 0.6, 0.7, 0.7]),
         (replace(SUM, scale=2.5), FusedShared(1, "share"), [3, 1, 4], [10 / 7, 7.5 / 7, 2.5]),
         (replace(SUM, identity_experts=2), FusedShared(1), [3, 1, 4], [4 / 7, 3 / 7, 1]),
-        (RoutingSpec(2, skip_expert=True), FusedShared(1), [0, 1, 3], [0, 0.3, 1]),
+        (RoutingSpec(2, skip_expert=True), FusedShared(1), [-1, 1, 3], [0, 0.3, 1]),
     ],
     ids=["constant", "one-over-the-scale", "share", "share-of-one-scaled", "identity", "skip"],
 )

@@ -131,8 +131,14 @@ class OutsideWraps(Faulty):
         return super().experts(replace(inputs, ids=inputs.ids % inputs.experts if inputs.native_ids else inputs.ids))
 
 
-def _mutant(engine: type[Faulty], bug_class: str, fault: str, case: str, check: str) -> Mutant:
-    return Mutant(engine, bug_class, fault, (case, check))
+# Every sum is of outputs, and every batch with dropped pairs has a sum.
+SUMS = frozenset({"activation", "combine-algebra", "expert-map"})
+
+
+def _mutant(
+    engine: type[Faulty], bug_class: str, fault: str, case: str, check: str, also: frozenset[str] = SUMS
+) -> Mutant:
+    return Mutant(engine, bug_class, fault, (case, check), also)
 
 
 MUTANTS = (
@@ -146,6 +152,7 @@ MUTANTS = (
         "w13 is transposed where 2F < H",
         "layer-narrow-plain",
         "padding_never_reaches_the_output",
+        also=frozenset(),
     ),
     _mutant(GeluInItsOtherForm, "activation", "gelu is exact for tanh", "experts-tiny-gelu-tanh", FUNCTION),
     _mutant(LimitDropped, "activation", "the limit of the clamp is dropped", "experts-narrow-swiglu-oai", FUNCTION),

@@ -88,7 +88,7 @@ class WeightsInAnotherOrder(Faulty):
 class LastExpertMasked(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
         logits = inputs.logits.clone()
-        if inputs.routing.top_k < logits.shape[1]:
+        if inputs.routing.top_k < logits.shape[1] and not inputs.routing.shared_classes:
             logits[:, -1] = float("-inf")
         return super().route(replace(inputs, logits=logits))
 
@@ -100,8 +100,9 @@ class ScoresInLogitsDtype(Faulty):
         ids, weights = super().route(inputs)
         if not inputs.routing.per_expert_scale:
             return Routing(ids, weights)
-        weights = inputs.logits.softmax(-1).gather(-1, ids)
-        weights = weights / weights.sum(-1, keepdim=True) * inputs.tensors["router.per_expert_scale"][ids]
+        named = ids.clamp(min=0)  # -1 in padding rows
+        weights = inputs.logits.softmax(-1).gather(-1, named)
+        weights = weights / weights.sum(-1, keepdim=True) * inputs.tensors["router.per_expert_scale"][named]
         return Routing(ids, weights.float())
 
 
@@ -168,7 +169,7 @@ class BiasEntersWeights(Faulty):
         is_biased = inputs.routing.selection_bias and inputs.routing.score == "sigmoid"
         if is_biased and not inputs.routing.shared_classes and inputs.fused_shared is None:
             scores = inputs.logits.float().sigmoid() + inputs.tensors["router.selection_bias"]
-            weights = scores.gather(-1, ids)
+            weights = scores.gather(-1, ids.clamp(min=0))
             weights = weights / weights.sum(-1, keepdim=True) * inputs.routing.scale
         return Routing(ids, weights)
 
@@ -237,7 +238,8 @@ class IdsInTenBits(Faulty):
 class SigmoidInLogitsDtype(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
         narrow = inputs.routing.score == "sigmoid" and inputs.routing.select_on == "scores"
-        return super().route(_but(inputs, score_dtype="input") if narrow else inputs)
+        ids, weights = super().route(_but(inputs, score_dtype="input") if narrow else inputs)
+        return Routing(ids, weights.float() if narrow else weights)
 
 
 class TiedGroupsAllKept(Faulty):
@@ -258,7 +260,8 @@ class ThresholdTakesTiesFirst(Faulty):
 
     def route(self, inputs: RouteInputs) -> Routing:
         ids, weights = super().route(inputs)
-        if inputs.routing != RoutingSpec(inputs.routing.top_k, renormalize="sum") or not len(ids):
+        plain = inputs.routing == RoutingSpec(inputs.routing.top_k, renormalize="sum")
+        if not plain or not len(ids) or inputs.fused_shared is not None or inputs.valid_rows is not None:
             return Routing(ids, weights)
         scores = inputs.logits.double().softmax(-1)
         candidates = scores >= scores.gather(-1, ids).amin(-1, keepdim=True)
@@ -328,12 +331,12 @@ _PLAIN = "route-plain-e128-k8-t63-fp32-distinct"
 _RENORM = "route-renorm-e60-k4-t63-bf16-distinct"
 
 
-def _method(engine: type[Faulty], fault: str, case: str, check: str = METHOD) -> Mutant:
-    return Mutant(engine, "routing-semantics", fault, (case, check))
+def _method(engine: type[Faulty], fault: str, case: str, check: str = METHOD, *also: str) -> Mutant:
+    return Mutant(engine, "routing-semantics", fault, (case, check), frozenset(also))
 
 
-def _unique(engine: type[Faulty], fault: str, case: str, check: str = UNIQUE) -> Mutant:
-    return Mutant(engine, "ties-nan-duplicates", fault, (case, check))
+def _unique(engine: type[Faulty], fault: str, case: str, check: str = UNIQUE, *also: str) -> Mutant:
+    return Mutant(engine, "ties-nan-duplicates", fault, (case, check), frozenset(also))
 
 
 MUTANTS = (
@@ -366,6 +369,7 @@ MUTANTS = (
         "ties go to the lowest id on one call and to the highest on the next",
         "route-gemma4-e128-k8-t63-bf16-tied",
         AGAIN,
+        "token-padding",
     ),
     _method(BiasEntersWeights, "weights are gathered from the biased scores", "route-biased-e384-k8-t9-fp32-fine"),
     _method(BiasInScoresDtype, "the selection bias is rounded to bfloat16", "route-biased-e896-k16-t9-fp32-fine"),
@@ -376,13 +380,27 @@ MUTANTS = (
         ScaleOnlyWhenRenormalising,
         "the scaling factor stands in the branch that renormalises",
         "route-deepseek-v2-e256-k8-t9-fp32-fine",
+        METHOD,
+        "shared-experts",
     ),
     _method(FiveHundredAndTwelveLanes, "experts beyond 512 are not looked at", "route-biased-e896-k16-t9-fp32-fine"),
     _method(SixteenRounds, "more than 16 experts a token repeat the first", "route-biased-e512-k22-t9-fp32-fine"),
-    _method(IdsInTenBits, "ids wrap at 512", "route-renorm-e896-k16-t9-fp32-fine"),
+    _method(IdsInTenBits, "ids wrap at 512", "route-renorm-e896-k16-t9-fp32-fine", METHOD, "shared-experts"),
     _method(SigmoidInLogitsDtype, "sigmoids run in bfloat16", "route-biased-e256-k8-t9-bf16-normal-sliced"),
-    _method(LogitsInInputPrecision, "logits are computed in bfloat16", "router-biased-e256-k8-bf16", ROUTER),
-    _method(ScoresOfTheModelsDtype, "logits are rounded to bfloat16", "router-deepseek-v3-e256-k8-bf16", ROUTER),
+    _method(
+        LogitsInInputPrecision,
+        "logits are computed in bfloat16",
+        "router-biased-e256-k8-bf16",
+        ROUTER,
+        "closure-capture",
+    ),
+    _method(
+        ScoresOfTheModelsDtype,
+        "logits are rounded to bfloat16",
+        "router-deepseek-v3-e256-k8-bf16",
+        ROUTER,
+        "closure-capture",
+    ),
     _method(TiedGroupsAllKept, "all tied groups compete", "route-deepseek-v3-e72-k6-t23-fp32-tied-groups"),
     _method(ThresholdTakesTiesFirst, "a tie ousts a larger score", "route-renorm-e40-k5-t23-fp32-last-place"),
     Mutant(

@@ -63,7 +63,7 @@ class RoutingSpec:
     renormalize: "sum", divided by max(sum + epsilon, floor); "norm", divided by the norm of order norm_order.
     scale: then multiplied in. per_expert_scale: then each weight by its expert's own.
     identity_experts: that many last ids have no weights and pass x on. skip_expert: the last class means no expert,
-    weight 0 and id 0. shared_classes: that many last logits belong to the shared experts: they are not chosen among,
+    id -1 and weight 0. shared_classes: that many last logits belong to the shared experts: they are not chosen among,
     the sigmoid of theirs and of the chosen are divided by their sum, and their weights go to the shared experts.
     """
 

@@ -58,7 +58,7 @@ def _case(name: str, clause: str, dims: dict[str, int] = TINY, tier: str = "core
     needs = ["expert_map"] if owners else []
     needs += ["dropped_ids"] if recipe["dropped"] else []
     needs += ["expert_bounds"] if "outside" in recipe else []
-    recipe = {"output_scale": 1.0, "identity_experts": 0, "owners": (), "rank": 0, **recipe}
+    recipe = {"output_scale": 1.0, "identity_experts": 0, "owners": (), "rank": 0, "layout": "contiguous", **recipe}
     return Case(
         f"experts-{name}",
         stage="experts",
@@ -102,6 +102,16 @@ SUM_CASES = (
     # More pairs of one expert than any tile has rows, and than 512.
     _case("hot", "experts.combine", {**NARROW, "T": 600, "K": 2}, hot=9),
     _case("hundreds", "experts.combine", HUNDREDS),
+    _case("hundreds-bias", "experts.combine", HUNDREDS, function="silu-bias"),
+    _case(
+        "131-tokens-bias-not-gated-bf16",
+        "experts.combine",
+        {**NARROW, "T": 131},
+        function="relu2-not-gated-bias",
+        dtype="bfloat16",
+    ),
+    _case("strided", "experts.combine", layout="strided"),
+    _case("strided-131-tokens", "experts.combine", {**NARROW, "T": 131}, layout="strided"),
     _case("hundreds-one-token", "experts.combine", {**HUNDREDS, "T": 1}),
     _case("beyond-512", "experts.combine", BEYOND_512),
     _case("beyond-512-many", "experts.combine", {**BEYOND_512, "T": 70, "K": 22}, "full"),
@@ -118,8 +128,15 @@ NO_EXPERT_CASES = (
     _case("dropped-bias", "experts.no-expert", function="silu-bias", dropped=6),
     _case("all-dropped", "experts.no-expert", dropped=20),
     *(_case(f"ep3-rank{rank}", "experts.no-expert", owners=SCATTERED, rank=rank) for rank in range(3)),
-    _case("ep3-dropped", "experts.no-expert", NARROW, owners=SCATTERED, rank=1, dropped=6),
-    _case("ep3-bias-dropped", "experts.no-expert", function="silu-bias", owners=SCATTERED, rank=2, dropped=6),
+    # On every rank: an id of -1 that wraps is the last expert, which one of them has.
+    *(
+        _case(f"ep3-dropped-rank{rank}", "experts.no-expert", NARROW, owners=SCATTERED, rank=rank, dropped=6)
+        for rank in range(3)
+    ),
+    _case("ep3-bias-dropped", "experts.no-expert", function="silu-bias", owners=SCATTERED, rank=0, dropped=6),
+    _case("input-weight-dropped", "experts.no-expert", function="weight-on-input", dropped=6),
+    _case("ep3-scale-dropped", "experts.no-expert", owners=SCATTERED, rank=1, dropped=6, output_scale=2.5),
+    _case("ep3-identity", "experts.no-expert", owners=SCATTERED, rank=1, identity_experts=3, output_scale=2.5),
     _case("ep5-beyond-512", "experts.no-expert", BEYOND_512, owners=tuple(e * 7 % 5 for e in range(896)), rank=3),
 )
 

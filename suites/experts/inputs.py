@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.judging.inputs import bits, integers, matrix, normal
+from moe_conformance.judging.inputs import bits, integers, matrix, normal, poison_
 from moe_conformance.protocol.experts import ExpertsInputs
 
 
@@ -55,17 +55,25 @@ def inputs_of(case: Case) -> ExpertsInputs:
         # The output norm is one for all experts.
         tensors = {name: t if name == "experts.output_norm" else t[order] for name, t in tensors.items()}
     shape = (case["T"], case["K"])
+    laid_out = strided if case["layout"] == "strided" else lambda tensor: tensor
     return ExpertsInputs(
-        x=normal((case["T"], case["D"]), "experts-x", dtype),
+        x=laid_out(normal((case["T"], case["D"]), "experts-x", dtype)),
         mlp=mlp,
         tensors=tensors,
-        ids=chosen(case),
+        ids=laid_out(chosen(case)),
         # Of both signs, and a sum of anything but 1.
-        weights=normal(shape, "experts-weights") + 0.375,
+        weights=laid_out(normal(shape, "experts-weights") + 0.375),
         expert_map=here,
         output_scale=case["output_scale"],
         identity_experts=case["identity_experts"],
     )
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same values as every other column of wider rows, with poison between them."""
+    rows, columns = tensor.shape
+    room = poison_(torch.empty(rows, 2 * columns + 3, dtype=tensor.dtype))
+    return room[:, 1 : 2 * columns : 2].copy_(tensor)
 
 
 def held_pairs(inputs: ExpertsInputs) -> Tensor:

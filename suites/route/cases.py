@@ -19,6 +19,7 @@ def _case(clause: str, row: str, lenient: str = "", **more: Any) -> Case:
     """A row is: method, E, K, T, dtype, logits, layout, tier."""
     name, experts, top_k, tokens, dtype, logits, layout, tier = row.split()
     suffix = "" if layout == "contiguous" else f"-{layout}"
+    suffix += f"-{more['sequences']}-sequences" if "sequences" in more else ""
     return Case(
         f"route-{name}-e{experts}-k{top_k}-t{tokens}-{dtype}-{logits}{suffix}",
         stage="route",
@@ -93,6 +94,27 @@ REAL_CASES = (
     ),
     # Doge's router mixes the tokens of a batch, which nobody else has to; one token has only itself.
     _case("routing.method", "doge 64 8 1 fp32 fine contiguous core"),
+    # Kernels branch by the number of tokens: one, and more than any tile has.
+    *(
+        _case("routing.method", f"{name} {E} {K} {T} fp32 fine contiguous core")
+        for name, E, K in (*((name, 128, 8) for name in AT_REAL_SIZES), ("deepseek-v2", 160, 6), ("longcat", 512, 12))
+        for T in (1, 131)
+    ),
+    *(
+        _case("routing.method", f"{name} 128 8 131 bf16 fine contiguous core")
+        for name in ("plain", "renorm", "biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
+    ),
+    # One expert a token, renormalised all the same.
+    _case("routing.method", "renorm 8 1 9 fp32 fine contiguous core"),
+    _case("routing.method", "biased 128 1 9 fp32 fine contiguous core"),
+    # Scores of DeepSeek-V4 are roots of softplus, which overflows or vanishes where it is computed as log(1 + exp).
+    _case("routing.method", "deepseek-v4 256 8 9 fp32 wide contiguous core"),
+    _case("routing.method", "switch 8 1 24 fp32 fine contiguous core", sequences=3),
+    *(
+        _case("routing.method", f"{name} {E} {K} 9 bf16 fine contiguous core")
+        for name, (E, K) in AT_OWN_SIZES.items()
+        if name not in ("doge", "deepseek-v4-hash")
+    ),
     # Logits stored in a narrow dtype, scores in float32 or not as the model says.
     *(
         _case("routing.method", f"{name} {E} {K} 9 bf16 normal sliced {'full' if E > 384 else 'core'}")
@@ -118,10 +140,11 @@ SHIFT_CASES = tuple(case for case in SOFTMAX_CASES if case["logits"] == "distinc
 
 # E and K for what is tried of every method: E a multiple of the groups, of which the kept ones hold at least K.
 _AWKWARD = {name: (40, 5) for name in METHODS} | {
-    "doge": (36, 5), "llama4": (40, 1), "zaya": (40, 1), "switch": (40, 1), "phimoe": (40, 2)
+    "doge": (36, 5), "llama4": (40, 1), "zaya": (40, 1), "switch": (40, 1), "phimoe": (40, 2),
+    "switch-share": (8, 1), "nllb": (8, 2)
 }  # fmt: skip
 # What the methods below have beside a row of logits (a table, a capacity, product keys) is not about ties.
-_BY_ROW = tuple(name for name in METHODS if name not in ("doge", "switch", "deepseek-v4-hash"))
+_BY_ROW = tuple(name for name in METHODS if name not in ("doge", "switch", "switch-share", "nllb", "deepseek-v4-hash"))
 
 UNIQUE_CASES = (
     *(
@@ -183,7 +206,7 @@ PADDING_CASES = tuple(
             "dtype": "float32",
             "logits": "fine",
             "layout": "contiguous",
-            "padding_rows": 5,
+            "padding_rows": 21,
         },
         tier="smoke" if name == "renorm" else "core",
     )
@@ -215,6 +238,7 @@ FUSED_CASES = tuple(
         ("deepseek-v2", 160, 6, "share", FusedShared(2, "share", 0.0625)),
         ("renorm", 128, 8, "one", FusedShared(1)),
         ("inkling", 256, 6, "router", FusedShared(2, "router")),
+        ("longcat", 512, 12, "one", FusedShared(1)),
     )
 )
 

@@ -106,7 +106,16 @@ def bias_of(case: Case, size: int) -> Tensor:
         return torch.full((size,), std)
     if case["logits"] == "tiny":  # of a size with the scores: all are chosen by both
         return (fine((size,), seed, 0.25) * spec.epsilon).float()
-    return fine((size,), seed, std).float()
+    return (fine((size,), seed, std) + constant_of(case)).float()
+
+
+def constant_of(case: Case) -> float:
+    """What is added to all biases, and changes nothing: experts of other groups, and lanes beyond the last expert, are
+    then below or above whatever number stands for them. Added to scores, not to probabilities of about 1 / E."""
+    spec: RoutingSpec = case["routing"]
+    if spec.score == "softmax" or spec.select_on == "logits":
+        return 0.0
+    return 8.0 if case["experts"] in (128, 512) else -8.0
 
 
 def tensors_of(case: Case) -> dict[str, Tensor]:
@@ -147,6 +156,7 @@ def inputs_of(case: Case) -> RouteInputs:
         spec,
         tensors_of(case),
         token_ids=token_ids,
+        sequences=case.recipe.get("sequences", 1),
         valid_rows=case["tokens"] if rows else None,
         fused_shared=case.recipe.get("fused_shared"),
     )

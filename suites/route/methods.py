@@ -69,6 +69,14 @@ METHODS: Mapping[str, RoutingSpec] = {
     "dbrx": RoutingSpec(1, score_dtype="input", renormalize="norm", norm_order=2.0),
     "doge": RoutingSpec(1, score_dtype="input", selector="product_keys", select_on="logits", renormalize="sum"),
     "switch": RoutingSpec(1, capacity=Capacity(tokens=4)),
+    # Without a number: twice an expert's even share of the tokens.
+    "switch-share": RoutingSpec(1, capacity=Capacity()),
+    "nllb": RoutingSpec(
+        1,
+        renormalize="sum",
+        floor=1.1920928955078125e-07,
+        capacity=Capacity(fraction=0.25, per="batch", by_weight=True, renormalize_before=True),
+    ),
 }
 
 
@@ -99,4 +107,6 @@ AT_OWN_SIZES: Mapping[str, tuple[int, int]] = {
     "dbrx": (16, 4),
     "doge": (64, 8),
     "switch": (8, 1),
+    "switch-share": (8, 1),
+    "nllb": (8, 2),
 }

@@ -36,7 +36,11 @@ ROUTERS: dict[str, tuple[LogitsSpec, RoutingSpec, int, tuple[str, ...]]] = {
     "softmax-topk-renorm": (PLAIN, method("renorm", 3), 7, ("proj",)),
     "softmax-topk": (PLAIN, method("plain", 3), 7, ("proj",)),
     "deepseek-v3": (IN_FLOAT32, method("deepseek-v3", 5), 16, ("selection_bias", "proj")),
+    "gpt-oss": (LogitsSpec(bias=True), method("chosen-fp32", 3), 7, ("bias",)),
+    "inkling": (PLAIN, method("inkling", 3), 7, ("global_scale",)),
 }
+# Changes that a copy of the weights in another dtype, made once, does not see; for routers stored in two bytes.
+KEPT_COPIES = ("in-place-update", "data-swap", "data-copy", "load-state-dict", "replaced-parameter")
 
 
 def _tier(name: str, tensor: str, change: str) -> str:
@@ -65,6 +69,22 @@ CLOSURE_CASES = tuple(
     for name, (logits, routing, experts, tensors) in ROUTERS.items()
     for tensor in tensors
     for change in CHANGES
+) + tuple(
+    Case(
+        f"closure-deepseek-v3-bf16-proj-{change}",
+        stage="router_module",
+        clause="closure.current-values",
+        recipe={
+            "logits": IN_FLOAT32,
+            "routing": method("deepseek-v3", 5),
+            "experts": 16,
+            "hidden": 24,
+            "tensor": "router.proj",
+            "change": change,
+            "dtype": "bfloat16",
+        },
+    )
+    for change in KEPT_COPIES
 )
 
 # The router as a model has it, from hidden states, at the sizes of real models, stored in float32 and in bfloat16.
@@ -96,4 +116,27 @@ ROUTER_CASES = tuple(
     for dtype in ("float32", "bfloat16")
 )
 
-CASES = (*CLOSURE_CASES, *ROUTER_CASES)
+# One token, as in decoding; an epsilon that shows.
+ONE_TOKEN_CASES = tuple(
+    Case(
+        f"router-{name}-e128-k8-{kind}",
+        stage="router_module",
+        clause="routing.method",
+        recipe={
+            "logits": logits,
+            "routing": method(name, 8),
+            "experts": 128,
+            "hidden": 72,
+            "tokens": tokens,
+            "dtype": dtype,
+        },
+    )
+    for name, logits, kind, tokens, dtype in (
+        ("chosen", LogitsSpec(bias=True), "one-token-bf16", 1, "bfloat16"),
+        ("deepseek-v3", IN_FLOAT32, "one-token-bf16", 1, "bfloat16"),
+        ("gemma4", GEMMA4, "one-token-bf16", 1, "bfloat16"),
+        ("gemma4", LogitsSpec("gemma4", norm_eps=0.0625), "epsilon", 9, "float32"),
+    )
+)
+
+CASES = (*CLOSURE_CASES, *ROUTER_CASES, *ONE_TOKEN_CASES)

@@ -16,6 +16,8 @@ from moe_conformance.oracle.routing import judge_routing
 from moe_conformance.suites.route.inputs import fine
 
 Tensors = dict[str, Tensor]
+# As models keep it: a bias that balances experts needs the bits that their scores have.
+KEPT_WIDE = ("router.selection_bias",)
 Takes = Literal["logits", "hidden"]
 
 
@@ -27,7 +29,10 @@ class Router:
 
     def values(self, version: str) -> Tensors:
         """Canonical tensors; scales of both signs and none of them 1."""
-        return {name: value_of(name, shape, version) for name, shape in self.spec.tensors().items()}
+        return {
+            name: value_of(name, shape, version).to(torch.float32 if name in KEPT_WIDE else self.spec.dtype)
+            for name, shape in self.spec.tensors().items()
+        }
 
     def x(self, takes: Takes, tensors: Tensors) -> Tensor:
         """Hidden states, or the logits that these values make of them."""
@@ -62,8 +67,9 @@ def value_of(name: str, shape: tuple[int, ...], version: str) -> Tensor:
 
 
 def router_of(case: Case, tokens: int) -> Router:
-    """A small router in float32 whose values change."""
-    return Router(spec_of(case, torch.float32), normal((tokens, case["hidden"]), "closure-hidden"))
+    """A small router whose values change, in float32 where the case names no dtype."""
+    dtype = getattr(torch, case.recipe.get("dtype", "float32"))
+    return Router(spec_of(case, dtype), normal((tokens, case["hidden"]), "closure-hidden", dtype))
 
 
 def spec_of(case: Case, dtype: torch.dtype) -> RouterSpec:
@@ -84,9 +90,11 @@ class RealRouter(Router):
         for name, shape in self.spec.tensors().items():
             std = {"router.proj": 0.25, "router.scale": 1.0, "router.bias": 1.0}.get(name, 0.25)
             value = fine(shape, f"{self.seed}-{name}-{version}", std)
-            value = value + {"router.scale": 8.0, "router.per_expert_scale": 1.5}.get(name, 0.0)
-            # As models keep it: a bias that balances experts needs the bits that their scores have.
-            found[name] = value.to(torch.float32 if name == "router.selection_bias" else self.spec.dtype)
+            # A constant in all selection biases changes nothing, but for a bias that loses its bits.
+            value = value + {"router.scale": 8.0, "router.per_expert_scale": 1.5, "router.selection_bias": 8.0}.get(
+                name, 0.0
+            )
+            found[name] = value.to(torch.float32 if name in KEPT_WIDE else self.spec.dtype)
         return found
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from moe_conformance.catalogue.case import Case, check
-from moe_conformance.suites.router_module.cases import ROUTER_CASES
+from moe_conformance.suites.router_module.cases import ONE_TOKEN_CASES, ROUTER_CASES
 from moe_conformance.suites.router_module.routers import RealRouter, fill
 
 
-@check(ROUTER_CASES)
+@check((*ROUTER_CASES, *ONE_TOKEN_CASES))
 @torch.no_grad()
 def test_a_router_chooses_and_weighs_by_its_method(engine: Any, case: Case) -> None:
     """From hidden states: ids are a best K within the errors of the logits, weights what those ids have."""
