@@ -69,10 +69,11 @@ def test_combine_is_the_reference(
     outputs[:, width:] = NAN
     outputs[~taken.flatten()] = NAN
     share = weights.masked_fill(~(taken | passed), NAN)
+    read = _strided(x.masked_fill(~passed.any(-1, keepdim=True), NAN), device)
     on = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
     on |= {"added": _strided(added, device)} if "added" in on else {}
     with poisoned_allocations():
-        got = combine(*(t.to(device) for t in (outputs, ids, share)), _strided(x, device), EXPERTS, **on)
+        got = combine(*(t.to(device) for t in (outputs, ids, share)), read, EXPERTS, **on)
     exact = {n: v.double() if n == "added" else v for n, v in options.items()}
     want = reference(outputs.double(), ids, share.double(), x.double(), EXPERTS, **exact)
     bound = _bound(outputs, ids, share, x, taken, options).bound("float32 sums, one rounding")
