@@ -27,17 +27,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_conformance.model.specs import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
-from moe_conformance.oracle.layer import activated, layer_value
-from moe_conformance.oracle.routing import accepted, compared_value, weights_value
-from moe_conformance.oracle.tolerance import (
-    LAMBDA,
-    Contract,
-    Value,
-    relative,
-    rms_ratio,
-    softmax_weights,
-    unit_roundoff,
-)
+from moe_conformance.oracle.activation import activated
+from moe_conformance.oracle.bounds import rms_ratio
+from moe_conformance.oracle.choice import accepted
+from moe_conformance.oracle.layer import layer_value
+from moe_conformance.oracle.precision import LAMBDA, unit_roundoff
+from moe_conformance.oracle.scores import compared_value
+from moe_conformance.oracle.storage import Storage
+from moe_conformance.oracle.value import Value
+from moe_conformance.oracle.weights import weights_value
 
 LOW = (torch.bfloat16, torch.float16)
 ALL = (*LOW, torch.float32)
@@ -161,7 +159,7 @@ def applies(name: str, dtype: torch.dtype) -> bool:
 
 
 def worst_case(layer: Layer, dtype: torch.dtype) -> Tensor:
-    """The deterministic bound, for the same contract: gamma_n for each sum, all errors of one sign."""
+    """The deterministic bound, for the same storage: gamma_n for each sum, all errors of one sign."""
 
     def gamma(n: int, precision: torch.dtype = torch.float32) -> float:
         return n * unit_roundoff(precision) / (1 - n * unit_roundoff(precision))
@@ -187,15 +185,15 @@ def worst_case(layer: Layer, dtype: torch.dtype) -> Tensor:
 
 
 def layer_tables(args: argparse.Namespace) -> Iterator[str]:
-    """One table a dtype, and what the contract is worth."""
+    """One table a dtype, and what the policy is worth."""
     for dtype in ALL:
         found: dict[str, list[list[float]]] = {}
         unstored = []
         for trial in range(args.trials):
             layer = build(args, dtype, trial)
             value = partial(layer_value, layer.x, layer.spec, layer.tensors, layer.ids, layer.weights)
-            stored = value(Contract.stored(dtype))
-            fused = value(Contract.fused(dtype))
+            stored = value(Storage.stored(dtype))
+            fused = value(Storage.fused(dtype))
             limits = [worst_case(layer, dtype), stored.limit, fused.limit]
             peer = run(layer)
             peer_error = (peer.double() - stored.exact).abs()
@@ -206,7 +204,7 @@ def layer_tables(args: argparse.Namespace) -> Iterator[str]:
                     ratios = [float((error / limit).max()) for limit in limits]
                     ratios += [float(error.max() / peer_error.max()), rms_ratio(got, peer, stored.exact)]
                     found.setdefault(name, []).append(ratios)
-            narrow = value(replace(Contract.fused(dtype), hidden=torch.float32))
+            narrow = value(replace(Storage.fused(dtype), hidden=torch.float32))
             unstored.append(float((peer_error / (narrow.limit)).max()))
         yield f"### {SHORT[dtype]}: largest error over bound"
         yield (
@@ -219,7 +217,7 @@ def layer_tables(args: argparse.Namespace) -> Iterator[str]:
             yield f"| {'' if name in CORRECT else 'fault: '}{name} | {cells} |"
         if dtype in LOW:
             yield (
-                f"\nWithout the store of gate and up in the fused contract, {SAME_DTYPE} is at "
+                f"\nWithout the store of gate and up in the fused policy, {SAME_DTYPE} is at "
                 f"{max(unstored):.3g} of the bound.\n"
             )
 
@@ -232,7 +230,7 @@ def unit_table(args: argparse.Namespace) -> Iterator[str]:
     rows: dict[str, list[float]] = {"tanh": [], "none": []}
     for dtype in ALL:
         gate = (torch.randn(args.tokens * 1024, 1, generator=torch.Generator().manual_seed(0)) * 2).to(dtype)
-        value = activated(Value.of(gate), None, spec, Contract.stored(dtype))
+        value = activated(Value.of(gate), None, spec, Storage.stored(dtype))
         for form, row in rows.items():
             row.append(float(((F.gelu(gate, approximate=form).double() - value.exact).abs() / value.limit).max()))
     for form, row in rows.items():
@@ -247,11 +245,10 @@ def routing_rows(args: argparse.Namespace) -> Iterator[tuple[str, float]]:
     logits = torch.randn(1024, args.experts, generator=random) * 3
     scores = logits.softmax(-1)
     weights, ids = scores.topk(args.top_k)
-    exact = logits.double().softmax(-1).gather(1, ids)
-    exact = exact / exact.sum(-1, keepdim=True)
-    bound = relative(exact, softmax_weights(logits, args.top_k), torch.float32, "routing").limit
+    softmax = RoutingSpec(args.top_k, renormalize="sum")
+    value = weights_value(logits, ids, softmax, {}, torch.float32)[0]
     for what, got in (("correct", weights / weights.sum(-1, keepdim=True)), ("fault: no renormalisation", weights)):
-        yield f"softmax weights | {what}", float(((got - exact).abs() / bound).max())
+        yield f"softmax weights | {what}", float(((got - value.exact).abs() / value.limit).max())
     spec = RoutingSpec(args.top_k, score="sigmoid", selection_bias=True, renormalize="sum")
     bias = torch.randn(args.experts, generator=random) * 0.25
     biased = logits.sigmoid() + bias

@@ -60,7 +60,9 @@ assert torch.cuda.is_available(), "torch sees no GPU"
 print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__,
       "transformers", transformers.__version__)'
-step kernels "$PYTHON" -m pytest -q tests/test_gpu.py tests/test_kernels.py --junitxml "$OUT/kernels.xml"
+step kernels "$PYTHON" -m pytest -q tests/test_gpu.py tests/kernel_twins --junitxml "$OUT/kernels.xml"
+step interpreted env TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= "$PYTHON" -m pytest -q tests/test_kernels.py \
+    tests/kernel_twins --junitxml "$OUT/interpreted.xml"
 step conformance "$PYTHON" -m moe_conformance.cli run --tier gpu "${CHOSEN[@]}" --known ci/known_transformers.toml \
     --out "$OUT/conformance"
 step benchmarks "$PYTHON" benchmarks/kernels.py --quick --out "$OUT/benchmarks"
@@ -68,7 +70,7 @@ step aot "$PYTHON" tools/aot.py
 if command -v compute-sanitizer >/dev/null; then
     # Each tensor in an allocation of its own, so that an access beside it is seen.
     step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 600 \
-        compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" tests/kernel_twins cuda
+        compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -q -n 0 tests/kernel_twins
 else
     echo "sanitizer: not run, compute-sanitizer is not on the PATH" | tee -a "$OUT/steps.txt"
 fi

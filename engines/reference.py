@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import moe_conformance
 from moe_conformance.engine import (
+    STAGES,
     Aligned,
     AlignInputs,
     BlockInputs,
@@ -21,6 +22,7 @@ from moe_conformance.engine import (
     Engine,
     EngineInfo,
     ExpertMapSpec,
+    ExpertsInputs,
     LayerInputs,
     MoESpec,
     Replicated,
@@ -32,17 +34,15 @@ from moe_conformance.engine import (
     ShardInputs,
 )
 from moe_conformance.model.families.families import FAMILIES
+from moe_conformance.protocol.features import words
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-METHODS = frozenset({"softmax_topk", "softmax_topk_renorm", "gemma4"})
-ROW_KINDS = frozenset({"concatenated", "local", "sequence_shard", "sequence_gathered"})
-NAMING_STYLES = frozenset({"plain", "moe", "packed", "multimodal"})
 
-SHARDS = frozenset({"not_gated", "bias", "gelu_tanh", "relu2"}) | {
-    *("tensor_parallel", "uneven_width", "idle_ranks", "shared", "replicas")
-}
+def is_offered(word: str) -> bool:
+    """Words in capitals stand for names: those of families are listed, those of implementations are other engines'."""
+    return not any(part.isupper() for part in word.split(":"))
 
 
 class Reference(Engine):
@@ -53,23 +53,9 @@ class Reference(Engine):
         return EngineInfo(self.name, moe_conformance.__version__, "cpu")
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
-        return {
-            "describe": frozenset({"refusals", "layers"}),
-            "capture_shape": frozenset({"worker", "reader"}),
-            "route": METHODS,
-            "router_module": METHODS,
-            "align": frozenset({"expert_map", "dropped_ids", "expert_bounds"}),
-            "layer": METHODS
-            | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", "traceable"},
-            "block": frozenset(FAMILIES) | {"dropped_ids", "expert_bounds"},
-            "capture_session": ROW_KINDS | {"layer_bounds", "expert_bounds", "unwritten"},
-            "capture_store": frozenset({"bounds", "unwritten"}),
-            "expert_map": frozenset({"contiguous", "round_robin", "idle_ranks"}),
-            "replicate": frozenset(),
-            "shard": SHARDS,
-            "remap": NAMING_STYLES,
-            "load": NAMING_STYLES,
-        }
+        """Every feature of every stage, and blocks of every family; a block has no second implementation here."""
+        offered = {stage: frozenset(word for word in words(stage) if is_offered(word)) for stage in STAGES}
+        return offered | {"block": offered["block"] | frozenset(FAMILIES)}
 
     def describe(self, config: Any) -> MoESpec:
         from moe_conformance.model.families import describe as stage
@@ -95,6 +81,11 @@ class Reference(Engine):
         from moe_conformance.reference_impl import dispatch as stage
 
         return stage.align(inputs.ids, inputs.experts, inputs.block, inputs.expert_map)
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        from moe_conformance.reference_impl import experts as stage
+
+        return stage.experts(inputs)
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         from moe_conformance.reference_impl import layer as stage

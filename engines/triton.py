@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moe_conformance.engine import (
@@ -16,6 +15,7 @@ from moe_conformance.engine import (
     CaptureSpec,
     Engine,
     EngineInfo,
+    ExpertsInputs,
     LayerInputs,
     RouteInputs,
     RouterHandle,
@@ -23,16 +23,27 @@ from moe_conformance.engine import (
     Routing,
     ShardInputs,
 )
-from moe_conformance.engines.reference import METHODS, ROW_KINDS, SHARDS
+from moe_conformance.engines.reference import is_offered
 from moe_conformance.errors import Unavailable
 from moe_conformance.model.families.families import FAMILIES
+from moe_conformance.protocol.features import words
 from moe_conformance.running.devices import gpu_count
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+HAS = ("route", "router_module", "align", "experts", "layer", "block", "capture_session", "shard")
 # Their routers look beyond one row of logits: at an expert's capacity, or at the other tokens of the batch.
 NOT_BY_ROW = frozenset({"switch_transformers", "nllb-moe", "doge"})
+BEYOND_A_ROW = frozenset({"capacity", "product_keys"})
+# float8 weights are loaded in the dtype of what they are multiplied with; no kernel loads codes of fewer bits.
+CODES = frozenset({"quantised:int8", "quantised:int4", "quantised:mxfp4", "quantised:nvfp4", "quantised_activations"})
+LACKS = {
+    "route": BEYOND_A_ROW,
+    "router_module": BEYOND_A_ROW,
+    "experts": CODES | {"lora"},
+    "layer": BEYOND_A_ROW | CODES,
+}
 
 
 class Triton(Engine):
@@ -72,42 +83,30 @@ class Triton(Engine):
         return self._info
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
-        return {
-            "route": METHODS,
-            "router_module": METHODS,
-            "align": frozenset({"expert_map", "dropped_ids", "expert_bounds"}),
-            "shard": SHARDS,
-            "layer": METHODS
-            | {"shared", "latent", "padded_hidden", "padded_intermediate", "scale", "gelu_tanh", "traceable"},
-            "block": frozenset(FAMILIES) - NOT_BY_ROW | {"dropped_ids", "expert_bounds"},
-            "capture_session": ROW_KINDS | {"layer_bounds", "expert_bounds", "unwritten"},
+        """Of each stage that the kernels have, every feature but those they lack."""
+        offered = {
+            stage: frozenset(word for word in words(stage) if is_offered(word)) - LACKS.get(stage, frozenset())
+            for stage in HAS
         }
+        return offered | {"block": offered["block"] | (frozenset(FAMILIES) - NOT_BY_ROW)}
 
     def route(self, inputs: RouteInputs) -> Routing:
+        """inputs on the device of `info`."""
         from moe_conformance.kernels.routing import route
 
-        scale = inputs.per_expert_scale
-        return route(
-            replace(
-                inputs,
-                logits=inputs.logits.to(self.info.device),
-                per_expert_scale=None if scale is None else scale.to(self.info.device),
-            )
-        )
+        return route(inputs)
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
-        from moe_conformance.kernels.routing import route
-        from moe_conformance.reference_impl.router import Router
+        from moe_conformance.kernels import routing
+        from moe_conformance.reference_impl.router import Router, own_name
 
         class KernelRouter(Router):
-            """The reference's router; its parameters are read, and its routing runs in the kernel, at call time."""
+            """The reference's router; its tensors are read, and its routing runs in the kernel, at call time."""
 
-            def select(self, logits: Tensor) -> Routing:
-                scale = self.per_expert_scale if self.spec.method == "gemma4" else None
-                return route(RouteInputs(logits, self.spec.top_k, self.spec.method, scale))
+            route = staticmethod(routing.route)
 
         module = KernelRouter(spec).to(self.info.device)
-        return RouterHandle(module, "hidden", {name: name for name, _ in module.named_parameters()})
+        return RouterHandle(module, "hidden", {name: own_name(name) for name in spec.tensors()})
 
     def align(self, inputs: AlignInputs) -> Aligned:
         """inputs on the device of `info`."""
@@ -115,12 +114,18 @@ class Triton(Engine):
 
         return align(inputs.ids, inputs.experts, inputs.block, inputs.expert_map)
 
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        """inputs on the device of `info`."""
+        from moe_conformance.kernels.experts import experts
+
+        return experts(inputs)
+
     def shard(self, inputs: ShardInputs) -> Tensor:
         """inputs on the device of `info`."""
-        from moe_conformance.kernels.experts import experts_part
+        from moe_conformance.kernels.experts import experts
         from moe_conformance.reference_impl.parallel.experts import shard
 
-        return shard(inputs, experts_part)
+        return shard(inputs, experts)
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         """inputs on the device of `info`."""

@@ -51,6 +51,7 @@ def combine_kernel(
     mask = mask_t[:, None] & (offs_d[None, :] < width)
     total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     passed_on = tl.zeros([BLOCK_T], tl.float32)
+    passes = tl.zeros([BLOCK_T], tl.int1)
     for k in tl.static_range(TOP_K):
         pair = offs_t * TOP_K + k
         # Neither row nor weight of a pair that no expert takes means anything.
@@ -64,11 +65,13 @@ def combine_kernel(
         total += output
         if HAS_IDENTITY:
             expert = tl.load(ids_ptr + pair, mask=mask_t, other=-1)
-            passed_on += tl.where((expert >= experts) & (expert < experts + identity), weight, 0.0)
+            named = (expert >= experts) & (expert < experts + identity)
+            passed_on += tl.where(named, weight, 0.0)
+            passes = passes | named
     if HAS_IDENTITY:
-        total += passed_on[:, None] * load_float32(
-            x_ptr + offs_t[:, None] * stride_xt + offs_d[None, :] * stride_xd, mask
-        )
+        # A token that no identity expert takes is not read: 0 times what it holds may be NaN.
+        x_ptrs = x_ptr + offs_t[:, None] * stride_xt + offs_d[None, :] * stride_xd
+        total += passed_on[:, None] * load_float32(x_ptrs, mask & passes[:, None])
     total *= scale
     if HAS_ADDED:
         total += load_float32(added_ptr + offs_t[:, None] * stride_at + offs_d[None, :] * stride_ad, mask)
@@ -90,12 +93,12 @@ def combine(
     experts: int,
     *,
     weighted: bool = True,
-    scale: float = 1.0,
+    output_scale: float = 1.0,
     identity_experts: int = 0,
     added: Tensor | None = None,
     expert_map: Tensor | None = None,
 ) -> Tensor:
-    """Each token's sum of weight times expert output, times scale, plus added; in float32, rounded once.
+    """Each token's sum of weight times expert output, times output_scale, plus added; in float32, rounded once.
 
     outputs: [T K, D'], rows contiguous; columns behind D, padding, are never read, nor are rows of pairs that no expert
     takes. ids: [T, K] int32 or int64; weights: [T, K] float, not looked at for those pairs; both of any strides.
@@ -129,7 +132,7 @@ def combine(
                 width,
                 experts,
                 identity_experts,
-                scale,
+                output_scale,
                 outputs.stride(0),
                 *weights.stride(),
                 *x.stride(),

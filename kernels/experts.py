@@ -1,25 +1,32 @@
-"""The routed sum: align, both projections, combine. Twin of `routed_experts` in reference_impl/experts.py."""
+"""The routed sum: align, both projections, combine. Twin of `routed_experts` in reference_impl/experts.py.
+
+Ids: the reference raises InputError for an id outside [-1, N). Kernels cannot raise without waiting for the device: to
+them any id that names no expert is a pair that no expert takes, as -1 is, and adds nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_conformance.errors import InputError
+from moe_conformance.engine import ExpertsInputs, MLPSpec
+from moe_conformance.errors import InputError, Unsupported
 from moe_conformance.kernels.combine import combine
 from moe_conformance.kernels.dispatch import align
-from moe_conformance.kernels.float8 import Quantised
-from moe_conformance.kernels.grouped_matmul import Dispatched, down, gate_up
+from moe_conformance.kernels.float8 import Quantised, quantised_of
+from moe_conformance.kernels.grouped_kernel import Dispatched
+from moe_conformance.kernels.grouped_matmul import down, gate_up
 from moe_conformance.kernels.tuning import Config, Problem, choose
-from moe_conformance.model.specs import MLPSpec
-from moe_conformance.reference_impl.experts import rms_norm
-from moe_conformance.reference_impl.operators import arguments, operator
+from moe_conformance.reference_impl.experts import normalised_output
+from moe_conformance.reference_impl.operators import arguments, keywords, operator
 
-_FIELDS = fields(MLPSpec)
+
+def parts(spec: MLPSpec) -> tuple[str, str]:
+    """What both matrices of an expert are called."""
+    return "w13" if spec.gated else "w1", "w2"
 
 
 def problem_of(x: Tensor, spec: MLPSpec, w2: Tensor, top_k: int, experts: int) -> Problem:
@@ -37,7 +44,7 @@ def compute(
     config: Config,
     *,
     identity_experts: int = 0,
-    scale: float = 1.0,
+    output_scale: float = 1.0,
     added: Tensor | None = None,
     expert_map: Tensor | None = None,
     quantised: Mapping[str, Quantised] | None = None,
@@ -66,8 +73,7 @@ def compute(
         hidden, w2, dispatched, config.down, bias=tensors.get("experts.b2"), quantised=quantised.get("w2")
     )  # [T K, D]
     if spec.output_norm:
-        norm = 1 + tensors["experts.output_norm"]
-        outputs = rms_norm(outputs[:, : x.shape[1]] * norm, 1.0, spec.output_norm)
+        outputs = normalised_output(outputs, tensors["experts.output_norm"], spec.output_norm)
     return combine(
         outputs,
         ids,
@@ -75,7 +81,7 @@ def compute(
         x,
         experts,
         weighted=spec.weight_on == "output",
-        scale=scale,
+        output_scale=output_scale,
         identity_experts=identity_experts,
         added=added,
         expert_map=expert_map,
@@ -91,21 +97,23 @@ def _routed_experts(
     added: Tensor | None,
     expert_map: Tensor | None,
     scales: list[Tensor],
-    tile: list[int],
+    tiles: list[int],
+    stacked: list[bool],
     identity_experts: int,
-    scale: float,
+    output_scale: float,
     interleaved: bool,
-    *values: Any,
+    **values: Any,
 ) -> Tensor:
-    spec, tensors = MLPSpec(*values), dict(zip(names, experts, strict=True))
+    spec, tensors = MLPSpec(**values), dict(zip(names, experts, strict=True))
     w2 = tensors["experts.w2"]
     count = len(w2) if expert_map is None else len(expert_map)
     config = choose(problem_of(x, spec, w2, ids.shape[1], count), x.device)
-    quantised = {}
-    if scales:
-        rows, columns = tile
-        pair = ("w13" if spec.gated else "w1", "w2")
-        quantised = {name: Quantised(own, (rows, columns)) for name, own in zip(pair, scales, strict=True)}
+    quantised = {
+        name: Quantised(scale, (rows, columns), ends_at_seam)
+        for name, scale, rows, columns, ends_at_seam in zip(
+            parts(spec), scales, tiles[::2], tiles[1::2], stacked, strict=bool(scales)
+        )
+    }
     return compute(
         x,
         spec,
@@ -114,7 +122,7 @@ def _routed_experts(
         weights,
         config,
         identity_experts=identity_experts,
-        scale=scale,
+        output_scale=output_scale,
         added=added,
         expert_map=expert_map,
         quantised=quantised,
@@ -122,14 +130,15 @@ def _routed_experts(
     )
 
 
-def _fake(x: Tensor, *rest: Any) -> Tensor:
+def _fake(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 _operator = operator(
     "routed_experts_triton(Tensor x, str[] names, Tensor[] experts, Tensor ids, Tensor weights, Tensor? added, "
-    "Tensor? expert_map, Tensor[] scales, int[] tile, int identity_experts, float routed_scale, bool interleaved, "
-    f"{arguments(_FIELDS)}) -> Tensor",
+    "Tensor? expert_map, Tensor[] scales, int[] tiles, bool[] stacked, int identity_experts, float output_scale, "
+    "bool interleaved, "
+    f"{arguments(MLPSpec)}) -> Tensor",
     _routed_experts,
     _fake,
 )
@@ -143,13 +152,13 @@ def routed_experts(
     weights: Tensor,
     *,
     identity_experts: int = 0,
-    scale: float = 1.0,
+    output_scale: float = 1.0,
     added: Tensor | None = None,
     expert_map: Tensor | None = None,
     quantised: Mapping[str, Quantised] | None = None,
     interleaved: bool = False,
 ) -> Tensor:
-    """Sum over each token's experts of weight times expert output, times scale, plus added.
+    """Sum over each token's experts of weight times expert output, times output_scale, plus added.
 
     x: [T, D] float32, float16 or bfloat16. tensors: as `spec.tensors("experts", D, (E,))` names and shapes them, in
     x's dtype, or wider: D' >= D for a padded hidden dim, F' >= F for a padded intermediate one. What is summed over in
@@ -157,8 +166,8 @@ def routed_experts(
     ids: [T, K] int32 or int64; those from E on are identity experts, which pass x on; any other id that names no
     expert, or one of another rank, adds nothing whatever its weight is. weights: [T, K] float32.
     added: [T, D], what is always on. expert_map: [E] int32, local id of each expert, -1 for those of other ranks.
-    quantised: "w13" or "w1", and "w2": scales of float8_e4m3fn weights, of one tile size. interleaved: rows of w13
-    and b13 are gate and up in turn.
+    quantised: "w13" or "w1", and "w2": scales of float8_e4m3fn weights. interleaved: rows of w13 and b13 are gate and
+    up in turn.
     returns [T, D] in x's dtype, rounded once. Sums are float32. Raises InputError for shapes and dtypes.
     """
     names = list(spec.tensors("experts", *x.shape[1:]))
@@ -174,25 +183,44 @@ def routed_experts(
         raise InputError(f"tensors: got {len(first)} and {len(tensors['experts.w2'])} experts, want as many in both")
     if expert_map is not None and (expert_map.ndim != 1 or expert_map.dtype != torch.int32):
         raise InputError(f"expert_map: got {expert_map.dtype} {list(expert_map.shape)}, want int32 [E]")
-    scales: list[Tensor] = []
-    tiles = {(128, 128)}
-    if quantised:
-        chosen = [quantised["w13" if spec.gated else "w1"], quantised["w2"]]
-        scales, tiles = [own.scale for own in chosen], {own.tile for own in chosen}
-        if len(tiles) > 1:
-            raise InputError(f"quantised: got tiles {sorted(tiles)}, want one for both projections")
-    values = [getattr(spec, field.name) for field in _FIELDS]
-    experts = [tensors[name] for name in names]
-    (tile,) = tiles
+    stored = [quantised[part] for part in parts(spec)] if quantised else []
     output: Tensor = _operator(
-        x, names, experts, ids, weights, added, expert_map, scales, list(tile), identity_experts, scale, interleaved,
-        *values,
-    )  # fmt: skip
+        x,
+        names,
+        [tensors[name] for name in names],
+        ids,
+        weights,
+        added,
+        expert_map,
+        [own.scale for own in stored],
+        [side for own in stored for side in own.tile],
+        [own.stacked for own in stored],
+        identity_experts,
+        output_scale,
+        interleaved,
+        **keywords(spec),
+    )
     return output
 
 
-def experts_part(
-    x: Tensor, ids: Tensor, weights: Tensor, spec: MLPSpec, tensors: Mapping[str, Tensor], expert_map: Tensor
-) -> Tensor:
-    """What this rank's experts add to the routed sum; twin of that in reference_impl/parallel/experts.py."""
-    return routed_experts(x, spec, tensors, ids, weights, expert_map=expert_map)
+def experts(inputs: ExpertsInputs) -> Tensor:
+    """The routed sum [T, D] in x's dtype; see ExpertsInputs for shapes. An id that names no expert adds nothing.
+
+    Raises Unsupported for adapters, and for stored forms that `quantised_of` does not read.
+    """
+    if inputs.lora is not None:
+        raise Unsupported("experts: got lora, want None: the kernels add no adapters")
+    mlp, quantised = inputs.mlp, None
+    if inputs.quant is not None:
+        quantised = quantised_of(inputs.quant, mlp, inputs.tensors)
+    return routed_experts(
+        inputs.x,
+        mlp,
+        inputs.tensors,
+        inputs.ids,
+        inputs.weights,
+        identity_experts=inputs.identity_experts,
+        expert_map=inputs.expert_map,
+        output_scale=inputs.output_scale,
+        quantised=quantised,
+    )

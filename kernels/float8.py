@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_conformance.engine import MLPSpec, QuantSpec
+from moe_conformance.errors import Unsupported
 from moe_conformance.kernels.launch import interpreted, rounded
 
 
@@ -30,10 +33,45 @@ def load_fp8(ptr, mask, dtype: tl.constexpr, NATIVE: tl.constexpr):
 
 @dataclass(frozen=True)
 class Quantised:
-    """float8_e4m3fn weights: scale [E, *scale_shape(rows, cols, tile, stacked)] float, as `dequantise_fp8` takes it."""
+    """float8_e4m3fn weights [E, rows, columns], each tile (rows, columns; 0 for all there are) with a scale of its own.
+
+    scale: [E, down, across] float. stacked: tiles of w13 end at the seam of gate and up, as `dequantise_fp8` takes
+    them; otherwise they go over it, and a tile of all rows has one scale for both.
+    """
 
     scale: Tensor
     tile: tuple[int, int] = (128, 128)
+    stacked: bool = True
+
+
+def quantised_of(quant: QuantSpec, mlp: MLPSpec, tensors: Mapping[str, Tensor]) -> dict[str, Quantised]:
+    """The scales of `QuantSpec.tensors` by part, "w13" or "w1" and "w2", as `routed_experts` takes them.
+
+    Raises Unsupported for what the kernels do not read: any format but fp8_e4m3, zero points, quantised activations,
+    groups that are no multiple of 16 columns.
+    """
+    if quant.format != "fp8_e4m3" or quant.zero_points:
+        what = f"{quant.format}{' with zero points' if quant.zero_points else ''}"
+        raise Unsupported(f"quant: got {what}, want fp8_e4m3: the kernels load no other codes")
+    if quant.activations != "no":
+        raise Unsupported(f"quant.activations: got {quant.activations}, want no: the kernels quantise none")
+    found = {}
+    for part in ("w13" if mlp.gated else "w1", "w2"):
+        scale, stacked = tensors[f"experts.{part}.scale"], False
+        match quant.granularity:
+            case "tensor":
+                tile, stacked = (0, 0), quant.split_gate_up and part == "w13"
+                scale = scale.reshape(len(scale), -1, 1)
+            case "channel":
+                tile, scale = (1, 0), scale[..., None]
+            case "block":
+                tile = quant.block
+            case "group":
+                tile = (1, quant.group)
+        if tile[1] % 16:
+            raise Unsupported(f"quant: got scales for {tile[1]} columns each, want a multiple of 16, as tiles are")
+        found[part] = Quantised(scale, tile, stacked)
+    return found
 
 
 def native_fp8(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """What every kernel here needs to run in its three modes: compiled, interpreted on a CPU, ahead of time.
 
 The interpreter is chosen by TRITON_INTERPRET=1, which must be in the environment before triton is imported. Its own
-bfloat16 computes with raw bits, so kernels meet bfloat16 in `load_float32`, `operand` and `rounded` alone.
+bfloat16 computes with raw bits, so kernels meet bfloat16 in `widened`, `operand` and `rounded` alone.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from moe_conformance.errors import InputError
 
 
 @triton.jit
-def load_float32(ptr, mask):
-    """Load as float32, 0 where masked.
-
-    bfloat16 is widened by its bits: Triton 3.9's interpreter flushes subnormals in its own conversion.
-    """
-    x = tl.load(ptr, mask=mask, other=0.0)
+def widened(x):
+    """bfloat16 as float32, by its bits: Triton 3.9's interpreter flushes subnormals in its own conversion."""
     if x.dtype == tl.bfloat16:
         x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def load_float32(ptr, mask):
+    """Load as float32, 0 where masked."""
+    return widened(tl.load(ptr, mask=mask, other=0.0)).to(tl.float32)
 
 
 INTERPRETED = tl.constexpr(not isinstance(load_float32, triton.JITFunction))
@@ -31,8 +33,8 @@ INTERPRETED = tl.constexpr(not isinstance(load_float32, triton.JITFunction))
 @triton.jit
 def operand(x):
     """x as tl.dot takes it: as it is; interpreted, bfloat16 as float32, in which its products are exact."""
-    if INTERPRETED and x.dtype == tl.bfloat16:
-        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    if INTERPRETED:
+        x = widened(x)
     return x
 
 

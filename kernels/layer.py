@@ -11,18 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_conformance.engine import LayerInputs, RouteInputs, Routing
+from moe_conformance.engine import LayerInputs, LayerSpec, Routing
+from moe_conformance.errors import Unsupported
 from moe_conformance.kernels.experts import routed_experts
-from moe_conformance.kernels.routing import route, route_logits
-from moe_conformance.model.specs import LayerSpec
-from moe_conformance.reference_impl.layer import (
-    LayerOutput,
-    Tensors,
-    as_layer,
-    dense_output,
-    experts_output,
-    shared_output,
-)
+from moe_conformance.kernels.float8 import quantised_of
+from moe_conformance.kernels.routing import route_logits
+from moe_conformance.reference_impl.layer import LayerOutput, Tensors, dense_output, experts_output, shared_output
 from moe_conformance.reference_impl.padding import pad_expert_weights
 from moe_conformance.reference_impl.router import router_logits
 
@@ -41,7 +35,7 @@ def layer(
     """What the layer computes of its input, without the residual around it; arguments as the reference's `layer`.
 
     storage: how the experts' weights lie, `quantised` and `interleaved` of `routed_experts`.
-    Raises InputError for routing that does not stand in one row of logits (capacity, product keys).
+    Raises Unsupported for routing that does not stand in one row of logits (capacity, product keys).
     """
     logits, state = router_logits(x, spec.logits, tensors, state=state)  # [T, classes]
     if routing is not None and not spec.routing.shared_classes:
@@ -79,7 +73,7 @@ def combined(
         ids,
         weights,
         identity_experts=spec.routing.identity_experts,
-        scale=spec.output_scale,
+        output_scale=spec.output_scale,
         added=added,
         **storage,
     )
@@ -89,11 +83,18 @@ def moe_layer(inputs: LayerInputs) -> Tensor:
     """The layer's output [T, H] in x's dtype; see LayerInputs for shapes.
 
     Weights are padded as a load would leave them; x and output are not, for the kernels' masks cut them.
+    Raises Unsupported for routing that does not stand in one row of logits, for stored forms that the kernels do not
+    read, and for those at padded widths.
     """
-    ids, weights = route(RouteInputs(inputs.logits, inputs.top_k, inputs.method, inputs.per_expert_scale))
-    spec, tensors = as_layer(inputs)
-    _, width, intermediate = inputs.w2.shape
-    tensors["experts.w13"], tensors["experts.w2"] = pad_expert_weights(
-        inputs.w13, inputs.w2, inputs.padded_hidden or width, inputs.padded_intermediate or intermediate
-    )
-    return combined(inputs.x, spec, tensors, ids, weights)
+    spec, tensors, storage = inputs.spec, inputs.tensors, {}
+    ids, weights, shared = route_logits(inputs.logits, spec.routing, tensors, token_ids=inputs.token_ids)
+    padded = inputs.padded_hidden or inputs.padded_intermediate
+    if inputs.quant is not None:
+        if padded:
+            raise Unsupported("layer: got quant and padded widths, want one of both: codes are not padded here")
+        storage["quantised"] = quantised_of(inputs.quant, spec.experts, tensors)
+    elif padded:
+        width = spec.latent.width if spec.latent else spec.hidden_size
+        sizes = inputs.padded_hidden or width, inputs.padded_intermediate or spec.experts.width
+        tensors = {**tensors, **pad_expert_weights(tensors, spec.experts, *sizes)}
+    return combined(inputs.x, spec, tensors, ids, weights, shared, **storage)

@@ -1,147 +1,184 @@
-"""The command line. `run` drives pytest; nothing here imports torch or pytest before it must."""
+"""The command line. `run` drives pytest; nothing here imports torch or pytest before it must.
+
+argparse, because importing click takes longer than all else that --help does.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import click
 
 import moe_conformance
 from moe_conformance.errors import UsageError
 
+RUN = """Run the suites. Other options go to pytest: -n, -k, -x, and so on.
 
-class _Group(click.Group):
-    """Turns our usage errors into exit code 2, like click's own."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except UsageError as error:
-            raise click.UsageError(str(error), ctx) from error
+exit code 0: every judged case passes, is a declared known failure, or breaks a SHOULD without --strict.
+          1: any fail, error, crash, timeout, unavailable engine or unexpected pass.
+          2: wrong usage."""
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(moe_conformance.__version__, package_name="moe-conformance")
-def main() -> None:
-    """Judge Mixture-of-Experts inference engines against the contract of their models."""
+ONLY_CLASS = "only this bug class"
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
-@click.option("--engine", "engines", multiple=True, help="NAME or package.module:Class; default: all that can start.")
-@click.option("--class", "classes", multiple=True, metavar="SLUG", help="Only this bug class.")
-@click.option("--case", "cases", multiple=True, metavar="ID", help="Only this case, of any tier.")
-@click.option("--tier", default="core", show_default=True, type=click.Choice(["smoke", "core", "full", "gpu"]))
-@click.option("--known", multiple=True, type=click.Path(dir_okay=False), help="TOML file of known failures.")
-@click.option("--out", type=click.Path(file_okay=False), help="Write verdicts.jsonl, summary.md and junit.xml here.")
-@click.option("--timeout", default=120.0, show_default=True, help="Seconds a case may take.")
-@click.argument("pytest_args", nargs=-1, type=click.UNPROCESSED)
-def run(
-    engines: tuple[str, ...],
-    classes: tuple[str, ...],
-    cases: tuple[str, ...],
-    tier: str,
-    known: tuple[str, ...],
-    out: str | None,
-    timeout: float,
-    pytest_args: tuple[str, ...],
-) -> None:
-    """Run the suites. Other options go to pytest: -n, -k, -x, ...
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `moe-conformance`; ends by SystemExit."""
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    command: Callable[[argparse.Namespace, list[str]], int] = options.command
+    if others and command is not run:
+        parser.error(f"got {' '.join(others)}, which this command does not take")
+    try:
+        code = command(options, others)
+        sys.stdout.flush()
+    except UsageError as error:
+        parser.error(str(error))
+    except BrokenPipeError:  # as behind `| head`; nor may the interpreter flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
 
-    Exit code 0: every judged case passes or is a declared known failure. 1: any fail, error, crash, timeout,
-    unavailable engine or unexpected pass. 2: wrong usage.
-    """
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "moe-conformance",
+        description="Judge Mixture-of-Experts inference engines against the contract of their models.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"moe-conformance {moe_conformance.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace, list[str]], int], about: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=about.partition(".")[0] + ".",
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        made.set_defaults(command=command)
+        return made
+
+    this = add("run", run, RUN)
+    this.add_argument("--engine", action="append", default=[], metavar="NAME", help="or package.module:Class")
+    this.add_argument(
+        "--class", action="append", default=[], metavar="SLUG", dest="classes", help="only this bug class"
+    )
+    this.add_argument("--case", action="append", default=[], metavar="ID", help="only this case, of any tier")
+    this.add_argument("--tier", default="core", choices=["smoke", "core", "full", "gpu"], help="default: core")
+    this.add_argument("--known", action="append", default=[], metavar="FILE", help="TOML file of known failures")
+    this.add_argument("--out", metavar="FOLDER", help="write verdicts.jsonl, summary.md and junit.xml here")
+    this.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="that a case may take (120)")
+    this.add_argument("--strict", action="store_true", help="a broken SHOULD fails the run, too")
+    this.add_argument(
+        "--in-process", action="store_true", help="run checks in pytest's own process, for --pdb, coverage, profilers"
+    )
+    add("engines", engines, "List the engines that are registered, and whether they can start here.")
+    this = add("features", features, "List the optional features of each stage: what capabilities() may declare.")
+    this.add_argument("stage", nargs="*", help="only of these stages")
+    this = add("cases", cases, "List the cases: id, tier, level, stage, bug class.")
+    this.add_argument(
+        "--class", action="append", default=[], metavar="SLUG", dest="classes", help="only this bug class"
+    )
+    this = add("explain", explain, "Say what a case tries and why, without running it.")
+    this.add_argument("case")
+    this = add(
+        "diff",
+        diff,
+        "Compare two runs, given as folders or verdicts.jsonl files. Exit code 1 if anything got worse.",
+    )
+    this.add_argument("before", type=Path)
+    this.add_argument("after", type=Path)
+    return parser
+
+
+def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
+    """Hand the options to pytest, as those of its plugin."""
+    from moe_conformance.catalogue import aliases
+    from moe_conformance.catalogue.aliases import current
     from moe_conformance.catalogue.case import catalogue
     from moe_conformance.catalogue.clauses import BUG_CLASSES
     from moe_conformance.running.discovery import resolve
 
-    for name in engines:
+    for name in options.engine:
         resolve(name)
-    _want("class", classes, BUG_CLASSES)
-    _want("case", cases, catalogue())
+    classes = current("class", options.classes, BUG_CLASSES, aliases.CLASSES)
+    cases = current("case", options.case, catalogue(), aliases.CASES)
 
     import pytest
 
     import moe_conformance.suites
 
     suites = moe_conformance.suites.__path__[0]
-    arguments = [
-        suites,
-        "-c",
-        str(Path(__file__).with_name("pytest.ini")),
-        "--rootdir",
-        suites,
-        "-q",
-        "--no-header",
-        "-rN",
-    ]
-    if not any(argument.startswith(("-n", "--numprocesses", "--pdb")) for argument in pytest_args):
+    ini = str(Path(__file__).with_name("pytest.ini"))
+    arguments = [suites, "-c", ini, "--rootdir", suites, "-q", "--no-header", "-rN"]
+    alone = options.in_process or any(given.startswith("--pdb") for given in pytest_arguments)
+    if not alone and not any(given.startswith(("-n", "--numprocesses")) for given in pytest_arguments):
         arguments += ["-n", "auto"]
-    options = {"engine": engines, "class": classes, "case": cases, "known": known}
-    arguments += [f"--moe-{name}={value}" for name, values in options.items() for value in values]
-    arguments += [f"--moe-tier={tier}", f"--moe-timeout={timeout}"]
-    if out is not None:
-        arguments += [f"--moe-out={out}", f"--junitxml={Path(out) / 'junit.xml'}"]
-    code = int(pytest.main([*arguments, *pytest_args]))
+    listed = {"engine": options.engine, "class": classes, "case": cases, "known": options.known}
+    arguments += [f"--moe-{name}={value}" for name, values in listed.items() for value in values]
+    arguments += [f"--moe-tier={options.tier}", f"--moe-timeout={options.timeout}"]
+    arguments += ["--moe-strict"] * options.strict + ["--moe-in-process"] * options.in_process
+    if options.out is not None:
+        arguments += [f"--moe-out={options.out}", f"--junitxml={Path(options.out) / 'junit.xml'}"]
+    code = int(pytest.main([*arguments, *pytest_arguments]))
     # pytest: 4 usage error, 5 nothing selected, 2 interrupted, 3 internal error.
-    sys.exit({4: 2, 5: 2, 2: 130, 3: 1}.get(code, code))
+    return {4: 2, 5: 2, 2: 130, 3: 1}.get(code, code)
 
 
-def _want(what: str, got: tuple[str, ...], there: object) -> None:
-    from difflib import get_close_matches
-
-    for name in got:
-        if name not in there:  # type: ignore[operator]
-            near = get_close_matches(name, there, n=5)  # type: ignore[call-overload]
-            listed = near or list(there)[:40]  # type: ignore[call-overload]
-            raise UsageError(f"{what}: got {name!r}, want one of {', '.join(listed)}" + (", ..." if near else ""))
-
-
-@main.command()
-def engines() -> None:
-    """List the engines that are registered, and whether they can start here."""
+def engines(options: argparse.Namespace, _: list[str]) -> int:
     from moe_conformance.running.discovery import missing, registered
 
     for name, target in sorted(registered().items()):
-        click.echo(f"{name:14} {target.path:55} {missing(target) or 'available'}")
+        print(f"{name:14} {target.path:55} {missing(target) or 'available'}")
+    return 0
 
 
-@main.command()
-@click.option("--class", "classes", multiple=True, metavar="SLUG", help="Only this bug class.")
-def cases(classes: tuple[str, ...]) -> None:
-    """List the cases: id, tier, stage, bug class."""
+def features(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.catalogue.aliases import current
+    from moe_conformance.protocol.stages import STAGES
+    from moe_conformance.reporting.explain import features as text
+
+    print(text(tuple(current("stage", options.stage, STAGES)) or STAGES))
+    return 0
+
+
+def cases(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.catalogue import aliases
     from moe_conformance.catalogue.case import catalogue
     from moe_conformance.catalogue.clauses import BUG_CLASSES
 
-    _want("class", classes, BUG_CLASSES)
+    wanted = aliases.current("class", options.classes, BUG_CLASSES, aliases.CLASSES)
     for case in catalogue().values():
-        if not classes or case.bug_class in classes:
-            click.echo(f"{case.id:50} {case.tier:6} {case.stage:16} {case.bug_class}")
+        if not wanted or case.bug_class in wanted:
+            print(f"{case.id:50} {case.tier:6} {case.level:6} {case.stage:16} {case.bug_class}")
+    return 0
 
 
-@main.command()
-@click.argument("case")
-def explain(case: str) -> None:
-    """Say what a case tries and why, without running it."""
+def explain(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.catalogue import aliases
     from moe_conformance.catalogue.case import catalogue, checks
     from moe_conformance.reporting.explain import explain as text
 
-    _want("case", (case,), catalogue())
-    click.echo(text(catalogue()[case], dict(checks()[case])))
+    (case,) = aliases.current("case", [options.case], catalogue(), aliases.CASES)
+    if case != options.case:
+        print(f"{options.case} is {case} now")
+    print(text(catalogue()[case], checks()[case]))
+    return 0
 
 
-@main.command()
-@click.argument("before", type=click.Path(exists=True))
-@click.argument("after", type=click.Path(exists=True))
-def diff(before: str, after: str) -> None:
-    """Compare two runs, given as folders or verdicts.jsonl files. Exit code 1 if anything got worse."""
+def diff(options: argparse.Namespace, _: list[str]) -> int:
     from moe_conformance.reporting.stream import compare
 
-    changes = compare(Path(before), Path(after))
+    changes = compare(options.before, options.after)
     for change in changes:
-        click.echo(str(change))
-    click.echo(f"{len(changes)} changed, {sum(change.is_worse for change in changes)} worse")
-    sys.exit(any(change.is_worse for change in changes))
+        print(change)
+    worse = sum(change.is_worse for change in changes)
+    print(f"{len(changes)} changed, {worse} worse")
+    return int(worse > 0)
 
 
 if __name__ == "__main__":

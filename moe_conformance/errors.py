@@ -15,6 +15,10 @@ class Unsupported(MoEConformanceError):
     """The engine does not offer this stage, or this feature of it. Never counted as a pass."""
 
 
+class BeyondLimits(Unsupported):
+    """The call is larger, or of another dtype, than the adapter's `limits()` say that the stage takes."""
+
+
 class Unavailable(MoEConformanceError):
     """The engine cannot start here: a package, a device or a version is missing."""
 

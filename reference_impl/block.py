@@ -12,6 +12,7 @@ from moe_conformance.errors import InputError, Unsupported
 from moe_conformance.model.families.describe import describe
 from moe_conformance.model.specs import LayerSpec
 from moe_conformance.reference_impl.layer import LayerOutput, layer
+from moe_conformance.reference_impl.tensors import check_tensors
 
 
 def block(inputs: BlockInputs, layer: Callable[..., LayerOutput] = layer) -> BlockOutput:
@@ -21,9 +22,9 @@ def block(inputs: BlockInputs, layer: Callable[..., LayerOutput] = layer) -> Blo
     where the layer of this model cannot be said as a LayerSpec, and for an implementation by name.
     """
     if inputs.implementation is not None:
-        raise Unsupported(f"block by {inputs.implementation}")
+        raise Unsupported(f"block: got implementation {inputs.implementation!r}, want None; experts have one here")
     spec = layer_spec(inputs.config, inputs.layer)
-    check_tensors(spec, inputs.tensors)
+    check_tensors(spec.tensors(), inputs.tensors)
 
     def flat(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.flatten(0, 1)  # [B, S, ...] -> [T, ...]
@@ -44,22 +45,10 @@ def layer_spec(config: Mapping[str, Any], index: int) -> LayerSpec:
     """What decoder layer `index` computes; of the encoder's layers where only those have experts."""
     model = describe(config)
     if not model.layers:
-        raise Unsupported(f"block of {config.get('model_type')}")
+        raise Unsupported(
+            f"block: got model_type {config.get('model_type')!r}, want one whose record says what its layers compute"
+        )
     indices = model.moe_layers or model.encoder_moe_layers
     if index not in indices:
         raise InputError(f"layer: got {index}, want one that has experts, out of {', '.join(map(str, indices))}")
     return model.layers[indices.index(index)]
-
-
-def check_tensors(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
-    """Raise InputError, naming every one, for tensors that are missing, unknown or of another shape."""
-    want = spec.tensors()
-    troubles = [f"{name} is missing, want {list(shape)}" for name, shape in want.items() if name not in tensors]
-    troubles += [f"{name} is unknown" for name in tensors if name not in want]
-    troubles += [
-        f"{name}: got {list(tensors[name].shape)}, want {list(shape)}"
-        for name, shape in want.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if troubles:
-        raise InputError(f"tensors: {'; '.join(troubles)}; give exactly those of LayerSpec.tensors")

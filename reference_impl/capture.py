@@ -54,9 +54,14 @@ def row_counts(counts: tuple[int, ...], dp_rank: int, tp_size: int) -> dict[RowK
 def local_rows(ids: Tensor, rows: Rows, spec: CaptureSpec) -> Tensor:
     """The rows of the tokens that this data-parallel rank owns: [counts[dp_rank], K], a view where no gather is needed.
 
-    ids: [rows, K] in the layout `rows` says. Depends on sizes only, never on what ids holds.
+    ids: [rows, K] in the layout `rows` says, and behind rows.valid_rows padding, which is cut off first. Depends on
+    sizes only, never on what ids holds.
     Raises InputError if ids has another number of rows, or `rows` does not fit `spec`.
     """
+    if rows.valid_rows is not None:
+        if not 0 <= rows.valid_rows <= ids.shape[0]:
+            raise InputError(f"rows.valid_rows: got {rows.valid_rows}, want 0 to {ids.shape[0]}, the rows of ids")
+        ids = ids[: rows.valid_rows]
     if len(rows.counts) != spec.dp_size or min(rows.counts) < 0:
         raise InputError(f"rows.counts: got {rows.counts}, want {spec.dp_size} counts, one a data-parallel rank, >= 0")
     counts = row_counts(rows.counts, spec.dp_rank, spec.tp_size)
@@ -118,7 +123,9 @@ def raise_rejected(rejected: Tensor) -> None:
     if any(rows):
         rejected.zero_()
         found = ", ".join(f"layer {layer} row {row - 1}" for layer, row in enumerate(rows) if row)
-        raise InputError(f"ids: got an id outside [0, experts) at {found}; nothing of these layers was recorded")
+        raise InputError(
+            f"ids: got an id outside [0, E) at {found}, want experts alone; nothing of these layers was recorded"
+        )
 
 
 class Capturer:

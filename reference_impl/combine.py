@@ -16,18 +16,18 @@ def combine(
     experts: int,
     *,
     weighted: bool = True,
-    scale: float = 1.0,
+    output_scale: float = 1.0,
     identity_experts: int = 0,
     added: Tensor | None = None,
     expert_map: Tensor | None = None,
 ) -> Tensor:
-    """Each token's sum of weight times expert output, times scale, plus added.
+    """Each token's sum of weight times expert output, times output_scale, plus added.
 
     outputs: [T K, D'], row t K + k is pair (t, k)'s; columns behind D are padding. ids, weights: [T, K]. x: [T, D],
     passed on by ids in [experts, experts + identity_experts). weighted: False where the weights are in the outputs
     already. added: [T, D]. expert_map: [experts], the local id of each expert, -1 for those of other ranks.
     returns [T, D] in x's dtype, summed in float32 or wider. A pair that no expert takes adds nothing, whatever stands
-    in its row and in its weight.
+    in its row and in its weight. This is what one kernel does, so an id out of range is such a pair here (experts.py).
     """
     (tokens, width), top_k = x.shape, ids.shape[1]
     taken = (ids >= 0) & (ids < experts)  # [T, K]
@@ -41,5 +41,5 @@ def combine(
         return products.masked_fill(~which[..., None], 0).sum(1)
 
     total = summed(share, outputs.unflatten(0, (tokens, top_k))[..., :width], taken)
-    total = (total + summed(weights, x[:, None], identity)) * scale
+    total = (total + summed(weights, x[:, None], identity)) * output_scale
     return (total if added is None else total + added).to(x.dtype)

@@ -27,14 +27,15 @@ def align(ids: Tensor, experts: int, block: int, expert_map: Tensor | None = Non
         slot_to_pair [0, 3, 5, 6, 1, 4, 6, 6, 6, 6], expert_of_block [0, 0, 2, -1, -1], padded_count [6]
     """
     expert_map = _checked(ids, experts, block, expert_map)
-    local = local_ids(ids, expert_map).flatten()  # [T K]
-    pairs, held = local.numel(), len(held_experts(expert_map))
+    local, held = local_ids(ids, expert_map).flatten(), len(held_experts(expert_map))  # [T K]
+    pairs = local.numel()
+    local = local.where(local >= 0, held)  # those without an expert here sort behind all others
 
     counts = local.bincount(minlength=held + 1)[:held]
     blocks = -(-counts // block)
     first_pair, first_block = counts.cumsum(0) - counts, blocks.cumsum(0) - blocks
 
-    kept = local.argsort(stable=True)[: counts.sum()]  # those without an expert here sort behind all others
+    kept = local.argsort(stable=True)[: counts.sum()]
     expert = local[kept]
     slot = first_block[expert] * block + torch.arange(len(kept)) - first_pair[expert]
     slot_to_pair = torch.full((slot_count(pairs, experts, block),), pairs, dtype=torch.int32)
@@ -49,8 +50,9 @@ def align(ids: Tensor, experts: int, block: int, expert_map: Tensor | None = Non
 def slot_count(pairs: int, experts: int, block: int) -> int:
     """P of `align`, enough for any ids: each expert that has pairs, one a pair at most, has block - 1 of padding."""
     slots = round_up(pairs + min(experts, pairs) * (block - 1), block)
-    if slots > torch.iinfo(torch.int32).max:
-        raise InputError(f"ids: {pairs} pairs in blocks of {block} need {slots} slots, more than int32 can count")
+    most = torch.iinfo(torch.int32).max
+    if slots > most:
+        raise InputError(f"ids: got {pairs} pairs in blocks of {block}, {slots} slots, want at most {most} (int32)")
     return slots
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_conformance.engine import LayerInputs, RouteInputs, Routing
-from moe_conformance.model.specs import DenseSpec, LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
-from moe_conformance.reference_impl.experts import mlp, rms_norm, routed_experts
+from moe_conformance.engine import LayerInputs, Routing
+from moe_conformance.model.specs import DenseSpec, LayerSpec, SharedSpec
+from moe_conformance.reference_impl.experts import mlp, rms_norm, routed_experts, wide
 from moe_conformance.reference_impl.padding import pad, pad_expert_weights, unpad
+from moe_conformance.reference_impl.quantised.experts import stored_experts
 from moe_conformance.reference_impl.router import router_logits
-from moe_conformance.reference_impl.routing import route, route_logits
+from moe_conformance.reference_impl.routing import route_logits
 
 Tensors = Mapping[str, Tensor]
 Experts = Callable[..., Tensor]
@@ -114,16 +116,12 @@ def _routed(
         x = F.linear(x, tensors["latent.in"], tensors.get("latent.in_bias"))  # [T, D]
         if latent.norm_eps:
             x = rms_norm(x, 1 + tensors["latent.norm"], latent.norm_eps)
-    width = x.shape[1]
+    width, own = x.shape[1], tensors
     if padding is not None:
-        w13, w2 = pad_expert_weights(
-            tensors["experts.w13"], tensors["experts.w2"], padding.hidden, padding.intermediate
-        )
-        x, tensors = padding.pad(x, padding.hidden), {**tensors, "experts.w13": w13, "experts.w2": w2}
-    identity = spec.routing.identity_experts
-    output = (experts or routed_experts)(
-        x, spec.experts, tensors, ids, weights, identity_experts=identity
-    )  # [T, padded D]
+        own = pad_expert_weights(tensors, spec.experts, padding.hidden, padding.intermediate)
+        x = padding.pad(x, padding.hidden)
+    compute, identity = experts or routed_experts, spec.routing.identity_experts
+    output = compute(x, spec.experts, own, ids, weights, identity_experts=identity)  # [T, padded D]
     if padding is not None:
         output = padding.unpad(output, width)
     output = output * spec.output_scale  # [T, D]
@@ -148,39 +146,14 @@ def dense_output(x: Tensor, spec: DenseSpec, tensors: Tensors) -> Tensor:
 
 def moe_layer(inputs: LayerInputs) -> Tensor:
     """The layer's output [T, H] in x's dtype; see LayerInputs for shapes."""
-    ids, weights = route(RouteInputs(inputs.logits, inputs.top_k, inputs.method, inputs.per_expert_scale))
-    spec, tensors = as_layer(inputs)
+    spec, tensors = inputs.spec, inputs.tensors
+    width = spec.latent.width if spec.latent else spec.hidden_size
+    ids, weights, shared = route_logits(inputs.logits, spec.routing, tensors, token_ids=inputs.token_ids)
+    experts: Experts = routed_experts
+    if inputs.quant is not None:
+        plain, around = stored_experts(inputs.quant, spec.experts, tensors, width, wide(inputs.x.dtype))
+        tensors, experts = {**tensors, **plain}, partial(routed_experts, around=around)
     padding = None
     if inputs.padded_hidden or inputs.padded_intermediate:
-        _, width, intermediate = inputs.w2.shape
-        padding = Padding(inputs.padded_hidden or width, inputs.padded_intermediate or intermediate, pad, unpad)
-    return experts_output(inputs.x, spec, tensors, ids, weights, padding=padding)
-
-
-def as_layer(inputs: LayerInputs) -> tuple[LayerSpec, dict[str, Tensor]]:
-    """What these inputs compute behind the router, and their tensors by canonical name; padding left out."""
-    given = {
-        "experts.w13": inputs.w13,
-        "experts.w2": inputs.w2,
-        "shared.w13": inputs.shared_w13,
-        "shared.w2": inputs.shared_w2,
-        "latent.in": inputs.latent_in,
-        "latent.out": inputs.latent_out,
-    }
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    (_, hidden), (experts, width, intermediate) = inputs.x.shape, inputs.w2.shape
-    shared = None
-    if "shared.w2" in tensors:
-        _, shared_width = tensors["shared.w2"].shape
-        shared = SharedSpec(MLPSpec(shared_width))
-    spec = LayerSpec(
-        hidden_size=hidden,
-        num_experts=experts,
-        logits=LogitsSpec(),
-        routing=RoutingSpec(inputs.top_k),
-        experts=MLPSpec(intermediate, inputs.activation),
-        shared=shared,
-        latent=LatentSpec(width) if "latent.in" in tensors else None,
-        output_scale=inputs.scale,
-    )
-    return spec, tensors
+        padding = Padding(inputs.padded_hidden or width, inputs.padded_intermediate or spec.experts.width, pad, unpad)
+    return experts_output(inputs.x, spec, tensors, ids, weights, shared, padding, experts)

@@ -1,79 +1,94 @@
 """LoRA on experts: each expert has its own pair of thin matrices beside each projection, each token its own adapter.
 
 y = W x + scaling * B (A x), or (W + scaling * B A) x where the update is merged. LoRA, https://arxiv.org/abs/2106.09685.
+Tensors as `LoraSpec.tensors` names them: lora.w13.a [A, E, r, D], which gate and up share; lora.w13.b [A, E, 2F, r].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_conformance.engine import Lora, LoraSpec, MLPSpec
 from moe_conformance.errors import InputError
-from moe_conformance.reference_impl.quantised.experts import Project
+from moe_conformance.reference_impl.parallel.expert_map import even_split
+
+if TYPE_CHECKING:
+    from moe_conformance.reference_impl.experts import Project
+
+Tensors = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """The update of one projection of all experts. a: [E, r, in]; b: [E, out, r]; alpha: of the adapter's config.
+def scaling(spec: LoraSpec) -> float:
+    """What the update is multiplied by."""
+    return spec.alpha / (math.sqrt(spec.rank) if spec.rslora else spec.rank)
 
-    rslora: scaled by alpha / sqrt(r) instead of alpha / r (https://arxiv.org/abs/2312.03732).
-    Raises InputError where a and b do not fit each other.
+
+def with_adapters(base: Project, lora: Lora) -> Project:
+    """`base`, and for each token what its adapter adds; the adapter sees the rows before `base` quantises them.
+
+    A token without an adapter has the bits of `base`. Raises InputError for tensors that do not fit the spec, and for
+    an adapter that does not exist.
     """
-
-    a: Tensor
-    b: Tensor
-    alpha: float
-    rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.a.ndim != 3 or self.b.ndim != 3 or self.a.shape[:2] != self.b.shape[::2]:
+    spec, tensors, adapters = lora.spec, lora.tensors, lora.adapters
+    for name, tensor in tensors.items():
+        side = 2 if name.endswith(".a") else 3
+        if tensor.ndim != 4 or len(tensor) != spec.adapters or tensor.shape[side] != spec.rank:
             raise InputError(
-                f"LowRank: got a {list(self.a.shape)}, b {list(self.b.shape)}, want [E, r, in], [E, out, r]"
+                f"{name}: got {list(tensor.shape)}, want {spec.adapters} adapters of rank {spec.rank}; "
+                "LoraSpec.tensors says the shapes"
             )
+    known = (adapters >= -1) & (adapters < spec.adapters)
+    if not known.all():
+        raise InputError(f"lora.adapters: got {adapters[~known].tolist()}, want -1 or 0 to {spec.adapters - 1}")
 
-    @property
-    def scaling(self) -> float:
-        rank = self.a.shape[1]
-        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+    def project(name: str, expert: int, token: Tensor, rows: Tensor) -> Tensor:
+        output, adapter = base(name, expert, token, rows), adapters[token]
+        for index in adapter[adapter >= 0].unique().tolist():
+            own = (adapter == index).nonzero().flatten()
+            update = scaling(spec) * low_rank(
+                rows[own], tensors[f"lora.{name}.a"][index, expert], tensors[f"lora.{name}.b"][index, expert]
+            )
+            output[own] = (output[own] + update).to(output.dtype)
+        return output
 
-    def delta(self) -> Tensor:
-        """What is added to the weight when merged: [E, out, in]."""
-        return self.scaling * (self.b @ self.a)
-
-    def __call__(self, expert: int, rows: Tensor) -> Tensor:
-        """What is added to the output: [n, in] -> [n, out]."""
-        return self.scaling * F.linear(F.linear(rows, self.a[expert]), self.b[expert])
+    return project
 
 
-@dataclass(frozen=True)
-class ExpertAdapter:
-    """One adapter of a layer's experts; None leaves that projection as it is.
+def low_rank(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """B (A x) of rows [n, in], in float32 or wider: [n, out]."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return F.linear(F.linear(rows.to(wide), a.to(wide)), b.to(wide))
 
-    gate: on w1, the upper half of w13's rows; up: on w3, the lower half, or all of w1 without a gate; down: on w2.
+
+def merged(spec: MLPSpec, tensors: Tensors, lora: Lora, adapter: int) -> dict[str, Tensor]:
+    """The experts' tensors with one adapter in their weights, new where they have an update."""
+    found = dict(tensors)
+    for matrix in ("w13" if spec.gated else "w1", "w2"):
+        a, b = (lora.tensors[f"lora.{matrix}.{side}"][adapter] for side in ("a", "b"))
+        found[f"experts.{matrix}"] = tensors[f"experts.{matrix}"] + scaling(lora.spec) * (b @ a)  # [E, out, in]
+    return found
+
+
+def side_by_side(gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Updates (a [.., r, D], b [.., F, r]) of gate and up as one of the fused w13, whose rank is the sum of theirs.
+
+    It has scaling of its own: give LoraSpec an alpha that keeps theirs.
     """
-
-    gate: LowRank | None = None
-    up: LowRank | None = None
-    down: LowRank | None = None
-
-    def parts(self, name: str) -> tuple[LowRank | None, ...]:
-        """The updates that stand above each other in this weight."""
-        return {"w13": (self.gate, self.up), "w1": (self.up,), "w2": (self.down,)}[name]
+    (gate_a, gate_b), (up_a, up_b) = gate, up
+    above = F.pad(gate_b, (0, up_b.shape[-1]))  # gate's rows, times nothing of up's
+    below = F.pad(up_b, (gate_b.shape[-1], 0))
+    return torch.cat([gate_a, up_a], dim=-2), torch.cat([above, below], dim=-2)
 
 
-def split_fused(fused: LowRank) -> tuple[LowRank, LowRank]:
-    """Gate's and up's updates of one on the fused w13: they share a [E, r, D], b [E, 2F, r] is gate above up."""
-    gate, up = fused.b.chunk(2, dim=1)
-    return replace(fused, b=gate), replace(fused, b=up)
-
-
-def from_peft(a: Tensor, b: Tensor, experts: int, alpha: float, rslora: bool = False) -> LowRank:
-    """The update that PEFT keeps for a fused weight [E, out, in] (LoraConfig.target_parameters).
+def from_peft(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """a [E, r, in] and b [E, out, r] of what PEFT keeps for a fused weight (LoraConfig.target_parameters).
 
     a: [E r, in], the ranks of an expert side by side. b: [out, r E], the experts of a rank side by side.
     Source: ParamWrapper of PEFT 0.21, for parameters whose last dim is the input. Raises InputError for other shapes.
@@ -82,59 +97,26 @@ def from_peft(a: Tensor, b: Tensor, experts: int, alpha: float, rslora: bool = F
         raise InputError(
             f"from_peft: got a {list(a.shape)}, b {list(b.shape)}, want [{experts} r, in], [out, r {experts}]"
         )
-    return LowRank(a.reshape(experts, -1, a.shape[1]), b.reshape(len(b), -1, experts).permute(2, 0, 1), alpha, rslora)
+    return a.reshape(experts, -1, a.shape[1]), b.reshape(len(b), -1, experts).permute(2, 0, 1)
 
 
-def merge(name: str, weight: Tensor, adapter: ExpertAdapter) -> Tensor:
-    """The weight [E, out, in] with the adapter in it, a new tensor."""
-    parts = adapter.parts(name)
-    slices = weight.chunk(len(parts), dim=1)
-    return torch.cat(
-        [rows if part is None else rows + part.delta() for rows, part in zip(slices, parts, strict=True)], 1
-    )
+def tensor_parallel(spec: MLPSpec, lora: Lora, rank: int, ranks: int) -> Lora:
+    """The share of a rank that holds a slice of the width F, as `slice_width` divides it.
 
-
-def with_adapters(base: Project, adapters: Sequence[ExpertAdapter], token_adapter: Tensor) -> Project:
-    """`base`, and for each token what its adapter adds; the adapter sees the rows before `base` quantises them.
-
-    token_adapter: [T] integer, the index into `adapters`, -1 for none: such a token's bits are those of `base`.
-    Raises InputError for another index.
-    """
-    known = (token_adapter >= -1) & (token_adapter < len(adapters))
-    if not known.all():
-        raise InputError(f"token_adapter: got {token_adapter[~known].tolist()}, want -1 or 0 to {len(adapters) - 1}")
-
-    def project(name: str, expert: int, token: Tensor, rows: Tensor) -> Tensor:
-        output = base(name, expert, token, rows)
-        for index, adapter in enumerate(adapters):
-            own = (token_adapter[token] == index).nonzero().flatten()
-            parts = adapter.parts(name)
-            for columns, part in zip(output.chunk(len(parts), dim=-1), parts, strict=True):  # views of output
-                if part is not None:
-                    columns[own] += part(expert, rows[own])
-        return output
-
-    return project
-
-
-def tensor_parallel(adapter: ExpertAdapter, rank: int, ranks: int) -> ExpertAdapter:
-    """The share of a rank that holds rows F / ranks of gate and up, and those columns of w2.
-
-    Gate and up keep a whole and a slice of b; down a slice of a and b whole, so that w2's partial outputs, the
+    w13 keeps a whole and gate's and up's rows of b; w2 a slice of a and b whole, so that its partial outputs, the
     update's among them, add up over ranks.
     """
+    widths = even_split(spec.width, ranks)
+    start, width = sum(widths[:rank]), widths[rank]
+    first, blocks = ("w13", 2) if spec.gated else ("w1", 1)
+    rows: Tensor = lora.tensors[f"lora.{first}.b"].unflatten(2, (blocks, spec.width))  # [A, E, 2, F, r]
+    own = {
+        f"lora.{first}.b": rows.narrow(3, start, width).flatten(2, 3),
+        "lora.w2.a": lora.tensors["lora.w2.a"].narrow(3, start, width),
+    }
+    return replace(lora, tensors={**lora.tensors, **own})
 
-    def of_b(part: LowRank | None) -> LowRank | None:
-        return part and replace(part, b=part.b.chunk(ranks, dim=1)[rank])
 
-    down = adapter.down and replace(adapter.down, a=adapter.down.a.chunk(ranks, dim=2)[rank])
-    return ExpertAdapter(of_b(adapter.gate), of_b(adapter.up), down)
-
-
-def expert_parallel(adapter: ExpertAdapter, held: Tensor) -> ExpertAdapter:
+def expert_parallel(lora: Lora, held: Tensor) -> Lora:
     """The share of a rank that holds these experts: held [n] int64, global ids in local order."""
-
-    def of(part: LowRank | None) -> LowRank | None:
-        return part and replace(part, a=part.a[held], b=part.b[held])
-
-    return ExpertAdapter(of(adapter.gate), of(adapter.up), of(adapter.down))
+    return replace(lora, tensors={name: tensor[:, held] for name, tensor in lora.tensors.items()})

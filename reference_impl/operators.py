@@ -5,18 +5,44 @@ Registered below torch.library.custom_op, whose first call imports all of Dynamo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import Field
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+_SCHEMA_TYPES = {int: "int", float: "float", bool: "bool", str: "str"}
 
-def arguments(fields: Sequence[Field[Any]]) -> str:
-    """Fields of a spec as part of a schema; one that is neither number nor bool is a str."""
-    return ", ".join(
-        f"{field.type if field.type in ('int', 'float', 'bool') else 'str'} {field.name}" for field in fields
-    )
+
+def arguments(spec: type, without: Collection[str] = ()) -> str:
+    """A spec's fields as the keyword arguments of a schema: "*, int width, str activation, ...".
+
+    without: fields that the operator does not take. Raises TypeError for a field that is neither number, bool, str nor
+    a Literal of strings.
+
+    >>> from moe_conformance.model.specs import LatentSpec
+    >>> arguments(LatentSpec)
+    '*, int width, float norm_eps, bool bias'
+    """
+    hints = get_type_hints(spec)
+    taken = [field.name for field in fields(spec) if field.name not in without]
+    return "*, " + ", ".join(f"{_schema_type(spec, name, hints[name])} {name}" for name in taken)
+
+
+def keywords(spec: Any, without: Collection[str] = ()) -> dict[str, Any]:
+    """What an operator with `arguments` of this spec's class is called with; `type(spec)(**keywords)` is the spec."""
+    return {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in without}
+
+
+def _schema_type(spec: type, name: str, hint: Any) -> str:
+    if get_origin(hint) is Literal and all(isinstance(value, str) for value in get_args(hint)):
+        return "str"
+    if hint not in _SCHEMA_TYPES:
+        raise TypeError(
+            f"{spec.__name__}.{name}: got {hint}, want int, float, bool, str or a Literal of strings; "
+            "leave it out by `without`, or say how a schema has it"
+        )
+    return _SCHEMA_TYPES[hint]
 
 
 _library = torch.library.Library("moe_conformance", "FRAGMENT")

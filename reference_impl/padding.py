@@ -5,10 +5,13 @@ TRT-LLM's NVFP4 experts want multiples of 256: Nemotron-3-Nano's 2688 becomes 28
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_conformance.errors import InputError
+from moe_conformance.model.specs import MLPSpec
 
 
 def round_up(width: int, multiple: int) -> int:
@@ -23,7 +26,7 @@ def pad(x: Tensor, width: int, fill: float = 0.0) -> Tensor:
     """
     if width < x.shape[-1]:
         raise InputError(f"pad: got {x.shape[-1]} columns, want at most the padded width {width}")
-    return torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=fill)
+    return F.pad(x, (0, width - x.shape[-1]), value=fill)
 
 
 def unpad(x: Tensor, width: int) -> Tensor:
@@ -33,17 +36,27 @@ def unpad(x: Tensor, width: int) -> Tensor:
     return x[..., :width]
 
 
-def pad_expert_weights(w13: Tensor, w2: Tensor, hidden: int, intermediate: int) -> tuple[Tensor, Tensor]:
-    """Expert weights at kernel widths.
+def pad_expert_weights(
+    tensors: Mapping[str, Tensor], spec: MLPSpec, hidden: int, intermediate: int
+) -> dict[str, Tensor]:
+    """The experts' tensors at kernel widths D' = hidden and F' = intermediate.
 
-    w13: [E, 2F, D] -> [E, 2 intermediate, hidden]; gate and up are padded each on its own. w2: [E, D, F] ->
-    [E, hidden, intermediate]. What is summed over is padded with zeros, so it adds nothing. The rows of w2 that
-    produce padded output columns are NaN: those columns are garbage by contract, and a leak must show.
+    w13: [E, 2F, D] -> [E, 2F', D']; gate and up are padded each on its own, in b13, too. w2: [E, D, F] -> [E, D', F'];
+    b2: [E, D']. What is summed over is padded with zeros, so it adds nothing. The rows of w2 that produce padded output
+    columns are NaN: those columns are garbage by contract, and a leak must show. The output norm stays at the true
+    width, which it is taken over.
     """
-    experts, _, width = w13.shape
-    gate_up = w13.unflatten(1, (2, -1))  # [E, 2, F, D]
-    rows = intermediate - gate_up.shape[2]
-    gate_up = torch.nn.functional.pad(gate_up, (0, hidden - width, 0, rows))  # [E, 2, F', D']
-    down = pad(w2, intermediate)
-    garbage = down.new_full((experts, hidden - width, intermediate), float("nan"))
-    return gate_up.flatten(1, 2), torch.cat([down, garbage], dim=1)
+    first, halves = ("13", 2) if spec.gated else ("1", 1)
+    w1, w2 = tensors[f"experts.w{first}"], tensors["experts.w2"]
+    (width, rows), columns = w2.shape[1:], hidden - w1.shape[2]
+    apart = w1.unflatten(1, (halves, rows))  # [E, 2, F, D]
+    padded = {
+        **{name: tensors[name] for name in spec.tensors("experts", width)},
+        f"experts.w{first}": F.pad(apart, (0, columns, 0, intermediate - rows)).flatten(1, 2),
+        "experts.w2": F.pad(pad(w2, intermediate), (0, 0, 0, hidden - width), value=float("nan")),
+    }
+    if spec.bias:
+        padded[f"experts.b{first}"] = pad(tensors[f"experts.b{first}"].unflatten(1, (halves, rows)), intermediate)
+        padded[f"experts.b{first}"] = padded[f"experts.b{first}"].flatten(1, 2)
+        padded["experts.b2"] = pad(tensors["experts.b2"], hidden)
+    return padded

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +57,12 @@ def zaya_hidden(
 class FusedExperts(nn.Module):
     """Stands for a fused expert layer that is handed its routing function and calls it."""
 
-    def __init__(self, routing_function: Callable[[Tensor], Routing]) -> None:
+    def __init__(self, routing_function: Callable[..., Routing]) -> None:
         super().__init__()
         self.routing_function = routing_function
 
-    def forward(self, logits: Tensor) -> Routing:
-        return self.routing_function(logits)
+    def forward(self, logits: Tensor, **batch: Any) -> Routing:
+        return self.routing_function(logits, **batch)
 
 
 class Router(nn.Module):
@@ -69,35 +71,52 @@ class Router(nn.Module):
     That function is a bound method, which reads `self.per_expert_scale` when it is called. A local function that
     names the Parameter, or even `self`, would keep the old object through functional_call, replacement or deepcopy.
 
-    forward(hidden [T, H]) returns (weights [T, K], ids [T, K]). Parameters are poisoned until loaded.
+    Tensors have their canonical names without "router.". The selection bias, in float32, and the table are buffers, the
+    others parameters. All are poisoned until loaded.
     """
+
+    route = staticmethod(route)  # an engine with a kernel for it has its own
 
     def __init__(self, spec: RouterSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.proj = _unloaded(spec.num_experts, spec.hidden_size, dtype=spec.dtype)
-        if spec.method == "gemma4":
-            self.scale = _unloaded(spec.hidden_size, dtype=spec.dtype)
-            self.per_expert_scale = _unloaded(spec.num_experts, dtype=spec.dtype)
+        for name, shape in spec.tensors().items():
+            *path, last = own_name(name).split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in dict(owner.named_children()):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            if name in BUFFERS:
+                owner.register_buffer(last, poison_(torch.empty(shape, dtype=BUFFERS[name])))
+            else:
+                unloaded = poison_(torch.empty(shape, dtype=spec.dtype))
+                owner.register_parameter(last, nn.Parameter(unloaded, requires_grad=False))
         self.experts = FusedExperts(self.select)
 
-    def select(self, logits: Tensor) -> Routing:
-        scale = self.per_expert_scale if self.spec.method == "gemma4" else None
-        return route(RouteInputs(logits, self.spec.top_k, self.spec.method, scale))
+    def tensors(self) -> dict[str, Tensor]:
+        """Canonical name -> tensor, as they are now."""
+        return {name: attrgetter(own_name(name))(self) for name in self.spec.tensors()}
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        gemma4 = self.spec.method == "gemma4"
-        tensors = {"router.proj": self.proj} | ({"router.scale": self.scale} if gemma4 else {})
-        spec = LogitsSpec("gemma4" if gemma4 else "linear", norm_eps=self.spec.norm_eps)
-        ids, weights = self.experts(router_logits(hidden, spec, tensors)[0])
+    def select(self, logits: Tensor, *, token_ids: Tensor | None = None, sequences: int = 1) -> Routing:
+        """Route by what the tensors hold at this moment."""
+        return self.route(RouteInputs(logits, self.spec.routing, self.tensors(), token_ids, sequences))
+
+    def forward(self, hidden: Tensor, *, state: Tensor | None = None, **batch: Any) -> tuple[Tensor, Tensor]:
+        """Weights and ids, [T, K] each, of hidden [T, H]; state as `router_logits`, batch as `select` takes them."""
+        ids, weights = self.experts(router_logits(hidden, self.spec.logits, self.tensors(), state=state)[0], **batch)
         return weights, ids
 
 
-def _unloaded(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(poison_(torch.empty(shape, dtype=dtype)), requires_grad=False)
+# Tensors that are not trained by gradient, and their dtype whatever the model's is.
+BUFFERS = {"router.selection_bias": torch.float32, "router.table": torch.int64}
+
+
+def own_name(name: str) -> str:
+    """What the module calls the tensor of this canonical name."""
+    return name.removeprefix("router.")
 
 
 def build_router(spec: RouterSpec) -> RouterHandle:
     """The router of `spec` with its tensors by canonical name."""
-    module = Router(spec)
-    return RouterHandle(module, "hidden", {name: name for name, _ in module.named_parameters()})
+    return RouterHandle(Router(spec), "hidden", {name: own_name(name) for name in spec.tensors()})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_conformance.engine import RouteInputs, Routing
+from moe_conformance.engine import FusedShared, RouteInputs, Routing
 from moe_conformance.errors import InputError
 from moe_conformance.model.specs import Precision, RoutingSpec
 from moe_conformance.reference_impl.capacity import over_capacity
@@ -41,7 +41,7 @@ def route_logits(
     logits: [T, classes] float. tensors: by the names of `LayerSpec.tensors`; only those that spec asks for are read.
     token_ids: T integers in any shape, for a table. sequences: how many equally long ones the T tokens are, in order.
     returns ids, unique and in range for any row; ties go to the lowest id, a NaN is larger than any number. An id of
-    an identity expert stays as it is; a pair that is skipped or over capacity has weight 0.
+    an identity expert stays as it is; a pair that is skipped has id -1 and weight 0, one over capacity weight 0.
     Raises InputError for a tensor that is missing or does not fit logits or spec.
 
     >>> route_logits(torch.tensor([[0.0, 4.0, 4.0, 2.0]]), RoutingSpec(2, score="sigmoid", renormalize="sum"), {})[:2]
@@ -83,7 +83,7 @@ def route_logits(
         weights = weights * named(tensors, "router.per_expert_scale", classes)[ids].to(weights.dtype)
     if spec.skip_expert:
         skipped = ids == classes - 1
-        ids, weights = ids.masked_fill(skipped, 0), weights.masked_fill(skipped, 0.0)
+        ids, weights = ids.masked_fill(skipped, -1), weights.masked_fill(skipped, 0.0)
     return Routed(ids, weights, shared if spec.shared_classes else None)
 
 
@@ -199,29 +199,50 @@ def named(tensors: Mapping[str, Tensor], name: str, *shape: int | None) -> Tenso
     return tensors[name]
 
 
-def softmax_topk(logits: Tensor, top_k: int, renormalize: bool) -> Routing:
-    """Softmax over all experts, then the top_k; with renormalize their weights sum to 1.
-
-    logits: [T, E] float. returns ids [T, K] int64, weights [T, K] float32 (float64 for float64 logits).
-    Source: Qwen2-MoE, OLMoE (renormalize from norm_topk_prob), Mixtral (always renormalises).
-    """
-    return Routing(*route_logits(logits, RoutingSpec(top_k, renormalize="sum" if renormalize else "no"), {})[:2])
-
-
-def gemma4(logits: Tensor, top_k: int, per_expert_scale: Tensor) -> Routing:
-    """Softmax over all experts, top_k, renormalise, then multiply each weight by its expert's own scale.
-
-    logits: [T, E] float; per_expert_scale: [E] float. returns as softmax_topk; weights need not sum to 1.
-    Source: Gemma 4 (transformers Gemma4TextRouter, vLLM Gemma4MoE).
-    """
-    spec = RoutingSpec(top_k, renormalize="sum", per_expert_scale=True)
-    return Routing(*route_logits(logits, spec, {"router.per_expert_scale": per_expert_scale})[:2])
-
-
 def route(inputs: RouteInputs) -> Routing:
-    """Route by the named method. Raises InputError for logits that are not [T, E], or a scale that is not there."""
-    if inputs.method == "gemma4":
-        if inputs.per_expert_scale is None:
-            raise InputError("per_expert_scale: got None, want [E]; the gemma4 method has one")
-        return gemma4(inputs.logits, inputs.top_k, inputs.per_expert_scale)
-    return softmax_topk(inputs.logits, inputs.top_k, renormalize=inputs.method == "softmax_topk_renorm")
+    """Ids and weights [T, slots] of router logits; see RouteInputs for shapes.
+
+    Rows behind the valid ones get -1 and weight 0, and are cut off before anything is computed: valid rows have the
+    bits that they have alone. Raises InputError as `route_logits` does, and for valid_rows outside [0, T].
+    """
+    tokens = len(inputs.logits)
+    valid = tokens if inputs.valid_rows is None else inputs.valid_rows
+    if not 0 <= valid <= tokens:
+        raise InputError(f"valid_rows: got {valid}, want 0 to {tokens}, the rows of logits")
+    token_ids = None if inputs.token_ids is None else inputs.token_ids.reshape(-1)[:valid]
+    routed = route_logits(
+        inputs.logits[:valid], inputs.routing, inputs.tensors, token_ids=token_ids, sequences=inputs.sequences
+    )
+    ids, weights = routed.ids, routed.weights
+    if inputs.fused_shared is not None:
+        first = chosen_from(inputs.routing, inputs.logits.shape[1]) - inputs.routing.skip_expert
+        ids, weights = with_fused_shared(routed, inputs.fused_shared, first)
+    behind = (0, 0, 0, tokens - valid)
+    return Routing(F.pad(ids, behind, value=-1), F.pad(weights, behind))
+
+
+def chosen_from(spec: RoutingSpec, columns: int) -> int:
+    """How many classes the router chooses among, of logits with so many columns."""
+    return (columns // 2) ** 2 if spec.selector == "product_keys" else columns - spec.shared_classes
+
+
+def with_fused_shared(routed: Routed, fused: FusedShared, first: int) -> Routing:
+    """A slot more for each shared expert, ids from `first` on, weighed by the rule.
+
+    Raises InputError where the router's weights are asked for and are not as many.
+    """
+    match fused.rule:
+        case "constant":
+            share = routed.weights.new_full((len(routed.weights), fused.count), fused.weight)
+        case "share":
+            share = (routed.weights.sum(dim=1, keepdim=True) * fused.weight).expand(-1, fused.count)
+        case "router":
+            there = 0 if routed.shared is None else routed.shared.shape[1]
+            if routed.shared is None or there != fused.count:
+                raise InputError(
+                    f"fused_shared.count: got {fused.count} by rule 'router', want {there}, "
+                    "which is RoutingSpec.shared_classes; take another rule where the router weighs no shared expert"
+                )
+            share = routed.shared
+    ids = torch.arange(first, first + fused.count, device=routed.ids.device).expand(len(routed.ids), -1)
+    return Routing(torch.cat([routed.ids, ids], dim=1), torch.cat([routed.weights, share], dim=1))

@@ -7,7 +7,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from moe_conformance.engine import BlockInputs, BlockOutput, EngineInfo, LayerInputs
+from moe_conformance.engine import (
+    AlignInputs,
+    EngineInfo,
+    LayerInputs,
+    Limits,
+    Routing,
+    Unsupported,
+    called_by_engine,
+)
 from moe_conformance.engines.reference import Reference
 
 PROBE_WIDTH = 32  # the probe's layer; the fakes behave there, so that they are judged
@@ -17,7 +25,20 @@ class _Fake:
     info = EngineInfo("fake", "1", "cpu")
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
-        return {"layer": frozenset({"softmax_topk_renorm", "scale", "shared", "latent", "padded_hidden"})}
+        return {
+            "layer": frozenset({"softmax", "renormalize", "output_scale", "shared", "latent", "padded_hidden"}),
+        }
+
+
+class _Routes(_Fake):
+    """Has a second stage, which is as wrong, to see what becomes of it."""
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        return {**super().capabilities(), "route": frozenset({"softmax", "renormalize", "per_expert_scale"})}
+
+    def route(self, inputs: Any) -> Routing:
+        ids = inputs.logits.topk(inputs.routing.top_k).indices
+        return Routing(ids, ids.float())
 
 
 class AlwaysWrong(_Fake):
@@ -31,7 +52,7 @@ class Crashes(_Fake):
     name = "crashes"
 
     def layer(self, inputs: LayerInputs) -> Any:
-        if inputs.latent_in is not None:
+        if inputs.spec.latent is not None:
             print("about to read address 1")
             ctypes.string_at(1)
         return inputs.x
@@ -41,33 +62,61 @@ class Hangs(_Fake):
     name = "hangs"
 
     def layer(self, inputs: LayerInputs) -> Any:
-        if inputs.latent_in is not None:
+        if inputs.spec.latent is not None:
             time.sleep(1000)
         return inputs.x
 
 
-class ClaimsTooMuch(_Fake):
-    """Declares a stage that it does not have."""
-
-    name = "claims-too-much"
-
-    def capabilities(self) -> Mapping[str, frozenset[str]]:
-        return {**super().capabilities(), "capture_session": frozenset({"local"})}
-
-    def layer(self, inputs: LayerInputs) -> Any:
-        return inputs.x
-
-
-class ClaimsTooLittle(_Fake):
+class ClaimsTooLittle(_Routes):
     """Answers in a stage that it does not declare."""
 
     name = "claims-too-little"
 
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        return _Fake.capabilities(self)
+
     def layer(self, inputs: LayerInputs) -> Any:
         return inputs.x
 
-    def route(self, inputs: Any) -> Any:
-        return inputs.logits.topk(inputs.top_k)[::-1]
+
+class Misspells(_Fake):
+    name = "misspells"
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        return {"layer": frozenset({"softmx", "renormalize", "scale"})}
+
+    def layer(self, inputs: LayerInputs) -> Any:
+        return inputs.x
+
+
+class FailsItsProbe(_Routes):
+    name = "fails-its-probe"
+
+    def layer(self, inputs: LayerInputs) -> Any:
+        return inputs.x[:1]
+
+
+class DiesInItsProbe(_Routes):
+    name = "dies-in-its-probe"
+
+    def layer(self, inputs: LayerInputs) -> Any:
+        if inputs.x.shape[-1] == PROBE_WIDTH:
+            ctypes.string_at(1)
+        return inputs.x
+
+
+class Declines(_Fake):
+    """Declares shared experts, and refuses them when called; says of the experts' width what it takes."""
+
+    name = "declines"
+
+    def limits(self) -> Mapping[str, Limits]:
+        return {"layer": Limits(multiples={"D": 5})}
+
+    def layer(self, inputs: LayerInputs) -> Any:
+        if inputs.spec.shared is not None:
+            raise Unsupported("no kernel for sm_35")
+        return inputs.x + 1
 
 
 class WritesIntoInputs(_Fake):
@@ -103,7 +152,8 @@ class Noisy(_Fake):
     name = "noisy"
 
     def layer(self, inputs: LayerInputs) -> Any:
-        print('{"verdict": "pass", "message": "", "facts": null}', flush=True)
+        outcome = '{"verdict": "pass", "message": "", "facts": null, "refusal": null}'
+        print('{"kind": "Answer", "number": 2, "outcome": ' + outcome + "}", flush=True)
         return inputs.x + 1
 
 
@@ -119,7 +169,47 @@ class WritesIntoWeights(Reference):
 
     name = "writes-into-weights"
 
-    def block(self, inputs: BlockInputs) -> BlockOutput:
-        output = super().block(inputs)
+    def layer(self, inputs: LayerInputs) -> Any:
+        output = super().layer(inputs)
         inputs.tensors["experts.w2"].zero_()
         return output
+
+
+class CallsBack(_Fake):
+    """Its engine (tests/fake_library.py) calls functions of the adapter; what each does is the block size."""
+
+    name = "calls-back"
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        return {"align": frozenset()}
+
+    def align(self, inputs: AlignInputs) -> Any:
+        import fake_library
+
+        return fake_library.align(inputs.ids, CALLBACKS[inputs.block])
+
+
+def _lookup(key: str) -> int:
+    return {"known": 1}[key]
+
+
+@called_by_engine
+def marked(key: str) -> int:
+    return _lookup(key)
+
+
+def not_marked(key: str) -> int:
+    return _lookup(key)
+
+
+@called_by_engine
+def marked_of_old_signature() -> int:
+    return 1
+
+
+@called_by_engine
+def marked_that_mistypes(key: str) -> int:
+    return key + 1  # type: ignore[operator]
+
+
+CALLBACKS = {1: marked, 2: not_marked, 3: marked_of_old_signature, 4: marked_that_mistypes}

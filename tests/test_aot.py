@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-COMMAND = Path(__file__).parents[1] / "ci" / "aot.py"
+COMMAND = Path(__file__).parents[1] / "tools" / "aot.py"
 TABLE = COMMAND.with_name("aot.md")
 # Both products of one model on a target of each vendor.
 ROWS = ["--only", "Gemma 4 26B-A4B T 64", "--target", "sm_90", "--target", "gfx942"]

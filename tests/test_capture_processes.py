@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_conformance.engine import CaptureSpec, Rows
 from moe_conformance.reference_impl.capture import Capturer
-from moe_conformance.suites.capture.simulated_ranks import LAYERS, TOP_K, SimulatedStep
+from moe_conformance.suites.capture_session.simulated_ranks import LAYERS, TOP_K, SimulatedStep
 
 DP, TP, COUNTS = 2, 2, (3, 5)
 

@@ -21,9 +21,9 @@ from moe_conformance.engines.reference import Reference
 from moe_conformance.errors import InputError
 from moe_conformance.reference_impl.capture import Capturer, local_rows, row_counts, storage_dtype
 from moe_conformance.reference_impl.store import HostReader, HostStore
-from moe_conformance.suites.capture.cases import tp_ranks_judged
-from moe_conformance.suites.capture.other_process import read_slots
-from moe_conformance.suites.capture.simulated_ranks import SimulatedStep, capture_step
+from moe_conformance.suites.capture_session.cases import tp_ranks_judged
+from moe_conformance.suites.capture_session.simulated_ranks import SimulatedStep, capture_step
+from moe_conformance.suites.capture_store.other_process import read_slots
 
 SPEC = CaptureSpec(max_tokens=6, layers=2, top_k=2, experts=250)
 IDS = torch.tensor([[3, 249], [0, 7], [12, 1]])
@@ -79,6 +79,24 @@ def test_refusal_names_what_came_and_the_count_of_every_layout() -> None:
     with pytest.raises(InputError) as refused:
         Capturer(step.spec(1)).capture(0, torch.zeros(57, 3, dtype=torch.int64), Rows("local", step.counts))
     assert all(str(count) in str(refused.value) for count in (57, 404, 233, 117, 406))
+
+
+@pytest.mark.parametrize("kind", ["concatenated", "local", "sequence_shard", "sequence_gathered"])
+def test_padding_rows_are_cut_before_the_layout_is_read(kind: RowKind) -> None:
+    """Whatever they hold, also no expert: the step is recorded as if they were not there."""
+    step = SimulatedStep((3, 5), tp=2)
+    session, padding = Capturer(step.spec(1)), torch.full((4, 3), -7)
+    for layer in range(step.spec(1).layers):
+        ids, rows = step.rows(kind, 1, 0, layer)
+        padded = torch.cat([ids, padding.to(ids.dtype)[:, : ids.shape[1]]])
+        session.capture(layer, padded, replace(rows, valid_rows=len(ids)))
+    assert all(torch.equal(session.read(5)[:, layer].long(), step.own(1, layer).long()) for layer in range(3))
+
+
+@pytest.mark.parametrize(("valid", "message"), [(-1, "got -1, want 0 to 3"), (4, "got 4, want 0 to 3"), (2, "2 rows")])
+def test_valid_rows_that_do_not_fit_are_refused(valid: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Capturer(SPEC).capture(0, IDS, replace(local(IDS), valid_rows=valid))
 
 
 @pytest.mark.parametrize("wrong", [Rows("local", (3, 3)), Rows("local", (-3,)), Rows("sequence_shard", (3,))])

@@ -17,9 +17,9 @@ from moe_conformance.model.families.families import FAMILIES, TOP_K, family_of, 
 from moe_conformance.model.families.keys import keys_in
 from moe_conformance.model.families.methods import METHODS, dead_keys, method_keys
 from moe_conformance.model.specs import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
-from moe_conformance.suites.config import methods as said
-from moe_conformance.suites.config.cases import CASES
-from moe_conformance.suites.config.families import CLASSES, Keys, flat_keys
+from moe_conformance.suites.describe import methods as said
+from moe_conformance.suites.describe.cases import CASES
+from moe_conformance.suites.describe.families import CLASSES, Keys, flat_keys
 
 MIXTRAL = {
     "model_type": "mixtral",

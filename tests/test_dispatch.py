@@ -103,7 +103,7 @@ def test_ids_out_of_range_are_refused(outside: int, expert_map: Tensor | None) -
         (torch.zeros(2, 2, dtype=torch.int32), 2, 4, torch.tensor([True, False]), "expert_map: .*bool"),
         (torch.zeros(2, 2, dtype=torch.int32), 2, 4, torch.tensor([0, 0]), "want each of 0 to 1 once"),
         # 2^31 - 1 pairs fit, their padding does not; one id in memory stands for all of them.
-        (torch.zeros(1, 1, dtype=torch.int32).expand(2**31 - 1, 1), 1, 2, None, "more than int32 can count"),
+        (torch.zeros(1, 1, dtype=torch.int32).expand(2**31 - 1, 1), 1, 2, None, "want at most 2147483647"),
     ],
 )
 def test_what_is_no_batch_is_refused(

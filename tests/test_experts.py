@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moe_conformance.engine import ExpertsInputs
 from moe_conformance.errors import InputError
 from moe_conformance.judging.inputs import integers, normal
 from moe_conformance.model.specs import MLPSpec
-from moe_conformance.reference_impl.experts import activate, mlp, rms_norm, routed_experts
+from moe_conformance.reference_impl.experts import activate, experts, mlp, rms_norm, routed_experts
 
 Scalar = Callable[[float, float], float]
 E, D, F = 5, 6, 4
@@ -278,7 +280,7 @@ def test_a_dropped_pair_adds_nothing_whatever_its_weight() -> None:
     x, t, (ids, weights) = x_of(7), made(BIASED, E), routing(7)
     dropped = integers(ids.shape, "dropped", 2).bool()
     dropped[3] = True
-    got = routed_experts(x, BIASED, t, ids.masked_fill(dropped, E), weights.masked_fill(dropped, NAN))
+    got = routed_experts(x, BIASED, t, ids.masked_fill(dropped, -1), weights.masked_fill(dropped, NAN))
     torch.testing.assert_close(got, routed_experts(x, BIASED, t, ids, weights.masked_fill(dropped, 0.0)))
     assert got[3].tolist() == [0.0] * D
 
@@ -286,20 +288,14 @@ def test_a_dropped_pair_adds_nothing_whatever_its_weight() -> None:
 def test_identity_experts_pass_their_input_on() -> None:
     x, t, (ids, weights) = x_of(7), made(SPEC, E), routing(7, E + 3, top_k=4)
     passed = weights.where(ids >= E, torch.zeros(())).sum(dim=1, keepdim=True) * x
-    computed = routed_experts(x, SPEC, t, ids.clamp(max=E), weights)
+    computed = routed_experts(x, SPEC, t, ids.where(ids < E, -1), weights)
     torch.testing.assert_close(routed_experts(x, SPEC, t, ids, weights, identity_experts=3), passed + computed)
 
 
-def test_behind_the_identity_experts_a_pair_is_dropped() -> None:
-    x, t = x_of(1), made(SPEC, E)
-    got = routed_experts(x, SPEC, t, torch.tensor([[E + 3]]), torch.tensor([[NAN]]), identity_experts=3)
-    assert got.tolist() == [[0.0] * D]
-
-
 @pytest.mark.parametrize(("ids", "identity", "message"), [
-    ([[3, 0, -1]], 0, "ids: got -1 to 3, want 0 to 4, or 5 for a dropped pair"),
-    ([[6, 3, 4]], 0, "ids: got 3 to 6, want 0 to 4, or 5 for a dropped pair"),
-    ([[9, 0, 1]], 3, "ids: got 0 to 9, want 0 to 7, or 8 for a dropped pair"),
+    ([[3, 0, -2]], 0, "ids: got -2 to 3, want 0 to 4, or -1 for a pair without an expert"),
+    ([[5, 3, 4]], 0, "ids: got 3 to 5, want 0 to 4, or -1 for a pair without an expert"),
+    ([[8, -1, 1]], 3, "ids: got -1 to 8, want 0 to 7, or -1 for a pair without an expert"),
 ])  # fmt: skip
 def test_an_id_out_of_range_is_an_error(ids: list[list[int]], identity: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -329,6 +325,87 @@ def test_fake_tensors_get_the_shape_and_dtype_without_a_look_at_ids() -> None:
         fake = {name: mode.from_tensor(tensor) for name, tensor in t.items()}
         got = routed_experts(mode.from_tensor(x), BIASED, fake, mode.from_tensor(ids), mode.from_tensor(weights))
     assert (got.shape, got.dtype, got.device) == (x.shape, x.dtype, x.device)
+
+
+# ---- the stage of an engine
+
+
+def stage(spec: MLPSpec, tokens: int = 7, **options: Any) -> ExpertsInputs:
+    ids, weights = routing(tokens)
+    return ExpertsInputs(x_of(tokens), spec, made(spec, E), ids, weights, **options)
+
+
+def test_the_stage_hands_on_all_that_it_is_given() -> None:
+    inputs = stage(BIASED)
+    torch.testing.assert_close(experts(inputs), routed_experts(inputs.x, BIASED, inputs.tensors, *routing(7)))
+    torch.testing.assert_close(experts(replace(inputs, output_scale=2.5)), 2.5 * experts(inputs))
+    ids, weights = routing(7, E + 3, top_k=4)
+    got = experts(replace(inputs, ids=ids, weights=weights, identity_experts=3))
+    want = routed_experts(inputs.x, BIASED, inputs.tensors, ids, weights, identity_experts=3)
+    assert torch.equal(got, want)
+
+
+def test_a_scaled_sum_is_rounded_once() -> None:
+    """257 times 0.5 in bfloat16: 257 is between two numbers, 256 and 258; its half is 128.5, between 128 and 129."""
+    x = torch.ones(1, D, dtype=torch.bfloat16)
+    ids, weights = torch.tensor([[E, E + 1]]), torch.tensor([[256.0, 3.0]])
+    inputs = ExpertsInputs(x, SPEC, made(SPEC, E, dtype=torch.bfloat16), ids, weights, identity_experts=2)
+    assert experts(replace(inputs, output_scale=0.375)).tolist() == [[97.0] * D]  # 259 * 3 / 8 = 97.125; 260: 97.5
+
+
+OWNERS = torch.tensor([1, -1, 0, -1, 2]), torch.tensor([-1, 1, -1, 0, -1])  # local ids, in no order
+
+
+def held(tensors: Mapping[str, Tensor], owners: Tensor) -> dict[str, Tensor]:
+    """A rank's experts by local id; the output norm is everybody's."""
+    order = [int((owners == local).nonzero()) for local in range(int((owners >= 0).sum()))]
+    return {name: t if "norm" in name else t[order] for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("spec", [BIASED, MLPSpec(F, "relu2", gated=False, output_norm=0.25)], ids=["bias", "norm"])
+def test_ranks_add_their_own_experts_pairs_and_nothing_of_the_others(spec: MLPSpec) -> None:
+    whole = stage(spec)
+    ids = whole.ids.index_fill(0, torch.tensor([2]), -1)
+    want = experts(replace(whole, ids=ids))
+    parts = []
+    for owners in OWNERS:
+        other = (ids < 0) | (owners[ids] < 0)  # [T, K]
+        inputs = replace(
+            whole,
+            tensors=held(whole.tensors, owners),
+            ids=ids,
+            weights=whole.weights.masked_fill(other, NAN),
+            x=whole.x.masked_fill(other.all(1, keepdim=True), NAN),
+            expert_map=owners.int(),
+        )
+        assert inputs.experts == E
+        parts.append(experts(inputs))
+        assert (parts[-1][other.all(1)] == 0).all()
+    torch.testing.assert_close(parts[0] + parts[1], want)
+
+
+def test_identity_experts_stand_behind_those_of_all_ranks() -> None:
+    ids, weights = torch.tensor([[0, E], [E + 1, -1], [1, E + 1]]), torch.tensor([[1.0, 2.0], [3.0, NAN], [NAN, 5.0]])
+    inputs = ExpertsInputs(x_of(3), SPEC, held(made(SPEC, E), OWNERS[0]), ids, weights, OWNERS[0], identity_experts=2)
+    own = mlp(x_of(3)[:1], SPEC, {n: t[0] for n, t in made(SPEC, E).items()}, "experts")
+    want = torch.cat([own + 2 * x_of(3)[:1], 3 * x_of(3)[1:2], 5 * x_of(3)[2:]])
+    torch.testing.assert_close(experts(inputs), want)
+    for bad, got in ((E + 2, "-1 to 7"), (-2, "-2 to 6")):
+        with pytest.raises(InputError, match=f"ids: got {got}, want 0 to 6"):
+            experts(replace(inputs, ids=ids.masked_fill(ids == E, bad)))
+
+
+def test_tensors_must_be_exactly_those_of_the_experts() -> None:
+    inputs = stage(BIASED)
+    tensors = dict(inputs.tensors)
+    tensors["experts.w3"] = tensors.pop("experts.b2")
+    tensors["experts.w13"] = tensors["experts.w13"].transpose(1, 2)
+    with pytest.raises(InputError) as caught:
+        experts(replace(inputs, tensors=tensors))
+    assert str(caught.value) == (
+        f"tensors: experts.b2 is missing, want [{E}, {D}]; experts.w3 is unknown; "
+        f"experts.w13: got [{E}, {D}, {2 * F}], want [{E}, {2 * F}, {D}]; give exactly those of the spec"
+    )
 
 
 # ---- the modules of real models

@@ -14,37 +14,47 @@ from moe_conformance.engines.reference import Reference
 from moe_conformance.engines.transformers import Transformers
 from moe_conformance.errors import ConfigError, InputError, Nonconformance, Unsupported
 from moe_conformance.model.specs import LayerSpec
-from moe_conformance.oracle.layer import layer_value
-from moe_conformance.oracle.tolerance import Contract
+from moe_conformance.oracle.choice import choose
+from moe_conformance.oracle.layer import block_logits, block_routing, expected_block
 from moe_conformance.reference_impl.layer import layer
-from moe_conformance.reference_impl.router import router_logits
-from moe_conformance.reference_impl.routing import route_logits
 from moe_conformance.suites.block.blocks import inputs_of, spec_of
-from moe_conformance.suites.block.cases import BLOCK_CASES, EXPERTS_CASES, ROUTE_CASES, SHARED_CASES, VARIANTS
-from moe_conformance.suites.block.expected import Exact
-from moe_conformance.suites.block.judging import judge_output
-from moe_conformance.suites.block.test_routing_semantics import test_a_block_routes_as_its_model_does as judge_route
+from moe_conformance.suites.block.cases import (
+    BLOCK_CASES,
+    EXPERTS_CASES,
+    NARROW_ROUTE_CASES,
+    ROUTE_CASES,
+    SHARED_CASES,
+    VARIANTS,
+)
+from moe_conformance.suites.block.judging import answer, judge_output, judge_router, reported
 
-CASES = {case.id.removeprefix("family-"): case for case in (*ROUTE_CASES, *BLOCK_CASES, *EXPERTS_CASES, *SHARED_CASES)}
+ROUTED = (*ROUTE_CASES, *NARROW_ROUTE_CASES)
+CASES = {case.id.removeprefix("family-"): case for case in (*ROUTED, *BLOCK_CASES, *EXPERTS_CASES, *SHARED_CASES)}
+
+
+def exact(inputs: BlockInputs) -> BlockInputs:
+    """The same in float64."""
+
+    def wide(tensor: torch.Tensor | None) -> Any:
+        return tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+
+    tensors = {name: wide(tensor) for name, tensor in inputs.tensors.items()}
+    routing = inputs.routing and Routing(*map(wide, inputs.routing))
+    return replace(inputs, x=wide(inputs.x), tensors=tensors, state=wide(inputs.state), routing=routing)
 
 
 @pytest.mark.parametrize("slug", VARIANTS)
-def test_the_reference_agrees_with_the_oracle_of_the_bounds(slug: str) -> None:
+def test_the_reference_agrees_with_the_oracle(slug: str) -> None:
     """Two implementations of a layer in float64, neither of which knows the other, nor transformers."""
-    case = next(case for case in BLOCK_CASES if case["family"] == slug)
-    exact = Exact(inputs_of(case), spec_of(slug))
-    logits, _ = router_logits(exact.x, exact.spec.logits, exact.tensors, state=exact.state)
-    routed = route_logits(logits, exact.spec.routing, exact.tensors, token_ids=exact.token_ids, sequences=2)
-    mine, _ = exact.output(Routing(routed.ids, routed.weights))
-    other = layer_value(
-        exact.x, exact.spec, exact.tensors, routed.ids, routed.weights, Contract.stored(torch.float64), routed.shared
-    )
-    torch.testing.assert_close(mine, other.exact, rtol=1e-11, atol=1e-11)
+    inputs = exact(inputs_of(next(case for case in BLOCK_CASES if case["family"] == slug)))
+    want, _ = expected_block(inputs, spec_of(slug))
+    torch.testing.assert_close(Reference().block(inputs).output, want, rtol=1e-11, atol=1e-11)
 
 
 def test_no_case_leaves_it_to_rounding_which_experts_are_chosen() -> None:
     for case in ROUTE_CASES:
-        Exact(inputs_of(case), spec_of(case["family"])).choice()
+        inputs, spec = inputs_of(case), spec_of(case["family"])
+        choose(block_routing(inputs, spec), block_logits(inputs, spec), inputs.x.dtype)
 
 
 class Altered(Reference):
@@ -61,8 +71,9 @@ class Altered(Reference):
     def judge(self, case_id: str) -> None:
         case = CASES[case_id]
         self.family = case["family"]
-        if case in ROUTE_CASES:
-            judge_route(self, case)
+        if case in ROUTED:
+            inputs = inputs_of(case)
+            judge_router(inputs, spec_of(self.family), reported(answer(self, inputs)))
         else:
             judge_output(self, case)
 
@@ -91,6 +102,10 @@ def _of_layer(**fields: Any) -> Callable[[LayerSpec], LayerSpec]:
     return lambda spec: replace(spec, **fields)
 
 
+def _narrow_router(spec: LayerSpec) -> LayerSpec:
+    return _routing(score_dtype="input")(replace(spec, logits=replace(spec.logits, dtype="input")))
+
+
 FAULTS: dict[str, tuple[str, Callable[[LayerSpec], LayerSpec]]] = {
     "a bias that is left out": ("deepseek-v3-route", _routing(selection_bias=False)),
     "no groups": ("deepseek-v3-route", _routing(groups=1, top_groups=1)),
@@ -103,8 +118,8 @@ FAULTS: dict[str, tuple[str, Callable[[LayerSpec], LayerSpec]]] = {
     "sum instead of the root of squares": ("dbrx-route", _routing(norm_order=1.0)),
     "nothing added to the sum": ("deepseek-v3-route-tiny-sum", _routing(epsilon=0.0)),
     "no floor of the sum": ("ernie4-5-moe-route", _routing(floor=0.0)),
-    "scale 1": ("deepseek-v3-route", _routing(scale=1.0)),
-    "scale left out where nothing is renormalised": ("deepseek-v3-no-norm-route", _routing(scale=1.0)),
+    "scale 1": ("deepseek-v3-block", _routing(scale=1.0)),
+    "scale left out where nothing is renormalised": ("deepseek-v3-no-norm-block", _routing(scale=1.0)),
     "softmax for sigmoid": ("flint-route", _routing(score="softmax")),
     "scores of all instead of the chosen": ("gpt-oss-route", _routing(select_on="scores")),
     "no softcap": ("laguna-route", _routing(logit_softcap=0.0)),
@@ -112,6 +127,8 @@ FAULTS: dict[str, tuple[str, Callable[[LayerSpec], LayerSpec]]] = {
     "no scale of an expert's own": ("gemma4-route", _routing(per_expert_scale=False)),
     "a narrower threshold": ("phimoe-route", _routing(jitter=0.1)),
     "nobody dropped": ("switch-transformers-route", _routing(capacity=None)),
+    "a float32 router in the model's dtype": ("deepseek-v3-bf16-route", _narrow_router),
+    "and where nothing is renormalised": ("longcat-flash-bf16-route", _narrow_router),
     "gelu for silu": ("mixtral-experts", _experts(activation="gelu")),
     "erf for tanh": ("gemma4-experts", _experts(activation="gelu")),
     "relu for its square": ("nemotron-h-experts", _experts(activation="relu")),
@@ -142,6 +159,23 @@ def test_a_fault_in_any_part_of_a_layer_is_noticed(fault: str) -> None:
     Altered(lambda spec: spec).judge(case_id)
     with pytest.raises(Nonconformance):
         Altered(change).judge(case_id)
+
+
+class GuessesTheOrientation(Reference):
+    """Takes the larger dim of [E, 2F, H] for 2F, as a loader without names of dims may."""
+
+    def block(self, inputs: BlockInputs) -> BlockOutput:
+        first = inputs.tensors["experts.w13"]
+        if first.shape[1] < first.shape[2]:
+            first = first.reshape(len(first), first.shape[2], first.shape[1]).transpose(1, 2).contiguous()
+        return super().block(replace(inputs, tensors={**inputs.tensors, "experts.w13": first}))
+
+
+def test_an_orientation_guessed_from_the_larger_dim_shows_on_narrow_experts_alone() -> None:
+    for slug in ("mixtral", "mixtral-square"):
+        judge_output(GuessesTheOrientation(), CASES[f"{slug}-block"])
+    with pytest.raises(Nonconformance, match="block output: "):
+        judge_output(GuessesTheOrientation(), CASES["mixtral-narrow-block"])
 
 
 def block_inputs(case_id: str, **tensors: torch.Tensor) -> BlockInputs:

@@ -1,13 +1,10 @@
-"""The kernels compiled, recorded in a CUDA graph, and free of waits for the device."""
+"""The kernels recorded in a CUDA graph, and free of waits for the device; their answers are tests/kernel_twins."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
@@ -19,12 +16,12 @@ if not gpu_count():
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import CaptureSpec, Rows
+from moe_conformance.engine import CaptureSpec, LayerSpec, LogitsSpec, MLPSpec, RouteInputs, RoutingSpec, Rows
 from moe_conformance.errors import InputError
 from moe_conformance.judging.inputs import distinct_logits, integers, normal, poison_
-from moe_conformance.model.specs import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
 from moe_conformance.reference_impl import experts as reference_experts
 from moe_conformance.reference_impl import layer as reference_layer
+from moe_conformance.reference_impl import routing as reference_routing
 from moe_conformance.reference_impl.capture import Capturer, raise_rejected
 
 if not torch.cuda.is_available():
@@ -37,15 +34,6 @@ HIDDEN, WIDTH = 72, 48
 # Tokens on each path of the experts: pairs not sorted; sorted in one launch; counted first, being more than 4096.
 PATHS = pytest.mark.parametrize("tokens", [3, TOKENS, 1100], ids=["unsorted", "sorted", "counted"])
 LAYER = LayerSpec(HIDDEN, EXPERTS, LogitsSpec(), RoutingSpec(TOP_K, renormalize="sum"), MLPSpec(WIDTH))
-
-
-def test_compiled_kernels_equal_the_reference() -> None:
-    twins = Path(__file__).with_name("kernel_twins")
-    ran = subprocess.run([sys.executable, "-W", "ignore", twins, "cuda"], capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stderr
-    outcome = json.loads(ran.stdout.splitlines()[-1])
-    failed = {check: error for check, error in outcome.items() if error is not None}
-    assert outcome and not failed, "\n".join(f"{check}:\n{error}" for check, error in failed.items())
 
 
 def recorded(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -115,14 +103,15 @@ def test_a_capture_session_gives_each_replay_its_own_ids(kernel: bool) -> None:
 
 
 def test_routing_follows_its_logits_when_the_graph_is_replayed() -> None:
-    from moe_conformance.kernels.routing import softmax_topk
+    from moe_conformance.kernels.routing import route
 
     logits = distinct_logits(TOKENS, EXPERTS, "graph").cuda()
+    inputs = RouteInputs(logits, LAYER.routing, valid_rows=TOKENS - 2)
     answers: list[Tensor] = []
-    graph = recorded(lambda: answers.append(softmax_topk(logits, TOP_K, True).ids))
+    graph = recorded(lambda: answers.append(route(inputs).ids))
     logits.copy_(distinct_logits(TOKENS, EXPERTS, "another"))
     graph.replay()
-    assert torch.equal(answers[-1], softmax_topk(logits, TOP_K, True).ids)
+    assert torch.equal(answers[-1].cpu().long(), reference_routing.route(replace(inputs, logits=logits.cpu())).ids)
 
 
 def layer_tensors() -> dict[str, Tensor]:
@@ -140,8 +129,8 @@ def tokens_of(step: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def exact_experts(tensors: dict[str, Tensor], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     tensors = {name: tensor.cpu().double() for name, tensor in tensors.items()}
-    ids = ids.cpu().masked_fill(ids.cpu() < 0, EXPERTS)  # as the reference marks a dropped pair
-    return reference_experts.routed_experts(x.cpu().double(), LAYER.experts, tensors, ids, weights.cpu().double())
+    x, weights = x.cpu().double(), weights.cpu().double()
+    return reference_experts.routed_experts(x, LAYER.experts, tensors, ids.cpu(), weights)
 
 
 def close(got: Tensor, want: Tensor) -> None:

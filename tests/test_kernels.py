@@ -1,69 +1,21 @@
-"""The kernels, interpreted on the CPU in processes of their own: this one's environment is left alone."""
+"""What stands under the tests of kernel_twins: the check of addresses, and a process of their own that interprets."""
 
 from __future__ import annotations
 
-import ast
 import importlib.util
-import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from moe_conformance.running.devices import gpu_count
+
 TWINS = Path(__file__).with_name("kernel_twins")
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-def checks(group: str) -> list[str]:
-    """Names of the public functions of a group that take a device, read without importing triton here."""
-    tree = ast.parse((TWINS / f"twins_{group}.py").read_text())
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-    return [node.name for node in functions if [argument.arg for argument in node.args.args] == ["device"]]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.cls is not None:
-        metafunc.parametrize("check", [check for group in metafunc.cls.groups for check in checks(group)])
-
-
-class Twins:
-    """One process, and under xdist one worker, a class."""
-
-    groups: tuple[str, ...]
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def outcome(cls) -> dict[str, str | None]:
-        environment = {
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "TRITON_DEFAULT_FP_FUSION": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-W", "ignore", TWINS, "cpu", *cls.groups]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert ran.returncode == 0, ran.stderr
-        return json.loads(ran.stdout.splitlines()[-1])
-
-    def test_interpreted(self, outcome: dict[str, str | None], check: str) -> None:
-        assert outcome[check] is None, outcome[check]
-
-
-class TestExperts(Twins):
-    groups = ("experts", "float8")
-
-
-class TestAllElse(Twins):
-    groups = ("routing", "dispatch", "combine", "layer", "padding", "capture")
-
-
-def test_every_group_has_its_class() -> None:
-    groups = {group for cls in Twins.__subclasses__() for group in cls.groups}
-    assert groups == {path.stem.removeprefix("twins_") for path in TWINS.glob("twins_*.py")}
 
 
 def test_the_bounds_check_sees_one_element_too_many(tmp_path: Path) -> None:
@@ -99,3 +51,47 @@ with checked():
         except Exception as error:
             print(str(error.__cause__))
 """
+
+
+# A module of twins of which one test fails, one is skipped, and one ends its process.
+TWIN = """
+import os, pytest, triton
+
+def test_interpreted(device):
+    assert device == "cpu" and os.environ["TRITON_INTERPRET"] == "1"
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_of_numbers(number):
+    assert number == 1, "number is not one"
+
+@pytest.mark.skip(reason="not today")
+def test_skipped():
+    pass
+
+def test_lost():
+    os._exit(7)
+"""
+
+
+@pytest.mark.skipif(bool(gpu_count()), reason="a process with a GPU runs the twins itself")
+def test_twins_report_what_a_process_that_interprets_found(tmp_path: Path) -> None:
+    folder = tmp_path / "kernel_twins"
+    folder.mkdir()
+    (folder / "conftest.py").write_text((TWINS / "conftest.py").read_text())
+    (folder / "bounds.py").write_text((TWINS / "bounds.py").read_text())
+    (tmp_path / "conftest.py").write_text(f"import sys\nsys.path.append({str(tmp_path)!r})\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib -p no:cacheprovider\n")
+    (folder / "test_twin.py").write_text(TWIN)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-n", "0", "-rA", str(folder)]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = set(re.findall(r"^(PASSED|FAILED|SKIPPED|ERROR) .*?(?:::(\S+)|: (not today)$)", ran.stdout, re.MULTILINE))
+    assert said == {
+        ("PASSED", "test_interpreted", ""),
+        ("PASSED", "test_of_numbers[1]", ""),
+        ("FAILED", "test_of_numbers[2]", ""),
+        ("SKIPPED", "", "not today"),
+        ("FAILED", "test_lost", ""),
+    }, ran.stdout
+    assert "number is not one" in ran.stdout and "ended with 7" in ran.stdout
+    assert ran.returncode == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import BlockInputs, LayerInputs, MoESpec, RouteInputs, Routing
+from moe_conformance.engine import BlockInputs, ExpertsInputs, LayerInputs, MoESpec, QuantSpec, Routing
 from moe_conformance.errors import InputError, Unsupported
 from moe_conformance.judging.inputs import integers, normal
 from moe_conformance.model.specs import (
@@ -23,13 +23,13 @@ from moe_conformance.model.specs import (
     SharedSpec,
 )
 from moe_conformance.oracle.layer import layer_bound
-from moe_conformance.oracle.tolerance import Contract
+from moe_conformance.oracle.storage import Storage
 from moe_conformance.reference_impl import block as block_stage
-from moe_conformance.reference_impl.block import block, check_tensors, layer_spec
-from moe_conformance.reference_impl.experts import mlp, rms_norm, routed_experts
+from moe_conformance.reference_impl.block import block, layer_spec
+from moe_conformance.reference_impl.experts import experts, mlp, rms_norm, routed_experts
 from moe_conformance.reference_impl.layer import layer, moe_layer
 from moe_conformance.reference_impl.router import router_logits
-from moe_conformance.reference_impl.routing import route, route_logits
+from moe_conformance.reference_impl.routing import route_logits
 
 T, H, E, K, F, D, FS = 7, 6, 5, 3, 4, 8, 9
 EXPERTS, SHARED = MLPSpec(F, "gelu_tanh", bias=True), MLPSpec(FS, "relu2", bias=True)
@@ -72,7 +72,7 @@ def test_the_router_s_choice_reaches_the_experts() -> None:
 
 
 def test_a_given_routing_replaces_the_router_s() -> None:
-    ids, weights = torch.tensor([[0, E, 4]] * T), normal((T, K), "weights", torch.float64)
+    ids, weights = torch.tensor([[0, -1, 4]] * T), normal((T, K), "weights", torch.float64)
     result = layer(x_of(), SPEC, made(SPEC), routing=Routing(ids, weights))
     assert result.ids is ids
     assert result.weights is weights
@@ -117,7 +117,7 @@ def test_the_output_scale_meets_the_routed_sum_only() -> None:
 
 def test_identity_experts_reach_the_routed_sum() -> None:
     spec = replace(SPEC, routing=RoutingSpec(K, identity_experts=3))
-    ids, weights = torch.tensor([[E, E + 2, E + 3]] * T), normal((T, K), "weights", torch.float64)
+    ids, weights = torch.tensor([[E, E + 2, -1]] * T), normal((T, K), "weights", torch.float64)
     got = output(spec, routing=Routing(ids, weights))
     torch.testing.assert_close(got, weights[:, :2].sum(dim=1, keepdim=True) * x_of())
 
@@ -216,77 +216,92 @@ def test_every_part_together_keeps_the_dtype_and_takes_any_number_of_tokens(dtyp
     assert (whole.shape, whole.dtype) == ((T, H), dtype)
     wide = {name: tensor.double() for name, tensor in t.items()}
     exact = layer(x.double(), spec, wide, routing=Routing(ids, weights.double())).output
-    assert ((whole.double() - exact).abs() <= layer_bound(x, spec, t, ids, weights, Contract.stored(dtype)).limit).all()
+    assert ((whole.double() - exact).abs() <= layer_bound(x, spec, t, ids, weights, Storage.stored(dtype)).limit).all()
     for tokens in (0, 1):
         assert layer(x_of(tokens, dtype), spec, t).output.shape == (tokens, H)
 
 
-# ---- the layer with an engine's padded widths
+# ---- the layer behind given logits, with an engine's padded widths
 
-
-def layer_inputs(**changes: Any) -> LayerInputs:
-    names = {"w13": (E, 2 * F, H), "w2": (E, H, F)}
-    weights: dict[str, Any] = {name: normal(shape, name, torch.float64) for name, shape in names.items()}
-    logits = normal((T, E), "logits", torch.float64)
-    return LayerInputs(**{"x": x_of(), "logits": logits, "top_k": K, "method": "softmax_topk", **weights, **changes})
-
-
-LATENT: dict[str, Any] = {
-    "w13": normal((E, 2 * F, D), "w13", torch.float64),
-    "w2": normal((E, D, F), "w2", torch.float64),
-    "latent_in": normal((D, H), "in", torch.float64),
-    "latent_out": normal((H, D), "out", torch.float64),
+# Each has what a padded width could spoil; behind the first, every part that a layer may have.
+LAYERS = {
+    "gated": replace(SPEC, experts=replace(EXPERTS, bias=False)),
+    "shared-latent": replace(
+        SPEC, latent=LatentSpec(D, 0.25, bias=True), shared=SharedSpec(SHARED, gate=True), output_scale=2.5
+    ),
+    "not-gated": replace(SPEC, experts=MLPSpec(F, "relu2", gated=False, bias=True)),
+    "gpt-oss": replace(SPEC, experts=MLPSpec(F, clamp="before", limit=0.5, alpha=1.7, up_offset=1.0, bias=True)),
+    "output-norm": replace(SPEC, experts=MLPSpec(F, output_norm=0.25), latent=LatentSpec(D)),
+    "weight-on-w2": replace(SPEC, experts=MLPSpec(F, clamp="tanh", limit=0.5, weight_on="w2_input", bias=True)),
+    "identity": replace(SPEC, routing=RoutingSpec(K, identity_experts=3, scale=2.5)),
+    "dense": replace(SPEC, dense=DenseSpec(SHARED, norm_eps=0.25), output_bias=True, output_norm=0.25),
 }
-SHARED_PART: dict[str, Any] = {
-    "shared_w13": normal((2 * FS, H), "shared w13", torch.float64),
-    "shared_w2": normal((H, FS), "shared w2", torch.float64),
-}
+layers = pytest.mark.parametrize("spec", LAYERS.values(), ids=LAYERS)
 
 
-@pytest.mark.parametrize("parts", [{}, SHARED_PART, LATENT, SHARED_PART | LATENT], ids=["", "s", "l", "sl"])
-def test_the_layer_of_an_engine_is_the_layer(parts: dict[str, Any]) -> None:
-    inputs = layer_inputs(scale=2.5, activation="gelu_tanh", **parts)
-    t = {name.replace("_", ".", 1): value for name, value in parts.items()}
-    t |= {"experts.w13": inputs.w13, "experts.w2": inputs.w2}
-    routing = route(RouteInputs(inputs.logits, K, "softmax_topk"))
-    x = x_of() @ t["latent.in"].T if "latent.in" in t else x_of()
-    want = 2.5 * routed_experts(x, MLPSpec(F, "gelu_tanh"), t, *routing)
-    if "latent.out" in t:
-        want = want @ t["latent.out"].T
-    if "shared.w2" in t:
-        want = want + mlp(x_of(), MLPSpec(FS), t, "shared")
-    torch.testing.assert_close(moe_layer(inputs), want)
+def inputs_of(spec: LayerSpec, **options: Any) -> LayerInputs:
+    tensors = made(spec)
+    logits, _ = router_logits(x_of(), spec.logits, tensors)
+    return LayerInputs(x_of(), logits, spec, {n: t for n, t in tensors.items() if n != "router.proj"}, **options)
 
 
-@pytest.mark.parametrize("padded", [
-    {"padded_hidden": 16},
-    {"padded_intermediate": 11},
-    {"padded_hidden": 16, "padded_intermediate": 11},
-], ids=str)  # fmt: skip
-@pytest.mark.parametrize("parts", [{}, SHARED_PART | LATENT], ids=["", "sl"])
-def test_padding_changes_nothing(parts: dict[str, Any], padded: dict[str, Any]) -> None:
-    torch.testing.assert_close(moe_layer(layer_inputs(**parts, **padded)), moe_layer(layer_inputs(**parts)))
+@layers
+def test_the_layer_stage_is_the_layer_behind_its_logits(spec: LayerSpec) -> None:
+    torch.testing.assert_close(moe_layer(inputs_of(spec)), output(spec))
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [(16, None), (None, 11), (16, 11)])
+@layers
+def test_padding_changes_nothing(spec: LayerSpec, hidden: int | None, intermediate: int | None) -> None:
+    padded = inputs_of(spec, padded_hidden=hidden, padded_intermediate=intermediate)
+    torch.testing.assert_close(moe_layer(padded), output(spec))
 
 
 def test_padded_widths_reach_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def experts(x: Tensor, spec: MLPSpec, tensors: Tensors, *rest: Any, **options: Any) -> Tensor:
-        seen.append((x.shape[1], tuple(tensors["experts.w13"].shape), tuple(tensors["experts.w2"].shape)))
+    def watched(x: Tensor, spec: MLPSpec, tensors: Tensors, *rest: Any, **options: Any) -> Tensor:
+        seen.append((x.shape[1], *(tuple(tensors[f"experts.{name}"].shape) for name in ("w13", "b13", "w2", "b2"))))
         return routed_experts(x, spec, tensors, *rest, **options)
 
-    monkeypatch.setattr("moe_conformance.reference_impl.layer.routed_experts", experts)
-    moe_layer(layer_inputs(padded_hidden=16))
-    moe_layer(layer_inputs(padded_intermediate=11))
-    assert seen == [(16, (E, 2 * F, 16), (E, 16, F)), (H, (E, 22, H), (E, H, 11))]
+    monkeypatch.setattr("moe_conformance.reference_impl.layer.routed_experts", watched)
+    moe_layer(inputs_of(SPEC, padded_hidden=16))
+    moe_layer(inputs_of(SPEC, padded_intermediate=11))
+    assert seen == [
+        (16, (E, 2 * F, 16), (E, 2 * F), (E, 16, F), (E, 16)),
+        (H, (E, 22, H), (E, 22), (E, H, 11), (E, H)),
+    ]
 
 
-def test_the_expert_scale_reaches_the_router() -> None:
-    scale = normal((E,), "scale", torch.float64) + 2
-    inputs = layer_inputs(method="gemma4", per_expert_scale=scale)
-    routing = route(RouteInputs(inputs.logits, K, "gemma4", scale))
-    t = {"experts.w13": inputs.w13, "experts.w2": inputs.w2}
-    torch.testing.assert_close(moe_layer(inputs), routed_experts(x_of(), MLPSpec(F), t, *routing))
+def test_what_the_router_needs_reaches_it() -> None:
+    """A scale an expert, weights of shared experts, and token ids."""
+    shared = SharedSpec(MLPSpec(FS, weight_on="w2_input"), count=3, weighted=True)
+    weighted = RoutingSpec(K, score="sigmoid", shared_classes=3)
+    for spec in (
+        replace(SPEC, routing=replace(SPEC.routing, per_expert_scale=True)),
+        replace(SPEC, routing=weighted, shared=shared),
+    ):
+        torch.testing.assert_close(moe_layer(inputs_of(spec)), output(spec))
+    spec = replace(SPEC, routing=RoutingSpec(K, selector="table"), vocab_size=11)
+    token_ids = integers((T,), "tokens", 11)
+    torch.testing.assert_close(moe_layer(inputs_of(spec, token_ids=token_ids)), output(spec, token_ids=token_ids))
+
+
+@pytest.mark.parametrize("padded", [{}, {"padded_hidden": 16, "padded_intermediate": 11}], ids=["", "padded"])
+@pytest.mark.parametrize("activations", ["no", "token", "static"])
+def test_stored_experts_reach_the_experts_as_they_lie(activations: Any, padded: dict[str, int]) -> None:
+    quant = QuantSpec("int8", "channel", activations=activations)
+    spec = replace(SPEC, latent=LatentSpec(D), shared=SharedSpec(SHARED))
+    shapes = quant.tensors("experts", EXPERTS, D, (E,))
+    stored = {name: normal(shape, name).abs() / 64 + 0.01 for name, shape in shapes.items()}
+    stored |= {name: integers(shapes[name], name, 127, -127).to(torch.int8) for name in ("experts.w13", "experts.w2")}
+
+    def by_stage(x: Tensor, mlp: MLPSpec, tensors: Any, ids: Tensor, weights: Tensor, **_: Any) -> Tensor:
+        return experts(ExpertsInputs(x, mlp, stored, ids, weights, quant=quant))
+
+    tensors, inputs = made(spec) | stored, inputs_of(spec, **padded)
+    got = moe_layer(replace(inputs, tensors={**inputs.tensors, **stored}, quant=quant))
+    torch.testing.assert_close(got, layer(x_of(), spec, tensors, experts=by_stage).output)
 
 
 # ---- the block of a model
@@ -320,7 +335,7 @@ def test_a_block_is_its_layer_on_flattened_tokens(described: Any) -> None:
 
 def test_a_block_with_a_given_routing_does_not_say_it_again(described: Any) -> None:
     described(model(SPEC, SPEC))
-    ids, weights = torch.tensor([[0, E, 4]] * 6), normal((6, K), "weights", torch.float64)
+    ids, weights = torch.tensor([[0, -1, 4]] * 6), normal((6, K), "weights", torch.float64)
     x = normal((2, 3, H), "x", torch.float64)
     got = block(BlockInputs({}, 1, made(SPEC), x, routing=Routing(ids, weights)))
     assert got.routing is None
@@ -345,21 +360,21 @@ def test_a_layer_without_experts_is_an_error(described: Any) -> None:
 
 def test_a_model_that_cannot_be_said_is_unsupported(described: Any) -> None:
     described(model())
-    with pytest.raises(Unsupported, match="block of odd"):
+    with pytest.raises(Unsupported, match="got model_type 'odd', want one whose record"):
         layer_spec({"model_type": "odd"}, 1)
 
 
 def test_another_implementation_than_the_one_there_is_is_unsupported(described: Any) -> None:
     described(model(SPEC, SPEC))
     x = normal((2, 3, H), "x", torch.float64)
-    with pytest.raises(Unsupported, match="block by grouped_mm"):
+    with pytest.raises(Unsupported, match="got implementation 'grouped_mm', want None"):
         block(BlockInputs({}, 1, made(SPEC), x, implementation="grouped_mm"))
 
 
 def test_tensors_must_be_exactly_those_of_the_layer(described: Any) -> None:
     described(model(SPEC, SPEC))
     tensors = made(SPEC)
-    check_tensors(SPEC, tensors)
+    block(BlockInputs({}, 1, tensors, normal((2, 3, H), "x", torch.float64)))
     tensors["experts.w3"] = tensors.pop("experts.w2")
     tensors["router.proj"] = tensors["router.proj"].T
     tensors["experts.b2"] = tensors["experts.b2"][:, 1:]
@@ -368,5 +383,5 @@ def test_tensors_must_be_exactly_those_of_the_layer(described: Any) -> None:
     assert str(caught.value) == (
         f"tensors: experts.w2 is missing, want [{E}, {H}, {F}]; experts.w3 is unknown; "
         f"router.proj: got [{H}, {E}], want [{E}, {H}]; "
-        f"experts.b2: got [{E}, {H - 1}], want [{E}, {H}]; give exactly those of LayerSpec.tensors"
+        f"experts.b2: got [{E}, {H - 1}], want [{E}, {H}]; give exactly those of the spec"
     )

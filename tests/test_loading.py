@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from moe_conformance.engine import CheckpointName
 from moe_conformance.errors import CheckpointError, ConfigError, DenseModelError
 from moe_conformance.reference_impl.checkpoint import loading, remap
-from moe_conformance.suites.weights import checkpoint
+from moe_conformance.suites.load import checkpoint
 
 RECIPE = {"style": "plain", "widths": "distinct", "shards": 2, "shuffled": False}
 FIRST, LAST = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

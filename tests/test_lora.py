@@ -1,64 +1,51 @@
-"""LoRA on experts: each token gets its own adapter's update, of the right expert and half, scaled once."""
+"""LoRA on experts: each token gets its own adapter's update, of the right expert and matrix, scaled once."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from moe_conformance.engine import ExpertsInputs, Lora, LoraSpec, MLPSpec, QuantSpec
 from moe_conformance.errors import InputError
 from moe_conformance.judging.compare import equal
 from moe_conformance.judging.inputs import integers, normal
-from moe_conformance.model.specs import MLPSpec
-from moe_conformance.reference_impl.experts import routed_experts
+from moe_conformance.reference_impl.experts import experts, plain
 from moe_conformance.reference_impl.lora import (
-    ExpertAdapter,
-    LowRank,
     expert_parallel,
     from_peft,
-    merge,
-    split_fused,
+    merged,
+    scaling,
+    side_by_side,
     tensor_parallel,
     with_adapters,
 )
-from moe_conformance.reference_impl.quantised.experts import fp8_activations, plain, projected_experts
+from moe_conformance.reference_impl.parallel.experts import slice_width, take_experts
+from moe_conformance.reference_impl.quantised.experts import quantised_activations
 
 D64 = torch.float64
-EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 5, 12, 8, 9, 2
+EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 5, 12, 7, 9, 2
 SPEC = MLPSpec(WIDTH, clamp="before", limit=1.5, bias=True)
-WEIGHTS = {name: normal(shape, name, D64, 0.25) for name, shape in SPEC.tensors("experts", HIDDEN, (EXPERTS,)).items()}
-X = normal((TOKENS, HIDDEN), "x", D64)
-IDS = torch.stack([integers((EXPERTS + 1,), f"row{t}", 997).argsort()[:TOP_K] for t in range(TOKENS)])  # 5 is dropped
-ROUTING = normal((TOKENS, TOP_K), "routing", D64) * 2.5
+NOT_GATED = MLPSpec(WIDTH, activation="relu2", gated=False)
+LORA = LoraSpec(adapters=3, rank=4, alpha=2.5)
 TOKEN_ADAPTER = torch.tensor([0, -1, 1, 2, 1, -1, 0, 2, 0])
 
 
-def low_rank(seed: str, out: int, width: int, rank: int, alpha: float, rslora: bool = False) -> LowRank:
-    a, b = normal((EXPERTS, rank, width), seed + "a", D64, 0.5), normal((EXPERTS, out, rank), seed + "b", D64, 0.5)
-    return LowRank(a, b, alpha, rslora)
+def lora(spec: MLPSpec = SPEC, dtype: torch.dtype = D64, lora_spec: LoraSpec = LORA) -> Lora:
+    shapes = lora_spec.tensors(spec, HIDDEN, EXPERTS)
+    return Lora(lora_spec, {name: normal(shape, name, dtype, 0.5) for name, shape in shapes.items()}, TOKEN_ADAPTER)
 
 
-# Ranks, alphas and scalings differ between adapters and projections; the last adapter leaves gate as it is.
-ADAPTERS = (
-    ExpertAdapter(
-        low_rank("g0", WIDTH, HIDDEN, 3, 2.5),
-        low_rank("u0", WIDTH, HIDDEN, 2, 5.0),
-        low_rank("d0", HIDDEN, WIDTH, 4, 3.0),
-    ),
-    ExpertAdapter(*split_fused(low_rank("f1", 2 * WIDTH, HIDDEN, 5, 7.0, True)), low_rank("d1", HIDDEN, WIDTH, 2, 1.0)),
-    ExpertAdapter(None, low_rank("u2", WIDTH, HIDDEN, 1, 0.5), low_rank("d2", HIDDEN, WIDTH, 3, 4.0, True)),
-)
-
-
-def unmerged(token_adapter: Tensor, x: Tensor = X) -> Tensor:
-    project = with_adapters(plain(WEIGHTS), ADAPTERS, token_adapter)
-    return projected_experts(x, SPEC, project, IDS, ROUTING, experts=EXPERTS)
-
-
-def merged(adapter: ExpertAdapter) -> dict[str, Tensor]:
-    return WEIGHTS | {f"experts.{name}": merge(name, WEIGHTS[f"experts.{name}"], adapter) for name in ("w13", "w2")}
+def inputs(spec: MLPSpec = SPEC, given: Lora | None = None, dtype: torch.dtype = D64) -> ExpertsInputs:
+    """Every row has two of the experts, or one and a dropped pair."""
+    shapes = spec.tensors("experts", HIDDEN, (EXPERTS,))
+    tensors = {name: normal(shape, name, dtype, 0.25) for name, shape in shapes.items()}
+    order = torch.stack([integers((EXPERTS + 1,), f"row{t}", 997).argsort()[:TOP_K] for t in range(TOKENS)]) - 1
+    x, weights = normal((TOKENS, HIDDEN), "x", dtype), normal((TOKENS, TOP_K), "routing", D64) * 2.5
+    return ExpertsInputs(x, spec, tensors, order, weights, lora=given)
 
 
 def near(got: Tensor, want: Tensor) -> None:
@@ -66,121 +53,131 @@ def near(got: Tensor, want: Tensor) -> None:
     assert (got - want).abs().max() <= 1e-13 * want.abs().max()
 
 
-def test_each_tokens_output_is_that_of_its_own_adapter_merged() -> None:
-    outputs = [routed_experts(X, SPEC, merged(adapter), IDS, ROUTING) for adapter in ADAPTERS]
-    outputs.append(routed_experts(X, SPEC, WEIGHTS, IDS, ROUTING))  # index -1
-    near(unmerged(TOKEN_ADAPTER), torch.stack([outputs[int(a)][t] for t, a in enumerate(TOKEN_ADAPTER)]))
+@pytest.mark.parametrize("spec", [SPEC, NOT_GATED], ids=["gated", "not-gated"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_each_tokens_output_is_that_of_its_own_adapter_merged(spec: MLPSpec, rslora: bool) -> None:
+    given = lora(spec, lora_spec=replace(LORA, rslora=rslora))
+    base = inputs(spec)
+    whole = [replace(base, tensors=merged(spec, base.tensors, given, adapter)) for adapter in range(3)]
+    outputs = [experts(own) for own in (*whole, base)]  # index -1: no adapter
+    near(experts(replace(base, lora=given)), torch.stack([outputs[int(a)][t] for t, a in enumerate(TOKEN_ADAPTER)]))
     for one, other in ((0, 1), (1, 2), (0, 2), (2, 3)):
         assert (outputs[one] - outputs[other]).abs().max() > 0.1
 
 
 def test_a_merged_weight_is_the_sum_by_hand() -> None:
-    gate = LowRank(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0]]]), alpha=2.0)
-    up = LowRank(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[[1.0, 5.0]]]), alpha=3.0)
-    down = LowRank(torch.tensor([[[2.0]]]), torch.tensor([[[1.0], [-1.0]]]), alpha=0.5)
-    adapter = ExpertAdapter(gate, up, down)
-    assert merge("w13", torch.ones(1, 2, 2), adapter).tolist() == [[[7.0, 13.0], [2.5, 8.5]]]
-    assert merge("w2", torch.ones(1, 2, 1), adapter).tolist() == [[[2.0], [0.0]]]
-    assert merge("w1", torch.ones(1, 1, 2), adapter).tolist() == [[[2.5, 8.5]]]
-    assert merge("w13", torch.ones(1, 2, 2), ExpertAdapter(up=up)).tolist() == [[[1.0, 1.0], [2.5, 8.5]]]
+    a = {"lora.w13.a": torch.tensor([[1.0, 2.0]]), "lora.w2.a": torch.tensor([[2.0]])}
+    b = {"lora.w13.b": torch.tensor([[3.0], [0.5]]), "lora.w2.b": torch.tensor([[1.0], [-1.0]])}
+    given = Lora(LoraSpec(1, 1, 2.0), {n: t[None, None] for n, t in (a | b).items()}, torch.tensor([0]))
+    ones = {"experts.w13": torch.ones(1, 2, 2), "experts.w2": torch.ones(1, 2, 1)}
+    got = merged(MLPSpec(1), ones, given, 0)
+    assert got["experts.w13"].tolist() == [[[7.0, 13.0], [2.0, 3.0]]]
+    assert got["experts.w2"].tolist() == [[[5.0], [-3.0]]]
+    assert ones["experts.w13"].tolist() == [[[1.0, 1.0], [1.0, 1.0]]]
 
 
 def test_scaling_is_alpha_over_r_or_over_its_root() -> None:
-    assert low_rank("s", 4, 4, rank=4, alpha=10.0).scaling == 2.5
-    assert low_rank("s", 4, 4, rank=4, alpha=10.0, rslora=True).scaling == 5.0
-    assert low_rank("s", 4, 4, rank=2, alpha=1.0, rslora=True).scaling == 1 / math.sqrt(2)
+    assert scaling(LoraSpec(1, 4, 10.0)) == 2.5
+    assert scaling(LoraSpec(1, 4, 10.0, rslora=True)) == 5.0
+    assert scaling(LoraSpec(1, 2, 1.0, rslora=True)) == 1 / math.sqrt(2)
 
 
-def test_a_fused_update_of_w13_is_that_of_its_halves() -> None:
-    fused = low_rank("f", 2 * WIDTH, HIDDEN, 3, 2.5)
-    gate, up = split_fused(fused)
-    near(merge("w13", WEIGHTS["experts.w13"], ExpertAdapter(gate, up)), WEIGHTS["experts.w13"] + fused.delta())
+def test_updates_of_gate_and_up_fuse_into_one_of_both_ranks() -> None:
+    shapes = {"gate": (2, 3), "up": (4, 3)}  # ranks 2 and 4
+    a = {half: normal((EXPERTS, rank, HIDDEN), half + "a", D64) for half, (rank, _) in shapes.items()}
+    b = {half: normal((EXPERTS, WIDTH, rank), half + "b", D64) for half, (rank, _) in shapes.items()}
+    fused_a, fused_b = side_by_side((a["gate"], b["gate"]), (a["up"], b["up"]))
+    assert fused_a.shape == (EXPERTS, 6, HIDDEN)
+    near(fused_b @ fused_a, torch.cat([b["gate"] @ a["gate"], b["up"] @ a["up"]], dim=1))
 
 
 def test_an_adapter_in_pefts_layout_is_what_peft_merges() -> None:
     """PEFT 0.21.2, merge_and_unload: 2 experts, rank 3, lora_alpha 6, [E, out, in] = [2, 2, 4]."""
     a, b = torch.arange(24.0).reshape(6, 4), torch.arange(12.0).reshape(2, 6)
-    assert from_peft(a, b, experts=2, alpha=6).delta().tolist() == [
+    own_a, own_b = from_peft(a, b, experts=2)
+    assert (scaling(LoraSpec(1, 3, 6.0)) * own_b @ own_a).tolist() == [
         [[80, 92, 104, 116], [224, 272, 320, 368]],
         [[320, 338, 356, 374], [896, 950, 1004, 1058]],
     ]
-    assert from_peft(a, b, experts=2, alpha=6, rslora=True).scaling == 6 / math.sqrt(3)
-    for bad_a, bad_b, experts in ((a, b, 4), (a, b[:, :4], 2), (a[None], b, 2), (a, b[None], 2)):
+    for bad_a, bad_b, count in ((a, b, 4), (a, b[:, :4], 2), (a[None], b, 2), (a, b[None], 2)):
         with pytest.raises(InputError, match="from_peft"):
-            from_peft(bad_a, bad_b, experts, 6)
+            from_peft(bad_a, bad_b, count)
 
 
-def test_tokens_without_an_adapter_have_the_base_models_bits() -> None:
+@pytest.mark.parametrize("dtype", [D64, torch.bfloat16], ids=str)
+def test_tokens_without_an_adapter_have_the_base_models_bits(dtype: torch.dtype) -> None:
     """While other tokens of the same expert have one (vllm#42120)."""
-    base = projected_experts(X, SPEC, plain(WEIGHTS), IDS, ROUTING, experts=EXPERTS)
+    given = lora(dtype=dtype)
+    base, adapted = experts(inputs(dtype=dtype)), experts(inputs(given=given, dtype=dtype))
     without = TOKEN_ADAPTER == -1
-    equal("output", unmerged(TOKEN_ADAPTER)[without], base[without])
-    equal("all without", unmerged(torch.full((TOKENS,), -1)), base)
+    equal("output", adapted[without], base[without])
+    assert not torch.equal(adapted[~without], base[~without])
+    nobody = replace(given, adapters=torch.full((TOKENS,), -1))
+    equal("all without", experts(inputs(given=nobody, dtype=dtype)), base)
 
 
-def test_a_projection_without_a_gate_takes_the_update_of_up() -> None:
-    spec = MLPSpec(WIDTH, activation="relu2", gated=False)
-    shapes = spec.tensors("experts", HIDDEN, (EXPERTS,))
-    weights = {name: normal(shape, name, D64, 0.25) for name, shape in shapes.items()}
-    project = with_adapters(plain(weights), ADAPTERS, torch.zeros(TOKENS, dtype=torch.int32))
-    whole = {f"experts.{name}": merge(name, weights[f"experts.{name}"], ADAPTERS[0]) for name in ("w1", "w2")}
-    got = projected_experts(X, spec, project, IDS, ROUTING, experts=EXPERTS)
-    near(got, routed_experts(X, spec, whole, IDS, ROUTING))
+def test_updates_of_narrow_dtypes_are_kept_in_float32() -> None:
+    """A x is 257, which is 256 in bfloat16, as W x is -256: 1 is left, or nothing."""
+    base = {"experts.w1": torch.tensor([[[-256.0, 0.0]]]), "experts.w2": torch.ones(1, 2, 1)}
+    update = {"lora.w1.a": torch.tensor([[[[256.0, 1.0]]]]), "lora.w1.b": torch.ones(1, 1, 1, 1)}
+    nothing = {"lora.w2.a": torch.zeros(1, 1, 1, 1), "lora.w2.b": torch.zeros(1, 1, 2, 1)}
+    base, update = ({name: t.bfloat16() for name, t in tensors.items()} for tensors in (base, update | nothing))
+    given = Lora(LoraSpec(1, 1, 1.0), update, torch.tensor([0]))
+    x, ids = torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([[0]])
+    spec = MLPSpec(1, "relu", gated=False)
+    assert experts(ExpertsInputs(x, spec, base, ids, torch.ones(1, 1), lora=given)).tolist() == [[1.0, 1.0]]
 
 
 def test_adapters_see_what_fp8_has_not_quantised() -> None:
     """On a w8a8 base the update is that of x itself."""
-    project = with_adapters(fp8_activations(plain(WEIGHTS)), ADAPTERS, TOKEN_ADAPTER)
-    token, x = torch.arange(TOKENS), X
-    update = project("w13", 3, token, x) - fp8_activations(plain(WEIGHTS))("w13", 3, token, x)
-    plainly = with_adapters(plain(WEIGHTS), ADAPTERS, TOKEN_ADAPTER)("w13", 3, token, x)
-    near(update, plainly - plain(WEIGHTS)("w13", 3, token, x))
+    base, quant = inputs(), QuantSpec("fp8_e4m3", "channel", activations="token")
+    rough = quantised_activations(plain(base.tensors), quant, {})
+    at = ("w13", 3, torch.arange(TOKENS), base.x)
+    update = with_adapters(rough, lora())(*at) - rough(*at)
+    near(update, with_adapters(plain(base.tensors), lora())(*at) - plain(base.tensors)(*at))
+    assert (rough(*at) - plain(base.tensors)(*at)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_slices_of_tensor_parallel_ranks_add_up(ranks: int) -> None:
-    total = torch.zeros_like(X)
+@pytest.mark.parametrize("spec", [SPEC, NOT_GATED], ids=["gated", "not-gated"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_slices_of_tensor_parallel_ranks_add_up(ranks: int, spec: MLPSpec) -> None:
+    """Of a width of 7, which they do not divide evenly."""
+    base, given, total = inputs(spec), lora(spec), torch.zeros(TOKENS, HIDDEN, dtype=D64)
     for rank in range(ranks):
-        gate, up, bias_gate, bias_up = (
-            half.chunk(ranks, 1)[rank] for name in ("w13", "b13") for half in WEIGHTS[f"experts.{name}"].chunk(2, 1)
-        )
-        share = {
-            "experts.w13": torch.cat([gate, up], 1),
-            "experts.b13": torch.cat([bias_gate, bias_up], 1),
-            "experts.w2": WEIGHTS["experts.w2"].chunk(ranks, 2)[rank],
-            "experts.b2": WEIGHTS["experts.b2"] * (rank == 0),
-        }
-        adapters = [tensor_parallel(adapter, rank, ranks) for adapter in ADAPTERS]
-        project = with_adapters(plain(share), adapters, TOKEN_ADAPTER)
-        total += projected_experts(X, SPEC, project, IDS, ROUTING, experts=EXPERTS)
-    near(total, unmerged(TOKEN_ADAPTER))
+        narrow, tensors = slice_width(spec, base.tensors, "experts", rank, ranks)
+        own = tensor_parallel(spec, given, rank, ranks)
+        assert {n: tuple(t.shape) for n, t in own.tensors.items()} == LORA.tensors(narrow, HIDDEN, EXPERTS)
+        total += experts(replace(base, mlp=narrow, tensors=tensors, lora=own))
+    near(total, experts(replace(base, lora=given)))
 
 
 def test_slices_of_expert_parallel_ranks_add_up() -> None:
-    total = torch.zeros_like(X)
+    base, total = inputs(), torch.zeros(TOKENS, HIDDEN, dtype=D64)
     for held in (torch.tensor([3, 0]), torch.tensor([1, 2, 4])):
-        local = torch.full((EXPERTS + 1,), len(held))
-        local[held] = torch.arange(len(held))
-        share = {name: tensor[held] for name, tensor in WEIGHTS.items()}
-        adapters = [expert_parallel(adapter, held) for adapter in ADAPTERS]
-        project = with_adapters(plain(share), adapters, TOKEN_ADAPTER)
-        total += projected_experts(X, SPEC, project, local[IDS], ROUTING, experts=len(held))
-    near(total, unmerged(TOKEN_ADAPTER))
+        owners = torch.full((EXPERTS,), -1, dtype=torch.int32)
+        owners[held] = torch.arange(len(held), dtype=torch.int32)
+        own = replace(base, tensors=take_experts(base.tensors, held), expert_map=owners)
+        total += experts(replace(own, lora=expert_parallel(lora(), held)))
+    near(total, experts(inputs(given=lora())))
 
 
 @pytest.mark.parametrize("bad", [-2, 3])
 def test_an_adapter_that_does_not_exist_is_refused(bad: int) -> None:
-    with pytest.raises(InputError, match=rf"token_adapter: got \[{bad}\], want -1 or 0 to 2"):
-        unmerged(TOKEN_ADAPTER.where(torch.arange(TOKENS) != 4, bad))
+    given = replace(lora(), adapters=TOKEN_ADAPTER.where(torch.arange(TOKENS) != 4, bad))
+    with pytest.raises(InputError, match=rf"lora.adapters: got \[{bad}\], want -1 or 0 to 2"):
+        experts(inputs(given=given))
 
 
-def test_matrices_that_do_not_fit_each_other_are_refused() -> None:
-    for a, b in (((2, 3, 4), (2, 5, 4)), ((2, 3, 4), (1, 5, 3)), ((3, 4), (5, 3))):
-        with pytest.raises(InputError, match="LowRank"):
-            LowRank(torch.zeros(a), torch.zeros(b), 1.0)
+@pytest.mark.parametrize("name", ["lora.w13.a", "lora.w2.b"])
+def test_matrices_that_do_not_fit_the_spec_are_refused(name: str) -> None:
+    given = lora()
+    for bad in (given.tensors[name][:2], given.tensors[name].mT, given.tensors[name][0]):
+        with pytest.raises(InputError, match=rf"{name}: got .*want 3 adapters of rank 4"):
+            experts(inputs(given=replace(given, tensors={**given.tensors, name: bad})))
 
 
-def test_no_tokens_and_no_adapters() -> None:
-    project = with_adapters(plain(WEIGHTS), (), torch.full((0,), -1))
-    nothing = projected_experts(X[:0], SPEC, project, IDS[:0], ROUTING[:0], experts=EXPERTS)
-    assert nothing.shape == (0, HIDDEN)
+def test_no_tokens_have_no_adapters() -> None:
+    nobody = replace(lora(), adapters=TOKEN_ADAPTER[:0])
+    base = inputs()
+    got = experts(replace(base, x=base.x[:0], ids=base.ids[:0], weights=base.weights[:0], lora=nobody))
+    assert got.shape == (0, HIDDEN)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import Routing
-from moe_conformance.errors import InputError
+from moe_conformance.engine import ExpertsInputs, Lora, LoraSpec, QuantSpec, Routing, ShardInputs
+from moe_conformance.errors import InputError, Unsupported
 from moe_conformance.judging.inputs import integers
 from moe_conformance.model.specs import LatentSpec, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, SharedSpec
-from moe_conformance.reference_impl.experts import mlp, routed_experts
+from moe_conformance.reference_impl.experts import experts, mlp, routed_experts
 from moe_conformance.reference_impl.layer import experts_output, layer
 from moe_conformance.reference_impl.parallel.expert_map import (
     even_split,
@@ -26,8 +26,8 @@ from moe_conformance.reference_impl.parallel.expert_map import (
 )
 from moe_conformance.reference_impl.parallel.experts import (
     Part,
-    experts_part,
     on_ranks,
+    shard,
     slice_width,
     take_experts,
     through_all_gather,
@@ -59,7 +59,7 @@ def test_the_worked_example_of_the_docstring() -> None:
 def test_a_rank_may_have_no_expert() -> None:
     assert expert_map(2, 2, 3).tolist() == [-1, -1]
     assert held_experts(expert_map(2, 2, 3)).tolist() == []
-    assert local_ids(torch.tensor([[0, 1, -1]]), expert_map(2, 2, 3)).tolist() == [[0, 0, 0]]
+    assert local_ids(torch.tensor([[0, 1, -1]]), expert_map(2, 2, 3)).tolist() == [[-1, -1, -1]]
 
 
 def test_a_map_need_not_rise() -> None:
@@ -67,7 +67,7 @@ def test_a_map_need_not_rise() -> None:
     assert held_experts(scattered).tolist() == [2, 4, 0]
     for dtype in (torch.int32, torch.int64):
         local = local_ids(torch.tensor([[0, 1, 2], [3, 4, -1]], dtype=dtype), scattered)
-        assert (local.tolist(), local.dtype) == ([[2, 3, 0], [3, 1, 3]], torch.int64)
+        assert (local.tolist(), local.dtype) == ([[2, -1, 0], [-1, 1, -1]], torch.int64)
 
 
 @pytest.mark.parametrize("twice_or_gap", [[0, 0, -1], [1, 2, -1], [0, 2, -1]])
@@ -216,14 +216,14 @@ def tensors_of(spec: MLPSpec) -> dict[str, Tensor]:
 
 
 def dense(spec: MLPSpec, tensors: dict[str, Tensor], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    return routed_experts(x, spec, tensors, torch.where(ids < 0, E, ids), weights)
+    return routed_experts(x, spec, tensors, ids, weights)
 
 
 def part_of(spec: MLPSpec, tensors: dict[str, Tensor], owners: Tensor, tp_rank: int = 0, tp_size: int = 1) -> Part:
     """What one rank computes. owners: its expert map."""
     narrow, sliced = slice_width(spec, tensors, "experts", tp_rank, tp_size)
     mine = take_experts(sliced, held_experts(owners))
-    return lambda x, ids, weights: experts_part(x, ids, weights, narrow, mine, owners)
+    return lambda x, ids, weights: routed_experts(x, narrow, mine, ids, weights, expert_map=owners)
 
 
 @pytest.mark.parametrize("ep, tp", [(1, 1), (3, 1), (1, 3), (2, 2), (3, 2), (12, 1)])
@@ -281,7 +281,7 @@ def test_every_data_parallel_rank_gets_its_own_tokens_back(dispatch: str, counts
         return through(dispatch, tp, group, part)(*own) + mlp(own[0], spec.shared.mlp, shared, "shared")
 
     x, ids, weights = tokens
-    want = experts_output(x, spec, tensors, torch.where(ids < 0, E, ids), weights)
+    want = experts_output(x, spec, tensors, ids, weights)
     for got, own in zip(simulate(3, run), want.split(counts), strict=True):
         assert torch.equal(got, own)
 
@@ -298,8 +298,8 @@ def test_a_whole_layer_on_three_ranks_is_the_layer(dispatch: Literal["all_gather
     counts = (5, 0, 4)
     x, ids, weights = batch(sum(counts))
     first, last = ids[ids >= 0].min(), ids.max()
-    ids = torch.where(ids < 0, E + 2, torch.where(ids == first, E, torch.where(ids == last, E + 1, ids)))
-    assert {E, E + 1, E + 2} <= set(ids.flatten().tolist())  # both identity experts, and none
+    ids = torch.where(ids == first, E, torch.where(ids == last, E + 1, ids))
+    assert {E, E + 1, -1} <= set(ids.flatten().tolist())  # both identity experts, and none
     maps = torch.stack([expert_map(E, rank, 3, "round_robin") for rank in range(3)])
 
     def run(group: Group) -> Tensor:
@@ -362,7 +362,7 @@ def test_copies_and_their_rearrangement_leave_the_output(dispatch: str) -> None:
             own = own_x, physical_ids(own_ids, logical, E), own_weights
 
             def part(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-                return experts_part(x, ids, weights, spec, mine, maps[group.rank])
+                return routed_experts(x, spec, mine, ids, weights, expert_map=maps[group.rank])
 
             if dispatch == "all_gather":
                 return through_all_gather(*own, part, group), expert_load(own_ids, E, len(own_ids))
@@ -381,3 +381,48 @@ def test_a_sliced_shared_expert_is_added_before_the_sum() -> None:
     )
     assert torch.equal(got[1], mlp(x, spec, tensors, "shared"))
     assert replace(spec, width=2) == slice_width(spec, tensors, "shared", 2, 3)[0]
+
+
+# The stage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copies", [None, [3, 9, 0, 3, 7, 1, 10, 3, 3, 5, 7, 2, 8, 6, 4]], ids=["", "copies"])
+def test_parts_sum_to_the_layer_whatever_it_has(copies: list[int] | None) -> None:
+    """Two by two ranks, experts' widths divided unevenly, identity experts, a scale, a shared expert, dropped pairs."""
+    spec, shared = FORMS["bias"], MLPSpec(7, "relu", bias=True)
+    x, ids, weights = batch(9)
+    ids = torch.where(ids == 4, E, torch.where(ids == 7, E + 1, ids))
+    assert {E, E + 1, -1} <= set(ids.flatten().tolist())
+    whole = ExpertsInputs(x, spec, tensors_of(spec), ids, weights, output_scale=3.0, identity_experts=2)
+    tensors = {name: numbers(shape, name) for name, shape in shared.tensors("shared", D).items()}
+    logical = None if copies is None else torch.tensor(copies)
+    count = E if copies is None else len(copies)
+    parts = [
+        shard(ShardInputs(whole, expert_map(count, ep, 2), ep, 2, tp, 2, shared, tensors, logical))
+        for ep in range(2)
+        for tp in range(2)
+    ]
+    assert torch.equal(sum(parts), experts(whole) + mlp(x, shared, tensors, "shared"))
+
+
+def test_an_engine_may_compute_the_experts_of_a_rank_itself() -> None:
+    seen = []
+
+    def watched(inputs: ExpertsInputs) -> Tensor:
+        seen.append(inputs)
+        return experts(inputs)
+
+    x, ids, weights = batch(5)
+    whole = ExpertsInputs(x, FORMS["gated"], tensors_of(FORMS["gated"]), ids, weights, output_scale=2.0)
+    got = shard(ShardInputs(whole, expert_map(E, 1, 3), 1, 3), watched)
+    (inputs,) = seen
+    assert inputs.tensors["experts.w13"].shape == (4, 14, D) and inputs.experts == E and inputs.output_scale == 2
+    assert torch.equal(got, experts(inputs))
+
+
+@pytest.mark.parametrize("name", ["quant", "lora"])
+def test_stored_or_adapted_experts_are_not_divided(name: str) -> None:
+    whole = ExpertsInputs(*batch(1)[:1], FORMS["gated"], tensors_of(FORMS["gated"]), *batch(1)[1:])
+    given: Any = QuantSpec("int8", "channel") if name == "quant" else Lora(LoraSpec(1, 1, 1.0), {}, torch.tensor([0]))
+    with pytest.raises(Unsupported, match=f"shard: got {name}, want None"):
+        shard(ShardInputs(replace(whole, **{name: given}), expert_map(E, 0, 1)))

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from moe_conformance.judging.inputs import distinct_logits, normal
 from moe_conformance.model.specs import MLPSpec
+from moe_conformance.reference_impl.experts import routed_experts
 from moe_conformance.reference_impl.parallel.expert_map import expert_map, held_experts, physical_ids
 from moe_conformance.reference_impl.parallel.experts import (
-    experts_part,
     slice_width,
     take_experts,
     through_all_gather,
@@ -59,13 +59,13 @@ def steps(group: Group) -> dict[str, list[object]]:
     copies = take_experts(tensors, COPIES[held_experts(maps[group.rank])])
 
     def whole_experts(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return experts_part(x, ids, weights, SPEC, own, mine)
+        return routed_experts(x, SPEC, own, ids, weights, expert_map=mine)
 
     def narrow_experts(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return experts_part(x, ids, weights, narrow, sliced, everything)
+        return routed_experts(x, narrow, sliced, ids, weights, expert_map=everything)
 
     def copied_experts(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return experts_part(x, ids, weights, SPEC, copies, maps[group.rank])
+        return routed_experts(x, SPEC, copies, ids, weights, expert_map=maps[group.rank])
 
     physical = physical_ids(ids, COPIES, E)
     results = {

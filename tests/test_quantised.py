@@ -1,4 +1,4 @@
-"""Dequantised FP8, MXFP4 and NVFP4 weights: each scale meets its own tile, and experts compute with the result."""
+"""Dequantised FP8, MXFP4 and NVFP4 weights: each scale meets its own tile."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moe_conformance.errors import InputError
 from moe_conformance.judging.compare import equal
-from moe_conformance.judging.inputs import bits, integers, normal, poison_
-from moe_conformance.model.specs import MLPSpec
-from moe_conformance.reference_impl.experts import routed_experts
-from moe_conformance.reference_impl.quantised.experts import fp8_activations, plain, projected_experts
+from moe_conformance.judging.inputs import bits, integers, normal
 from moe_conformance.reference_impl.quantised.fp4 import (
     dequantise_mxfp4,
     dequantise_nvfp4,
@@ -296,123 +292,6 @@ def test_what_does_not_fit_is_refused() -> None:
     refused(lambda: dequantise_nvfp4(packed.int(), scale, weight_scale_2=whole), "packed", "int32")
     refused(lambda: quantise_nvfp4(torch.ones(1, 6, 40)), "40 columns", "16")
     refused(lambda: unswizzle(swizzle(torch.ones(130, 5)), 128, 5), "256 x 8", "128 x 8")
-
-
-EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 5, 160, 80, 7, 3
-SPEC = MLPSpec(WIDTH)
-
-
-def routing() -> tuple[Tensor, Tensor]:
-    """ids [T, K] with an expert that nobody picks (2) and dropped pairs; weights that do not sum to 1."""
-    ids = torch.stack(
-        [torch.tensor([0, 1, 3, 4, EXPERTS])[integers((5,), f"order{t}", 997).argsort()] for t in range(7)]
-    )
-    return ids[:, :TOP_K], normal((TOKENS, TOP_K), "weights", D64) * 2.5
-
-
-def by_loops(
-    x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, between: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The experts' sum pair by pair; `between` is what happens to the input of each projection."""
-    total = torch.zeros(len(x), w2.shape[1], dtype=D64)
-    for token in range(len(x)):
-        for slot in range(ids.shape[1]):
-            expert = int(ids[token, slot])
-            if expert < EXPERTS:
-                gate, up = (w13[expert] @ between(x[token])).chunk(2)
-                total[token] += weights[token, slot] * (w2[expert] @ between(F.silu(gate) * up))
-    return total
-
-
-def quantised_layer() -> tuple[Tensor, dict[str, Tensor]]:
-    """x and block-quantised weights in float64; blocks of 32 leave tails of 16 in every dim."""
-    shapes = {"experts.w13": (EXPERTS, 2 * WIDTH, HIDDEN), "experts.w2": (EXPERTS, HIDDEN, WIDTH)}
-    tensors = {}
-    for (name, shape), stacked in zip(shapes.items(), (2, 1), strict=True):
-        weight, scale = quantise_fp8(normal(shape, name, std=0.125), tile=(32, 32), stacked=stacked)
-        tensors[name] = dequantise_fp8(weight, scale, tile=(32, 32), stacked=stacked, dtype=D64)
-    poison_(tensors["experts.w13"][2])
-    return normal((TOKENS, HIDDEN), "x", D64), tensors
-
-
-def near(got: Tensor, want: Tensor) -> None:
-    """Both are float64 sums of the same few hundred products in another order."""
-    assert (got - want).abs().max() <= 1e-13 * want.abs().max()
-
-
-def test_experts_on_dequantised_weights_are_the_plain_computation() -> None:
-    x, tensors = quantised_layer()
-    ids, weights = routing()
-    want = by_loops(x, tensors["experts.w13"], tensors["experts.w2"], ids, weights, lambda v: v)
-    near(routed_experts(x, SPEC, tensors, ids, weights), want)
-    near(projected_experts(x, SPEC, plain(tensors), ids, weights, experts=EXPERTS), want)
-
-
-@pytest.mark.parametrize("group", [0, 32, 128])
-def test_w8a8_quantises_what_enters_each_projection(group: int) -> None:
-    x, tensors = quantised_layer()
-    ids, weights = routing()
-    want = by_loops(
-        x, tensors["experts.w13"], tensors["experts.w2"], ids, weights, lambda v: through_fp8(v[None], group=group)[0]
-    )
-    near(projected_experts(x, SPEC, fp8_activations(plain(tensors), group=group), ids, weights, experts=EXPERTS), want)
-    plain_output = projected_experts(x, SPEC, plain(tensors), ids, weights, experts=EXPERTS)
-    assert (plain_output - want).abs().max() > 1e-3 * want.abs().max()
-
-
-def test_w8a8_with_static_scales_takes_each_expert_and_projection_its_own() -> None:
-    x, tensors = quantised_layer()
-    ids, weights = routing()
-    scale = {"w13": torch.tensor([0.01, 0.02, 0.5, 0.04, 0.03]), "w2": torch.tensor([0.3, 0.1, 0.5, 0.2, 0.7])}
-    total = torch.zeros_like(x)
-    for token in range(TOKENS):
-        for slot in range(TOP_K):
-            expert = int(ids[token, slot])
-            if expert < EXPERTS:
-                rows = through_fp8(x[token, None], scale=scale["w13"][expert])
-                gate, up = (rows @ tensors["experts.w13"][expert].T).chunk(2, -1)
-                hidden = through_fp8(F.silu(gate) * up, scale=scale["w2"][expert])
-                total[token] += weights[token, slot] * (hidden @ tensors["experts.w2"][expert].T)[0]
-    project = fp8_activations(plain(tensors), input_scale=scale)
-    near(projected_experts(x, SPEC, project, ids, weights, experts=EXPERTS), total)
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        MLPSpec(WIDTH, activation="relu2", gated=False, bias=True),
-        MLPSpec(WIDTH, clamp="before", limit=0.5, alpha=1.702, up_offset=1.0, bias=True),
-        MLPSpec(WIDTH, activation="gelu_tanh", weight_on="input"),
-        MLPSpec(WIDTH, weight_on="w2_input", bias=True),
-    ],
-    ids=["relu2", "gpt-oss", "input", "w2-input"],
-)
-def test_projected_experts_are_routed_experts_in_every_form(spec: MLPSpec) -> None:
-    shapes = spec.tensors("experts", HIDDEN, (EXPERTS,))
-    tensors = {name: normal(shape, name, D64, std=0.125) for name, shape in shapes.items()}
-    x, (ids, weights) = normal((TOKENS, HIDDEN), "x", D64), routing()
-    got = projected_experts(x, spec, plain(tensors), ids, weights, experts=EXPERTS)
-    near(got, routed_experts(x, spec, tensors, ids, weights))
-
-
-def test_projected_experts_are_summed_in_float32() -> None:
-    """256 + 1 - 256 is 0 in bfloat16, whose numbers there are 2 apart."""
-    w2 = torch.tensor([256.0, 1.0, -256.0]).reshape(3, 1, 1).bfloat16()
-    tensors = {"experts.w1": torch.ones(3, 1, 1, dtype=torch.bfloat16), "experts.w2": w2}
-    spec, x = MLPSpec(1, activation="relu", gated=False), torch.ones(1, 1, dtype=torch.bfloat16)
-    got = projected_experts(x, spec, plain(tensors), torch.tensor([[0, 1, 2]]), torch.ones(1, 3), experts=3)
-    assert got.dtype == torch.bfloat16 and got.item() == 1
-
-
-def test_projected_experts_refuse_what_they_do_not_compute() -> None:
-    x, tensors = quantised_layer()
-    ids, weights = routing()
-    for bad in (-1, EXPERTS + 1):
-        refused(lambda bad=bad: projected_experts(x, SPEC, plain(tensors), ids * 0 + bad, weights, experts=5), str(bad))
-    normed = MLPSpec(WIDTH, output_norm=1e-6)
-    refused(lambda: projected_experts(x, normed, plain(tensors), ids, weights, experts=EXPERTS), "output_norm")
-    nobody = projected_experts(x[:0], SPEC, plain(tensors), ids[:0], weights[:0], experts=EXPERTS)
-    assert nobody.shape == (0, HIDDEN)
 
 
 def test_e8m0_and_float_scales_are_told_apart_by_dtype() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import RouteInputs, RouterSpec
+from moe_conformance.engine import FusedShared, RouteInputs, RouterSpec, Routing
 from moe_conformance.errors import InputError
-from moe_conformance.judging.inputs import normal
+from moe_conformance.judging.inputs import integers, normal
 from moe_conformance.model.specs import Capacity, LogitsSpec, RoutingSpec
 from moe_conformance.reference_impl.router import Router, build_router, router_logits
-from moe_conformance.reference_impl.routing import gemma4, route, route_logits, softmax_topk, top_experts
+from moe_conformance.reference_impl.routing import route, route_logits, top_experts
 
 NAN, INF, LN2, LN3, LN4, LN5 = math.nan, math.inf, math.log(2), math.log(3), math.log(4), math.log(5)
 BIAS, SCALE, GLOBAL, TABLE = (
@@ -222,7 +223,7 @@ EXAMPLES = (
         "skipped",
         FIVE,
         RoutingSpec(2, skip_expert=True, selection_bias=True),
-        [[0, 3]],
+        [[-1, 3]],
         [[0.0, 0.4]],
         {BIAS: [0, 0, 0, 0, 0.3]},
     ),
@@ -501,21 +502,88 @@ def test_token_ids_have_any_shape_and_integer_dtype() -> None:
     assert none.ids.shape == (0, 2)
 
 
-def test_methods_of_the_route_stage() -> None:
-    logits, scale = torch.tensor(FOUR), torch.tensor([2, -0.7, 3, 1.4])
-    expected = {
-        "softmax_topk": [[0.4, 0.3]],
-        "softmax_topk_renorm": [[4 / 7, 3 / 7]],
-        "gemma4": [[0.8, -0.3]],
-    }
-    for method, weights in expected.items():
-        method = "".join(list(method))
-        got = route(RouteInputs(logits, 2, method, scale if method == "gemma4" else None))  # type: ignore[arg-type]
-        assert got.ids.tolist() == [[3, 1]]
-        close(got.weights, weights, torch.float32)
-    close(softmax_topk(logits, 2, False).weights, expected["softmax_topk"], torch.float32)
-    close(softmax_topk(logits, 2, True).weights, expected["softmax_topk_renorm"], torch.float32)
-    close(gemma4(logits, 2, scale).weights, expected["gemma4"], torch.float32)
+def test_the_route_stage_hands_on_tensors_token_ids_and_sequences() -> None:
+    tensors = {SCALE: torch.tensor([2, -0.7, 3, 1.4])}
+    got = route(RouteInputs(torch.tensor(FOUR), replace(SUM, per_expert_scale=True), tensors))
+    assert got.ids.tolist() == [[3, 1]]
+    close(got.weights, [[0.8, -0.3]], torch.float32)
+    table, token_ids = torch.arange(22).reshape(11, 2).fmod(12), torch.tensor([[0, 10], [7, 3]])
+    by_table = route(RouteInputs(logits_of(4), RoutingSpec(2, selector="table"), {TABLE: table}, token_ids))
+    assert by_table.ids.tolist() == [[0, 1], [8, 9], [2, 3], [6, 7]]
+    spec, crowd = RoutingSpec(1, capacity=Capacity(1)), torch.tensor(CROWD)
+    assert (route(RouteInputs(crowd, spec)).weights > 0).tolist() == [[True], [False], [False], [True]]
+    assert (route(RouteInputs(crowd, spec, sequences=2)).weights > 0).tolist() == [[True], [False], [True], [True]]
+
+
+STAGES = RULES | {
+    "product-keys": RoutingSpec(2, selector="product_keys", select_on="logits"),
+    "table": RoutingSpec(2, selector="table"),
+    "capacity": RoutingSpec(2, capacity=Capacity(fraction=0.5)),
+    "even-share": RoutingSpec(2, capacity=Capacity(per="batch", by_weight=True)),
+}
+
+
+@pytest.mark.parametrize("valid", [0, 1, 6, 9])
+@pytest.mark.parametrize("spec", STAGES.values(), ids=STAGES)
+def test_padding_rows_have_no_expert_and_change_no_bit_of_the_others(spec: RoutingSpec, valid: int) -> None:
+    logits = logits_of(9).index_fill(0, torch.arange(valid, 9), NAN)
+    tensors = {**tensors_for(spec), TABLE: torch.arange(22).reshape(11, 2).fmod(12)}
+    token_ids = torch.arange(9).index_fill(0, torch.arange(valid, 9), -5)
+    got = route(RouteInputs(logits, spec, tensors, token_ids, valid_rows=valid))
+    alone = route(RouteInputs(logits_of(9)[:valid], spec, tensors, torch.arange(valid)))
+    assert torch.equal(got.ids[:valid], alone.ids) and torch.equal(got.weights[:valid], alone.weights)
+    assert (got.ids[valid:] == -1).all() and (got.weights[valid:] == 0).all()
+    assert got.ids.shape == got.weights.shape == (9, spec.top_k)
+
+
+def test_sequences_are_of_valid_rows() -> None:
+    """Three sequences of two tokens, each with its own capacity, and two rows of padding."""
+    spec, logits = RoutingSpec(1, capacity=Capacity(1)), torch.tensor([[0.0, 1.0]] * 8)
+    got = route(RouteInputs(logits, spec, sequences=3, valid_rows=6))
+    assert (got.weights > 0).flatten().tolist() == [True, False] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize("valid", [-1, 4])
+def test_valid_rows_that_are_not_there_are_refused(valid: int) -> None:
+    with pytest.raises(InputError, match=f"valid_rows: got {valid}, want 0 to 3"):
+        route(RouteInputs(TWELVE, TOP1, valid_rows=valid))
+
+
+# Softmax .1 .3 .2 .4 over four experts; the two shared ones come behind.
+@pytest.mark.parametrize(
+    ("spec", "fused", "ids", "weights"),
+    [
+        (SUM, FusedShared(2), [3, 1, 4, 5], [4 / 7, 3 / 7, 1, 1]),
+        (SUM, FusedShared(1, "constant", 0.4), [3, 1, 4], [4 / 7, 3 / 7, 0.4]),
+        (RoutingSpec(2, scale=2), FusedShared(2, "share", 0.5), [3, 1, 4, 5], [0.8, 0.6, 0.7, 0.7]),
+        (replace(SUM, scale=2.5), FusedShared(1, "share"), [3, 1, 4], [10 / 7, 7.5 / 7, 2.5]),
+        (replace(SUM, identity_experts=2), FusedShared(1), [3, 1, 4], [4 / 7, 3 / 7, 1]),
+        (RoutingSpec(2, skip_expert=True), FusedShared(1), [-1, 1, 3], [0, 0.3, 1]),
+    ],
+    ids=["constant", "one-over-the-scale", "share", "share-of-one-scaled", "identity", "skip"],
+)
+def test_fused_shared_experts_are_further_slots(
+    spec: RoutingSpec, fused: FusedShared, ids: list[int], weights: list[float]
+) -> None:
+    got = route(RouteInputs(torch.tensor([*FOUR, *FOUR, *FOUR]), spec, valid_rows=2, fused_shared=fresh(fused)))
+    assert got.ids.tolist() == [ids, ids, [-1] * len(ids)]
+    close(got.weights, [weights, weights, [0.0] * len(ids)], torch.float32)
+
+
+def test_fused_shared_experts_have_the_weights_that_the_router_gives_them() -> None:
+    inputs = RouteInputs(logits_of(5), SHARED, fused_shared=FusedShared(2, "router"))
+    got, routed = route(inputs), route_logits(logits_of(5), SHARED, {})
+    assert routed.shared is not None
+    assert torch.equal(got.weights, torch.cat([routed.weights, routed.shared], 1))
+    assert torch.equal(got.ids[:, :2], routed.ids) and got.ids[:, 2:].tolist() == [[10, 11]] * 5
+    for spec, fused, there in ((SHARED, FusedShared(1, "router"), 2), (SIGMOID, FusedShared(2, "router"), 0)):
+        with pytest.raises(InputError, match=rf"fused_shared.count: got {fused.count} .* want {there}, "):
+            route(RouteInputs(logits_of(5), spec, fused_shared=fused))
+
+
+def test_fused_shared_experts_stand_behind_all_sums_of_product_keys() -> None:
+    got = route(RouteInputs(logits_of(1), KEYS, fused_shared=FusedShared(1)))
+    assert got.ids[0, 2] == 36
 
 
 def test_equal_scores_go_to_the_lowest_ids_in_wide_rows() -> None:
@@ -581,11 +649,6 @@ def test_sequences_of_unequal_length_are_refused_where_they_compete() -> None:
     assert route_logits(TWELVE, spec, {}).ids.shape == (3, 2)
     batch = replace(spec, capacity=Capacity(3, per="batch"))
     assert route_logits(TWELVE, batch, {}, sequences=2).ids.shape == (3, 2)
-
-
-def test_gemma4_without_its_scale_is_refused() -> None:
-    with pytest.raises(InputError, match="per_expert_scale: got None"):
-        route(RouteInputs(TWELVE, 2, "gemma4", None))
 
 
 # gelu(1), gelu(2) and gelu(40): x times the share of a normal distribution below x.
@@ -696,27 +759,71 @@ def test_a_zaya_router_without_a_tensor_is_refused(name: str) -> None:
         router_logits(x, spec, tensors | {f"router.{name}": torch.zeros(4, 4)}, state=state)
 
 
-@pytest.mark.parametrize("method", ["softmax_topk", "softmax_topk_renorm", "gemma4"])
-def test_the_router_module_routes_its_logits(method: Any) -> None:
-    method = "".join(list(method))
-    spec = RouterSpec(method, num_experts=5, top_k=2, hidden_size=8, dtype=torch.bfloat16, norm_eps=0.5)
+ROUTERS = {
+    "plain": (LogitsSpec(), RoutingSpec(2)),
+    "gemma4": (LogitsSpec("gemma4", norm_eps=0.5), replace(SUM, per_expert_scale=True)),
+    "zaya": (LogitsSpec("zaya", width=4, takes_state=True, dtype="float32"), RoutingSpec(1, skip_expert=True)),
+    "biased": (LogitsSpec(bias=True), replace(SIGMOID, selection_bias=True, global_scale=True)),
+    "table": (LogitsSpec(), RoutingSpec(2, score="sqrt_softplus", selector="table")),
+    "product-keys": (LogitsSpec(), KEYS),
+    "shared": (LogitsSpec(), SHARED),
+}
+
+
+@pytest.mark.parametrize(("logits", "routing"), ROUTERS.values(), ids=ROUTERS)
+def test_the_router_module_routes_its_logits(logits: LogitsSpec, routing: RoutingSpec) -> None:
+    spec = RouterSpec(fresh(logits), fresh(routing), num_experts=9, hidden_size=8, dtype=torch.bfloat16, vocab_size=11)
     handle = build_router(spec)
-    assert isinstance(handle.module, Router)
     assert handle.takes == "hidden"
-    assert handle.tensors == {name: name for name, _ in handle.module.named_parameters()}
-    shapes = {"proj": [5, 8]} | ({"scale": [8], "per_expert_scale": [5]} if method == "gemma4" else {})
-    assert {name: list(tensor.shape) for name, tensor in handle.module.named_parameters()} == shapes
-    for name, tensor in handle.module.named_parameters():
-        assert tensor.dtype == torch.bfloat16
-        assert tensor.isnan().all()
+    there = dict(handle.module.named_parameters()) | dict(handle.module.named_buffers())
+    assert handle.tensors == {name: name.removeprefix("router.") for name in spec.tensors()}
+    assert sorted(handle.tensors.values()) == sorted(there)
+    tensors = {name: there[own] for name, own in handle.tensors.items()}
+    for name, tensor in tensors.items():
+        assert tuple(tensor.shape) == spec.tensors()[name]
+        assert tensor.dtype == {BIAS: torch.float32, TABLE: torch.int64}.get(name, torch.bfloat16)
+        assert tensor.isnan().all() if name != TABLE else (tensor < 0).all()
         assert not tensor.requires_grad
-        tensor.copy_(normal(tensor.shape, name) + 1.0)
+        tensor.copy_(integers(tensor.shape, name, 9) if name == TABLE else normal(tensor.shape, name) + 1.0)
 
-    tensors = {f"router.{name}": tensor for name, tensor in handle.module.named_parameters()}
-    x = normal((7, 8), "x", torch.bfloat16)
-    weights, ids = handle.module(x)
+    x, state = normal((6, 8), "x", torch.bfloat16), normal((6, 4), "state", torch.bfloat16)
+    token_ids = torch.tensor([10, 0, 3, 3, 7, 1])
+    batch = {"token_ids": token_ids} if routing.selector == "table" else {}
+    weights, ids = handle.module(x, state=state, **batch)
+    by_hand, _ = router_logits(x, logits, tensors, state=state)
+    want = route(RouteInputs(by_hand, routing, tensors, token_ids))
+    assert torch.equal(ids, want.ids) and torch.equal(weights, want.weights)
 
-    logits, _ = router_logits(x, LogitsSpec("gemma4" if method == "gemma4" else "linear", norm_eps=0.5), tensors)
-    want = route(RouteInputs(logits, 2, method, tensors.get(SCALE)))
-    assert torch.equal(ids, want.ids)
-    assert torch.equal(weights, want.weights)
+
+def test_the_router_module_keeps_sequences_apart() -> None:
+    spec = RouterSpec(LogitsSpec(), replace(TOP1, capacity=Capacity(1)), 3, 3, torch.float32)
+    module = build_router(spec).module
+    module.get_parameter("proj").copy_(torch.eye(3))
+    weights, _ = module(torch.tensor(CROWD), sequences=2)
+    assert (weights > 0).flatten().tolist() == [True, False, True, True]
+
+
+def test_an_engine_may_replace_the_routing_function_alone() -> None:
+    class Backwards(Router):
+        route = staticmethod(lambda inputs: Routing(*(part.flip(1) for part in route(inputs))))
+
+    spec = RouterSpec(LogitsSpec(), SUM, 5, 8, torch.float32)
+    own, other = Router(spec), Backwards(spec)
+    for module in (own, other):
+        module.get_parameter("proj").copy_(normal((5, 8), "proj"))
+    x = normal((6, 8), "x")
+    assert torch.equal(own(x)[1].flip(1), other(x)[1]) and torch.equal(own(x)[0].flip(1), other(x)[0])
+
+
+def test_a_copied_or_reloaded_router_reads_its_own_tensors() -> None:
+    """The function that experts were handed is bound to its router, and reads when it is called."""
+    spec = RouterSpec(LogitsSpec(), replace(SUM, selection_bias=True), 5, 8, torch.float32)
+    module = build_router(spec).module
+    module.load_state_dict({"proj": normal((5, 8), "proj"), "selection_bias": torch.zeros(5)})
+    copied, x = copy.deepcopy(module), normal((6, 8), "x")
+    first = module(x)[1]
+    copied.get_buffer("selection_bias").copy_(torch.tensor([0, 0, 0, 0, 9.0]))
+    assert (copied(x)[1][:, 0] == 4).all()
+    assert torch.equal(module(x)[1], first)
+    moved = {"selection_bias": torch.tensor([9.0, 0, 0, 0, 0])}
+    assert (torch.func.functional_call(module, moved, (x,))[1][:, 0] == 0).all()

@@ -1,20 +1,46 @@
-"""The transformers adapter itself: what its stages read, and that it costs nothing until used."""
+"""The transformers adapter itself: which classes it asks, what it reads, and that it costs nothing until used."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from moe_conformance.engine import LayerInputs, RouteInputs
+from moe_conformance.engine import (
+    BlockInputs,
+    ExpertsInputs,
+    LayerInputs,
+    LayerSpec,
+    LogitsSpec,
+    MLPSpec,
+    RouteInputs,
+    RouterSpec,
+    Routing,
+    RoutingSpec,
+    SharedSpec,
+    Unsupported,
+    distinct_logits,
+    integers,
+    normal,
+    poisoned_allocations,
+)
 from moe_conformance.engines.reference import Reference
 from moe_conformance.engines.transformers import Transformers
+from moe_conformance.engines.transformers.block import block_of
+from moe_conformance.engines.transformers.build import as_config
+from moe_conformance.engines.transformers.families import FAMILIES, Family
+from moe_conformance.engines.transformers.filling import fill
+from moe_conformance.engines.transformers.matching import at_rest, available, config_of, filled, for_router
+from moe_conformance.engines.transformers.offered import ACTING
 from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.judging import compare
-from moe_conformance.judging.inputs import distinct_logits, normal
-from moe_conformance.oracle.tolerance import sums
+from moe_conformance.model.families.describe import describe
+from moe_conformance.oracle.bounds import sums
 
 
 def test_the_adapter_imports_neither_torch_nor_transformers() -> None:
@@ -43,35 +69,172 @@ def test_a_dense_model_is_refused_by_name() -> None:
         Transformers().describe({"model_type": "gemma3", "text_config": {"num_hidden_layers": 2}})
 
 
-@pytest.mark.parametrize("method", ["softmax_topk", "softmax_topk_renorm", "gemma4"])
-def test_an_infinite_logit_touches_only_its_expert(method: str) -> None:
+def _sized(family: Family) -> LayerSpec:
+    """The family's layer with every field that a key decides at a value that acts, no two sizes alike."""
+    values: dict[str, Any] = {"hidden_size": 40, "num_experts": 12, "routing.top_k": 5, "experts.width": 24}
+    values |= {"shared.mlp.width": 24, "dense.mlp.width": 56, "latent.width": 16, "logits.width": 16, "vocab_size": 50}
+    for path in family.keys:
+        name = path.rpartition(".")[2]
+        if name in ACTING:
+            values[path] = ACTING[name]
+    decided = {path: value for path, value in values.items() if path in family.keys}
+    if "routing.groups" in decided:
+        decided |= {"routing.groups": 4, "routing.top_groups": 2}
+    return filled(family.layer, decided)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.model_type}-{FAMILIES.index(family)}")
+def test_a_row_says_what_the_familys_own_record_says_of_the_config_made_for_it(family: Family) -> None:
+    spec = _sized(family)
+    said, *_ = describe(as_config(config_of(family, spec)).to_dict()).layers
+    row, record = at_rest(spec, narrow=True), at_rest(said, narrow=True)
+    assert (row.logits, row.experts, row.latent) == (record.logits, record.experts, record.latent)
+    if family.model_type != "openai_privacy_filter":  # scaled by 1 / K, whatever K is: no row says that
+        assert row.routing == record.routing
+    if not family.bare:
+        assert row.dense == record.dense
+    if family.keys.get("shared.mlp.width"):
+        assert row.shared == record.shared
+    else:  # of a width that follows from the routed experts', or built by itself
+        assert (row.shared is None) == (record.shared is None)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.model_type}-{FAMILIES.index(family)}")
+def test_a_block_is_built_of_every_rows_config_and_filled(family: Family) -> None:
+    block = block_of(json.dumps(config_of(family, _sized(family))), 0)
+    fill(block, {}, rest=torch.float32)
+    assert all(not parameter.is_meta for parameter in block.root.parameters())
+
+
+METHODS = {
+    "softmax": RoutingSpec(6),
+    "softmax-renormalised": RoutingSpec(6, renormalize="sum"),
+    "gemma4": RoutingSpec(6, renormalize="sum", per_expert_scale=True),
+    "deepseek-v3": RoutingSpec(6, score="sigmoid", selection_bias=True, renormalize="sum", epsilon=1e-20, scale=2.5),
+    "chosen": RoutingSpec(6, select_on="logits"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_infinite_logit_touches_only_its_expert(name: str) -> None:
     """The given logits do not pass through a product with an identity, where 0 * inf would be NaN."""
     logits = distinct_logits(3, 7, "infinite")
     logits[:, 2] = -torch.inf
-    scale = torch.ones(7) if method == "gemma4" else None
-    ids, weights = Transformers().route(RouteInputs(logits, 6, method, scale))  # type: ignore[arg-type]
-    assert ids.sort().values.tolist() == [[0, 1, 3, 4, 5, 6]] * 3
-    assert weights.isfinite().all()
+    tensors = {"router.per_expert_scale": torch.ones(7), "router.selection_bias": torch.zeros(7)}
+    spec = METHODS[name]
+    taken = {f"router.{word}" for word in ("per_expert_scale", "selection_bias") if getattr(spec, word)}
+    answer = Transformers().route(RouteInputs(logits, spec, {key: tensors[key] for key in taken}))
+    assert answer.ids.sort().values.tolist() == [[0, 1, 3, 4, 5, 6]] * 3
+    assert answer.weights.isfinite().all() and answer.weights.dtype == torch.float32
+
+
+def test_the_family_that_says_the_specs_own_word_is_asked_first() -> None:
+    """In float32 gpt-oss and Granite route alike; each is asked for its own."""
+    asked = {
+        dtype: for_router(RoutingSpec(4, select_on="logits", score_dtype=dtype), "float32")[0].model_type  # type: ignore[arg-type]
+        for dtype in ("input", "float32")
+    }
+    assert asked == {"input": "gpt_oss", "float32": "granitemoe"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        (RoutingSpec(4, score="sigmoid", groups=2), "float32"),  # a group's best
+        (RoutingSpec(4, score="sigmoid", selection_bias=True, renormalize="sum", epsilon=1e-9), "float32"),
+        (RoutingSpec(4, score="sqrt_softplus", renormalize="sum", epsilon=1e-20), "bfloat16"),  # scores in float32
+        (RoutingSpec(3, selector="sparsemixer", select_on="logits", jitter=0.1), "float32"),  # two experts, always
+    ],
+)
+def test_a_router_that_no_class_is_is_refused_by_name(spec: RoutingSpec, dtype: str) -> None:
+    logits = torch.zeros(2, 8, dtype=getattr(torch, dtype))
+    with pytest.raises(Unsupported, match=rf"no router that computes RoutingSpec\(top_k={spec.top_k}, .*, in {dtype}"):
+        Transformers().route(RouteInputs(logits, spec))
+
+
+def test_a_selection_bias_that_the_spec_does_not_have_is_zero() -> None:
+    spec = RoutingSpec(3, score="sigmoid", groups=4, top_groups=2, group_score="top2_sum", epsilon=1e-20)
+    with poisoned_allocations():
+        handle = Transformers().router_module(RouterSpec(LogitsSpec(dtype="float32"), spec, 8, 16, torch.float32))
+    assert set(handle.tensors) == {"router.proj"}
+    buffers = dict(handle.module.named_buffers())
+    assert buffers and all(not buffer.any() for buffer in buffers.values())
+
+
+LAYER = LayerSpec(
+    hidden_size=16,
+    num_experts=7,
+    logits=LogitsSpec(),
+    routing=RoutingSpec(3, renormalize="sum"),
+    experts=MLPSpec(8, activation="gelu_tanh"),
+    shared=SharedSpec(MLPSpec(32)),
+    output_scale=2.5,
+)
+
+
+def _tensors(spec: LayerSpec) -> dict[str, torch.Tensor]:
+    wanted = {name: shape for name, shape in spec.tensors().items() if name != "router.proj"}
+    return {name: normal(shape, name, std=0.25) for name, shape in wanted.items()}
+
+
+def _close(got: torch.Tensor, want: torch.Tensor, roundings: int) -> None:
+    bound = sums(want.abs().amax().expand(want.shape), roundings, torch.float32, "both sides in float32")
+    compare.close("output", got, want, bound)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("method", ["softmax_topk", "softmax_topk_renorm"])
-def test_every_experts_implementation_computes_the_layer(implementation: str, method: str) -> None:
-    tokens, experts, hidden, width, shared = 63, 7, 16, 8, 32  # rows of a multiple of 16 bytes, as grouped_mm wants
+@pytest.mark.parametrize("renormalize", ["no", "sum"])
+def test_every_experts_implementation_computes_the_layer(implementation: str, renormalize: Any) -> None:
+    spec = replace(LAYER, routing=replace(LAYER.routing, renormalize=renormalize))
+    tokens = 63
     inputs = LayerInputs(
-        x=normal((tokens, hidden), "x"),
-        logits=distinct_logits(tokens, experts, "logits"),
-        w13=normal((experts, 2 * width, hidden), "w13", std=0.25),
-        w2=normal((experts, hidden, width), "w2", std=0.25),
-        top_k=3,
-        method=method,  # type: ignore[arg-type]
-        activation="gelu_tanh",
-        scale=2.5,
-        shared_w13=normal((2 * shared, hidden), "shared-w13", std=0.25),
-        shared_w2=normal((hidden, shared), "shared-w2", std=0.25),
+        normal((tokens, spec.hidden_size), "x"), distinct_logits(tokens, 7, "logits"), spec, _tensors(spec)
     )
     engine = Transformers()
     engine.experts_implementation = implementation
-    want = Reference().layer(inputs)
-    bound = sums(want.abs().amax().expand(want.shape), 3 * hidden * width, torch.float32, "both sides in float32")
-    compare.close("layer output", engine.layer(inputs), want, bound)
+    _close(engine.layer(inputs), Reference().layer(inputs), 3 * 16 * 8)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_a_pair_without_an_expert_adds_nothing_whatever_its_weight(implementation: str) -> None:
+    mlp, tokens = MLPSpec(8), 33
+    tensors = {name: normal(shape, name, std=0.25) for name, shape in mlp.tensors("experts", 16, (7,)).items()}
+    ids = normal((tokens, 7), "order").argsort(-1)[:, :3]
+    inputs = ExpertsInputs(normal((tokens, 16), "x"), mlp, tensors, ids, normal((tokens, 3), "weights"))
+    none = integers((tokens, 3), "none", 3) == 0
+    engine = Transformers()
+    engine.experts_implementation = implementation
+    got = engine.experts(replace(inputs, ids=ids.masked_fill(none, -1)))
+    want = engine.experts(replace(inputs, weights=inputs.weights.masked_fill(none, 0.0)))
+    assert none.any() and not none.all()
+    _close(got, want, 3 * 16 * 8)
+
+
+def test_grouped_mm_says_which_widths_it_takes() -> None:
+    engine = Transformers()
+    assert not engine.limits()
+    engine.experts_implementation = "grouped_mm"
+    assert engine.limits()["experts"].exceeded({"D": 20, "F": 8}) == "D: got 20, want a multiple of 8"
+
+
+def _block(native_ids: bool) -> Any:
+    config = {"model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 8}
+    config |= {"num_attention_heads": 1, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    (spec,) = describe(config).layers
+    tensors = {name: normal(shape, name, std=0.25) for name, shape in spec.tensors().items()}
+    routing = Routing(torch.tensor([[0, -1], [3, 2]]), torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
+    inputs = BlockInputs(config, 0, tensors, normal((1, 2, 16), "x"), routing=routing, native_ids=native_ids)
+    return Transformers().block(inputs).output, Reference().block(replace(inputs, native_ids=False)).output
+
+
+def test_minus_one_is_said_in_transformers_own_way() -> None:
+    _close(*_block(native_ids=False), 2 * 16 * 8)
+
+
+def test_native_ids_are_handed_on_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="Class values must be non-negative"):
+        _block(native_ids=True)
+
+
+def test_the_installed_transformers_has_every_model_type_of_the_table() -> None:
+    assert available() == FAMILIES

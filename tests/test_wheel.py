@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -55,10 +56,33 @@ def test_the_wheel_installs_nothing_but_its_namespace(wheel: Path) -> None:
     assert "moe_conformance/py.typed" in names
     assert any(name.startswith("moe_conformance/golden/closure-capture/") for name in names)
     assert "moe_conformance/kernels/tuned/Some_GPU.json" in names
-    modules = {name for name in names if name.endswith(".py")}
-    for folder, package in (("suites", "suites"), ("kernels", "kernels"), ("engines", "engines")):
-        here = {str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*.py")}
-        assert {f"moe_conformance/{package}/{name}" for name in here} <= modules
+
+
+def packages_of_the_tree() -> dict[str, Path]:
+    """Package name -> its folder, for every folder with __init__.py that is tracked: the package's own, and those that
+    pyproject.toml maps below it."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    mapped = {folder: package for package, folder in settings["package-dir"].items()}
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*/__init__.py"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = [Path(name).parent for name in files.split("\0") if name and (ROOT / name).is_file()]
+    return {".".join((mapped[folder.parts[0]], *folder.parts[1:])): ROOT / folder for folder in folders}
+
+
+def test_pyproject_lists_every_package_and_no_other() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert sorted(settings["packages"]) == sorted(packages_of_the_tree())
+
+
+def test_the_wheel_has_every_module_of_every_package(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    here = {
+        f"{package.replace('.', '/')}/{file.name}"
+        for package, folder in packages_of_the_tree().items()
+        for file in folder.glob("*.py")
+    }
+    assert here - names == set()
+    assert {name for name in names if name.endswith(".py")} - here == set()
 
 
 def test_the_wheel_judges_the_reference_by_name_of_its_package(installed: dict[str, str], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Plants faults in single lines of the reference with cosmic-ray, and says which of them no test notices.
+"""Plants faults in single lines of reference or oracle with cosmic-ray, and says which of them no test notices.
 
-    python tools/mutation.py --sample 300 --seed 1 --jobs 2 --out results/mutation
+    python tools/mutation.py reference --sample 300 --seed 1 --jobs 2 --out results/mutation
 
 Works on installed copies of the tree, one a job. Mutants of annotations are left out: nothing runs them. Writes
 OUT/mutants.jsonl, one line a mutant, and prints the share killed and every survivor's difference.
@@ -26,8 +26,17 @@ from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome, WorkItem
 
 ROOT = Path(__file__).parent.parent
-FILES = tuple(f"reference_impl/{name}.py" for name in ("routing", "router", "capacity", "experts", "layer", "block"))
-TESTS = ("tests/test_routing.py", "tests/test_experts.py", "tests/test_layer.py")
+# What can be named in place of files, and the tests that may kill there.
+ROOMS = {
+    "reference": (
+        tuple(f"reference_impl/{name}.py" for name in ("routing", "router", "capacity", "experts", "layer", "block")),
+        ("tests/test_routing.py", "tests/test_experts.py", "tests/test_layer.py"),
+    ),
+    "oracle": (
+        tuple(sorted(str(file.relative_to(ROOT)) for file in (ROOT / "moe_conformance" / "oracle").glob("[a-z]*.py"))),
+        tuple(sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_oracle_*.py"))),
+    ),
+}
 # A mutant that loops for ever is killed by the clock; the tests take a tenth of this.
 SECONDS = 120.0
 
@@ -37,21 +46,27 @@ SECONDS = 120.0
 @click.option("--seed", default=1, help="of the sample")
 @click.option("--jobs", default=2, help="mutants at a time")
 @click.option("--out", default="results/mutation", type=click.Path(path_type=Path), help="folder to make")
-@click.option("--test", "tests", multiple=True, default=TESTS, help="test file that may kill")
-@click.argument("files", nargs=-1)
+@click.option("--test", "tests", multiple=True, help="test file that may kill, where FILES are named")
+@click.argument("files", nargs=-1, required=True)
 def main(sample: int, seed: int, jobs: int, out: Path, tests: tuple[str, ...], files: tuple[str, ...]) -> None:
-    """Mutate FILES (default: routing, experts and layer of the reference)."""
-    out, modules = out.resolve(), list(files or FILES)
+    """Mutate FILES; "reference" is its routing, experts and layer, "oracle" all of it, each with its own tests."""
+    if len(files) == 1 and files[0] in ROOMS:
+        files, own = ROOMS[files[0]]
+        tests = tests or own
+    if not tests:
+        raise click.UsageError(f"--test: got none, want the tests that may kill; or name one of {', '.join(ROOMS)}")
+    out, modules = out.resolve(), list(files)
     if out.exists():
         raise click.UsageError(f"--out: {out} exists, want a folder to make; name another or remove it")
     if absent := [module for module in modules if not (ROOT / module).is_file()]:
-        raise click.UsageError(f"FILES: got {', '.join(absent)}, want files of this tree, as {FILES[0]}")
+        raise click.UsageError(f"FILES: got {', '.join(absent)}, want files of this tree, or one of {', '.join(ROOMS)}")
     copies = [installed_copy(out / f"copy{number}") for number in range(jobs)]
     for copy in copies:
         tried = subprocess.run(shlex.split(test_command(copy, tests)), cwd=copy / "source", stdout=subprocess.DEVNULL)
         if tried.returncode:
             raise click.ClickException("the tests fail before anything is mutated")
-    places = [copies[0] / "library" / "moe_conformance" / module for module in modules]
+    installed = [Path("moe_conformance") / module.removeprefix("moe_conformance/") for module in modules]
+    places = [copies[0] / "library" / module for module in installed]
     with use_db(str(out / "all.sqlite")) as database:
         init(places, database, {})
         items = [item for item in database.work_items if not in_annotation(item)]
@@ -117,7 +132,7 @@ def run(copy: Path, items: list[WorkItem], first: Path, tests: tuple[str, ...]) 
     config = copy / "session.toml"
     config.write_text(
         "[cosmic-ray]\n"
-        f'module-path = "{copy / "library" / "moe_conformance" / "reference_impl"}"\n'
+        f'module-path = "{copy / "library" / "moe_conformance"}"\n'
         f"timeout = {SECONDS}\n"
         "excluded-modules = []\n"
         f'test-command = "{test_command(copy, tests)}"\n'

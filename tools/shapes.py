@@ -11,7 +11,7 @@ import torch
 from launches import TARGETS, Launch, Target, recorded
 from torch import Tensor
 
-from moe_conformance.model.specs import MLPSpec, RoutingSpec
+from moe_conformance.engine import FusedShared, MLPSpec, RouteInputs, RoutingSpec
 from moe_conformance.reference_impl import operators
 from moe_conformance.reference_impl.quantised.tiles import scale_shape
 
@@ -22,7 +22,7 @@ with patch.object(operators, "operator", lambda schema, launcher, fake: launcher
     from moe_conformance.kernels.experts import compute, problem_of
     from moe_conformance.kernels.float8 import Quantised
     from moe_conformance.kernels.padding import pad, unpad
-    from moe_conformance.kernels.routing import route_logits
+    from moe_conformance.kernels.routing import route, route_logits
     from moe_conformance.kernels.tuning import default
 
 ALL = frozenset(target.name for target in TARGETS)
@@ -103,7 +103,7 @@ def experts(
         if mapped:
             expert_map = torch.empty(model.experts, dtype=torch.int32)
             added = torch.empty(tokens, model.hidden, dtype=model.dtype)
-            options = {"expert_map": expert_map, "added": added, "identity_experts": 16, "scale": 2.5}
+            options = {"expert_map": expert_map, "added": added, "identity_experts": 16, "output_scale": 2.5}
         return model.run(tokens, target, **options)
 
     return Shape(f"{model.name}{' mapped' if mapped else ''} T {tokens}", run, MATMULS | also, targets)
@@ -138,6 +138,18 @@ def routed(
     return Shape(f"{name} {short} E {classes} K {spec.top_k} T {tokens}", run, frozenset({"route"}), targets)
 
 
+def padded(name: str, dtype: torch.dtype, tokens: int, classes: int, spec: RoutingSpec, fused: FusedShared) -> Shape:
+    """The router of a batch of which half is padding, with slots for shared experts."""
+
+    def run(target: Target) -> object:
+        tensors = {"router.selection_bias": torch.empty(classes)}
+        logits = torch.empty(tokens, classes, dtype=dtype)
+        return route(RouteInputs(logits, spec, tensors, valid_rows=tokens // 2, fused_shared=fused))
+
+    short = str(dtype).removeprefix("torch.")
+    return Shape(f"{name} padded {short} E {classes} K {spec.top_k} T {tokens}", run, frozenset({"route"}), TWO)
+
+
 def resized(name: str, dtype: torch.dtype, tokens: int, source: int, width: int) -> Shape:
     def run(target: Target) -> object:
         x = torch.empty(tokens, source, dtype=dtype)
@@ -163,6 +175,9 @@ DEEPSEEK_V3_ROUTING = RoutingSpec(
     renormalize="sum", epsilon=1e-20, scale=2.5,
 )  # fmt: skip
 SUPER_ROUTING = RoutingSpec(22, score="sigmoid", selection_bias=True, renormalize="sum", epsilon=1e-20, scale=5.0)
+KIMI_K2_ROUTING = RoutingSpec(8, score="sigmoid", selection_bias=True, renormalize="sum", epsilon=1e-20, scale=2.827)
+SIXTEEN_ROUTING = RoutingSpec(16, score="sigmoid", selection_bias=True, renormalize="sum", epsilon=1e-20, scale=2.5)
+INPUT_ROUTING = RoutingSpec(4, select_on="logits", score_dtype="input")
 SHAPES = (
     routed("Gemma 4", BFLOAT16, 64, 128, RoutingSpec(8, renormalize="sum", per_expert_scale=True)),
     routed("Qwen3", FLOAT32, 4096, 128, RoutingSpec(8, renormalize="sum"), targets=TWO),
@@ -172,6 +187,10 @@ SHAPES = (
     routed("DeepSeek-V2", FLOAT32, 64, 160, RoutingSpec(6, groups=8, top_groups=3, scale=16.0), targets=TWO),
     routed("Nemotron-3-Super", FLOAT32, 64, 512, SUPER_ROUTING),
     routed("gpt-oss", BFLOAT16, 64, 128, RoutingSpec(4, select_on="logits")),
+    routed("Kimi-K2", FLOAT32, 64, 384, KIMI_K2_ROUTING, targets=TWO),
+    routed("896 of 16", FLOAT32, 64, 896, SIXTEEN_ROUTING, targets=TWO),
+    routed("gpt-oss in its dtype", BFLOAT16, 64, 128, INPUT_ROUTING, targets=TWO),
+    padded("DeepSeek-V3", FLOAT32, 64, 256, DEEPSEEK_V3_ROUTING, FusedShared(1)),
     routed("the limits", FLOAT32, 64, 1024, RoutingSpec(32, renormalize="sum")),
     aligned("Gemma 4", 64, 128, 8, 16, mapped=False, targets=H100),
     aligned("Gemma 4", 64, 128, 8, 16, mapped=True),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_conformance.engine import Aligned
 from moe_conformance.kernels.dispatch import align
-from moe_conformance.kernels.grouped_matmul import Dispatched
+from moe_conformance.kernels.grouped_kernel import Dispatched
 from moe_conformance.kernels.tuning import Config, Problem, choose
 
 # What a kernel reads beside tokens and routing, to be there before anything is recorded.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_conformance.engine import CaptureReader, CaptureSession, CaptureSpec, CaptureStore, Rows
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
+from moe_conformance.errors import InputError
 from moe_conformance.reference_impl import store as store_stage
 from moe_conformance.reference_impl.capture import Capturer, capture
 from moe_conformance.reference_impl.store import HostReader, HostStore
@@ -64,6 +65,73 @@ class NarrowsTo16Bits(_WithParts):
             super().__init__(spec)
             if self.buffer.dtype == torch.int32:
                 self.buffer = self.buffer.short()
+
+
+class StoresBfloat16(_WithParts):
+    """Ids are kept as bfloat16, in which 894 is 896."""
+
+    class session(Capturer):
+        @staticmethod
+        def write(ids: Tensor, start: int, count: int, buffer: Tensor, layer: int, experts: int, flag: Tensor) -> None:
+            capture(ids.bfloat16().to(ids.dtype).clamp(max=experts - 1), start, count, buffer, layer, experts, flag)
+
+
+class NarrowsTo9Bits(_WithParts):
+    class session(Capturer):
+        @staticmethod
+        def write(ids: Tensor, *where: Any) -> None:
+            capture(ids % 512, *where)
+
+
+class MinusOneIsAByte(_WithParts):
+    """An id of -1 is kept, as 255 in a byte."""
+
+    class session(Capturer):
+        @staticmethod
+        def write(ids: Tensor, *where: Any) -> None:
+            capture(ids.masked_fill(ids == -1, 255), *where)
+
+
+class CountsTheLayersThatRoute(_WithParts):
+    """The n-th capture of a step is taken for layer n."""
+
+    class session(Capturer):
+        seen: tuple[int, ...] = ()
+
+        def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+            legal = 0 <= layer_id < self.spec.layers
+            if self.seen and layer_id <= self.seen[-1]:
+                self.seen = ()
+            self.seen = (*self.seen, layer_id)
+            super().capture(len(self.seen) - 1 if legal else layer_id, ids, rows)
+
+
+class RefusesHalfSteps(_WithParts):
+    """A step is complete when each layer was captured."""
+
+    class session(Capturer):
+        def read(self, num_tokens: int) -> Tensor:
+            rows = super().read(num_tokens)
+            if not (self.step_of_layer == self.step).all():
+                raise InputError("a layer of this step is missing")
+            return rows
+
+
+class WaitsForLayerZero(_WithParts):
+    """Buffers are made at the first capture of layer 0; before that there is nowhere to write."""
+
+    class session(Capturer):
+        begun = False
+
+        def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+            self.begun = self.begun or layer_id == 0
+            if self.begun or not 0 <= layer_id < self.spec.layers:
+                super().capture(layer_id, ids, rows)
+
+        def read(self, num_tokens: int) -> Tensor:
+            if self.begun:
+                return super().read(num_tokens)
+            return torch.full((num_tokens, self.spec.layers, self.spec.top_k), -1)
 
 
 class NegativeIdsAreExpertZero(_WithParts):
@@ -228,6 +296,7 @@ _STEPS = "each_step_shows_its_own_rows"
 _UNWRITTEN = "what_this_step_did_not_capture_is_unreadable"
 _LAYERS = "layer_ids_out_of_range_are_refused"
 _NARROW = "every_expert_id_survives_storage"
+_DENSE = "layers_that_route_nothing_disturb_no_other"
 _STRIDES = "ids_are_recorded_whatever_their_strides"
 _READER = "another_process_reads_each_tokens_rows"
 
@@ -236,6 +305,17 @@ MUTANTS = (
     _mutant(IgnoresLayersPastTheEnd, "ignores a layer id past the end", "capture-layer-one-past", _LAYERS),
     _mutant(NarrowsTo8Bits, "keeps 8 bits of an id whatever E is", "capture-narrow-e257", _NARROW),
     _mutant(NarrowsTo16Bits, "keeps ids in int16 whatever E is", "capture-narrow-e40000", _NARROW),
+    _mutant(NarrowsTo9Bits, "keeps 9 bits of an id whatever E is", "capture-narrow-e896-k16", _NARROW),
+    _mutant(StoresBfloat16, "keeps ids in bfloat16", "capture-narrow-e896-k22", _NARROW),
+    _mutant(
+        MinusOneIsAByte,
+        "keeps an id of -1 as 255",
+        "capture-expert-minus-one-of-256",
+        "expert_ids_that_do_not_fit_are_refused",
+    ),
+    _mutant(CountsTheLayersThatRoute, "numbers layers by the order of captures", "capture-dense-between", _DENSE),
+    _mutant(RefusesHalfSteps, "refuses a step in which a layer routed nothing", "capture-draft-layers", _DENSE),
+    _mutant(WaitsForLayerZero, "records nothing before layer 0 was captured", "capture-dense-first", _DENSE),
     _mutant(
         NegativeIdsAreExpertZero,
         "records expert 0 for a negative id",

@@ -5,35 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_conformance.engine import RouterHandle, RouterSpec, Routing
+from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
-from moe_conformance.reference_impl import routing
 from moe_conformance.reference_impl.router import Router, build_router
+from moe_conformance.reference_impl.routing import route as reference_route
 
 
 def _rewired(spec: RouterSpec, rewire: Callable[[Router], Callable[[Tensor], Routing]]) -> RouterHandle:
     """The reference's Gemma 4 router whose experts are handed another routing function."""
     handle = build_router(spec)
     assert isinstance(handle.module, Router)
-    if spec.method == "gemma4":
+    if spec.routing.per_expert_scale:
         handle.module.experts.routing_function = rewire(handle.module)
     return handle
+
+
+def _scale(router: Router) -> Tensor:
+    """The parameter as the module has it now."""
+    return router.get_parameter("per_expert_scale")
+
+
+def _gemma4(spec: RouterSpec, logits: Tensor, per_expert_scale: Tensor) -> Routing:
+    return reference_route(RouteInputs(logits, spec.routing, {"router.per_expert_scale": per_expert_scale}))
 
 
 class ClosureKeepsParameter(Faulty):
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         def rewire(router: Router) -> Callable[[Tensor], Routing]:
-            per_expert_scale = router.per_expert_scale
-            return lambda logits: routing.gemma4(logits, spec.top_k, per_expert_scale)
+            per_expert_scale = _scale(router)
+            return lambda logits: _gemma4(spec, logits, per_expert_scale)
 
         return _rewired(spec, rewire)
 
 
 class ClosureKeepsModule(Faulty):
     def router_module(self, spec: RouterSpec) -> RouterHandle:
-        return _rewired(spec, lambda router: lambda logits: routing.gemma4(logits, spec.top_k, router.per_expert_scale))
+        return _rewired(spec, lambda router: lambda logits: _gemma4(spec, logits, _scale(router)))
 
 
 class FirstCallIsCached(Faulty):
@@ -43,8 +52,8 @@ class FirstCallIsCached(Faulty):
 
             def route(logits: Tensor) -> Routing:
                 if not kept:
-                    kept.append(router.per_expert_scale.float().clone())
-                return routing.gemma4(logits, spec.top_k, kept[0])
+                    kept.append(_scale(router).float().clone())
+                return _gemma4(spec, logits, kept[0])
 
             return route
 
@@ -59,14 +68,14 @@ class CachedUntilVersionChanges(Faulty):
             kept: dict[object, Tensor] = {}
 
             def route(logits: Tensor) -> Routing:
-                scale = router.per_expert_scale
+                scale = _scale(router)
                 if torch.compiler.is_compiling():
-                    return routing.gemma4(logits, spec.top_k, scale)
+                    return _gemma4(spec, logits, scale)
                 key = (scale.data_ptr(), scale._version, scale.dtype)
                 if key not in kept:
                     kept.clear()
                     kept[key] = scale.double().clone()
-                return routing.gemma4(logits, spec.top_k, kept[key])
+                return _gemma4(spec, logits, kept[key])
 
             return route
 
@@ -85,33 +94,40 @@ class NewestRouterAnswers(Faulty):
 
             def route(logits: Tensor) -> Routing:
                 assert self.newest is not None
-                return routing.gemma4(logits, spec.top_k, self.newest.per_expert_scale)
+                return _gemma4(spec, logits, _scale(self.newest))
 
             return route
 
         return _rewired(spec, rewire)
 
 
-class ProjectionKeepsTensor(Faulty):
-    """The fault one tensor further: every parameter but the projection is read when called."""
+class _Keeps(Faulty):
+    """The fault one tensor further: every tensor but one is read when called."""
+
+    name_kept = ""
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         handle = build_router(spec)
-        handle.module.__class__ = _KeptProjection
-        assert isinstance(handle.module, _KeptProjection)
-        handle.module.kept = [handle.module.proj]  # a list hides it from named_parameters
+        handle.module.__class__ = _KeepsOne
+        assert isinstance(handle.module, _KeepsOne)
+        present = {self.name_kept} & spec.tensors().keys()
+        handle.module.kept = [{name: handle.module.tensors()[name] for name in present}]
         return handle
 
 
-class _KeptProjection(Router):
-    kept: list[Tensor]
+class _KeepsOne(Router):
+    kept: list[dict[str, Tensor]]  # a list hides it from named_parameters
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        if self.spec.method == "gemma4":
-            hidden = nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=self.spec.norm_eps)
-            hidden = hidden * self.scale * hidden.shape[-1] ** -0.5
-        ids, weights = self.experts(nn.functional.linear(hidden, self.kept[0]))
-        return weights, ids
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | (self.kept[0] if "kept" in vars(self) else {})
+
+
+class ProjectionKeepsTensor(_Keeps):
+    name_kept = "router.proj"
+
+
+class BiasKeepsTensor(_Keeps):
+    name_kept = "router.selection_bias"
 
 
 _CHECK = "routing_uses_the_values_at_call_time"
@@ -152,5 +168,11 @@ MUTANTS = (
         "closure-capture",
         "the projection weight was captured, all else is read when called",
         ("closure-softmax-topk-proj-replaced-parameter", _CHECK),
+    ),
+    Mutant(
+        BiasKeepsTensor,
+        "closure-capture",
+        "the selection bias was captured, all else is read when called",
+        ("closure-deepseek-v3-selection-bias-replaced-parameter", _CHECK),
     ),
 )

@@ -103,6 +103,20 @@ class StepStartsAtLayerZero(Faulty):
         return replace(spec, moe_layers=tuple(i for i in range(spec.num_layers) if i % step == 0 and i not in dense))
 
 
+class SizesOfEveryLayer(Faulty):
+    """One number for each layer of the model, dense ones included."""
+
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        return replace(spec, top_k=(spec.top_k,) * spec.num_layers) if isinstance(spec.top_k, int) else spec
+
+
+class LargestTopKForEveryLayer(Faulty):
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        return replace(spec, top_k=spec.max_top_k)
+
+
 class TopKListIsItsFirstEntry(Faulty):
     def capture_shape(self, config: Any, side: Side) -> CaptureShape:
         shape = super().capture_shape(config, side)
@@ -330,6 +344,13 @@ MUTANTS = (
     _mutant(ThinkerIsNotOpened, "thinker_config is not opened", "config-qwen3-omni-thinker-nested", _DESCRIBED),
     _mutant(DenseLayersAreOffByOne, "one leading dense layer too many", "config-deepseek-v3", _DESCRIBED),
     _mutant(StepStartsAtLayerZero, "the sparse step counts from layer 0", "config-qwen3-moe", _DESCRIBED),
+    _mutant(SizesOfEveryLayer, "a top-k for each layer, dense ones too", "config-qwen3-moe", _DESCRIBED),
+    _mutant(
+        LargestTopKForEveryLayer,
+        "the largest of a list of top-ks for all",
+        "config-hunyuan-v1-moe-top-k-list",
+        _DESCRIBED,
+    ),
     _mutant(
         TopKListIsItsFirstEntry, "takes the first of a list", "capture-shape-hunyuan-v1-moe-top-k-list", _BOTH_SIDES
     ),
@@ -342,16 +363,21 @@ MUTANTS = (
     _mutant(WidthIsTheDenseOne, "the dense width for the experts'", "config-qwen3-moe", _DESCRIBED),
     _mutant(LegacyKeysAreForObjects, "ignores legacy keys of a config.json", "config-kimi-linear-hub", _DESCRIBED),
     _mutant(EpsilonIsThatOfTheLargestFamily, "the epsilon of another family", "config-layers-lfm2-moe", _LAYERS),
-    _mutant(NormFlagIsNotRead, "renormalises whatever the flag says", "config-layers-qwen3-moe-otherwise", _LAYERS),
     _mutant(
-        OutputScaleGoesIntoTheWeights, "scales weights, where the model scales the sum", "config-layers-laguna", _LAYERS
+        NormFlagIsNotRead, "renormalises whatever the flag says", "config-layers-qwen3-moe-otherwise-published", _LAYERS
     ),
-    _mutant(MaskedGroupsAreMinusInfinity, "masks as DeepSeek-V3, not with 0", "config-layers-axk2", _LAYERS),
-    _mutant(RouterComputesInTheInputDtype, "a float32 router runs in bf16", "config-layers-flint", _LAYERS),
-    _mutant(SharedExpertsAreClampedToo, "clamps shared experts as routed", "config-layers-hy-v4", _LAYERS),
-    _mutant(KnowsOnlyHiddenAct, "knows one key of the activation", "config-layers-jetmoe", _LAYERS),
-    _mutant(LimitsCountMoELayers, "takes the clamp limit of another layer", "config-layers-step3p7", _LAYERS),
+    _mutant(
+        OutputScaleGoesIntoTheWeights,
+        "scales weights, where the model scales the sum",
+        "config-layers-laguna-published",
+        _LAYERS,
+    ),
+    _mutant(MaskedGroupsAreMinusInfinity, "masks as DeepSeek-V3, not with 0", "config-layers-axk2-published", _LAYERS),
+    _mutant(RouterComputesInTheInputDtype, "a float32 router runs in bf16", "config-layers-flint-published", _LAYERS),
+    _mutant(SharedExpertsAreClampedToo, "clamps shared experts as routed", "config-layers-hy-v4-published", _LAYERS),
+    _mutant(KnowsOnlyHiddenAct, "knows one key of the activation", "config-layers-gemma4-published", _LAYERS),
+    _mutant(LimitsCountMoELayers, "takes the clamp limit of another layer", "config-layers-step3p7-published", _LAYERS),
     _mutant(AbsentGroupsAreOne, "forgets the default of n_group", "config-layers-deepseek-v3-hub", _LAYERS),
-    _mutant(DeadNormFlagIsRead, "reads a key that the model does not", "config-layers-deepseek-v2", _LAYERS),
-    _mutant(HashedLayersAreNot, "does not know layers that hash", "config-layers-deepseek-v4", _LAYERS),
+    _mutant(DeadNormFlagIsRead, "reads a key that the model does not", "config-layers-deepseek-v2-published", _LAYERS),
+    _mutant(HashedLayersAreNot, "does not know layers that hash", "config-layers-deepseek-v4-published", _LAYERS),
 )

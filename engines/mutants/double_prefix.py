@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from moe_conformance.engine import CheckpointName
+from moe_conformance.engine import CheckpointName, Target
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.errors import CheckpointError
 
@@ -94,6 +94,38 @@ class ExpertTenIsOne(_Renamed):
             at = segments.index("experts") + 1
             segments[at] = segments[at][0]
         return ".".join(segments)
+
+
+class _Fused(Faulty):
+    """Expert tensors are parts of one parameter a layer and suffix, as `place` says."""
+
+    def place(self, segments: list[str]) -> Target:
+        """segments: layers I experts E PART SUFFIX."""
+        raise NotImplementedError
+
+    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str | Target, ...]]:  # type: ignore[override]
+        mapped = super().remap(config, names)
+        return {name: tuple(map(self._placed, targets)) for name, targets in mapped.items()}
+
+    def _placed(self, target: str) -> str | Target:
+        segments = target.split(".")
+        return self.place(segments) if len(segments) == 6 and segments[2] == "experts" else target
+
+
+class FusedWithDown(_Fused):
+    """Gate, up and down of an expert are said to be one part."""
+
+    def place(self, segments: list[str]) -> Target:
+        layers, layer, experts, expert, _, suffix = segments
+        return Target(f"{layers}.{layer}.{experts}.w.{suffix}", int(expert))
+
+
+class FusedExpertsOverwriteOneAnother(_Fused):
+    """Every other expert is said to be part of the one before it."""
+
+    def place(self, segments: list[str]) -> Target:
+        layers, layer, experts, expert, part, suffix = segments
+        return Target(f"{layers}.{layer}.{experts}.w.{suffix}", int(expert) // 2 * 2, part)
 
 
 Loaded = dict[str, "Tensor"]
@@ -256,6 +288,13 @@ MUTANTS = (
         _REACHES,
     ),
     _mutant(ExpertTenIsOne, "reads expert 10 as 1", "remap-gemma4-plain-every-suffix", _SHARE),
+    _mutant(FusedWithDown, "gate, up and down are one part", "remap-gemma4-plain-every-suffix", _SHARE),
+    _mutant(
+        FusedExpertsOverwriteOneAnother,
+        "two experts have one part of a fused parameter",
+        "remap-gemma4-plain-every-suffix",
+        _SHARE,
+    ),
     _mutant(GateUpSwappedPacked, "swaps gate and up of packed experts", "load-gemma4-packed-one-file", _LOAD),
     _mutant(ExpertsInStringOrder, "stacks expert 10 before 2", "load-gemma4-plain-one-file", _LOAD),
     _mutant(SquareGateUpTransposed, "transposes w13 where 2F = H", "load-gemma4-packed-square-gate-up", _LOAD),

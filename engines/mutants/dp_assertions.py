@@ -125,6 +125,50 @@ class IdleRankTakesAnySlices(_SeesOtherRows):
         return _only(ids, 0, rows, spec) if idle else (ids, rows)
 
 
+class PaddingMakesUpForRows(_SeesOtherRows):
+    """The number of valid rows is not looked at."""
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        want = row_counts(rows.counts, spec.dp_rank, spec.tp_size)[rows.kind]
+        cut = rows.valid_rows is not None and ids.shape[0] >= want
+        return (ids[:want], replace(rows, valid_rows=None)) if cut else (ids, rows)
+
+
+class TakesTheLastRows(_SeesOtherRows):
+    """Padding is taken to lie in front."""
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        return (ids, rows) if rows.valid_rows is None else (ids.flip(0)[: rows.valid_rows].flip(0), rows)
+
+
+class GathersPaddedSlices(_SeesOtherRows):
+    """Slices are gathered with the padding behind them, and the first rows taken."""
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        if rows.kind != "sequence_shard" or rows.valid_rows is None or rows.gather is None:
+            return ids, rows
+        if rows.valid_rows != row_counts(rows.counts, spec.dp_rank, spec.tp_size)[rows.kind]:
+            return ids, rows
+        return _only(rows.gather(ids), 0, replace(rows, valid_rows=None), spec)
+
+
+class ChecksIdsOfPadding(_SeesOtherRows):
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        if rows.valid_rows is not None and ((ids < 0) | (ids >= spec.experts)).any():
+            raise InputError("ids: got an id outside [0, experts)")
+        return ids, rows
+
+
+class PaddingIsKept(_SeesOtherRows):
+    """Padding rows are recorded as further tokens of this rank where there is room for them."""
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        fits = spec.dp_size == 1 and rows.kind in ("local", "concatenated") and ids.shape[0] <= spec.max_tokens
+        if rows.valid_rows is None or not fits:
+            return ids, rows
+        return ids, replace(rows, counts=(ids.shape[0],), valid_rows=None)
+
+
 def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
     return Mutant(engine, "dp-assertions", fault, killed_by=(case, check))
 
@@ -191,6 +235,26 @@ MUTANTS = (
         "cuts surplus rows off without a word",
         "capture-local-wrong-count-rank1",
         _REFUSED,
+    ),
+    _mutant(
+        PaddingMakesUpForRows,
+        "takes padding rows for those that are missing",
+        "capture-local-wrong-valid-count",
+        _REFUSED,
+    ),
+    _mutant(TakesTheLastRows, "takes padding to lie in front", "capture-local-padding-rows-legal", _OWN),
+    _mutant(
+        GathersPaddedSlices,
+        "gathers slices with the padding behind them",
+        "capture-sequence-shard-padding-rows-legal",
+        _OWN,
+    ),
+    _mutant(ChecksIdsOfPadding, "refuses ids of padding rows", "capture-concatenated-padding-rows-garbage", _OWN),
+    _mutant(
+        PaddingIsKept,
+        "keeps padding rows as tokens",
+        "capture-local-padding-rows-unreadable",
+        "padding_rows_are_never_readable",
     ),
     _mutant(
         RefusesWithoutNumbers,

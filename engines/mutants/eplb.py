@@ -36,7 +36,7 @@ class FirstCopiesDoNotMove(Faulty):
         take_experts, physical = parallel.take_experts, held_experts(inputs.expert_map)
 
         def stale(tensors: parallel.Tensors, held: Tensor) -> dict[str, Tensor]:
-            experts = len(inputs.tensors["experts.w2"])
+            experts = inputs.whole.experts
             return take_experts(tensors, torch.where(physical < experts, physical, held))
 
         with patch.object(parallel, "take_experts", stale):
@@ -87,7 +87,7 @@ MUTANTS = (
         "logical ids are taken for physical ones",
         ("replicate-choice-moved", _CHOICE),
     ),
-    Mutant(NobodyGetsACopy, "eplb", "-1 becomes a copy of the last expert", ("replicate-choice-two-copies", _CHOICE)),
+    Mutant(NobodyGetsACopy, "eplb", "-1 becomes a copy of the last expert", ("replicate-choice-dropped", _CHOICE)),
     Mutant(
         LoadCountedPhysically,
         "eplb",

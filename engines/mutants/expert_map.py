@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import ExpertMapSpec, ShardInputs
+from moe_conformance.engine import ExpertMapSpec, ExpertsInputs, ShardInputs
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.model.specs import MLPSpec
-from moe_conformance.reference_impl.experts import mlp, routed_experts
+from moe_conformance.reference_impl.experts import experts, mlp
 from moe_conformance.reference_impl.parallel import experts as stage
 from moe_conformance.reference_impl.parallel.expert_map import local_ids
 from moe_conformance.reference_impl.parallel.experts import slice_width
@@ -21,107 +22,147 @@ from moe_conformance.reference_impl.parallel.experts import slice_width
 class FaultyShard(Faulty):
     """Faulty where there are neither copies nor a shared expert, which have classes of their own."""
 
-    def fault(self, inputs: ShardInputs) -> tuple[str, Callable[..., Any]]:
-        """The name of a function in the stage's module, and what stands in for it."""
-        raise NotImplementedError
+    def seen(self, inputs: ShardInputs) -> ShardInputs:
+        """What the rank takes its inputs to be."""
+        return inputs
+
+    def replaced(self, inputs: ShardInputs) -> Mapping[str, Callable[..., Any]]:
+        """Functions in the stage's module by name, and what stands in for them."""
+        return {}
+
+    def own_sum(self, inputs: ExpertsInputs) -> Tensor:
+        """The sum over this rank's experts, whose tensors `inputs` has by local id."""
+        return experts(inputs)
 
     def shard(self, inputs: ShardInputs) -> Tensor:
         if inputs.physical_to_logical is not None or inputs.shared is not None:
             return super().shard(inputs)
-        with patch.object(stage, *self.fault(inputs)):
-            return super().shard(inputs)
+        with patch.multiple(stage, **dict[str, Any](self.replaced(inputs))):
+            return stage.shard(self.seen(inputs), self.own_sum)
 
 
 class GlobalIdsAsLocal(FaultyShard):
     """Right on rank 0 with contiguous experts. Ids beyond the rank's experts are dropped, as a kernel's mask does."""
 
-    def fault(self, inputs: ShardInputs) -> tuple[str, Callable[..., Any]]:
-        count = int((inputs.expert_map >= 0).sum())
-        return "local_ids", lambda ids, expert_map: torch.where((ids >= 0) & (ids < count), ids, count)
+    def own_sum(self, inputs: ExpertsInputs) -> Tensor:
+        ids = inputs.ids.where(inputs.ids < len(inputs.tensors["experts.w2"]), -1)
+        return experts(replace(inputs, ids=ids, expert_map=None))
 
 
 class MinusOneWraps(FaultyShard):
     """-1 indexes the map's last entry, which is an expert on the last rank."""
 
-    def fault(self, inputs: ShardInputs) -> tuple[str, Callable[..., Any]]:
-        def wrapped(ids: Tensor, expert_map: Tensor) -> Tensor:
-            return local_ids(torch.where(ids == -1, len(expert_map) - 1, ids), expert_map)
-
-        return "local_ids", wrapped
+    def own_sum(self, inputs: ExpertsInputs) -> Tensor:
+        return experts(replace(inputs, ids=inputs.ids.where(inputs.ids != -1, inputs.experts - 1)))
 
 
 class AnyNegativeWraps(FaultyShard):
     """-1 is honoured; what is further below zero counts from the map's end."""
 
-    def fault(self, inputs: ShardInputs) -> tuple[str, Callable[..., Any]]:
-        def wrapped(ids: Tensor, expert_map: Tensor) -> Tensor:
-            return local_ids(torch.where(ids < -1, ids + len(expert_map), ids), expert_map)
-
-        return "local_ids", wrapped
+    def own_sum(self, inputs: ExpertsInputs) -> Tensor:
+        return experts(replace(inputs, ids=inputs.ids.where(inputs.ids >= -1, inputs.ids + inputs.experts)))
 
 
 class MapAppliedTwice(FaultyShard):
-    def fault(self, inputs: ShardInputs) -> tuple[str, Callable[..., Any]]:
-        def wrapped(ids: Tensor, expert_map: Tensor) -> Tensor:
-            return local_ids(torch.where(ids >= 0, expert_map.long()[ids], -1), expert_map)
-
-        return "local_ids", wrapped
+    def own_sum(self, inputs: ExpertsInputs) -> Tensor:
+        assert inputs.expert_map is not None
+        return experts(replace(inputs, ids=local_ids(inputs.ids, inputs.expert_map)))
 
 
 class LocalOrderIsGlobalOrder(FaultyShard):
     """Weights are loaded in the order of global ids, whatever local ids the map gives."""
 
-    def fault(self, inputs: ShardInputs) -> tuple[str, Callable[..., Any]]:
-        return "held_experts", lambda expert_map: (expert_map >= 0).nonzero().flatten()
+    def replaced(self, inputs: ShardInputs) -> Mapping[str, Callable[..., Any]]:
+        return {"held_experts": lambda expert_map: (expert_map >= 0).nonzero().flatten()}
 
 
 class OthersTimesZero(FaultyShard):
     """Pairs of others run through local expert 0 with a weight of w * 0."""
 
-    def fault(self, inputs: ShardInputs) -> tuple[str, Callable[..., Any]]:
-        def routed(x: Tensor, spec: MLPSpec, tensors: stage.Tensors, ids: Tensor, weights: Tensor) -> Tensor:
-            mine = ids < len(tensors["experts.w2"])
-            return routed_experts(x, spec, tensors, ids * mine, weights * mine)
-
-        return "routed_experts", routed
+    def own_sum(self, inputs: ExpertsInputs) -> Tensor:
+        assert inputs.expert_map is not None
+        local = local_ids(inputs.ids, inputs.expert_map)
+        mine = local >= 0
+        if not len(inputs.tensors["experts.w2"]):
+            return experts(inputs)
+        return experts(replace(inputs, ids=local * mine, weights=inputs.weights * mine, expert_map=None))
 
 
 class IdleRankReturnsItsBuffer(FaultyShard):
     """A rank without experts returns the output as it was allocated."""
 
-    def fault(self, inputs: ShardInputs) -> tuple[str, Callable[..., Any]]:
-        idle = not (inputs.expert_map >= 0).any()
-        return "experts_part", (lambda x, *_: torch.empty_like(x)) if idle else stage.experts_part
+    def own_sum(self, inputs: ExpertsInputs) -> Tensor:
+        return experts(inputs) if len(inputs.tensors["experts.w2"]) else torch.empty_like(inputs.x)
+
+
+class GateAndUpTurnedByTheirShape(FaultyShard):
+    """w13 [E, 2F, D] is taken for [E, D, 2F] where it is wider than high."""
+
+    name_of_matrix = "w13"
+
+    def turned(self, rows: int, columns: int) -> bool:
+        return rows < columns
+
+    def seen(self, inputs: ShardInputs) -> ShardInputs:
+        name = f"experts.{self.name_of_matrix}"
+        matrix = inputs.whole.tensors.get(name)
+        if matrix is None or not self.turned(*matrix.shape[1:]):
+            return inputs
+        read = matrix.reshape(len(matrix), matrix.shape[2], matrix.shape[1]).mT
+        return replace(inputs, whole=replace(inputs.whole, tensors={**inputs.whole.tensors, name: read}))
+
+
+class DownTurnedByItsShape(GateAndUpTurnedByTheirShape):
+    """w2 [E, D, F] is taken for [E, F, D] where it is wider than high."""
+
+    name_of_matrix = "w2"
+
+
+class TheLargerDimIsDivided(FaultyShard):
+    """Tensor-parallel ranks divide the columns of a w13 that is wider than high."""
+
+    def replaced(self, inputs: ShardInputs) -> Mapping[str, Callable[..., Any]]:
+        def sliced_wrongly(spec: MLPSpec, tensors: stage.Tensors, prefix: str, rank: int, size: int) -> Any:
+            narrow, sliced = slice_width(spec, tensors, prefix, rank, size)
+            w13 = tensors.get(f"{prefix}.w13")
+            if size == 1 or w13 is None or w13.shape[1] >= w13.shape[2]:
+                return narrow, sliced
+            mine = torch.arange(w13.shape[2]) * size // w13.shape[2] == rank
+            return spec, {**tensors, f"{prefix}.w13": w13 * mine} | {
+                n: t for n, t in sliced.items() if n.endswith("b2")
+            }
+
+        return {"slice_width": sliced_wrongly}
 
 
 class DownBiasOnEveryTensorRank(FaultyShard):
-    def fault(self, inputs: ShardInputs) -> tuple[str, Callable[..., Any]]:
+    def replaced(self, inputs: ShardInputs) -> Mapping[str, Callable[..., Any]]:
         def sliced_wrongly(spec: MLPSpec, tensors: stage.Tensors, prefix: str, *rank: int) -> Any:
             narrow, sliced = slice_width(spec, tensors, prefix, *rank)
             whole = {f"{prefix}.b2": tensors[f"{prefix}.b2"]} if spec.bias else {}
             return narrow, sliced | whole
 
-        return "slice_width", sliced_wrongly
+        return {"slice_width": sliced_wrongly}
 
 
 class GateAndUpSlicedAsOne(FaultyShard):
     """The first rank gets all of gate, the second all of up."""
 
-    def fault(self, inputs: ShardInputs) -> tuple[str, Callable[..., Any]]:
+    def replaced(self, inputs: ShardInputs) -> Mapping[str, Callable[..., Any]]:
         def sliced_wrongly(spec: MLPSpec, tensors: stage.Tensors, prefix: str, rank: int, size: int) -> Any:
             narrow, sliced = slice_width(spec, tensors, prefix, rank, size)
             if size > 1 and spec.gated:
                 sliced[f"{prefix}.w13"] = tensors[f"{prefix}.w13"].narrow(1, 2 * narrow.width * rank, 2 * narrow.width)
             return narrow, sliced
 
-        return "slice_width", sliced_wrongly
+        return {"slice_width": sliced_wrongly}
 
 
 class WidthLeftOver(FaultyShard):
     """F // tp a rank, so that the last columns are nobody's."""
 
-    def fault(self, inputs: ShardInputs) -> tuple[str, Callable[..., Any]]:
-        return "even_split", lambda total, parts: [total // parts] * parts
+    def replaced(self, inputs: ShardInputs) -> Mapping[str, Callable[..., Any]]:
+        return {"even_split": lambda total, parts: [total // parts] * parts}
 
 
 class LastExpertsAreNobodys(Faulty):
@@ -143,6 +184,18 @@ class LeftOverExpertsOnLastRank(Faulty):
         return torch.where(owner == spec.rank, ids - size * spec.rank, -1)
 
 
+class MapInBytes(Faulty):
+    def expert_map(self, spec: ExpertMapSpec) -> Tensor:
+        return super().expert_map(spec).to(torch.int8)
+
+
+class MapEndsAt512(Faulty):
+    """A table of 512 entries; what lies behind it is on no rank."""
+
+    def expert_map(self, spec: ExpertMapSpec) -> Tensor:
+        return super().expert_map(spec).where(torch.arange(spec.experts) < 512, -1)
+
+
 class SharedOnEveryRank(Faulty):
     """Added before the sum over ranks, which then holds it as often as there are ranks."""
 
@@ -150,7 +203,7 @@ class SharedOnEveryRank(Faulty):
         shared = inputs.shared
         if shared is None:
             return super().shard(inputs)
-        with patch.object(stage, "mlp", lambda x, spec, tensors, prefix: mlp(x, shared, inputs.tensors, prefix)):
+        with patch.object(stage, "mlp", lambda x, spec, tensors, prefix: mlp(x, shared, inputs.shared_tensors, prefix)):
             return super().shard(inputs)
 
 
@@ -169,7 +222,7 @@ MUTANTS = (
         MinusOneWraps,
         "expert-map",
         "an id of -1 wraps to the last expert (vllm#46408)",
-        ("shard-nothing-of-others", _ZERO),
+        ("shard-nothing-of-dropped", _ZERO),
     ),
     Mutant(
         AnyNegativeWraps,
@@ -209,6 +262,23 @@ MUTANTS = (
         "the columns that do not divide evenly are on no rank",
         ("shard-tp3-uneven", _SUM),
     ),
+    Mutant(
+        GateAndUpTurnedByTheirShape,
+        "expert-map",
+        "w13 is transposed where it is wider than high",
+        ("shard-ep3-narrow", _SUM),
+    ),
+    Mutant(
+        DownTurnedByItsShape, "expert-map", "w2 is transposed where it is wider than high", ("shard-ep3-wide", _SUM)
+    ),
+    Mutant(
+        TheLargerDimIsDivided,
+        "expert-map",
+        "ranks divide w13's columns where it is wider than high",
+        ("shard-tp2-narrow", _SUM),
+    ),
+    Mutant(MapInBytes, "expert-map", "local ids are kept in int8", ("expert-map-contiguous-896-on-5", _PLACE)),
+    Mutant(MapEndsAt512, "expert-map", "the map has 512 entries", ("expert-map-round-robin-896-on-5", _PLACE)),
     Mutant(
         LastExpertsAreNobodys,
         "expert-map",

@@ -17,9 +17,13 @@ class Faulty(Reference):
 
 @dataclass(frozen=True)
 class Mutant:
-    """engine: the faulty class. fault: one line on what is wrong. killed_by: (case id, check) that must fail."""
+    """engine: the faulty class. fault: one line on what is wrong. killed_by: (case id, check) that must fail.
+
+    also: further classes whose cases cannot do without what is faulty, such as sums of outputs that are wrong.
+    """
 
     engine: type[Faulty]
     bug_class: str
     fault: str
     killed_by: tuple[str, str]
+    also: frozenset[str] = frozenset()

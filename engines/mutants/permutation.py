@@ -190,6 +190,20 @@ class IdsCutToBytes(FaultyIds):
         return inputs.ids.where(inputs.ids < 0, inputs.ids & 255)
 
 
+class OnlyTheFirst512Experts(FaultyIds):
+    """Pairs are counted by 512 threads, one an expert."""
+
+    def seen(self, inputs: AlignInputs) -> Tensor:
+        return inputs.ids.where(inputs.ids < 512, -1)
+
+
+class NineBitsOfAnId(FaultyIds):
+    """Sort keys hold nine bits of an id."""
+
+    def seen(self, inputs: AlignInputs) -> Tensor:
+        return inputs.ids.where(inputs.ids < 0, inputs.ids & 511)
+
+
 class Int64ReadAsInt32(FaultyIds):
     """Twice as many words as there are pairs, and the first half of them is read."""
 
@@ -275,6 +289,8 @@ MUTANTS = tuple(
         (IdsBeyondTheLastWrapAround, "ids from E on begin again", "out-of-range-e", _RANGE),
         (IdsCutToInt32, "int64 ids are cut to 32 bits", "out-of-range-beyond-int32", _RANGE),
         (IdsCutToBytes, "ids are kept in a byte", "all-on-last-of-257", _PLACE),
+        (OnlyTheFirst512Experts, "pairs of experts from the 512th on are not counted", "e896-k16", _COUNT),
+        (NineBitsOfAnId, "sort keys keep nine bits of an id", "all-on-last-of-896", _PLACE),
         (Int64ReadAsInt32, "int64 ids are read as int32", "e5-k5-int64", _PLACE),
         (StridesAreIgnored, "ids are read as if contiguous", "rows-apart", _PLACE),
         (LastOddTokenIsLost, "the last of an odd number of tokens is lost", "permuted-e60-k6", _MOVED),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moe_conformance.engine import RouteInputs, Routing
+from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing, RoutingSpec
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
+from moe_conformance.reference_impl.router import Router, build_router
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,30 +16,38 @@ METHOD = "ids_and_weights_are_those_of_the_method"
 SHIFT = "a_constant_added_to_all_logits_changes_nothing"
 UNIQUE = "ids_are_unique_and_in_range_for_any_row"
 AGAIN = "the_same_logits_give_the_same_bits_again"
+ROUTER = "a_router_chooses_and_weighs_by_its_method"
+SHARED = "shared_experts_are_the_last_slots"
+PADDING = "padding_rows_change_no_token"
+
+
+def _but(inputs: RouteInputs, **fields: Any) -> RouteInputs:
+    """The same inputs with other fields of the method."""
+    return replace(inputs, routing=replace(inputs.routing, **fields))
+
+
+def _scale(inputs: RouteInputs) -> Tensor:
+    return inputs.tensors["router.per_expert_scale"].float()
 
 
 class SoftmaxAfterTopK(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
-        ids, weights = super().route(inputs)
-        if inputs.method == "softmax_topk":
-            weights = inputs.logits.float().gather(-1, ids).softmax(-1)
-        return Routing(ids, weights)
+        if inputs.routing != RoutingSpec(inputs.routing.top_k):
+            return super().route(inputs)
+        return super().route(_but(inputs, select_on="logits"))
 
 
 class NeverRenormalises(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
-        ids, weights = super().route(replace(inputs, method="softmax_topk"))
-        if inputs.per_expert_scale is not None:
-            weights = weights * inputs.per_expert_scale[ids].float()
-        return Routing(ids, weights)
+        return super().route(_but(inputs, renormalize="no"))
 
 
 class SelectsByScaledScore(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
-        if inputs.per_expert_scale is None:
+        if not inputs.routing.per_expert_scale:
             return super().route(inputs)
-        scores = inputs.logits.float().softmax(-1) * inputs.per_expert_scale.float()
-        ids = scores.topk(inputs.top_k).indices
+        scores = inputs.logits.float().softmax(-1) * _scale(inputs)
+        ids = scores.topk(inputs.routing.top_k).indices
         weights = scores.gather(-1, ids)
         return Routing(ids, weights / weights.sum(-1, keepdim=True))
 
@@ -47,10 +56,10 @@ class _Unscaled(Faulty):
     """Gemma 4 up to its last step, which a subclass gets wrong."""
 
     def route(self, inputs: RouteInputs) -> Routing:
-        if inputs.per_expert_scale is None:
+        if not inputs.routing.per_expert_scale:
             return super().route(inputs)
-        ids, weights = super().route(replace(inputs, method="softmax_topk_renorm"))
-        return Routing(ids, weights * self.scale_of(ids, inputs.per_expert_scale.float()))
+        ids, weights = super().route(_but(inputs, per_expert_scale=False))
+        return Routing(ids, weights * self.scale_of(ids, _scale(inputs)))
 
     def scale_of(self, ids: Tensor, scale: Tensor) -> Tensor | float:
         return 1.0
@@ -79,7 +88,7 @@ class WeightsInAnotherOrder(Faulty):
 class LastExpertMasked(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
         logits = inputs.logits.clone()
-        if inputs.top_k < logits.shape[1]:
+        if inputs.routing.top_k < logits.shape[1] and not inputs.routing.shared_classes:
             logits[:, -1] = float("-inf")
         return super().route(replace(inputs, logits=logits))
 
@@ -89,10 +98,11 @@ class ScoresInLogitsDtype(Faulty):
 
     def route(self, inputs: RouteInputs) -> Routing:
         ids, weights = super().route(inputs)
-        if inputs.per_expert_scale is None:
+        if not inputs.routing.per_expert_scale:
             return Routing(ids, weights)
-        weights = inputs.logits.softmax(-1).gather(-1, ids)
-        weights = weights / weights.sum(-1, keepdim=True) * inputs.per_expert_scale[ids]
+        named = ids.clamp(min=0)  # -1 in padding rows
+        weights = inputs.logits.softmax(-1).gather(-1, named)
+        weights = weights / weights.sum(-1, keepdim=True) * inputs.tensors["router.per_expert_scale"][named]
         return Routing(ids, weights.float())
 
 
@@ -139,14 +149,181 @@ class TiesGoEitherWay(Faulty):
 
     def route(self, inputs: RouteInputs) -> Routing:
         self.calls += 1
-        if self.calls & 2:
+        spec = inputs.routing
+        if self.calls & 2 or spec.selector != "topk" or spec.groups > 1 or spec.classes(0):
             return super().route(inputs)
-        scale, last = inputs.per_expert_scale, inputs.logits.shape[1] - 1
         flipped = replace(
-            inputs, logits=inputs.logits.flip(-1), per_expert_scale=None if scale is None else scale.flip(0)
+            inputs,
+            logits=inputs.logits.flip(-1),
+            tensors={name: tensor.flip(0) for name, tensor in inputs.tensors.items()},
         )
         ids, weights = super().route(flipped)
-        return Routing(last - ids, weights)
+        return Routing(inputs.logits.shape[1] - 1 - ids, weights)
+
+
+class BiasEntersWeights(Faulty):
+    """transformers#39581, PaddleFormers#3452."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        ids, weights = super().route(inputs)
+        is_biased = inputs.routing.selection_bias and inputs.routing.score == "sigmoid"
+        if is_biased and not inputs.routing.shared_classes and inputs.fused_shared is None:
+            scores = inputs.logits.float().sigmoid() + inputs.tensors["router.selection_bias"]
+            weights = scores.gather(-1, ids.clamp(min=0))
+            weights = weights / weights.sum(-1, keepdim=True) * inputs.routing.scale
+        return Routing(ids, weights)
+
+
+class BiasInScoresDtype(Faulty):
+    """The selection bias is rounded to two bytes, as `.to(bfloat16)` of a whole model does."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        rounded = {name: t.bfloat16().float() if "bias" in name else t for name, t in inputs.tensors.items()}
+        return super().route(replace(inputs, tensors=rounded))
+
+
+class GroupsByTheirBest(Faulty):
+    """DeepSeek-V2's rule of groups for DeepSeek-V3's routers."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        return super().route(_but(inputs, group_score="max"))
+
+
+class OneGroupMore(Faulty):
+    def route(self, inputs: RouteInputs) -> Routing:
+        spec = inputs.routing
+        return super().route(_but(inputs, top_groups=min(spec.groups, spec.top_groups + 1)))
+
+
+class EpsilonDropped(Faulty):
+    """sglang#31017."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        return super().route(_but(inputs, epsilon=0.0))
+
+
+class ScaleOnlyWhenRenormalising(Faulty):
+    """sglang-jax#1282."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        return super().route(inputs if inputs.routing.renormalize == "sum" else _but(inputs, scale=1.0))
+
+
+class FiveHundredAndTwelveLanes(Faulty):
+    """A row's program has 512 lanes, and what lies beyond them is never chosen."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        logits = inputs.logits.clone()
+        logits[:, 512:] = float("-inf")
+        return super().route(replace(inputs, logits=logits))
+
+
+class SixteenRounds(Faulty):
+    """The search for the next largest runs at most sixteen times; further slots keep what was chosen first."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        ids, weights = super().route(inputs)
+        ids[:, 16:], weights[:, 16:] = ids[:, :1], weights[:, :1]
+        return Routing(ids, weights)
+
+
+class IdsInTenBits(Faulty):
+    """Score and id are packed into one key, whose low nine bits hold the id."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        ids, weights = super().route(inputs)
+        return Routing(ids & 511, weights)
+
+
+class SigmoidInLogitsDtype(Faulty):
+    def route(self, inputs: RouteInputs) -> Routing:
+        narrow = inputs.routing.score == "sigmoid" and inputs.routing.select_on == "scores"
+        ids, weights = super().route(_but(inputs, score_dtype="input") if narrow else inputs)
+        return Routing(ids, weights.float() if narrow else weights)
+
+
+class TiedGroupsAllKept(Faulty):
+    """Groups are kept whose score is at least that of the last one: with ties, more than there should be."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        spec = inputs.routing
+        if spec.groups > 1 and spec.group_score == "top2_sum" and spec.score == "sigmoid" and len(inputs.logits):
+            scores = inputs.logits.float().sigmoid() + inputs.tensors["router.selection_bias"]
+            best = scores.unflatten(1, (spec.groups, -1)).topk(2, dim=-1).values.sum(-1)
+            if bool((best == best[:, :1]).all()):
+                return super().route(_but(inputs, groups=1, top_groups=1))
+        return super().route(inputs)
+
+
+class ThresholdTakesTiesFirst(Faulty):
+    """Experts are taken in the order of their ids until K have the score of the K-th: ties oust larger scores."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        ids, weights = super().route(inputs)
+        plain = inputs.routing == RoutingSpec(inputs.routing.top_k, renormalize="sum")
+        if not plain or not len(ids) or inputs.fused_shared is not None or inputs.valid_rows is not None:
+            return Routing(ids, weights)
+        scores = inputs.logits.double().softmax(-1)
+        candidates = scores >= scores.gather(-1, ids).amin(-1, keepdim=True)
+        ids = candidates.long().sort(dim=-1, descending=True, stable=True).indices[:, : ids.shape[1]]
+        weights = scores.gather(-1, ids)
+        return Routing(ids, (weights / weights.sum(-1, keepdim=True)).float())
+
+
+class LogitsInInputPrecision(Faulty):
+    """The projection runs in bfloat16 where the model computes it in float32."""
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        return super().router_module(replace(spec, logits=replace(spec.logits, dtype="input")))
+
+
+class ScoresOfTheModelsDtype(Faulty):
+    """Logits in float32 are handed to the routing function in the model's dtype."""
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        handle = build_router(spec)
+        handle.module.__class__ = _NarrowLogits
+        assert isinstance(handle.module, _NarrowLogits)
+        handle.module.experts.routing_function = handle.module.select
+        return handle
+
+
+class _NarrowLogits(Router):
+    def select(self, logits: Tensor, **batch: Any) -> Routing:
+        return super().select(logits.to(self.spec.dtype).to(logits.dtype), **batch)
+
+
+class BatchMaximumOfAllRows(Faulty):
+    """exp is taken over the largest logit of the batch, padding rows included."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        if inputs.valid_rows is None:
+            return super().route(inputs)
+        most = inputs.logits[inputs.logits.isfinite()].max()
+        return super().route(replace(inputs, logits=(inputs.logits - most).bfloat16().to(inputs.logits.dtype)))
+
+
+class LastRowTakenForPadding(Faulty):
+    def route(self, inputs: RouteInputs) -> Routing:
+        rows = inputs.valid_rows
+        return super().route(inputs if rows is None else replace(inputs, valid_rows=rows - 1))
+
+
+class SharedSlotIsScaled(Faulty):
+    """The scaling factor meets the shared expert's slot, too."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        ids, weights = super().route(inputs)
+        if inputs.fused_shared is not None and inputs.fused_shared.rule == "constant":
+            weights[:, inputs.routing.top_k :] *= inputs.routing.scale
+        return Routing(ids, weights)
+
+
+class SharedSlotIsExpertZero(Faulty):
+    def route(self, inputs: RouteInputs) -> Routing:
+        ids, weights = super().route(inputs)
+        ids[:, inputs.routing.top_k :] = 0
+        return Routing(ids, weights)
 
 
 _GEMMA4 = "route-gemma4-e128-k8-t63-fp32-normal"
@@ -154,12 +331,12 @@ _PLAIN = "route-plain-e128-k8-t63-fp32-distinct"
 _RENORM = "route-renorm-e60-k4-t63-bf16-distinct"
 
 
-def _method(engine: type[Faulty], fault: str, case: str, check: str = METHOD) -> Mutant:
-    return Mutant(engine, "routing-semantics", fault, (case, check))
+def _method(engine: type[Faulty], fault: str, case: str, check: str = METHOD, *also: str) -> Mutant:
+    return Mutant(engine, "routing-semantics", fault, (case, check), frozenset(also))
 
 
-def _unique(engine: type[Faulty], fault: str, case: str, check: str = UNIQUE) -> Mutant:
-    return Mutant(engine, "ties-nan-duplicates", fault, (case, check))
+def _unique(engine: type[Faulty], fault: str, case: str, check: str = UNIQUE, *also: str) -> Mutant:
+    return Mutant(engine, "ties-nan-duplicates", fault, (case, check), frozenset(also))
 
 
 MUTANTS = (
@@ -192,5 +369,62 @@ MUTANTS = (
         "ties go to the lowest id on one call and to the highest on the next",
         "route-gemma4-e128-k8-t63-bf16-tied",
         AGAIN,
+        "token-padding",
+    ),
+    _method(BiasEntersWeights, "weights are gathered from the biased scores", "route-biased-e384-k8-t9-fp32-fine"),
+    _method(BiasInScoresDtype, "the selection bias is rounded to bfloat16", "route-biased-e896-k16-t9-fp32-fine"),
+    _method(GroupsByTheirBest, "a group counts as its best expert", "route-deepseek-v3-e256-k8-t9-fp32-fine"),
+    _method(OneGroupMore, "one group too many competes", "route-deepseek-v3-e384-k8-t9-fp32-fine"),
+    _method(EpsilonDropped, "nothing is added to the sum of scores", "route-deepseek-v3-e256-k8-t9-fp32-tiny"),
+    _method(
+        ScaleOnlyWhenRenormalising,
+        "the scaling factor stands in the branch that renormalises",
+        "route-deepseek-v2-e256-k8-t9-fp32-fine",
+        METHOD,
+        "shared-experts",
+    ),
+    _method(FiveHundredAndTwelveLanes, "experts beyond 512 are not looked at", "route-biased-e896-k16-t9-fp32-fine"),
+    _method(SixteenRounds, "more than 16 experts a token repeat the first", "route-biased-e512-k22-t9-fp32-fine"),
+    _method(IdsInTenBits, "ids wrap at 512", "route-renorm-e896-k16-t9-fp32-fine", METHOD, "shared-experts"),
+    _method(SigmoidInLogitsDtype, "sigmoids run in bfloat16", "route-biased-e256-k8-t9-bf16-normal-sliced"),
+    _method(
+        LogitsInInputPrecision,
+        "logits are computed in bfloat16",
+        "router-biased-e256-k8-bf16",
+        ROUTER,
+        "closure-capture",
+    ),
+    _method(
+        ScoresOfTheModelsDtype,
+        "logits are rounded to bfloat16",
+        "router-deepseek-v3-e256-k8-bf16",
+        ROUTER,
+        "closure-capture",
+    ),
+    _method(TiedGroupsAllKept, "all tied groups compete", "route-deepseek-v3-e72-k6-t23-fp32-tied-groups"),
+    _method(ThresholdTakesTiesFirst, "a tie ousts a larger score", "route-renorm-e40-k5-t23-fp32-last-place"),
+    Mutant(
+        BatchMaximumOfAllRows,
+        "token-padding",
+        "a padding row's logit is subtracted from every row in low precision",
+        ("route-renorm-padding-rows", PADDING),
+    ),
+    Mutant(
+        LastRowTakenForPadding,
+        "token-padding",
+        "the last token is taken for padding",
+        ("route-biased-padding-rows", PADDING),
+    ),
+    Mutant(
+        SharedSlotIsScaled,
+        "shared-experts",
+        "the scaling factor multiplies the shared expert's weight",
+        ("route-deepseek-v3-fused-shared-one", SHARED),
+    ),
+    Mutant(
+        SharedSlotIsExpertZero,
+        "shared-experts",
+        "the shared expert's slot names expert 0",
+        ("route-renorm-fused-shared-one", SHARED),
     ),
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_conformance.engine import LayerInputs
+from moe_conformance.engine import LayerInputs, MLPSpec
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.reference_impl import layer as stage
 from moe_conformance.reference_impl import padding
@@ -16,7 +17,7 @@ from moe_conformance.reference_impl import padding
 
 class SharedAddedBeforeCut(Faulty):
     def layer(self, inputs: LayerInputs) -> Tensor:
-        if inputs.shared_w13 is None or inputs.latent_out is not None:
+        if inputs.spec.shared is None or inputs.spec.latent is not None:
             return super().layer(inputs)
         with patch.object(stage, "unpad", lambda x, width: x):
             return super().layer(inputs)[..., : inputs.x.shape[-1]]
@@ -26,7 +27,7 @@ class PlainLayerIsNotCut(Faulty):
     """The fix of the fix: cut only where there is a shared expert or a latent projection (vllm#40865)."""
 
     def layer(self, inputs: LayerInputs) -> Tensor:
-        if inputs.shared_w13 is not None or inputs.latent_out is not None:
+        if inputs.spec.shared is not None or inputs.spec.latent is not None:
             return super().layer(inputs)
         with patch.object(stage, "unpad", lambda x, width: x):
             return super().layer(inputs)
@@ -36,13 +37,13 @@ class LatentProjectsPadding(Faulty):
     """The output projection is widened with zeros instead of the padding being cut: zero times garbage is garbage."""
 
     def layer(self, inputs: LayerInputs) -> Tensor:
-        if inputs.latent_out is None:
+        if inputs.spec.latent is None:
             return super().layer(inputs)
 
-        linear = F.linear
+        linear, latent_out = F.linear, inputs.tensors["latent.out"]
 
         def widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            return linear(x, padding.pad(weight, x.shape[-1]) if weight is inputs.latent_out else weight, bias)
+            return linear(x, padding.pad(weight, x.shape[-1]) if weight is latent_out else weight, bias)
 
         with patch.object(stage, "unpad", lambda x, width: x), patch.object(F, "linear", widened):
             return super().layer(inputs)
@@ -52,10 +53,13 @@ class GateAndUpPaddedAsOne(Faulty):
     """Rows are added below up only, so that the kernel takes up's first rows for gate's last."""
 
     def layer(self, inputs: LayerInputs) -> Tensor:
-        def as_one(w13: Tensor, w2: Tensor, hidden: int, intermediate: int) -> tuple[Tensor, Tensor]:
-            _, down = padding.pad_expert_weights(w13, w2, hidden, intermediate)
-            rows = 2 * intermediate - w13.shape[1]
-            return F.pad(w13, (0, hidden - w13.shape[2], 0, rows)), down
+        def as_one(tensors: Mapping[str, Tensor], spec: MLPSpec, hidden: int, intermediate: int) -> dict[str, Tensor]:
+            padded = padding.pad_expert_weights(tensors, spec, hidden, intermediate)
+            w13 = tensors.get("experts.w13")
+            if w13 is not None:
+                rows = 2 * intermediate - w13.shape[1]
+                padded["experts.w13"] = F.pad(w13, (0, hidden - w13.shape[2], 0, rows))
+            return padded
 
         with patch.object(stage, "pad_expert_weights", as_one):
             return super().layer(inputs)
@@ -90,7 +94,7 @@ class AccumulatorIsReturned(Faulty):
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         output = super().layer(inputs)
-        return output if inputs.shared_w13 is not None else output.float()
+        return output if inputs.spec.shared is not None else output.float()
 
 
 class GraphBreaks(Faulty):

@@ -17,7 +17,9 @@ from moe_conformance.engine import (
     BlockOutput,
     Engine,
     EngineInfo,
+    ExpertsInputs,
     LayerInputs,
+    Limits,
     MoESpec,
     RouteInputs,
     RouterHandle,
@@ -52,16 +54,17 @@ class Transformers(Engine):
         return EngineInfo(self.name, version("transformers"), "cpu")
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
-        from moe_conformance.engines.transformers import block, layer, loading, routing
+        from moe_conformance.engines.transformers import block, loading
+        from moe_conformance.engines.transformers.offered import offered
 
-        return {
-            "describe": frozenset(),
-            "route": routing.methods(),
-            "router_module": routing.methods(),
-            "layer": layer.features(),
-            "block": block.features(),
-            "load": loading.styles(),
-        }
+        found = {stage: offered(stage) for stage in ("route", "router_module", "experts", "layer")}
+        found |= {"block": block.features(), "load": loading.styles()}
+        return {"describe": frozenset(), **{stage: words for stage, words in found.items() if words}}
+
+    def limits(self) -> Mapping[str, Limits]:
+        from moe_conformance.engines.transformers.offered import limits
+
+        return limits(self.experts_implementation)
 
     def describe(self, config: Any) -> MoESpec:
         from moe_conformance.engines.transformers import describe as stage
@@ -77,6 +80,11 @@ class Transformers(Engine):
         from moe_conformance.engines.transformers import routing as stage
 
         return stage.router_module(spec)
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        from moe_conformance.engines.transformers import experts as stage
+
+        return stage.experts(inputs, self.experts_implementation)
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         from moe_conformance.engines.transformers import layer as stage

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -18,30 +17,28 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
-from moe_conformance.engine import BlockInputs, BlockOutput
-from moe_conformance.engines.transformers.block_families import (
-    MODEL_TYPES,
-    OWN_LAYOUTS,
-    PREFIXES,
-    SEPARATE,
-    SOURCES,
-    Source,
-)
+from moe_conformance.engine import BlockInputs, BlockOutput, called_by_engine
+from moe_conformance.engines.transformers.block_families import MODEL_TYPES
 from moe_conformance.engines.transformers.block_routing import Tap
 from moe_conformance.engines.transformers.build import as_config, build, language_part
 from moe_conformance.engines.transformers.describe import decoders, is_moe, layer_lists
-from moe_conformance.errors import ConfigError, InputError, Unsupported
+from moe_conformance.engines.transformers.filling import fill
+from moe_conformance.errors import ConfigError, Unsupported
 
 # Those that run on a CPU.
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
-def features() -> frozenset[str]:
-    """The model types that the installed transformers has; none before 5.0, where experts are modules of their own."""
+def model_types() -> frozenset[str]:
+    """Those that the installed transformers has; none before 5.0, where experts are modules of their own."""
     if find_spec("transformers.integrations.moe") is None:
         return frozenset()
-    here = MODEL_TYPES & set(CONFIG_MAPPING.keys())
-    return here | {"dropped_ids", "expert_bounds"} | {f"implementation:{name}" for name in IMPLEMENTATIONS}
+    return MODEL_TYPES & set(CONFIG_MAPPING.keys())
+
+
+def features() -> frozenset[str]:
+    offered = {"dropped_ids", "expert_bounds", "same_bits", *(f"implementation:{name}" for name in IMPLEMENTATIONS)}
+    return frozenset(model_types() | offered) if model_types() else frozenset()
 
 
 def block(inputs: BlockInputs, default_implementation: str) -> BlockOutput:
@@ -50,10 +47,10 @@ def block(inputs: BlockInputs, default_implementation: str) -> BlockOutput:
     Raises InputError where a parameter or buffer of the block stays unfilled or a tensor unused, Unsupported for an
     implementation that the family ignores, and for a given routing where nothing takes one (doge).
     """
-    found = _block(json.dumps(dict(inputs.config)), inputs.layer)
-    _fill(found, inputs.tensors)
-    _choose(found.moe, inputs.implementation, default_implementation)
-    with Tap(found.moe, inputs.routing) as tap, torch.no_grad():
+    found = block_of(json.dumps(dict(inputs.config)), inputs.layer)
+    fill(found, inputs.tensors)
+    choose(found.moe, inputs.implementation, default_implementation)
+    with Tap(found.moe, inputs.routing, inputs.native_ids) as tap, torch.no_grad():
         output = found(inputs.x, inputs.token_ids, inputs.state)
     return BlockOutput(output.flatten(0, -2), None if inputs.routing else tap.seen)
 
@@ -61,9 +58,9 @@ def block(inputs: BlockInputs, default_implementation: str) -> BlockOutput:
 class Block(nn.Module):
     """The module or modules of a block, and how the model calls them. forward: x [B, S, H] -> [B, S, H]."""
 
-    def __init__(self, root: Any, moe: Any, kept_in_float32: str) -> None:
+    def __init__(self, config: Any, root: Any, moe: Any, kept_in_float32: str) -> None:
         super().__init__()
-        self.root, self.moe = root, moe
+        self.config, self.root, self.moe = config, root, moe
         self.kept_in_float32 = kept_in_float32
 
     def forward(self, x: Tensor, token_ids: Tensor | None, state: Tensor | None) -> Tensor:
@@ -72,6 +69,10 @@ class Block(nn.Module):
         answer = self.root(x, **{name: value for name, value in offered.items() if name in takes})
         output: Tensor = answer[0] if isinstance(answer, tuple) else answer
         return output.view_as(x)
+
+    def stays_in_float32(self, name: str) -> bool:
+        """Whether from_pretrained leaves this parameter in float32, whatever dtype is asked for."""
+        return bool(self.kept_in_float32 and re.search(self.kept_in_float32, f"mlp.{name}"))
 
 
 class SharedBeside(nn.Module):
@@ -119,6 +120,7 @@ class Silent(nn.Module):
         self.answer: Tensor | None = None
         self.got: Tensor | None = None
 
+    @called_by_engine
     def forward(self, hidden_states: Tensor, **_: Any) -> Any:
         self.got = hidden_states
         answer = hidden_states if self.answer is None else self.answer
@@ -132,7 +134,7 @@ def silence(layer: nn.Module, keep: tuple[str, ...]) -> None:
 
 
 @cache
-def _block(config_json: str, index: int) -> Block:
+def block_of(config_json: str, index: int) -> Block:
     """The block of one decoder layer, on the meta device; of the encoder's where the decoder has no experts."""
     config = language_part(as_config(json.loads(config_json)))
     config._experts_implementation = "eager"
@@ -143,7 +145,7 @@ def _block(config_json: str, index: int) -> Block:
         layer = stacks[name][index] if index < len(stacks[name]) else None
         if layer is not None and (found := _moe(layer)) is not None:
             path, moe = found
-            return Block(_root(layer, path, moe), moe, kept).eval()
+            return Block(config, _root(layer, path, moe), moe, kept).eval()
     raise ConfigError(f"{config.model_type}: layer {index} has no routed experts in {', '.join(stacks)}")
 
 
@@ -167,58 +169,7 @@ def _root(layer: Any, path: str, moe: Any) -> Any:
     return moe
 
 
-class _Read(dict[str, Tensor]):
-    """Tensors that remember which of them were read."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(tensors)
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self:
-            raise InputError(f"{name}: got no such tensor; the block has a parameter of it")
-        self.read.add(name)
-        return super().__getitem__(name)
-
-
-def _fill(found: Block, tensors: Mapping[str, Tensor]) -> None:
-    remembered = _Read(tensors)
-    state = {}
-    for name, parameter in found.root.state_dict().items():
-        value = _source(found, name)(remembered, found.moe)
-        if value.shape != parameter.shape:
-            raise InputError(
-                f"{name}: got {list(value.shape)} from the canonical tensors, want {list(parameter.shape)}"
-            )
-        if value.is_floating_point() and found.kept_in_float32 and re.search(found.kept_in_float32, f"mlp.{name}"):
-            value = value.float()  # as from_pretrained leaves it, whatever dtype is asked for
-        state[name] = value
-    found.root.load_state_dict(state, assign=True)
-    unused = tensors.keys() - remembered.read
-    unfilled = [name for name, tensor in _tensors(found.root) if tensor.is_meta]
-    if unused or unfilled:
-        raise InputError(f"{type(found.moe).__name__}: tensors not used: {sorted(unused)}; not filled: {unfilled}")
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def _source(found: Block, name: str) -> Source:
-    name = name.removeprefix("layer.")
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    own = OWN_LAYOUTS.get(type(getattr(found.moe, "experts", None)).__name__, {})
-    if source := own.get(name) or SOURCES.get(name):
-        return source
-    if match := re.fullmatch(r"experts\.expert_(\d+)\.(.+)", name):
-        canonical, number = SEPARATE[match[2]], int(match[1])
-        return lambda tensors, _: tensors[canonical][number]
-    raise Unsupported(f"block: no canonical tensor is known for {name} of {type(found.moe).__name__}")
-
-
-def _choose(moe: Any, asked: str | None, default: str) -> None:
+def choose(moe: Any, asked: str | None, default: str) -> None:
     """Set how the experts are computed, in the config that their module reads at every call."""
     experts = getattr(moe, "experts", None)
     if hasattr(experts, "_apply_gate") and hasattr(experts, "config"):

@@ -7,6 +7,7 @@ said here by name and class, never read off shapes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,14 @@ Tensors = Mapping[str, Tensor]
 Source = Callable[[Tensors, Any], Tensor]
 
 
-def whole(name: str) -> Source:
-    return lambda tensors, block: tensors[name]
+@dataclass(frozen=True)
+class Whole:
+    """The canonical tensor of this name as it is."""
+
+    name: str
+
+    def __call__(self, tensors: Tensors, block: Any) -> Tensor:
+        return tensors[self.name]
 
 
 def transposed(name: str) -> Source:
@@ -112,74 +119,74 @@ SELECTION_BIASES = (
 SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 
 SOURCES: dict[str, Source] = {
-    **dict.fromkeys(PROJECTIONS, whole("router.proj")),
-    **dict.fromkeys(SELECTION_BIASES, whole("router.selection_bias")),
+    **dict.fromkeys(PROJECTIONS, Whole("router.proj")),
+    **dict.fromkeys(SELECTION_BIASES, Whole("router.selection_bias")),
     "gate.moe_statics.e_score_correction_bias": row("router.selection_bias"),
-    "router.bias": whole("router.bias"),
-    "router.classifier.bias": whole("router.bias"),
-    "router.scale": whole("router.scale"),
-    "router.per_expert_scale": whole("router.per_expert_scale"),
-    "gate.global_scale": whole("router.global_scale"),
-    "gate.tid2eid": whole("router.table"),
+    "router.bias": Whole("router.bias"),
+    "router.classifier.bias": Whole("router.bias"),
+    "router.scale": Whole("router.scale"),
+    "router.per_expert_scale": Whole("router.per_expert_scale"),
+    "gate.global_scale": Whole("router.global_scale"),
+    "gate.tid2eid": Whole("router.table"),
     # zaya
-    "gate.down_proj.weight": whole("router.down.weight"),
-    "gate.down_proj.bias": whole("router.down.bias"),
-    "gate.router_states_scale": whole("router.state_scale"),
-    "gate.router_mlp.norm.weight": whole("router.norm"),
+    "gate.down_proj.weight": Whole("router.down.weight"),
+    "gate.down_proj.bias": Whole("router.down.bias"),
+    "gate.router_states_scale": Whole("router.state_scale"),
+    "gate.router_mlp.norm.weight": Whole("router.norm"),
     **{
-        f"gate.router_mlp.{fc}.{kind}": whole(f"router.{fc}.{kind}")
+        f"gate.router_mlp.{fc}.{kind}": Whole(f"router.{fc}.{kind}")
         for fc in ("fc1", "fc2")
         for kind in ("weight", "bias")
     },
     # routed experts
-    "experts.gate_up_proj": whole("experts.w13"),
-    "experts.gate_up_proj_bias": whole("experts.b13"),
-    "experts.up_proj": whole("experts.w1"),
-    "experts.down_proj": whole("experts.w2"),
-    "experts.down_proj_bias": whole("experts.b2"),
-    "experts.post_expert_norm.weight": whole("experts.output_norm"),
+    "experts.gate_up_proj": Whole("experts.w13"),
+    "experts.gate_up_proj_bias": Whole("experts.b13"),
+    "experts.up_proj": Whole("experts.w1"),
+    "experts.down_proj": Whole("experts.w2"),
+    "experts.down_proj_bias": Whole("experts.b2"),
+    "experts.post_expert_norm.weight": Whole("experts.output_norm"),
     "experts.mlp.w1": stacked_half(0),
     "experts.mlp.v1": stacked_half(1),
     "experts.mlp.w2": stacked_down,
-    "input_linear.weight": whole("experts.w13"),
-    "output_linear.weight": whole("experts.w2"),
+    "input_linear.weight": Whole("experts.w13"),
+    "output_linear.weight": Whole("experts.w2"),
     "down_embed.weight": squeezed("experts.w1", 1),
     "up_embed.weight": squeezed("experts.w2", 2),
     # shared experts
     **{f"{name}.gate_proj.weight": half("shared.w13", 0) for name in SHARED},
     **{f"{name}.up_proj.weight": shared_up("w") for name in SHARED},
-    **{f"{name}.down_proj.weight": whole("shared.w2") for name in SHARED},
+    **{f"{name}.down_proj.weight": Whole("shared.w2") for name in SHARED},
     **{f"{name}.gate_proj.bias": half("shared.b13", 0) for name in SHARED},
     **{f"{name}.up_proj.bias": shared_up("b") for name in SHARED},
-    **{f"{name}.down_proj.bias": whole("shared.b2") for name in SHARED},
-    "shared_experts.gate_up_proj.weight": whole("shared.w13"),
-    "shared_mlp.input_linear.weight": whole("shared.w13"),
-    "shared_mlp.output_linear.weight": whole("shared.w2"),
-    "shared_expert_gate.weight": whole("shared.gate"),
+    **{f"{name}.down_proj.bias": Whole("shared.b2") for name in SHARED},
+    "shared_experts.gate_up_proj.weight": Whole("shared.w13"),
+    "shared_mlp.input_linear.weight": Whole("shared.w13"),
+    "shared_mlp.output_linear.weight": Whole("shared.w2"),
+    "shared_expert_gate.weight": Whole("shared.gate"),
     "shared_experts.gate_proj": side_by_side_half(0),
     "shared_experts.up_proj": side_by_side_half(1),
     "shared_experts.down_proj": side_by_side_down,
     # latent width
-    "fc1_latent_proj.bias": whole("latent.in_bias"),
-    "fc2_latent_proj.bias": whole("latent.out_bias"),
-    "fc1_latent_proj.weight": whole("latent.in"),
-    "fc2_latent_proj.weight": whole("latent.out"),
-    "pre_expert_proj.weight": whole("latent.in"),
-    "pre_expert_norm.weight": whole("latent.norm"),
-    "post_expert_proj.weight": whole("latent.out"),
+    "fc1_latent_proj.bias": Whole("latent.in_bias"),
+    "fc2_latent_proj.bias": Whole("latent.out_bias"),
+    "fc1_latent_proj.weight": Whole("latent.in"),
+    "fc2_latent_proj.weight": Whole("latent.out"),
+    "pre_expert_proj.weight": Whole("latent.in"),
+    "pre_expert_norm.weight": Whole("latent.norm"),
+    "post_expert_proj.weight": Whole("latent.out"),
     # a dense MLP beside the experts, and the end of the block
     **{f"{prefix}gate_proj.weight": half("dense.w13", 0) for prefix in ("mlp.", "")},
     **{f"{prefix}up_proj.weight": half("dense.w13", 1) for prefix in ("mlp.", "")},
-    **{f"{prefix}down_proj.weight": whole("dense.w2") for prefix in ("mlp.", "")},
+    **{f"{prefix}down_proj.weight": Whole("dense.w2") for prefix in ("mlp.", "")},
     "gate_proj.bias": half("dense.b13", 0),
     "up_proj.bias": half("dense.b13", 1),
-    "down_proj.bias": whole("dense.b2"),
-    "pre_feedforward_layernorm.weight": whole("dense.norm"),
-    "post_feedforward_layernorm_1.weight": whole("dense.sum_norm"),
-    "pre_feedforward_layernorm_2.weight": whole("experts.norm"),
-    "post_feedforward_layernorm_2.weight": whole("experts.sum_norm"),
-    "post_mlp_layernorm.weight": whole("output.norm"),
-    "bias": whole("output.bias"),
+    "down_proj.bias": Whole("dense.b2"),
+    "pre_feedforward_layernorm.weight": Whole("dense.norm"),
+    "post_feedforward_layernorm_1.weight": Whole("dense.sum_norm"),
+    "pre_feedforward_layernorm_2.weight": Whole("experts.norm"),
+    "post_feedforward_layernorm_2.weight": Whole("experts.sum_norm"),
+    "post_mlp_layernorm.weight": Whole("output.norm"),
+    "bias": Whole("output.bias"),
 }
 
 COLUMNS: dict[str, Source] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from moe_conformance.engine import Routing
+from moe_conformance.engine import Routing, called_by_engine
 from moe_conformance.errors import Unsupported
 
 
@@ -17,11 +17,12 @@ class Tap:
     """Inside, the block's experts get `given` instead of their router's answer, if there is one; `seen`: what they got.
 
     Most experts are called with ids and weights. The routers of four families answer otherwise and are tapped
-    themselves. doge has no module in between.
+    themselves. doge has no module in between. native: ids are handed on as they are. stop: nothing runs behind the tap.
     """
 
-    def __init__(self, moe: Any, given: Routing | None) -> None:
-        self.moe, self.given = moe, given
+    def __init__(self, moe: Any, given: Routing | None, native: bool = False, stop: bool = False) -> None:
+        self.moe, self.stop = moe, stop
+        self.given = given if given is None or native else in_own_words(moe, given)
         self.seen: Routing | None = None
         self.handle: Any = None
 
@@ -32,28 +33,53 @@ class Tap:
             self.handle = router.register_forward_hook(partial(self._after_router, form))
         elif experts is not None:
             self.handle = experts.register_forward_pre_hook(self._before_experts)
-            # Only a parallel plan hands out the id E, and it says so to the experts that ask.
-            count = getattr(experts, "num_experts", None)
-            experts._is_expert_parallel = self.given is not None and count in self.given.ids.unique().tolist()
-        elif self.given is not None:
-            raise Unsupported(f"block: {type(self.moe).__name__} has no place where a routing can be put in")
+            if self.given is not None:
+                allow_no_expert(experts, self.given.ids)
+        elif self.given is not None or self.stop:
+            raise Unsupported(f"{type(self.moe).__name__} has no place where a routing can be seen or put in")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         if self.handle is not None:
             self.handle.remove()
+        return kind is _Stopped
 
+    @called_by_engine
     def _before_experts(self, module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, ids, weights = args
         if self.given is not None:
             ids, weights = self.given.ids, self.given.weights.to(weights.dtype)
-        self.seen = Routing(ids, weights)
+        self._note(Routing(ids, weights))
         return hidden, ids, weights
 
+    @called_by_engine
     def _after_router(self, form: type[Dense], module: Any, args: Any, output: Any) -> Any:
         answer = form(module, output)
-        self.seen = answer.read()
+        self._note(answer.read())
         return output if self.given is None else answer.written(self.given)
+
+    def _note(self, seen: Routing) -> None:
+        self.seen = seen
+        if self.stop:
+            raise _Stopped
+
+
+class _Stopped(Exception):
+    """Leaves the block once its routing is seen."""
+
+
+def in_own_words(moe: Any, given: Routing) -> Routing:
+    """The routing with "no expert" as a parallel plan of transformers says it: the id behind all others, weight 0."""
+    owners = (getattr(moe, "experts", None), getattr(moe, "router", None), moe)
+    counts = (getattr(owner, name, None) for name in ("total_experts", "num_experts") for owner in owners)
+    count = next(count for count in counts if isinstance(count, int))
+    none = given.ids < 0
+    return Routing(given.ids.masked_fill(none, count), given.weights.masked_fill(none, 0.0))
+
+
+def allow_no_expert(experts: Any, ids: Tensor) -> None:
+    """Only a parallel plan hands out the id E, and it says so to the experts that ask."""
+    experts._is_expert_parallel = getattr(experts, "num_experts", None) in ids.unique().tolist()
 
 
 class Dense:

@@ -1,86 +1,147 @@
-"""Routers of real families, given logits or as modules."""
+"""Routers of real families, given logits, or by themselves as modules."""
 
 from __future__ import annotations
 
+import copy
+import json
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing
-from moe_conformance.engines.transformers.families import DEEPSEEK_V2, GEMMA4, MIXTRAL
-from moe_conformance.judging.inputs import poison_
+from moe_conformance.engine import (
+    LayerSpec,
+    RouteInputs,
+    RouterHandle,
+    RouterSpec,
+    Routing,
+    Unsupported,
+    called_by_engine,
+    poison_,
+)
+from moe_conformance.engines.transformers.block import Block, block_of
+from moe_conformance.engines.transformers.block_families import Whole
+from moe_conformance.engines.transformers.block_routing import Tap
+from moe_conformance.engines.transformers.filling import fill, source
+from moe_conformance.engines.transformers.matching import config_of, for_router, for_router_module
 
-ROUTERS = {"softmax_topk": DEEPSEEK_V2, "softmax_topk_renorm": MIXTRAL, "gemma4": GEMMA4}
+# Of what nobody looks at: the experts behind a router, and hidden states that logits are given for.
+UNSEEN = 8
 
 
-def methods() -> frozenset[str]:
-    """The methods for which the installed transformers has a router class (most families: since 5.0)."""
-    return frozenset(method for method, family in ROUTERS.items() if family.has(family.config, family.router))
-
-
-class _Projection(TorchFunctionMode):
-    """Inside, a linear map gives these logits, in the dtype the router computes its projection in.
+class GivenLogits:
+    """Inside, the projection of the block's router yields these logits, whatever the hidden states are.
 
     Multiplying by an identity instead would spoil a row that holds an infinity.
     """
+
+    def __init__(self, moe: Any, logits: Tensor) -> None:
+        self.router, self.logits = router_of(moe), logits
+
+    def __enter__(self) -> GivenLogits:
+        real, mode = self.router.forward, _Projection(self.logits)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with mode:
+                return real(*args, **kwargs)
+
+        self.patch = patch.object(self.router, "forward", forward)
+        self.patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.stop()
+
+
+class _Projection(TorchFunctionMode):
+    """The linear map to as many columns as the logits have gives the logits, in the dtype it is computed in."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
         self.logits = logits
 
+    @called_by_engine
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear:
-            return self.logits.to(args[0].dtype)
+        if func is torch.nn.functional.linear and args[1].shape[0] == self.logits.shape[1]:
+            return self.logits.to(args[0].dtype).view(*args[0].shape[:-1], self.logits.shape[1])
         return func(*args, **(kwargs or {}))
 
 
-class GivenLogits(nn.Module):
-    """A real router whose projection yields the logits of the case, whatever the hidden states are."""
-
-    def __init__(self, router: nn.Module, logits: Tensor) -> None:
-        super().__init__()
-        self.router, self.logits = router, logits
-
-    def forward(self, hidden: Tensor) -> Any:
-        with _Projection(self.logits):
-            return self.router(hidden)
+def router_of(moe: Any) -> Any:
+    return moe.gate if hasattr(moe, "gate") else moe.router
 
 
 def route(inputs: RouteInputs) -> Routing:
-    family = ROUTERS[inputs.method]
-    tokens, experts = inputs.logits.shape
-    config = family.make_config(experts, inputs.top_k, hidden=1)
-    router = family.get(family.router)(config).to(inputs.logits.device, inputs.logits.dtype).eval()
-    if inputs.per_expert_scale is not None:
-        router.per_expert_scale = nn.Parameter(inputs.per_expert_scale, requires_grad=False)
-    with torch.no_grad():
-        _, weights, ids = GivenLogits(router, inputs.logits)(inputs.logits.new_zeros(tokens, 1))
-    return Routing(ids, weights)
+    """Ids and weights as the block of a family with that router hands them to its experts."""
+    logits, routing = inputs.logits, inputs.routing
+    if inputs.fused_shared is not None:
+        raise Unsupported("route: transformers computes shared experts apart from the routed ones")
+    family, spec = for_router(routing, name_of(logits.dtype))
+    tokens, classes = logits.shape
+    experts = classes - routing.identity_experts - routing.skip_expert - routing.shared_classes
+    table = inputs.tensors.get("router.table")
+    block = small_block(family, spec, experts, UNSEEN, vocabulary=0 if table is None else len(table))
+    fill(block, inputs.tensors, rest=logits.dtype)
+    shape = (inputs.sequences, tokens // inputs.sequences)
+    token_ids = None if inputs.token_ids is None else inputs.token_ids.view(shape)
+    with Tap(block.moe, None, stop=True) as tap, GivenLogits(block.moe, logits), torch.no_grad():
+        block(logits.new_zeros(*shape, UNSEEN), token_ids, None)
+    assert tap.seen is not None
+    return Routing(tap.seen.ids, tap.seen.weights.float())
+
+
+def small_block(family: Any, spec: LayerSpec, experts: int, hidden: int, vocabulary: int = 0) -> Block:
+    """The family's block with the spec's router, on the meta device; its experts are as small as may be."""
+    # A router of several layers: none but the last is as wide as the logits are.
+    sized: dict[str, Any] = {"logits": replace(spec.logits, width=spec.logits.width or 1)}
+    for name in ("shared", "dense"):
+        part = getattr(spec, name)
+        sized[name] = part and replace(part, mlp=replace(part.mlp, width=UNSEEN))
+    sized["latent"] = spec.latent and replace(spec.latent, width=UNSEEN)
+    sized["experts"] = replace(spec.experts, width=UNSEEN)
+    sized |= {"num_experts": experts, "hidden_size": hidden, "vocab_size": vocabulary or 1}
+    return block_of(json.dumps(config_of(family, replace(spec, **sized))), 0)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class WeightsAndIds(nn.Module):
-    """A real router that leaves out the scores it returns first."""
+    """A real router, of whose answer the scores that come first, and what comes last, are left out."""
 
-    def __init__(self, router: nn.Module) -> None:
+    def __init__(self, router: nn.Module, is_sequence: bool) -> None:
         super().__init__()
-        self.router = router
+        self.router, self.is_sequence = router, is_sequence
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        _, weights, ids = self.router(hidden)
+        _, weights, ids, *_ = self.router(hidden.unsqueeze(0) if self.is_sequence else hidden)
         return weights, ids
 
 
 def router_module(spec: RouterSpec) -> RouterHandle:
-    """The router of a family with the spec's method; its parameters are poisoned until loaded."""
-    family = ROUTERS[spec.method]
-    config = family.make_config(spec.num_experts, spec.top_k, spec.hidden_size, rms_norm_eps=spec.norm_eps)
-    router = family.get(family.router)(config).to(spec.dtype).eval().requires_grad_(False)
-    for parameter in router.parameters():
-        poison_(parameter.data)
-    tensors = {"proj": f"router.{family.projection}"}
-    tensors |= {
-        name: f"router.{name}" for name, _ in router.named_parameters() if name in ("scale", "per_expert_scale")
-    }
-    return RouterHandle(WeightsAndIds(router), "hidden", tensors)
+    """The router of a family that is this one; its tensors are poisoned until loaded."""
+    if spec.logits.takes_state:
+        raise Unsupported("router_module: ZAYA's router takes the state of the one before as a second argument")
+    family, small = for_router_module(spec.logits, spec.routing, name_of(spec.dtype))
+    block = small_block(family, small, spec.num_experts, spec.hidden_size)
+    router = router_of(block.moe)
+    path = next(name for name, module in block.root.named_modules() if module is router)
+    router = copy.deepcopy(router).to_empty(device="cpu").eval().requires_grad_(False)
+    wanted, found = spec.tensors(), {}
+    for name, tensor in router.state_dict().items():
+        made_of = source(block.moe, f"{path}.{name}")
+        if not isinstance(made_of, Whole):
+            raise Unsupported(f"router_module: {type(router).__name__} stores {name} in another shape")
+        tensor = router.get_parameter(name) if name in dict(router.named_parameters()) else router.get_buffer(name)
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if block.stays_in_float32(f"{path}.{name}") else spec.dtype)
+        if made_of.name in wanted:
+            found[made_of.name] = f"router.{name}"
+            poison_(tensor.data)
+        else:
+            tensor.data.zero_()  # a selection bias that the spec does not have
+    return RouterHandle(WeightsAndIds(router, spec.logits.kind == "zaya"), "hidden", found)

@@ -62,8 +62,8 @@ class VLLM(Engine):
     def _offered(self) -> Mapping[str, frozenset[str]]:
         probes: dict[str, Callable[[], frozenset[str]]] = {
             "capture_shape": _capture_shape,
-            "route": _gemma4,
-            "router_module": _gemma4,
+            "route": _route,
+            "router_module": _router_module,
             "layer": _layer,
             "capture_session": _capture_session,
             "remap": _naming_styles,
@@ -92,7 +92,7 @@ class VLLM(Engine):
 
     def route(self, inputs: RouteInputs) -> Routing:
         self._want("route")
-        from moe_conformance.engines.vllm import closure as stage
+        from moe_conformance.engines.vllm import routing as stage
 
         return stage.route(inputs)
 
@@ -137,15 +137,24 @@ def _capture_shape() -> frozenset[str]:
 def _capture_session() -> frozenset[str]:
     from moe_conformance.engines.vllm import capture as stage
 
-    # Layer ids out of range must be refused by contract: that a release takes them is a finding, not a missing
-    # feature. Expert ids it takes from its own router; what it does with one that does not fit is judged all the same.
-    return stage.row_kinds() | {"layer_bounds"}
+    # Not "expert_bounds": ids come from its own router. Not "padding_rows": of several data-parallel ranks each counts
+    # its padding among its tokens, so that no row arrives behind those that are counted.
+    return stage.row_kinds()
 
 
-def _gemma4() -> frozenset[str]:
+def _gemma4() -> None:
     import vllm.model_executor.models.gemma4  # noqa: F401
 
-    return frozenset({"gemma4"})
+
+def _route() -> frozenset[str]:
+    from moe_conformance.engines.vllm import routing as stage
+
+    return stage.features()
+
+
+def _router_module() -> frozenset[str]:
+    _gemma4()
+    return frozenset({"softmax", "renormalize", "per_expert_scale", "gemma4_input", "from_meta"})
 
 
 def _layer() -> frozenset[str]:

@@ -14,38 +14,44 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import CaptureSpec, Rows
+from moe_conformance.engine import CaptureSpec, Rows, called_by_engine
 from moe_conformance.engines.vllm import runtime, sizes
 from moe_conformance.errors import InputError, Unsupported
 
 
 def row_kinds() -> frozenset[str]:
-    """The layouts this release's capturer asks about, read from the names its code uses.
+    """The layouts that this release's runner sends to a capturer that it binds.
 
-    A capturer that asks for no data-parallel counts takes this rank's rows only: such a release refuses to bind it
-    where all ranks' rows arrive.
+    A capturer without data-parallel counts is bound only where the experts' kernel exchanges tokens itself, so that it
+    gets this rank's rows. One that knows tensor-parallel ranks is bound under sequence parallelism, too: there the
+    runner sends a rank's slice where the kernel exchanges tokens, and every rank's slices where it does so itself,
+    whether or not the capturer can tell the latter from the former.
     """
-    rec = sizes.recorder()
+    from vllm.forward_context import DPMetadata
+
+    kinds = {"local"}
+    words = _words_of_capturers()
+    if "num_tokens_across_dp_cpu" in words:
+        kinds.add("concatenated")
+    if "tp_size" in words and hasattr(DPMetadata, "sp_local_sizes"):
+        kinds |= {"sequence_shard", "sequence_gathered"}
+    return frozenset(kinds)
+
+
+def _words_of_capturers() -> set[Any]:
+    """The names that the code of the capturers uses."""
     words: set[Any] = set()
-    for name, cls in vars(rec).items():
+    for name, cls in vars(sizes.recorder()).items():
         if inspect.isclass(cls) and "Capturer" in name:
             for function in vars(cls).values():
                 if inspect.isfunction(function):
                     words |= _words(function.__code__)
-    kinds = {"local"}
-    if "num_tokens_across_dp_cpu" in words:
-        kinds.add("concatenated")
-    if "tp_size" in words:
-        kinds.add("sequence_shard")
-    if "local_sizes" in words:
-        kinds.add("sequence_gathered")
-    return frozenset(kinds)
+    return words
 
 
 def _words(code: CodeType) -> set[Any]:
     nested = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    strings = {constant for constant in code.co_consts if isinstance(constant, str)}
-    return set(code.co_names) | strings | {word for inner in nested for word in _words(inner)}
+    return set(code.co_names) | {word for inner in nested for word in _words(inner)}
 
 
 @functools.lru_cache(maxsize=16)
@@ -143,6 +149,7 @@ def _dp_metadata(counts: tuple[int, ...]) -> Any:
 def _group(rows: Rows) -> Any:
     """The tensor-parallel group, whose only collective here is the case's own."""
 
+    @called_by_engine
     def all_gather(slice_of_rows: Tensor, dim: int = 0) -> Tensor:
         if rows.gather is None:
             raise InputError(f"rows of kind {rows.kind!r}: got no gather, want one; this capturer calls all_gather")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing
+from moe_conformance.engine import LogitsSpec, RouteInputs, RouterHandle, RouterSpec, Routing, RoutingSpec
 from moe_conformance.engines.vllm import runtime
 from moe_conformance.errors import Unsupported
 
@@ -24,19 +24,30 @@ class Router(nn.Module):
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         experts = self.parts["moe"].experts if "moe" in self.parts else self.parts["experts"]
+        # What vLLM's projection puts out is float32 whatever the model's dtype is.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         hidden = logits  # Gemma 4's routing function is given hidden states, as all are, and does not use them.
         return experts.router.custom_routing_function(
             hidden_states=hidden, gating_output=logits, topk=self.top_k, renormalize=True
         )
 
 
+def is_gemma4(routing: RoutingSpec) -> bool:
+    return routing == RoutingSpec(routing.top_k, renormalize="sum", per_expert_scale=True)
+
+
 def router_module(spec: RouterSpec) -> RouterHandle:
     """The routing function of Gemma 4, with the module that holds per_expert_scale [E]."""
-    if spec.method != "gemma4":
-        raise Unsupported(f"router_module: {spec.method}; vLLM's other routers have no parameters")
+    if spec.logits.kind != "gemma4" or not is_gemma4(spec.routing):
+        raise Unsupported(f"router_module: {spec.routing}; the routers of vLLM's other models have no parameters")
     from vllm.model_executor.models import gemma4
 
-    values = {"num_experts": spec.num_experts, "top_k_experts": spec.top_k, "hidden_size": spec.hidden_size}
+    values = {
+        "num_experts": spec.num_experts,
+        "top_k_experts": spec.routing.top_k,
+        "hidden_size": spec.hidden_size,
+        "rms_norm_eps": spec.logits.norm_eps,
+    }
     dtype = str(spec.dtype).removeprefix("torch.")
     with runtime.gemma4_config(values, dtype) as config, runtime.building(config, spec.dtype):
         text = config.model_config.hf_text_config
@@ -47,22 +58,18 @@ def router_module(spec: RouterSpec) -> RouterHandle:
             # Routing starts after the projection, whose parameters are of a class that nobody can deep-copy.
             layer.router.proj = nn.Identity()
             parts = {"router": layer.router, "experts": layer.experts}
-    module = Router(nn.ModuleDict(parts), spec.top_k)
+    module = Router(nn.ModuleDict(parts), spec.routing.top_k)
     name = next(name for name, _ in module.named_parameters() if name.endswith("per_expert_scale"))
-    return RouterHandle(module, "logits", {"per_expert_scale": name})
+    return RouterHandle(module, "logits", {"router.per_expert_scale": name})
 
 
 @torch.no_grad()
 def route(inputs: RouteInputs) -> Routing:
-    """The torch routing function that vLLM's Gemma 4 calls on a CPU.
-
-    It is given float32, as in vLLM, whose router projection has that output dtype whatever the model's is.
-    """
-    if inputs.method != "gemma4":
-        raise Unsupported(f"route: {inputs.method}; its kernel needs vLLM's compiled library for a GPU")
+    """The torch routing function that vLLM's Gemma 4 calls on a CPU."""
     experts = inputs.logits.shape[-1]
-    handle = router_module(RouterSpec("gemma4", experts, inputs.top_k, 32, torch.float32))
-    scale = torch.ones(experts) if inputs.per_expert_scale is None else inputs.per_expert_scale
-    handle.module.get_parameter(handle.tensors["per_expert_scale"]).copy_(scale)
-    weights, ids = handle.module(inputs.logits.float())
+    spec = RouterSpec(LogitsSpec("gemma4"), inputs.routing, experts, 32, torch.float32)
+    handle = router_module(spec)
+    parameter = handle.module.get_parameter(handle.tensors["router.per_expert_scale"])
+    parameter.copy_(inputs.tensors["router.per_expert_scale"])
+    weights, ids = handle.module(inputs.logits)
     return Routing(ids, weights)

@@ -14,9 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_conformance.engine import LayerInputs
+from moe_conformance.engine import (
+    LayerInputs,
+    MLPSpec,
+    RoutingSpec,
+    SharedSpec,
+    Unsupported,
+    called_by_engine,
+    poison_,
+)
 from moe_conformance.engines.vllm import runtime
-from moe_conformance.judging.inputs import poison_
 
 _PREFIXES = (f"model.layers.0.experts_{i}" for i in itertools.count())
 
@@ -32,13 +39,21 @@ def layer_class() -> Any:
 def features() -> frozenset[str]:
     """Those that the builder has an argument for."""
     wanted = inspect.signature(layer_class()).parameters
-    found = {"softmax_topk", "softmax_topk_renorm", "gemma4", "gelu_tanh", "padded_hidden"}
+    found = {
+        "softmax",
+        "renormalize",
+        "not_renormalized",
+        "per_expert_scale",
+        "gelu_tanh",
+        "padded_hidden",
+        "same_bits",
+    }
     if "shared_experts" in wanted:
         found.add("shared")
     if {"routed_input_transform", "routed_output_transform"} <= wanted.keys():
         found.add("latent")
     if "apply_routed_scale_to_output" in wanted:
-        found.add("scale")
+        found.add("output_scale")
     return frozenset(found)
 
 
@@ -49,6 +64,7 @@ class SharedExpert(nn.Module):
         super().__init__()
         self.w13, self.w2 = w13, w2
 
+    @called_by_engine
     def forward(self, x: Tensor) -> Tensor:
         gate, up = nn.functional.linear(x, self.w13).chunk(2, dim=-1)
         return nn.functional.linear(nn.functional.silu(gate) * up, self.w2)
@@ -59,6 +75,7 @@ class Projection(nn.Module):
         super().__init__()
         self.weight = weight
 
+    @called_by_engine
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight)
 
@@ -67,10 +84,10 @@ def layer(inputs: LayerInputs) -> Tensor:
     """Build the layer for these inputs and run it once."""
     from vllm.forward_context import create_forward_context, override_forward_context
 
-    experts, _, width = inputs.w13.shape
+    _refuse(inputs)
     dtype = inputs.x.dtype
     with runtime.building(config := _vllm_config(dtype), dtype):
-        built = _build(inputs, experts, width)
+        built = _build(inputs)
         runner = getattr(built, "runner", built)
         if inputs.padded_hidden is not None:
             runner.moe_config.hidden_dim = inputs.padded_hidden
@@ -81,6 +98,21 @@ def layer(inputs: LayerInputs) -> Tensor:
     return (
         out[0] + out[1] if isinstance(out, tuple) and out[0] is not None else out[1] if isinstance(out, tuple) else out
     )
+
+
+def _refuse(inputs: LayerInputs) -> None:
+    """What is handed in here computes softmax routing and gated experts, and a shared expert with silu."""
+    spec = inputs.spec
+    routing = RoutingSpec(
+        spec.routing.top_k,
+        renormalize="sum" if spec.routing.renormalize == "sum" else "no",
+        per_expert_scale=spec.routing.per_expert_scale,
+    )
+    experts = MLPSpec(spec.experts.width, activation=spec.experts.activation)
+    shared = spec.shared and SharedSpec(MLPSpec(spec.shared.mlp.width), spec.shared.count)
+    for name, want in (("routing", routing), ("experts", experts), ("shared", shared)):
+        if getattr(spec, name) != want:
+            raise Unsupported(f"layer: {name}: got {getattr(spec, name)}, want {want}; that is what is handed in here")
 
 
 @functools.cache
@@ -97,25 +129,26 @@ def _vllm_config(dtype: torch.dtype) -> Any:
     return config
 
 
-def _build(inputs: LayerInputs, experts: int, width: int) -> Any:
+def _build(inputs: LayerInputs) -> Any:
+    spec, tensors = inputs.spec, inputs.tensors
     offered: dict[str, Any] = {
-        "num_experts": experts,
-        "top_k": inputs.top_k,
-        "hidden_size": width,
-        "intermediate_size": inputs.w2.shape[-1],
+        "num_experts": spec.num_experts,
+        "top_k": spec.routing.top_k,
+        "hidden_size": spec.latent.width if spec.latent else spec.hidden_size,
+        "intermediate_size": spec.experts.width,
         "params_dtype": inputs.x.dtype,
-        "renormalize": inputs.method != "softmax_topk",
+        "renormalize": spec.routing.renormalize == "sum",
         "prefix": next(_PREFIXES),
-        "activation": _activation(inputs.activation),
-        "custom_routing_function": functools.partial(_route, inputs),
+        "activation": _activation(spec.experts.activation),
+        "custom_routing_function": _routing_function(inputs),
     }
-    if inputs.shared_w13 is not None and inputs.shared_w2 is not None:
-        offered["shared_experts"] = SharedExpert(inputs.shared_w13, inputs.shared_w2)
-    if inputs.latent_in is not None and inputs.latent_out is not None:
-        offered["routed_input_transform"] = Projection(inputs.latent_in)
-        offered["routed_output_transform"] = Projection(inputs.latent_out)
-    if inputs.scale != 1:
-        offered |= {"routed_scaling_factor": inputs.scale, "apply_routed_scale_to_output": True}
+    if spec.shared is not None:
+        offered["shared_experts"] = SharedExpert(tensors["shared.w13"], tensors["shared.w2"])
+    if spec.latent is not None:
+        offered["routed_input_transform"] = Projection(tensors["latent.in"])
+        offered["routed_output_transform"] = Projection(tensors["latent.out"])
+    if spec.output_scale != 1:
+        offered |= {"routed_scaling_factor": spec.output_scale, "apply_routed_scale_to_output": True}
     return layer_class()(**offered)
 
 
@@ -126,16 +159,20 @@ def _activation(name: str) -> str:
     return name if name in {item.value for item in MoEActivation} else name.removesuffix("_tanh")
 
 
-def _route(
-    inputs: LayerInputs, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
-) -> tuple[Tensor, Tensor]:
-    """returns weights [T, K] float32, ids [T, K] int32."""
-    weights, ids = gating_output.float().softmax(-1).topk(topk, dim=-1)
-    if renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    if inputs.per_expert_scale is not None:
-        weights = weights * inputs.per_expert_scale[ids]
-    return weights, ids.int()
+def _routing_function(inputs: LayerInputs) -> Any:
+    scale = inputs.tensors.get("router.per_expert_scale")
+
+    @called_by_engine
+    def route(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+        """returns weights [T, K] float32, ids [T, K] int32."""
+        weights, ids = gating_output.float().softmax(-1).topk(topk, dim=-1)
+        if renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        if scale is not None:
+            weights = weights * scale[ids]
+        return weights, ids.int()
+
+    return route
 
 
 def _replace_kernel(built: Any, inputs: LayerInputs) -> None:
@@ -150,6 +187,7 @@ def _replace_kernel(built: Any, inputs: LayerInputs) -> None:
     class InPlainTorch(type(method)):  # type: ignore[misc]
         is_monolithic = False
 
+        @called_by_engine
         def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_: Any, **__: Any) -> Tensor:
             return _experts(inputs, x, topk_weights, topk_ids)
 
@@ -161,15 +199,16 @@ def _experts(inputs: LayerInputs, x: Tensor, weights: Tensor, ids: Tensor) -> Te
 
     The padded columns of the weights are zero, so that a padded column of x matters only if it is not finite.
     """
-    width, padded = inputs.w13.shape[-1], x.shape[-1]
+    w13, w2 = inputs.tensors["experts.w13"], inputs.tensors["experts.w2"]
+    width, padded = w13.shape[-1], x.shape[-1]
     gelu_tanh = functools.partial(nn.functional.gelu, approximate="tanh")
-    act = nn.functional.silu if inputs.activation == "silu" else gelu_tanh
+    act = nn.functional.silu if inputs.spec.experts.activation == "silu" else gelu_tanh
     total = x.new_zeros(x.shape[0], width)
-    for expert in range(inputs.w13.shape[0]):
-        w13 = nn.functional.pad(inputs.w13[expert], (0, padded - width))  # [2F, P]
-        gate, up = nn.functional.linear(x, w13).chunk(2, dim=-1)  # [T, F]
+    for expert in range(len(w13)):
+        first = nn.functional.pad(w13[expert], (0, padded - width))  # [2F, P]
+        gate, up = nn.functional.linear(x, first).chunk(2, dim=-1)  # [T, F]
         weight = weights.masked_fill(ids != expert, 0).sum(-1, keepdim=True)  # [T, 1]
-        total += weight.to(x.dtype) * nn.functional.linear(act(gate) * up, inputs.w2[expert])
+        total += weight.to(x.dtype) * nn.functional.linear(act(gate) * up, w2[expert])
     out = poison_(x.new_empty(x.shape))
     out[:, :width] = total
     return out

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from moe_conformance.engine import CheckpointName
+from moe_conformance.engine import CheckpointName, called_by_engine
 from moe_conformance.engines.vllm import runtime
 from moe_conformance.errors import CheckpointError
 
@@ -28,6 +28,7 @@ class _Listener:
     def __init__(self, module: nn.Module, **_: Any) -> None:
         pass
 
+    @called_by_engine
     def load_weights(self, weights: Named, *, mapper: Any = None) -> set[str]:
         self.heard.extend(weights if mapper is None else mapper.apply(weights))
         return set()
@@ -93,6 +94,7 @@ def _expert_names(model: Any, name: str, tensor: Tensor) -> list[tuple[str, Tens
         return [(name, tensor)]
     suffix, found = packed[1] or "weight", []
 
+    @called_by_engine
     def weight_loader(*, loaded_weight: Tensor, shard_id: str, expert_id: int, **_: Any) -> bool:
         found.append((f"{path}.experts.{expert_id}.{SHARDS[shard_id]}.{suffix}", loaded_weight))
         return True

@@ -8,13 +8,15 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from moe_conformance.catalogue.clauses import CLAUSES, Clause
-from moe_conformance.engine import STAGES
+from moe_conformance.catalogue import aliases
+from moe_conformance.catalogue.clauses import BUG_CLASSES, CLAUSES, Clause, Level
+from moe_conformance.protocol.features import is_known, near, needs, unknown
+from moe_conformance.protocol.stages import STAGES
 
 # smoke: seconds. core: the default. full: sweeps. gpu: needs one.
 TIERS = ("smoke", "core", "full", "gpu")
@@ -28,7 +30,9 @@ class Case:
 
     id: kebab-case, never changes, independent of file, order and engine.
     stage: the engine method under test. clause: key into CLAUSES, which gives the bug class.
-    recipe: plain data that the check turns into inputs. needs: features the engine must declare for `stage`.
+    recipe: plain data and specs that the check turns into inputs; the features that an engine must declare for it are
+    computed from it (protocol/features.py). lenient: why this case breaks no more than a SHOULD, where its clause is a
+    MUST, such as values that no published config has.
     """
 
     id: str
@@ -36,7 +40,7 @@ class Case:
     clause: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
     tier: str = "core"
-    needs: frozenset[str] = frozenset()
+    lenient: str = ""
 
     def __post_init__(self) -> None:
         if not _SLUG.fullmatch(self.id):
@@ -44,11 +48,24 @@ class Case:
         if self.stage not in STAGES:
             raise ValueError(f"{self.id}: stage: got {self.stage!r}, want one of {', '.join(STAGES)}")
         if self.clause not in CLAUSES:
-            raise ValueError(f"{self.id}: clause: got {self.clause!r}, want one of {', '.join(CLAUSES)}")
+            now = aliases.CLAUSES.get(self.clause)
+            want = f"{now}, its new name" if now else f"one of {', '.join(CLAUSES)}{near(self.clause, CLAUSES)}"
+            raise ValueError(f"{self.id}: clause: got {self.clause!r}, want {want}")
         if self.tier not in TIERS:
             raise ValueError(f"{self.id}: tier: got {self.tier!r}, want one of {', '.join(TIERS)}")
         object.__setattr__(self, "recipe", MappingProxyType(dict(self.recipe)))
-        object.__setattr__(self, "needs", frozenset(self.needs))
+        if strangers := sorted(word for word in self.needs if not is_known(self.stage, word)):
+            raise ValueError(f"{self.id}: {unknown(self.stage, strangers[0])}")
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """The features of the stage that this case takes."""
+        return needs(self.stage, self.recipe)
+
+    @property
+    def level(self) -> Level:
+        """What breaking it means: MUST as the clause says, or SHOULD."""
+        return "SHOULD" if self.lenient else self.contract.level
 
     @property
     def bug_class(self) -> str:
@@ -79,7 +96,7 @@ def check(cases: Iterable[Case]) -> Callable[[Callable[..., Any]], Callable[...,
 
 @cache
 def catalogue() -> Mapping[str, Case]:
-    """Every case of every suite, by id, in suite order."""
+    """Every case of every suite, by id, in suite order. Raises ValueError where an alias leads nowhere."""
     suites = importlib.import_module("moe_conformance.suites")
     found: dict[str, Case] = {}
     for folder in sorted(pkgutil.iter_modules(suites.__path__), key=lambda m: m.name):
@@ -88,7 +105,9 @@ def catalogue() -> Mapping[str, Case]:
         module = importlib.import_module(f"moe_conformance.suites.{folder.name}.cases")
         for case in module.CASES:
             if found.setdefault(case.id, case) is not case:
-                raise ValueError(f"case id {case.id!r} is used twice")
+                raise ValueError(f"case id: got {case.id!r} twice, want each case to have its own")
+    if astray := list(aliases.astray(found, BUG_CLASSES, CLAUSES, check_names(), STAGES, is_known)):
+        raise ValueError("\n".join(astray))
     return MappingProxyType(found)
 
 

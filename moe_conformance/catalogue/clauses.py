@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["MUST", "SHOULD"]
 
 
 @dataclass(frozen=True)
 class Clause:
-    """text: a full sentence with "must". upstream: public threads where an engine broke it."""
+    """text: a full sentence with "must" or "should". upstream: public threads where an engine broke it.
+
+    level: MUST for a wrong result, a crash, a model that does not load; SHOULD for leniency. A broken SHOULD is a
+    verdict of its own, which fails a run only with --strict.
+    """
 
     bug_class: str
     text: str
     upstream: tuple[str, ...] = ()
+    level: Level = "MUST"
 
 
 CLAUSES: dict[str, Clause] = {
@@ -50,8 +58,9 @@ CLAUSES: dict[str, Clause] = {
     ),
     "remap.one-target": Clause(
         "double-prefix",
-        "Every naming style and suffix of one checkpoint tensor must map to one and the same parameter, and no two "
-        "tensors to the same.",
+        "Every naming style and suffix of one checkpoint tensor must map to one and the same parameter, and two "
+        "tensors to the same only as parts of a fused one: gate and up of an expert or of all, or one part of all "
+        "experts.",
         ("vllm#41206", "mobius#239", "vllm#31261"),
     ),
     "remap.idempotent": Clause(
@@ -84,6 +93,10 @@ CLAUSES: dict[str, Clause] = {
         "Padding rows, another rank's rows and rows of an earlier step must never be readable.",
         ("SkyRL#1908", "sglang#23885"),
     ),
+    "replay.layers": Clause(
+        "capture-replay",
+        "Each layer's ids must be read at that layer, whichever other layers of the model route nothing.",
+    ),
     "replay.bounds": Clause(
         "capture-replay",
         "Layer ids out of range, and expert ids that do not fit, must be rejected and must change nothing.",
@@ -112,6 +125,17 @@ CLAUSES: dict[str, Clause] = {
         "routing-semantics",
         "A router must select and weigh exactly by the model's method: order of score, top-k, renormalisation, scale.",
         ("transformers#39581", "PaddleFormers#3452", "megablocks#87"),
+    ),
+    "routing.fused-shared": Clause(
+        "shared-experts",
+        "Shared experts that are further slots of a routing must stand behind the chosen experts, each once in every "
+        "row, with the weight that their rule gives.",
+        ("sglang#31475",),
+    ),
+    "routing.padding-rows": Clause(
+        "token-padding",
+        "Rows behind the valid ones must not change a bit of a valid row, whatever they hold.",
+        ("SkyRL#1908",),
     ),
     "routing.unique-ids": Clause(
         "ties-nan-duplicates",
@@ -157,6 +181,29 @@ CLAUSES: dict[str, Clause] = {
         "An id out of range must raise or contribute zero; it must never wrap to an expert.",
         ("vllm#46408", "flashinfer#1469"),
     ),
+    "experts.function": Clause(
+        "activation",
+        "Experts must compute the activation, clamps, biases, norm and layout of gate and up that their spec names, "
+        "whatever the proportions of their matrices.",
+        ("vllm#42855", "sglang#39939", "vllm#51125", "vllm#49096"),
+    ),
+    "experts.combine": Clause(
+        "combine-algebra",
+        "A token's output must be the sum of its experts' outputs, each times its own weight, times the output scale, "
+        "each applied once.",
+        ("vllm#24119", "vllm#45037", "Automodel#2591"),
+    ),
+    "experts.no-expert": Clause(
+        "expert-map",
+        "A pair whose id is -1, or whose expert another rank has, must add exactly nothing, whatever its weight and "
+        "its token hold.",
+        ("vllm#46408", "vllm#48371", "sglang#30387", "vllm-gaudi#1796"),
+    ),
+    "experts.out-of-range": Clause(
+        "expert-map",
+        "An id out of range must raise or add nothing; it must never wrap to an expert.",
+        ("vllm#46408", "flashinfer#1469"),
+    ),
     "replicas.same-output": Clause(
         "eplb",
         "Redundant experts, and moving them, must leave the output unchanged.",
@@ -196,7 +243,7 @@ CLAUSES: dict[str, Clause] = {
     ),
     "block.dropped": Clause(
         "expert-map",
-        "A pair with the id one beyond all experts must contribute exactly zero.",
+        "A pair without an expert must contribute exactly zero.",
         ("vllm#46408", "vllm#48371"),
     ),
     "block.no-expert": Clause(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.errors import Nonconformance, Unsupported
-from moe_conformance.oracle.tolerance import Bound
+from moe_conformance.oracle.bounds import Bound
 
 
 def _where(flat_index: int, shape: Sequence[int]) -> str:
@@ -96,31 +96,3 @@ def _short(value: Any) -> str:
         return "no error"
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
-
-
-def chosen(what: str, ids: Tensor, scores: Tensor, slack: Tensor | float) -> None:
-    """ids [T, K] must be unique, in range and the top K of scores [T, E] up to ties.
-
-    A set is right if no unchosen score exceeds a chosen one by more than the errors of both
-    (slack: the error bound of a score, for all, [T, 1] or [T, E]).
-    """
-    ids, scores = ids.detach().cpu().long(), scores.detach().cpu().double()
-    experts = scores.shape[-1]
-    outside = (ids < 0) | (ids >= experts)
-    if outside.any():
-        row, column = outside.nonzero()[0].tolist()
-        raise Nonconformance(f"{what}: ids[{row}, {column}] is {ids[row, column].item()}, want 0 to {experts - 1}")
-    twice = ids.sort(dim=-1).values.diff(dim=-1).eq(0).any(dim=-1)
-    if twice.any():
-        row = int(twice.nonzero()[0])
-        raise Nonconformance(f"{what}: row {row} names an expert twice: got {ids[row].tolist()}")
-    bad = (scores - slack).scatter(-1, ids, float("-inf")).amax(-1) > (scores + slack).gather(-1, ids).amin(-1)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        picked = scores.gather(-1, ids).amin(dim=-1)
-        best_left = scores.scatter(-1, ids, float("-inf")).amax(dim=-1)
-        raise Nonconformance(
-            f"{what}: row {row} chose {sorted(ids[row].tolist())}, want the experts with the highest scores "
-            f"{sorted(scores[row].topk(ids.shape[-1]).indices.tolist())} (score {best_left[row].item():.6g} was left "
-            f"for {picked[row].item():.6g})"
-        )

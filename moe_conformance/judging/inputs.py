@@ -97,3 +97,9 @@ def windows(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32,
         strides.insert(0, 1009 * strides[0])
     length = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
     return normal((length,), seed, dtype, std).as_strided(tuple(shape), tuple(strides)).contiguous()
+
+
+def matrix(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights [.., out, in] of about 1 / sqrt(in), so that no part of a layer hides in another's rounding."""
+    values = windows if shape[-1] > 256 else normal
+    return values(shape, seed, dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))

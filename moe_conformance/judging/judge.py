@@ -1,22 +1,25 @@
-"""Judging one engine in the current process: build it, probe it, run checks, turn what happens into verdicts."""
+"""Judging one engine in the current process: build it, probe its stages, run checks, give verdicts."""
 
 from __future__ import annotations
 
 import importlib
 import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.engine import STAGES, Engine, EngineInfo
-from moe_conformance.errors import Nonconformance, Unavailable, Unsupported
+from moe_conformance.engine import PROTOCOL_VERSION, STAGES, Engine, EngineInfo, Limits
+from moe_conformance.errors import BeyondLimits, Nonconformance, Unavailable, Unsupported, UsageError
 from moe_conformance.judging.probe import probe
-from moe_conformance.judging.verdict import Verdict
+from moe_conformance.judging.verdict import Outcome, Refusal, Verdict
+from moe_conformance.protocol import features, limits
+from moe_conformance.protocol.engine import is_called_by_engine, is_signature_of_marked
 from moe_conformance.running.discovery import Target
 
 # Inputs up to this many elements are compared byte for byte after a call; larger ones by torch's version counter,
@@ -24,38 +27,38 @@ from moe_conformance.running.discovery import Target
 _COPIED = 1 << 20
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a check came to; facts are for the golden snapshot."""
-
-    verdict: Verdict
-    message: str = ""
-    facts: Any = None
-
-
 class Judged:
-    """An engine as checks see it: a stage it lacks raises Unsupported, and a call that writes into its inputs fails.
+    """An engine as checks see it.
 
-    raw: the adapter itself, for tracing, where the guard would be traced too.
+    A stage it lacks, and a call beyond its limits, raise Unsupported; a call that writes into its inputs fails.
+    raw: the adapter itself, for tracing, where the guard would be traced too; ask `within` first.
     """
 
     def __init__(self, raw: Any, path: str) -> None:
         self.raw = raw
         self.path = path
         self.info: EngineInfo = raw.info
+        self.limits: Mapping[str, Limits] = getattr(raw, "limits", dict)()
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         offered: Mapping[str, frozenset[str]] = self.raw.capabilities()
         return offered
 
+    def within(self, stage: str, inputs: Any) -> None:
+        """Raise BeyondLimits if the stage does not take inputs of this size or dtype."""
+        if stage in self.limits and (problem := self.limits[stage].exceeded(limits.extent_of(inputs))):
+            raise BeyondLimits(f"{stage}: limits: {problem}")
+
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.raw, name, None)
         if method is None:
-            raise Unsupported(name)
+            raise Unsupported(f"{name}: the adapter has no method of this name")
         if name not in STAGES:
             return method
 
         def guarded(*args: Any) -> Any:
+            if args:
+                self.within(name, args[0])
             before = [(where, tensor, tensor._version, _copy(tensor)) for where, tensor in _tensors(args, name)]
             result = method(*args)
             for where, tensor, version, copy in before:
@@ -90,7 +93,10 @@ def _tensors(value: Any, where: str) -> Iterator[tuple[str, Tensor]]:
 
 
 class Judge:
-    """One engine, built and probed. Raises Unavailable or UsageError where it cannot be built."""
+    """One engine, built. Raises Unavailable where it cannot start here, UsageError where the adapter is not one.
+
+    raised: the exception behind the last outcome, for a debugger.
+    """
 
     def __init__(self, target: Target) -> None:
         cls = target.load()
@@ -102,43 +108,94 @@ class Judge:
         file = Path(importlib.import_module(cls.__module__).__file__ or "")
         suites = importlib.import_module("moe_conformance.suites")
         self.adapters = (file.parent if file.name == "__init__.py" else file, Path(suites.__path__[0]))
-        self.engine = Judged(cls(), target.path)
-        self.capabilities = {stage: frozenset(needs) for stage, needs in self.engine.capabilities().items()}
-        self.broken = ""
+        raw = cls()
+        if problems := _complaints(raw):
+            raise UsageError(f"the adapter {target.path} cannot be judged:\n" + "\n".join(problems))
+        self.engine = Judged(raw, target.path)
+        self.capabilities = {stage: frozenset(words) for stage, words in self.engine.capabilities().items()}
+        self.raised: BaseException | None = None
+
+    def probe(self, stage: str) -> Outcome:
+        """Whether the stage is what the adapter declares; where it is not, no case of the stage is judged."""
         try:
-            probe(cast(Engine, self.engine), self.capabilities)
+            probe(cast(Engine, self.engine), stage, self.capabilities.get(stage), self.engine.limits.get(stage))
+        except Unsupported:
+            return Outcome(Verdict.PASS)  # refused in its own words, which each case will report
         except Exception as error:
-            self.broken = f"the adapter failed its probe: {_describe(error)}"
+            self.raised = error
+            return Outcome(Verdict.ERROR, f"the adapter failed the probe of {stage}: {_describe(error)}")
+        return Outcome(Verdict.PASS)
 
     def run(self, module: str, function: str, case: Case) -> Outcome:
-        """Run one check. Never raises on account of the engine."""
-        if self.broken:
-            return Outcome(Verdict.ERROR, self.broken)
+        """Run one check, given by name. Never raises on account of the engine."""
+        return self.judge(getattr(importlib.import_module(module), function), case)
+
+    def judge(self, check: Callable[[Any, Case], Any], case: Case) -> Outcome:
+        """As `run`, of the check itself."""
+        self.raised = None
         if case.stage not in self.capabilities:
-            return Outcome(Verdict.UNSUPPORTED, f"stage {case.stage} is not offered")
-        lacking = case.needs - self.capabilities[case.stage]
-        if lacking:
-            return Outcome(Verdict.UNSUPPORTED, f"{case.stage} without {', '.join(sorted(lacking))}")
-        check = getattr(importlib.import_module(module), function)
+            return Outcome(Verdict.UNSUPPORTED, f"stage {case.stage} is not offered", refusal=Refusal.STAGE)
+        if lacking := case.needs - self.capabilities[case.stage]:
+            said = f"{case.stage} without {', '.join(sorted(lacking))}"
+            return Outcome(Verdict.UNSUPPORTED, said, refusal=Refusal.FEATURE)
         try:
             facts = check(self.engine, case)
-        except Unsupported as error:
-            return Outcome(Verdict.UNSUPPORTED, str(error))
-        except Nonconformance as error:
-            return Outcome(Verdict.FAIL, str(error))
         except Exception as error:
-            verdict = Verdict.ERROR if self._is_adapters(error) else Verdict.FAIL
-            return Outcome(verdict, _describe(error))
+            self.raised = error
+            return self._outcome(error)
         return Outcome(Verdict.PASS, facts=facts)
+
+    def _outcome(self, error: Exception) -> Outcome:
+        match error:
+            case BeyondLimits():
+                return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.LIMIT)
+            case Unsupported():
+                return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.CALL)
+            case Nonconformance():
+                return Outcome(Verdict.FAIL, str(error))
+        verdict = Verdict.ERROR if self._is_adapters(error) else Verdict.FAIL
+        return Outcome(verdict, _describe(error))
 
     def _is_adapters(self, error: Exception) -> bool:
         """Whether the adapter or a suite broke, rather than the engine.
 
-        The innermost frame decides that lies in neither torch nor the standard library, where both end up.
+        The innermost frame decides that lies in neither torch nor the standard library, where both end up. A function
+        that the engine calls back counts as the engine, with all that it calls, and a call that its signature does not
+        take as the adapter.
         """
-        frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-        own = [frame for frame in frames if not _is_library(frame)]
-        return bool(own) and any(own[-1] == place or place in own[-1].parents for place in self.adapters)
+        codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        own = [code for code in codes if not _is_library(Path(code.co_filename))]
+        if isinstance(error, TypeError) and is_signature_of_marked(error):
+            return True
+        innermost = 0
+        while innermost < len(own) and self._in_adapter(own[-1 - innermost]):
+            innermost += 1
+        return innermost > 0 and not any(is_called_by_engine(code) for code in own[-innermost:])
+
+    def _in_adapter(self, code: CodeType) -> bool:
+        file = Path(code.co_filename)
+        return any(file == place or place in file.parents for place in self.adapters)
+
+
+def _complaints(raw: Any) -> list[str]:
+    """What is wrong with what an adapter declares, before anything of it is called."""
+    version = getattr(raw, "protocol", PROTOCOL_VERSION)
+    if version != PROTOCOL_VERSION:
+        return [f"protocol: got {version!r}, want {PROTOCOL_VERSION}; docs/migrating.md says what changed"]
+    said = raw.capabilities()
+    found = features.complaints(said)
+    if not found:
+        found += [
+            f"capabilities: got {stage!r}, which the adapter has no method for; take it out, or write {stage}()"
+            for stage in said
+            if _lacks(raw, stage)
+        ]
+    return found + limits.complaints(getattr(raw, "limits", dict)())
+
+
+def _lacks(raw: Any, stage: str) -> bool:
+    method = getattr(raw, stage, None)
+    return method is None or getattr(method, "__func__", None) is getattr(Engine, stage)
 
 
 def _is_library(file: Path) -> bool:

@@ -1,16 +1,19 @@
-"""Verdicts, and the record of one result."""
+"""Verdicts, what one check came to, and the record of one result. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
+
+from moe_conformance.catalogue.clauses import Level
 
 
 class Verdict(StrEnum):
     PASS = "pass"
     FAIL = "fail"
+    BROKEN_SHOULD = "broken_should"
     ERROR = "error"
     CRASH = "crash"
     TIMEOUT = "timeout"
@@ -21,13 +24,44 @@ class Verdict(StrEnum):
 
     @property
     def is_bad(self) -> bool:
-        """Whether it makes a run exit 1."""
-        return self not in (Verdict.PASS, Verdict.UNSUPPORTED, Verdict.KNOWN_FAILURE)
+        """Whether it makes a run exit 1; a broken SHOULD does with --strict only."""
+        return self not in (Verdict.PASS, Verdict.UNSUPPORTED, Verdict.KNOWN_FAILURE, Verdict.BROKEN_SHOULD)
 
     @property
     def was_judged(self) -> bool:
         """Whether the engine answered, well or badly."""
         return self not in (Verdict.UNSUPPORTED, Verdict.UNAVAILABLE)
+
+    @property
+    def badness(self) -> int:
+        """0 for what is as it should be, 1 for a broken SHOULD, 2 for what makes a run exit 1."""
+        return 2 if self.is_bad else int(self is Verdict.BROKEN_SHOULD)
+
+
+class Refusal(StrEnum):
+    """Why a case was not judged: the adapter declares no such stage, feature or size, or it refused this call."""
+
+    STAGE = "stage"
+    FEATURE = "feature"
+    LIMIT = "limit"
+    CALL = "call"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check came to. facts: JSON data for the golden snapshot. refusal: of an unsupported case."""
+
+    verdict: Verdict
+    message: str = ""
+    facts: Any = None
+    refusal: Refusal | None = None
+
+
+def at_level(outcome: Outcome, level: Level) -> Outcome:
+    """The outcome of a case of this level: a broken SHOULD is no fail. Crashes and hangs are the same at any level."""
+    if outcome.verdict is Verdict.FAIL and level == "SHOULD":
+        return replace(outcome, verdict=Verdict.BROKEN_SHOULD)
+    return outcome
 
 
 @dataclass(frozen=True)
@@ -42,6 +76,8 @@ class Result:
     verdict: Verdict
     message: str = ""
     seconds: float = 0.0
+    level: Level = "MUST"
+    refusal: Refusal | None = None
 
     def as_line(self) -> dict[str, Any]:
         """The verdict stream's form: `class` for bug_class."""
@@ -51,5 +87,16 @@ class Result:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Result:
-        fields = {key: line[key] for key in ("engine", "case", "check", "stage", "message", "seconds")}
-        return cls(bug_class=line["class"], verdict=Verdict(line["verdict"]), **fields)
+        """The result in a line of a verdict stream. Raises ValueError where a key is missing or unknown."""
+        values = dict(line)
+        if values.keys() != _KEYS:
+            absent, strange = sorted(_KEYS - values.keys()), sorted(values.keys() - _KEYS)
+            raise ValueError(f"result: got without {absent} and with {strange}, want the keys {sorted(_KEYS)}")
+        del values["kind"]
+        verdict, refusal = Verdict(values.pop("verdict")), values.pop("refusal")
+        return cls(
+            bug_class=values.pop("class"), verdict=verdict, refusal=Refusal(refusal) if refusal else None, **values
+        )
+
+
+_KEYS = {"kind", "class", *Result.__dataclass_fields__} - {"bug_class"}

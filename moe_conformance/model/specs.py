@@ -63,7 +63,7 @@ class RoutingSpec:
     renormalize: "sum", divided by max(sum + epsilon, floor); "norm", divided by the norm of order norm_order.
     scale: then multiplied in. per_expert_scale: then each weight by its expert's own.
     identity_experts: that many last ids have no weights and pass x on. skip_expert: the last class means no expert,
-    weight 0 and id 0. shared_classes: that many last logits belong to the shared experts: they are not chosen among,
+    id -1 and weight 0. shared_classes: that many last logits belong to the shared experts: they are not chosen among,
     the sigmoid of theirs and of the chosen are divided by their sum, and their weights go to the shared experts.
     """
 
@@ -91,6 +91,12 @@ class RoutingSpec:
     skip_expert: bool = False
     shared_classes: int = 0
     capacity: Capacity | None = None
+
+    def classes(self, experts: int) -> int:
+        """Columns of the logits of that many experts with weights."""
+        if self.selector == "product_keys":
+            return 2 * math.isqrt(experts)
+        return experts + self.identity_experts + self.skip_expert + self.shared_classes
 
 
 @dataclass(frozen=True)
@@ -195,10 +201,7 @@ class LayerSpec:
     @property
     def classes(self) -> int:
         """Columns of the logits."""
-        routing = self.routing
-        if routing.selector == "product_keys":
-            return 2 * math.isqrt(self.num_experts)
-        return self.num_experts + routing.identity_experts + routing.skip_expert + routing.shared_classes
+        return self.routing.classes(self.num_experts)
 
     def tensors(self) -> dict[str, Shape]:
         """Canonical name -> shape of every tensor of the layer.
@@ -211,30 +214,8 @@ class LayerSpec:
         output.bias, output.norm [H]. For "zaya" the router's own: down.weight, down.bias, state_scale, norm,
         fc1.weight, fc1.bias, fc2.weight, fc2.bias, proj.
         """
-        hidden, experts, routing = self.hidden_size, self.num_experts, self.routing
-        found: dict[str, Shape] = {}
-        if self.logits.kind == "zaya":
-            width = self.logits.width
-            found |= {"router.down.weight": (width, hidden), "router.down.bias": (width,), "router.norm": (width,)}
-            found |= {f"router.{fc}.weight": (width, width) for fc in ("fc1", "fc2")}
-            found |= {f"router.{fc}.bias": (width,) for fc in ("fc1", "fc2")}
-            found["router.proj"] = (self.classes, width)
-            if self.logits.takes_state:
-                found["router.state_scale"] = (width,)
-        else:
-            found["router.proj"] = (self.classes, hidden)
-        if self.logits.kind == "gemma4":
-            found["router.scale"] = (hidden,)
-        if self.logits.bias:
-            found["router.bias"] = (self.classes,)
-        if routing.selection_bias:
-            found["router.selection_bias"] = (self.classes - routing.shared_classes,)
-        if routing.per_expert_scale:
-            found["router.per_expert_scale"] = (experts,)
-        if routing.global_scale:
-            found["router.global_scale"] = (1,)
-        if routing.selector == "table":
-            found["router.table"] = (self.vocab_size, routing.top_k)
+        hidden, experts = self.hidden_size, self.num_experts
+        found = router_tensors(self.logits, self.routing, hidden, experts, self.vocab_size)
         found |= self.experts.tensors("experts", self.latent.width if self.latent else hidden, (experts,))
         if self.shared is not None:
             found |= self.shared.mlp.tensors("shared", hidden)
@@ -256,3 +237,34 @@ class LayerSpec:
         if self.output_norm:
             found["output.norm"] = (hidden,)
         return found
+
+
+def router_tensors(
+    logits: LogitsSpec, routing: RoutingSpec, hidden: int, experts: int, vocab_size: int = 0
+) -> dict[str, Shape]:
+    """Canonical name -> shape of every tensor of a router, as `LayerSpec.tensors` says."""
+    classes = routing.classes(experts)
+    found: dict[str, Shape] = {}
+    if logits.kind == "zaya":
+        width = logits.width
+        found |= {"router.down.weight": (width, hidden), "router.down.bias": (width,), "router.norm": (width,)}
+        found |= {f"router.{fc}.weight": (width, width) for fc in ("fc1", "fc2")}
+        found |= {f"router.{fc}.bias": (width,) for fc in ("fc1", "fc2")}
+        found["router.proj"] = (classes, width)
+        if logits.takes_state:
+            found["router.state_scale"] = (width,)
+    else:
+        found["router.proj"] = (classes, hidden)
+    if logits.kind == "gemma4":
+        found["router.scale"] = (hidden,)
+    if logits.bias:
+        found["router.bias"] = (classes,)
+    if routing.selection_bias:
+        found["router.selection_bias"] = (classes - routing.shared_classes,)
+    if routing.per_expert_scale:
+        found["router.per_expert_scale"] = (experts,)
+    if routing.global_scale:
+        found["router.global_scale"] = (1,)
+    if routing.selector == "table":
+        found["router.table"] = (vocab_size, routing.top_k)
+    return found

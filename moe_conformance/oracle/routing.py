@@ -1,228 +1,271 @@
-"""Which experts a correct router may choose and how far its weights may be off, for a router's input of any precision.
-
-As layer_bound.py: float64 `Value`s, written apart from reference_impl. Ids are compared by score, not for equality: a
-set is right where no score left out exceeds one chosen by more than the errors of both.
-"""
+"""The judgement of what a router answered: ids by acceptable sets, weights at the ids that it reported."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from itertools import combinations
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import permutations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from moe_conformance.model.specs import LogitsSpec, Precision, RoutingSpec
-from moe_conformance.oracle.layer import ACTIVATIONS, INSIDE
-from moe_conformance.oracle.tolerance import LAMBDA, Value, unit_roundoff, wide
-
-Tensors = Mapping[str, Tensor]
-
-EXP = 4  # exp to 2 ulp, in units of u
-
-
-def in_precision(dtype: torch.dtype, precision: Precision) -> torch.dtype:
-    """The dtype that a Precision means for an input of this dtype."""
-    return wide(dtype) if precision == "float32" else dtype
+from moe_conformance.errors import Nonconformance
+from moe_conformance.judging import compare
+from moe_conformance.oracle.capacity import fitting
+from moe_conformance.oracle.choice import accepted, best, ids_of_table, interval, room_of, without_expert
+from moe_conformance.oracle.precision import wide
+from moe_conformance.oracle.scores import compared_value, conditioned
+from moe_conformance.oracle.value import Value
+from moe_conformance.oracle.weights import weights_value
+from moe_conformance.protocol.routing import FusedShared, RouteInputs, Routing
 
 
-def logits_value(x: Tensor, spec: LogitsSpec, tensors: Tensors, state: Tensor | None = None) -> Value:
-    """Router logits [T, classes] of x [T, H] with the spread of a router that computes as spec says, in x's dtype.
+def judge_routing(
+    what: str,
+    answer: Routing,
+    inputs: RouteInputs,
+    logits: Value | None = None,
+    *,
+    shift: float = 0.0,
+    stored: torch.dtype | None = None,
+) -> None:
+    """Raise Nonconformance, with row, got and want, unless a correct router may give this answer.
 
-    state: [T, R], the state of the previous MoE layer, for "zaya".
+    - ids and weights are [T, inputs.slots], ids integer. Rows behind inputs.valid_rows are not looked at.
+    - ids of a row are unique and name experts. -1, and weight 0, is "no expert" where the method drops or skips pairs.
+    - The set of ids is a best K for some scores within their errors, in any order.
+    - Weights are those of the reported ids within the bound.
+    - Of a row with a logit that is not a finite number only the second holds. Of a method that chooses more experts
+      than the kept groups have, all of those are chosen; which others, and with what weights, is open.
+
+    logits: the router's, with their errors, where the engine computed them itself; None: inputs.logits are exact.
+    shift: what was added to all logits that the engine was given, of a softmax. stored: the dtype in which weights may
+    be handed on, None for that of the logits; those with a scale of the expert's own are float32 (Gemma 4).
     """
-    store = in_precision(x.dtype, spec.dtype)
-    compute, value = wide(store), Value.of(x)
-
-    def linear(at: Value, weight: str, bias: str) -> Value:
-        product = at.project(tensors[weight], compute).stored(store)
-        return (product + Value.of(tensors[bias])).stored(store) if bias in tensors else product
-
-    if spec.kind == "gemma4":
-        value = value.rms_norm(tensors["router.scale"], spec.norm_eps, compute, store)
-        value = (value * Value.of(x.shape[1] ** -0.5).stored(store)).stored(store)
-    elif spec.kind == "zaya":
-        value = linear(value, "router.down.weight", "router.down.bias")
-        if spec.takes_state and state is not None:
-            before = (Value.of(state) * Value.of(tensors["router.state_scale"])).stored(store)
-            value = (value + before).stored(store)
-        value = value.rms_norm(tensors["router.norm"], spec.norm_eps, compute, store)
-        for layer in ("fc1", "fc2"):
-            value = linear(value, f"router.{layer}.weight", f"router.{layer}.bias")
-            value = value.through(ACTIVATIONS["gelu"]).erring(value.exact.abs() / 2, INSIDE, compute).stored(store)
-    return linear(value, "router.proj", "router.bias")
+    judgement = _Judgement(what, _valid(what, answer, inputs), inputs, logits, shift, stored)
+    judgement.names()
+    judgement.sets()
+    judgement.weights()
+    if inputs.fused_shared is not None:
+        judgement.fused_shared(inputs.fused_shared)
 
 
-def compared_value(logits: Tensor | Value, spec: RoutingSpec, tensors: Tensors, dtype: torch.dtype) -> Value:
-    """What top-k compares, [T, E]: scores or logits, with the selection bias; groups are for `accepted`.
-
-    logits: [T, classes], a Value where they have errors of their own; dtype: of the logits the engine scores. The
-    limit is the error bound D of one score. Softmax scores compared by themselves are in the order of their logits,
-    for the denominator is common: those are returned, with the roundings of numerator and division. Probabilities
-    below the smallest normal number may all be 0.
-    """
-    store = in_precision(dtype, spec.score_dtype)
-    value = _routed_logits(_conditioned(logits, spec, store), spec)
-    if spec.select_on == "scores":
-        if spec.score == "softmax" and spec.groups == 1 and not spec.selection_bias:
-            below = value.exact.amax(-1, keepdim=True) - value.exact
-            floor = value.exact.logsumexp(-1, keepdim=True) + math.log(torch.finfo(store).tiny)
-            return value.erring(below, 1, store).erring(1.0, EXP + 1, store).through(lambda v: v.maximum(floor))
-        value = _score(value, spec, store)
-    if spec.selection_bias:
-        value = (value + Value.of(tensors["router.selection_bias"])).stored(wide(store))
-    return value
+def judge_names(what: str, answer: Routing, inputs: RouteInputs) -> None:
+    """Whether ids are unique and in range, as `judge_routing` judges them, and nothing else."""
+    _Judgement(what, _valid(what, answer, inputs), inputs).names()
 
 
-def accepted(ids: Tensor, compared: Value, spec: RoutingSpec) -> Tensor:
-    """[T] bool: whether ids [T, K] are the best K, among the best groups, for some scores within their errors."""
-    exact, error = compared.exact, compared.limit
-    tokens, experts = exact.shape
-    members = (tokens, spec.groups, experts // spec.groups)
-    size = 2 if spec.group_score == "top2_sum" else 1
-    best = exact.reshape(members).topk(min(size, members[2])).values.sum(-1)  # [T, G]
-    best_error = size * error.reshape(members).amax(-1)
-    picked = torch.zeros_like(exact, dtype=torch.bool).scatter(1, ids.long(), True)
-    found = torch.zeros(tokens, dtype=torch.bool)
-    for groups in combinations(range(spec.groups), spec.top_groups):
-        chosen = torch.zeros(spec.groups, dtype=torch.bool)
-        chosen[list(groups)] = True
-        inside = chosen.repeat_interleave(members[2])
-        among = exact.masked_fill(~inside, spec.group_mask), error.masked_fill(~inside, 0.0)
-        found |= _best(chosen.expand_as(best), best, best_error) & _best(picked, *among)
-    return found
+def judge_fused_shared(what: str, answer: Routing, inputs: RouteInputs) -> None:
+    """The last slots alone, as `judge_routing` judges them, for logits that are exact."""
+    assert inputs.fused_shared is not None
+    judgement = _Judgement(what, _valid(what, answer, inputs), inputs)
+    judgement.names()
+    judgement.fused_shared(inputs.fused_shared)
 
 
-def _best(picked: Tensor, scores: Tensor, error: Tensor) -> Tensor:
-    """Whether the picked scores may be the largest of their row: min of score + error, over max of score - error."""
-    worst = (scores + error).masked_fill(~picked, torch.inf).amin(-1)
-    return worst >= (scores - error).masked_fill(picked, -torch.inf).amax(-1)
+def _valid(what: str, answer: Routing, inputs: RouteInputs) -> Routing:
+    """The valid rows of an answer on the CPU. Raises Nonconformance for another form than [T, slots]."""
+    shape = (len(inputs.logits), inputs.slots)
+    ids = compare.shape_and_type(f"{what}: ids", answer.ids, shape, integer=True)
+    weights = compare.shape_and_type(f"{what}: weights", answer.weights, shape, integer=False)
+    return Routing(ids[: inputs.valid_rows].detach().cpu().long(), weights[: inputs.valid_rows].detach().cpu())
 
 
-def weights_value(
-    logits: Tensor | Value,
-    ids: Tensor,
-    spec: RoutingSpec,
-    tensors: Tensors,
-    dtype: torch.dtype,
-    dropped: Tensor | None = None,
-) -> tuple[Value, Value | None]:
-    """Weights [T, K] of the experts ids [T, K] that an engine chose, and [T, n] of weighted shared experts.
+class _Judgement:
+    """One answer, and what it is judged against; each method raises Nonconformance for a kind of fault."""
 
-    logits, dtype: as `compared_value`. dropped: [T, K] bool, pairs beyond an expert's capacity, or skipped: weight 0.
-    The weights may be handed on in `dtype`.
-    """
-    store = in_precision(dtype, spec.score_dtype)
-    conditioned = _conditioned(logits, spec, store)
-    value, ids = _routed_logits(conditioned, spec), ids.long()
-    if spec.selector == "sparsemixer":
-        weights = _sparsemixer(value, ids, spec.jitter, store)
-    elif spec.shared_classes:
-        both = Value.cat([value.gather(ids), conditioned[:, -spec.shared_classes :]])
-        weights = softmax(both.through(F.logsigmoid).stored(store, INSIDE), store)
-    elif spec.select_on == "logits":
-        weights = _score(value.gather(ids), spec, store)
-    else:
-        weights = _score(value, spec, store).gather(ids)
-    kept = torch.ones_like(weights.exact) if dropped is None else (~dropped).double()
-    late = spec.capacity is not None and spec.capacity.renormalize_before
-    weights = _normalised(weights if late else weights * Value.of(kept), spec, store) * Value.of(kept)
-    weights = (weights * Value.of(spec.scale).stored(store)).stored(store)
-    if spec.global_scale:
-        weights = (weights * Value.of(tensors["router.global_scale"])).stored(store)
-    if spec.per_expert_scale:
-        routed = (weights[:, : ids.shape[1]] * Value.of(tensors["router.per_expert_scale"][ids])).stored(store)
-        weights = Value.cat([routed, weights[:, ids.shape[1] :]])
-    weights = weights.stored(dtype)
-    return weights[:, : ids.shape[1]], weights[:, ids.shape[1] :] if spec.shared_classes else None
+    def __init__(
+        self,
+        what: str,
+        answer: Routing,
+        inputs: RouteInputs,
+        logits: Value | None = None,
+        shift: float = 0.0,
+        stored: torch.dtype | None = None,
+    ) -> None:
+        rows, spec = len(answer.ids), inputs.routing
+        self.what, self.spec, self.shift = what, spec, shift
+        self.routed = Routing(*(part[:, : spec.top_k] for part in answer))
+        self.last = Routing(*(part[:, spec.top_k :] for part in answer))
+        token_ids = None if inputs.token_ids is None else inputs.token_ids[:rows]
+        self.inputs = replace(inputs, logits=inputs.logits[:rows], token_ids=token_ids, valid_rows=None)
+        self.dtype = inputs.logits.dtype
+        given = Value.of(inputs.logits) if logits is None else logits
+        given = given[:rows]
+        self.numbers = given.exact.isfinite().all(1)
+        if spec.selector == "product_keys":  # a row has logits of two tokens
+            self.numbers = conditioned(given, spec, torch.float64).exact.isfinite().all(1)
+        self.given = given.map(lambda part: part.nan_to_num(0.0, 0.0, 0.0))
+        self.compared = compared_value(self.given, spec, inputs.tensors, self.dtype)
+        self.experts = self.compared.exact.shape[1] - spec.skip_expert
+        self.none = without_expert(self.routed, spec)
+        # Pairs whose expert is not told get it below, as far as it is known.
+        self.ids = self.routed.ids.masked_fill(self.none, self.experts if spec.skip_expert else 0)
+        self.narrow = None if spec.per_expert_scale else stored or self.dtype
+
+    def names(self) -> None:
+        """ids of a row are unique and in range, whatever its logits are."""
+        ids, spec = self.routed.ids, self.spec
+        may_lack = spec.capacity is not None or spec.skip_expert
+        outside = ~self.none & (ids >= self.experts) if may_lack else (ids < 0) | (ids >= self.experts)
+        if outside.any():
+            row, slot = outside.nonzero()[0].tolist()
+            allowed = f"0 to {self.experts - 1}" + (", or -1 for a pair without expert" if may_lack else "")
+            raise Nonconformance(f"{self.what}: ids[{row}, {slot}]: got {ids[row, slot].item()}, want {allowed}")
+        slots = torch.arange(spec.top_k)
+        told_apart = ids.where(~self.none, -1 - slots)  # pairs without expert are not one expert
+        twice = told_apart.sort(1).values.diff(dim=1).eq(0).any(1)
+        if twice.any():
+            row = int(twice.nonzero()[0])
+            raise Nonconformance(
+                f"{self.what}: row {row}: got ids {ids[row].tolist()}, want {spec.top_k} different experts"
+            )
+
+    def sets(self) -> None:
+        """The chosen experts are a best K for some scores within their errors."""
+        if self.spec.selector == "table":
+            want = ids_of_table(self.inputs)
+            right = (self.ids.sort(1).values == want.sort(1).values).all(1)
+        else:
+            want, _ = best(self.compared, self.spec)
+            if self.spec.capacity is not None:
+                right = self._fits_capacity()
+            else:
+                right = accepted(self.ids, self.compared, self.spec) & (self.none.sum(1) <= 1)
+        bad = self.numbers & ~right
+        if bad.any():
+            raise Nonconformance(self._of_sets(int(bad.nonzero()[0]), int(bad.sum()), want))
+
+    def _fits_capacity(self) -> Tensor:
+        """[T] bool; and ids of pairs without expert become those of experts that have no place for the token."""
+        found = room_of(self.given, self.compared, self.inputs, self.numbers)
+        picked = torch.zeros_like(self.compared.exact).scatter_add(1, self.ids, (~self.none).double()) > 0
+        right = fitting(picked, interval(self.compared), found, self.spec.top_k)
+        lost = self.compared.exact.masked_fill(picked | ~found.drops, -torch.inf)
+        place = (self.none.cumsum(1) - 1).clamp(min=0)
+        self.ids = self.ids.where(~self.none, lost.argsort(1, descending=True).gather(1, place))
+        return right
+
+    def _of_sets(self, row: int, rows: int, want: Tensor) -> str:
+        ids, none = self.routed.ids[row], self.none[row]
+        got = sorted(ids[~none].tolist()) + [-1] * int(none.sum())
+        text = f"{self.what}: {rows} rows have wrong experts, first row {row}: got {got}"
+        text = f"{text}, want {sorted(want[row].tolist())}"
+        if self.spec.capacity is not None:
+            return f"{text} as far as these have a place for the token"
+        left = sorted(set(want[row].tolist()) - set(self.ids[row].tolist()))
+        if not left or self.spec.selector == "table":
+            return text
+        instead = sorted(set(self.ids[row].tolist()) - set(want[row].tolist()))
+        others = "" if self.spec.groups == 1 else f", {self.spec.top_groups} of {self.spec.groups} groups kept"
+        places = f"left out: {self._scores(row, left)}; chosen: {self._scores(row, instead)}{others}"
+        return f"{text} or others within rounding ({places})"
+
+    def _scores(self, row: int, experts: list[int]) -> str:
+        exact, limit = self.compared.exact[row], self.compared.limit[row]
+        return ", ".join(f"{e} at {exact[e].item():.7g} +- {limit[e].item():.1g}" for e in experts)
+
+    def weights(self) -> None:
+        """The weights of the reported experts are the method's, within their errors."""
+        spec = self.spec
+        if spec.group_mask == -torch.inf and spec.top_k > self.experts // spec.groups * spec.top_groups:
+            return
+        judged = self.numbers[:, None] & ~self.none
+        right, wrong = torch.zeros_like(self.numbers), []
+        for possible, want, _ in self._weights():
+            bad = judged & ~self._near(self.routed.weights, want)
+            right |= possible & ~bad.any(1)
+            wrong.append((want, bad))
+        if not right.all():
+            row = int((~right).nonzero()[0])
+            want, bad = wrong[0]
+            slot = int(bad[row].to(torch.uint8).argmax())
+            got, limit = self.routed.weights[row, slot].item(), self._limit(self.routed.weights, want)[row, slot].item()
+            raise Nonconformance(
+                f"{self.what}: {int((~right).sum())} rows have wrong weights, first [{row}, {slot}], of expert "
+                f"{self.ids[row, slot].item()}: got {got}, want {want.exact[row, slot].item()} +- {limit:.2g} (ids "
+                f"{self.routed.ids[row].tolist()}: got {_numbers(self.routed.weights[row])}, want "
+                f"{_numbers(want.exact[row])})"
+            )
+
+    def _weights(self) -> Iterator[tuple[Tensor, Value, Value | None]]:
+        """Weights [T, K] that the reported ids may have, those of shared experts, and in which rows they may.
+
+        In the sparse mixer weights depend on the order in which experts are chosen, which near ties leave open.
+        """
+        top_k, orders = self.spec.top_k, [tuple(range(self.spec.top_k))]
+        ranked = torch.arange(top_k).expand_as(self.ids)
+        if self.spec.selector == "sparsemixer":
+            ranked = self.compared.exact.gather(1, self.ids).argsort(1, descending=True)
+            orders = list(permutations(range(top_k)))
+        low, high = (bound.gather(1, self.ids) for bound in interval(self.compared))
+        for order in orders:
+            slots = ranked[:, list(order)]
+            after = high.gather(1, slots)[:, :, None] < low.gather(1, slots)[:, None, :]  # surely chosen later
+            possible = ~after.triu(1).flatten(1).any(1)
+            if len(orders) == 1:
+                possible = torch.ones_like(possible)
+            want, shared = weights_value(
+                self.given,
+                self.ids.gather(1, slots),
+                self.spec,
+                self.inputs.tensors,
+                self.dtype,
+                self.none.gather(1, slots),
+                shift=self.shift,
+                stored=wide(self.dtype),
+            )
+            yield possible, want.gather(slots.argsort(1)), shared
+
+    def _near(self, got: Tensor, want: Value) -> Tensor:
+        return (got.double() - want.exact).abs() <= self._limit(got, want)
+
+    def _limit(self, got: Tensor, want: Value) -> Tensor:
+        """A weight handed on in a narrow dtype has one error more, and no bits that the dtype has not."""
+        if self.narrow is None or self.narrow == wide(self.narrow):
+            return want.limit
+        is_narrow = got.double() == got.to(self.narrow).double()
+        return torch.where(is_narrow, want.stored(self.narrow).limit, want.limit)
+
+    def fused_shared(self, fused: FusedShared) -> None:
+        """The last slots are the shared experts, each once, with weights by their rule."""
+        index = self.last.ids - self.experts
+        strange = (index.sort(1).values != torch.arange(fused.count)).any(1)
+        if strange.any():
+            row = int(strange.nonzero()[0])
+            there = list(range(self.experts, self.experts + fused.count))
+            raise Nonconformance(
+                f"{self.what}: row {row}: ids of shared experts: got {self.last.ids[row].tolist()}, want {there} in "
+                f"any order, in the last {fused.count} slots"
+            )
+        want = self._of_shared(fused, index)
+        bad = self.numbers[:, None] & ~self._near(self.last.weights, want)
+        if bad.any():
+            row, slot = bad.nonzero()[0].tolist()
+            got, limit = self.last.weights[row, slot].item(), want.limit[row, slot].item()
+            raise Nonconformance(
+                f"{self.what}: weights[{row}, {self.spec.top_k + slot}], of shared expert {index[row, slot].item()} by "
+                f"rule {fused.rule!r}: got {got}, want {want.exact[row, slot].item()} +- {limit:.2g}"
+            )
+
+    def _of_shared(self, fused: FusedShared, index: Tensor) -> Value:
+        compute = wide(self.dtype)
+        if fused.rule == "constant":
+            return Value.of(torch.full(index.shape, fused.weight)).stored(compute)
+        if fused.rule == "router":
+            shared = next(self._weights())[2]
+            if shared is None:
+                raise ValueError("inputs are no good: fused_shared: got rule 'router', want shared_classes in routing")
+            return shared.gather(index)
+        # Of the weights that the engine gives, which may be of before or after a rounding.
+        routed = self.routed.weights.double()
+        size = routed.abs().sum(1, keepdim=True)
+        total = Value.of(routed.sum(1, keepdim=True)).erring(size, 2 * self.spec.top_k, compute)
+        if self.narrow is not None and self.narrow != compute:
+            total = total.erring(size, 1, self.narrow)
+        share = (total * Value.of(fused.weight).stored(compute)).stored(compute)
+        return share.map(lambda part: part.expand(index.shape))
 
 
-def _conditioned(logits: Tensor | Value, spec: RoutingSpec, store: torch.dtype) -> Value:
-    value = logits if isinstance(logits, Value) else Value.of(logits)
-    if spec.logit_scale != 1:
-        value = (value * Value.of(spec.logit_scale).stored(store)).stored(store)
-    cap = spec.logit_softcap
-    if cap:
-        argument = value.exact.abs() / 2  # as in layer_bound.activated
-        value = value.through(lambda v: cap * torch.tanh(v / cap)).erring(argument, 1, store).stored(store, INSIDE)
-    if spec.selector == "product_keys":
-        halves = value.map(lambda t: t.reshape(2, len(t), -1))
-        value = (halves[0][:, :, None] + halves[1][:, None, :]).stored(store).map(lambda t: t.flatten(1))
-    return value
-
-
-def _routed_logits(conditioned: Value, spec: RoutingSpec) -> Value:
-    return conditioned[:, : conditioned.exact.shape[1] - spec.shared_classes]
-
-
-def _score(value: Value, spec: RoutingSpec, dtype: torch.dtype) -> Value:
-    if spec.score == "softmax":
-        return softmax(value, dtype)
-    curve = torch.sigmoid if spec.score == "sigmoid" else lambda v: F.softplus(v).sqrt()
-    return value.through(curve).stored(dtype, INSIDE)
-
-
-def softmax(value: Value, dtype: torch.dtype) -> Value:
-    """Over the last dim. What underflows may be 0.
-
-    A weight p_i = exp(l_i) / sum exp(l_j) has the relative error (1 - p_i) d_i - sum over j != i of p_j d_j, d the
-    error of a logit, its difference to the largest rounded, and of exp (2 ulp); then E additions and a division.
-    """
-    u, p = unit_roundoff(dtype), value.exact.softmax(-1)
-    below = value.exact.amax(-1, keepdim=True) - value.exact
-    each = value.erring(below, 1, dtype).erring(1.0, EXP, dtype)
-    few = p.shape[-1] + 1
-
-    def relative(of_all: Tensor, own: Tensor) -> Tensor:
-        return (of_all.sum(-1, keepdim=True) - of_all).clamp(min=0) + own
-
-    squares = relative((p * each.spread).square(), ((1 - p) * each.spread).square())
-    sums = relative(p * each.limit, (1 - p) * each.limit)
-    tiny = torch.finfo(dtype).tiny
-    spread = p * torch.expm1(LAMBDA * (squares + few * u * u).sqrt()) / LAMBDA
-    return Value(p, spread + tiny, p * torch.expm1(sums + few * u) + tiny)
-
-
-def _sparsemixer(value: Value, ids: Tensor, jitter: float, dtype: torch.dtype) -> Value:
-    """Each chosen logit m against the logits l not chosen before it for which (m - l) / max(|l|, m) <= 2 jitter.
-
-    A logit so near to that limit that errors decide is once in and once out; the difference is one more error.
-    """
-    weights = []
-    left = value
-    for chosen in ids.split(1, dim=-1):
-        best = left.gather(chosen)
-        scale = left.exact.abs().maximum(best.exact)
-        distance = ((best.exact - left.exact) / scale - 2 * jitter).scatter(-1, chosen, -torch.inf)
-        error = (best.limit + left.limit) / scale + 2 * unit_roundoff(dtype)  # a difference and a quotient
-        outcomes = [
-            softmax(_without(left, far), dtype).gather(chosen)
-            for far in (distance > error, distance > -error, distance > 0)
-        ]
-        most, least, exact = outcomes
-        between = least.exact - most.exact
-        weights.append(Value(exact.exact, least.spread + between / LAMBDA, least.limit + between))
-        left = _without(left, torch.zeros_like(distance, dtype=torch.bool).scatter(-1, chosen, True))
-    return Value.cat(weights)
-
-
-def _without(logits: Value, out: Tensor) -> Value:
-    """With no share in a softmax where out is set."""
-    return Value(logits.exact.masked_fill(out, -1e4), *(t.masked_fill(out, 0) for t in (logits.spread, logits.limit)))
-
-
-def _normalised(weights: Value, spec: RoutingSpec, dtype: torch.dtype) -> Value:
-    terms = weights.exact.shape[-1]
-    if spec.renormalize == "sum":
-        total = weights.exact.sum(-1, keepdim=True)
-        spread = weights.spread.square().sum(-1, keepdim=True).sqrt()
-        divisor = (Value(total, spread) + Value.of(spec.epsilon)).erring(total, terms, dtype)
-        return weights.over(divisor.through(lambda v: v.clamp(min=spec.floor)), dtype)
-    if spec.renormalize == "norm":
-        norm = weights.exact.norm(p=spec.norm_order, dim=-1, keepdim=True)
-        slope = (weights.exact / norm) ** (spec.norm_order - 1)
-        spread = (slope * weights.spread).square().sum(-1, keepdim=True).sqrt()
-        return weights.over(Value(norm, spread).erring(norm, terms + INSIDE, dtype), dtype)
-    return weights
+def _numbers(row: Tensor) -> list[float]:
+    return [float(f"{value:.7g}") for value in row.tolist()]

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
 
 from moe_conformance.catalogue.case import Case
+from moe_conformance.protocol.features import Feature, feature, words
+from moe_conformance.protocol.stages import STAGES
+
+_WIDTH = 110
 
 
 def rerun(engine: str, case: Case) -> str:
@@ -12,8 +19,10 @@ def rerun(engine: str, case: Case) -> str:
 
 
 def about(case: Case) -> str:
-    """Stage, clause and upstream bugs of a case."""
-    lines = [f"stage:    {case.stage}", f"class:    {case.bug_class}", f"clause:   {case.contract.text}"]
+    """Stage, level, clause and upstream bugs of a case."""
+    level = f"{case.level}, for {case.lenient}" if case.lenient else case.level
+    lines = [f"stage:    {case.stage}", f"class:    {case.bug_class}", f"level:    {level}"]
+    lines.append(f"clause:   {case.contract.text}")
     if case.contract.upstream:
         lines.append(f"upstream: {', '.join(case.contract.upstream)}")
     return "\n".join(lines)
@@ -24,15 +33,53 @@ def failure(engine: str, case: Case, check: str, message: str) -> str:
     return f"{check.replace('_', ' ')}\n{message}\n{about(case)}\nrerun:    {rerun(engine, case)}"
 
 
-def explain(case: Case, checks: dict[str, str]) -> str:
+def explain(case: Case, checks: Mapping[str, str]) -> str:
     """A case without running it; `checks` maps the names of its checks to their docstrings."""
-    recipe = "\n".join(f"  {key} = {value!r}" for key, value in case.recipe.items()) or "  (none)"
+    recipe = "\n".join(_entry(key, value) for key, value in case.recipe.items()) or "  (none)"
     asked = "\n".join(
         f"  {name.replace('_', ' ')}" + (f"\n{textwrap.indent(doc, '      ')}" if doc else "")
         for name, doc in checks.items()
     )
-    needs = ", ".join(sorted(case.needs)) or "nothing beyond the stage"
+    needs = "\n".join(f"  {word}: {feature(case.stage, word).meaning}" for word in sorted(case.needs))
     return (
-        f"{case.id} (tier {case.tier})\n{about(case)}\nneeds:    {needs}\n"
-        f"inputs:\n{recipe}\nchecks:\n{asked}\nrerun:    {rerun('ENGINE', case)}"
+        f"{case.id} (tier {case.tier})\n{about(case)}\nneeds:{'    nothing beyond the stage' if not needs else ''}\n"
+        + (f"{needs}\n" if needs else "")
+        + f"inputs:\n{recipe}\nchecks:\n{asked}\nrerun:    {rerun('ENGINE', case)}"
     )
+
+
+def _entry(key: str, value: Any) -> str:
+    text = f"{key} = {spelled(value)}"
+    return textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+
+
+def spelled(value: Any) -> str:
+    """As `repr`, but a spec shows only the fields that are not at their defaults."""
+    if is_dataclass(value) and not isinstance(value, type):
+        named = [item for item in fields(value) if _default(item) != getattr(value, item.name)]
+        inside = ", ".join(f"{item.name}={spelled(getattr(value, item.name))}" for item in named)
+        return f"{type(value).__name__}({inside})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {spelled(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple) and type(value) is tuple:
+        return "(" + ", ".join(map(spelled, value)) + (",)" if len(value) == 1 else ")")
+    if isinstance(value, list):
+        return "[" + ", ".join(map(spelled, value)) + "]"
+    return repr(value)
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+def features(stages: tuple[str, ...] = STAGES) -> str:
+    """The table of optional features, by stage."""
+    lines = []
+    for stage in stages:
+        there: Mapping[str, Feature] = words(stage)
+        lines += [stage] + ["  (none)"] * (not there)
+        lines += [
+            f"  {word:22} {entry.meaning}\n{'':25}not judged without it: {entry.without}"
+            for word, entry in there.items()
+        ]
+    return "\n".join(lines)

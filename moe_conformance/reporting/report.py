@@ -14,11 +14,17 @@ from typing import Any, TextIO
 import pytest
 
 from moe_conformance import __version__
-from moe_conformance.catalogue.clauses import BUG_CLASSES
+from moe_conformance.catalogue.clauses import BUG_CLASSES, Level
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.verdict import Result, Verdict
+from moe_conformance.protocol.stages import PROTOCOL_VERSION
+from moe_conformance.reporting.refusals import listed
 from moe_conformance.running.devices import gpu_count
 from moe_conformance.running.discovery import Target, missing, registered
+
+IN_PROCESS = "in process: checks ran in pytest's own process, where a crash or a hang is no verdict"
+# Reasons of refusals that the terminal shows of an engine and kind; summary.md has all.
+REASONS_SHOWN = 8
 
 
 def run_facts() -> dict[str, Any]:
@@ -38,6 +44,8 @@ class Report:
     def __init__(self, config: pytest.Config, targets: Sequence[Target], cases: int) -> None:
         self.targets = [target.name for target in targets]
         self.cases = cases
+        self.in_process = bool(config.getoption("--moe-in-process"))
+        self.strict = bool(config.getoption("--moe-strict"))
         self.results: list[Result] = []
         self.engines: dict[str, Mapping[str, str]] = {}
         self.folder = Path(config.getoption("--moe-out")) if config.getoption("--moe-out") else None
@@ -48,8 +56,17 @@ class Report:
                 self._stream = (self.folder / "verdicts.jsonl").open("w", encoding="utf-8")
             except OSError as error:
                 raise UsageError(f"--out: cannot write to {self.folder}: {error}") from error
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        self._write(kind="header", suite=__version__, engines=self.targets, cases=cases, started=started, **run_facts())
+        self._write(
+            kind="header",
+            suite=__version__,
+            protocol=PROTOCOL_VERSION,
+            engines=self.targets,
+            cases=cases,
+            in_process=self.in_process,
+            strict=self.strict,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            **run_facts(),
+        )
 
     def _write(self, **line: Any) -> None:
         if self._stream is not None:
@@ -79,43 +96,47 @@ class Report:
         if self._stream is not None:
             self._stream.close()
         rows = table(self.results, self.targets)
-        not_run = _not_run(self.results, deselected)
+        below = [_not_run(self.results, deselected), *_marks(self.in_process, self.strict)]
         terminal.section("conformance", sep="=")
-        for line in _aligned(rows):
+        for line in [*_aligned(rows), *below, *listed(self.results, REASONS_SHOWN)]:
             terminal.write_line(line)
-        terminal.write_line(not_run)
         for name, target in registered().items():
             if name not in self.targets and (reason := missing(target)):
                 terminal.write_line(f"not judged: {name} ({reason})")
         if self.folder is not None:
-            (self.folder / "summary.md").write_text(
-                markdown(self.results, rows, not_run, self.engines), encoding="utf-8"
-            )
+            text = markdown(self.results, rows, below, self.engines)
+            (self.folder / "summary.md").write_text(text, encoding="utf-8")
 
 
 def table(results: Iterable[Result], engines: Sequence[str]) -> list[list[str]]:
     """Rows of engine by bug class; a cell says passed of judged, and what else there is."""
-    cells: dict[tuple[str, str], Counter[Verdict]] = {}
+    cells: dict[tuple[str, str], Counter[tuple[Level, Verdict]]] = {}
     for result in results:
-        cells.setdefault((result.engine, result.bug_class), Counter())[result.verdict] += 1
+        cells.setdefault((result.engine, result.bug_class), Counter())[result.level, result.verdict] += 1
     classes = [name for name in BUG_CLASSES if any(bug_class == name for _, bug_class in cells)]
     rows = [["engine", *classes]]
     rows += [[engine, *(_cell(cells.get((engine, name), Counter())) for name in classes)] for engine in engines]
     return rows
 
 
-def _cell(counts: Counter[Verdict]) -> str:
-    """For instance "11/12, 1 fail": 11 of 12 judged passed."""
+def _cell(counts: Counter[tuple[Level, Verdict]]) -> str:
+    """For instance "11/12, 1 fail; should 2/3, 1 broken": 11 of 12 MUSTs passed that were judged, 2 of 3 SHOULDs."""
     if not counts:
         return "-"
+    must = _share({verdict: count for (level, verdict), count in counts.items() if level == "MUST"})
+    should = _share({verdict: count for (level, verdict), count in counts.items() if level == "SHOULD"})
+    return "; ".join([must] * bool(must) + [f"should {should}"] * bool(should)) or "unsupported"
+
+
+def _share(counts: Mapping[Verdict, int]) -> str:
+    """Passed of judged, and what else there is; empty where there is nothing but unsupported."""
     judged = sum(count for verdict, count in counts.items() if verdict.was_judged)
     others = [
-        f"{count} {verdict.replace('_', ' ')}"
+        f"{count} {'broken' if verdict is Verdict.BROKEN_SHOULD else verdict.replace('_', ' ')}"
         for verdict, count in sorted(counts.items())
         if verdict not in (Verdict.PASS, Verdict.UNSUPPORTED)
     ]
-    share = [f"{counts[Verdict.PASS]}/{judged}"] if judged else []
-    return ", ".join(share + others) or "unsupported"
+    return ", ".join([f"{counts.get(Verdict.PASS, 0)}/{judged}"] * bool(judged) + others)
 
 
 def _not_run(results: Sequence[Result], deselected: int) -> str:
@@ -128,28 +149,49 @@ def _not_run(results: Sequence[Result], deselected: int) -> str:
     )
 
 
+def _marks(in_process: bool, strict: bool) -> list[str]:
+    """What was not as in a usual run."""
+    return [IN_PROCESS] * in_process + ["strict: a broken SHOULD fails the run"] * strict
+
+
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def markdown(
-    results: Sequence[Result], rows: Sequence[Sequence[str]], not_run: str, engines: Mapping[str, Mapping[str, str]]
+    results: Sequence[Result],
+    rows: Sequence[Sequence[str]],
+    below: Sequence[str],
+    engines: Mapping[str, Mapping[str, str]],
 ) -> str:
-    """A summary that fits a CI job's page: the table, then every bad result, its message folded."""
+    """A summary that fits a CI job's page: the table, every bad result with its message folded, broken SHOULDs apart,
+    and what was not judged."""
     lines = ["# MoE conformance", ""]
     lines += [f"- {name} {facts['version']} on {facts['device']}" for name, facts in engines.items()]
     lines += ["", *(f"| {' | '.join(row)} |" for row in rows[:1]), "|---" * len(rows[0]) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in rows[1:]]
-    lines += ["", not_run, ""]
-    for result in (result for result in results if result.verdict.is_bad):
-        lines += [
-            f"<details><summary>{result.verdict}: {result.engine} on {result.case} ({result.bug_class})</summary>",
-            "",
-            "```text",
-            result.message,
-            "```",
-            "",
-            "</details>",
-        ]
+    lines += ["", *(f"{line}\n" for line in below)]
+    for result in results:
+        if result.verdict.is_bad:
+            lines += _folded(result)
+    if broken := [result for result in results if result.verdict is Verdict.BROKEN_SHOULD]:
+        lines += ["## Broken SHOULDs", ""]
+        for result in broken:
+            lines += _folded(result)
+    if refused := list(listed(results)):
+        lines += ["## Not judged", "", "```text", *refused, "```"]
     return "\n".join(lines) + "\n"
+
+
+def _folded(result: Result) -> list[str]:
+    return [
+        f"<details><summary>{result.verdict}: {result.engine} on {result.case} ({result.bug_class})</summary>",
+        "",
+        "```text",
+        result.message,
+        "```",
+        "",
+        "</details>",
+        "",
+    ]

@@ -1,20 +1,20 @@
-"""The engine's own process: `python -m moe_conformance.running.host NAME PATH` answers JSON requests, one a line.
+"""The engine's process: `python -m moe_conformance.running.host NAME PATH` answers questions, one a line.
 
-Requests come on stdin; answers leave through the original stdout, which nothing else may write to: whatever an
-engine prints goes to stderr. The first answer says who the engine is, or why it cannot start.
+Questions come on stdin; answers leave through the original stdout, which nothing else may write to: whatever an
+engine prints goes to stderr. The first line says who the engine is, or why it cannot start.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import sys
 import traceback
-from typing import Any
 
 from moe_conformance.errors import MoEConformanceError, Unavailable
+from moe_conformance.judging.verdict import Outcome, Verdict
 from moe_conformance.running.discovery import Target, extend_path
+from moe_conformance.running.messages import Answer, Check, Hello, Message, Probe, Unstartable, decode, encode
 
 
 def main() -> None:
@@ -22,8 +22,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def answer(**message: Any) -> None:
-        answers.write(json.dumps(message) + "\n")
+    def say(message: Message) -> None:
+        answers.write(encode(message))
         answers.flush()
 
     extend_path()
@@ -32,20 +32,29 @@ def main() -> None:
 
         judge = Judge(Target(*sys.argv[1:3]))
     except (MoEConformanceError, ImportError) as error:
-        answer(unavailable=str(error) or type(error).__name__, is_missing=isinstance(error, Unavailable))
+        say(Unstartable(str(error) or type(error).__name__, isinstance(error, Unavailable)))
         return
     except Exception:
-        answer(unavailable=traceback.format_exc(limit=-6), is_missing=False)
+        say(Unstartable(traceback.format_exc(limit=-6), is_missing=False))
         return
     info = judge.engine.info
-    answer(name=info.name, version=info.version, device=info.device)
+    say(Hello(info.name, info.version, info.device))
 
     from moe_conformance.catalogue.case import catalogue
 
     for line in sys.stdin:
-        request = json.loads(line)
-        outcome = judge.run(request["module"], request["function"], catalogue()[request["case"]])
-        answer(verdict=outcome.verdict, message=outcome.message, facts=outcome.facts)
+        match decode(line):
+            case Probe(number, stage):
+                outcome = judge.probe(stage)
+            case Check(number, module, function, case):
+                outcome = judge.run(module, function, catalogue()[case])
+            case other:
+                raise ValueError(f"got {other}, want a question")
+        try:
+            say(Answer(number, outcome))
+        except TypeError as error:
+            said = f"the check's facts: got {type(outcome.facts).__name__}, want JSON data: {error}"
+            say(Answer(number, Outcome(Verdict.ERROR, said)))
 
 
 if __name__ == "__main__":

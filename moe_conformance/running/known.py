@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion
 
+from moe_conformance.catalogue import aliases
+from moe_conformance.catalogue.aliases import current
 from moe_conformance.catalogue.case import catalogue, check_names
 from moe_conformance.engine import EngineInfo
 from moe_conformance.errors import UsageError
@@ -109,12 +111,12 @@ def _entry(where: str, raw: Mapping[str, object]) -> KnownFailure:
     if not all(isinstance(value, str) for value in text.values()) or not isinstance(when, dict):
         raise UsageError(f"{where}: want strings, and a table for `when`")
     entry = KnownFailure(**text, when=when)  # type: ignore[arg-type]
-    if entry.case not in catalogue():
-        raise UsageError(f"{where}: no case is called {entry.case!r}; `moe-conformance cases` lists them")
-    if entry.check not in check_names():
-        raise UsageError(
-            f"{where}: no check is called {entry.check!r}; `moe-conformance explain {entry.case}` has its own"
-        )
+    try:
+        (case,) = current("case", [entry.case], catalogue(), aliases.CASES)
+        (check,) = current("check", [entry.check], check_names(), aliases.CHECKS)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+    entry = replace(entry, case=case, check=check)
     if entry.kind not in KINDS:
         raise UsageError(f"{where}: kind: got {entry.kind!r}, want one of {', '.join(KINDS)}")
     if set(when) - {"version", "device"} or not all(isinstance(value, str) for value in when.values()):

@@ -22,6 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moe-known", action="append", default=[], help="TOML file of known failures")
     parser.addini("moe_known", type="paths", help="files of known failures, beside those of --moe-known")
     group.addoption("--moe-out", default=None, help="folder for verdicts.jsonl, summary.md and junit.xml")
+    group.addoption("--moe-strict", action="store_true", help="a broken SHOULD fails the run, too")
+    group.addoption("--moe-in-process", action="store_true", help="run checks in this process, for --pdb and profilers")
     group.addoption("--moe-timeout", type=float, default=120.0, help="seconds a case may take")
 
 

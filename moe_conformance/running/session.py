@@ -6,23 +6,27 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import moe_conformance.suites
+from moe_conformance.catalogue import aliases
+from moe_conformance.catalogue.aliases import current
 from moe_conformance.catalogue.case import TIERS, Case, catalogue, in_tier
 from moe_conformance.catalogue.clauses import BUG_CLASSES
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.goldens import Amber
-from moe_conformance.judging.verdict import Result, Verdict
+from moe_conformance.judging.verdict import Outcome, Refusal, Result, Verdict, at_level
 from moe_conformance.reporting.explain import failure
-from moe_conformance.reporting.report import Report
+from moe_conformance.reporting.report import IN_PROCESS, Report
 from moe_conformance.running import known
 from moe_conformance.running.devices import gpu_count, pinned
 from moe_conformance.running.discovery import Target, available, missing, registered, resolve
-from moe_conformance.running.process import EngineProcess
+from moe_conformance.running.in_process import InProcess, at_the_check, refuse_unless_alone
+from moe_conformance.running.process import PROBING, EngineProcess
 
 _SUITES = Path(moe_conformance.suites.__path__[0]).resolve()
 _PROPERTY = "moe_conformance"
@@ -43,7 +47,7 @@ class Session:
         config.option.warn_unused_snapshots = True
         # Snapshots are named by case id, which is the same for every test and engine; syrupy would rather not.
         config.addinivalue_line("filterwarnings", r"ignore:\s*Can not relate snapshot name:UserWarning")
-        self.process: EngineProcess | None = None
+        self.process: EngineProcess | InProcess | None = None
         self.strays: list[str] = []
         # What was wrong with a whole engine is told once, not for each of its cases; the stream has them all.
         self.told: set[tuple[str, str]] = set()
@@ -52,24 +56,32 @@ class Session:
     def _read_options(self, config: pytest.Config) -> None:
         names = config.getoption("--moe-engine")
         self.targets = [resolve(name) for name in names] if names else available()
-        classes = _all_known("class", config.getoption("--moe-class"), BUG_CLASSES)
-        wanted = _all_known("case", config.getoption("--moe-case"), catalogue())
-        (tier,) = _all_known("tier", [config.getoption("--moe-tier")], TIERS)
+        classes = current("class", config.getoption("--moe-class"), BUG_CLASSES, aliases.CLASSES)
+        wanted = current("case", config.getoption("--moe-case"), catalogue(), aliases.CASES)
+        (tier,) = current("tier", [config.getoption("--moe-tier")], TIERS)
         self.cases = {
             case.id: case
             for case in catalogue().values()
             if (case.id in wanted if wanted else in_tier(case, tier)) and (not classes or case.bug_class in classes)
         }
-        self.updating = bool(config.getoption("update_snapshots", False))
-        if self.updating and (
-            [target.name for target in self.targets] != ["reference"] or config.getoption("-n", None)
-        ):
-            raise UsageError("goldens are written from the reference engine in one process: --engine reference -n 0")
+        self.strict = bool(config.getoption("--moe-strict"))
+        self.in_process = bool(config.getoption("--moe-in-process"))
+        if self.in_process:
+            refuse_unless_alone(config, self.targets)
+        chosen, workers = [target.name for target in self.targets], config.getoption("-n", None)
+        if config.getoption("update_snapshots", False) and (chosen != ["reference"] or workers):
+            raise UsageError(
+                f"--snapshot-update: got {', '.join(chosen)} and -n {workers or 0}; goldens are written from the "
+                "reference engine in one process: --engine reference -n 0"
+            )
         files = [*map(Path, config.getoption("--moe-known")), *config.getini("moe_known")]
         self.known = {entry.engine: entry for entry in map(known.read, files)}
-        strangers = self.known.keys() - {target.name for target in self.targets} - registered().keys()
-        if strangers:
-            raise UsageError(f"known failures are for {', '.join(strangers)}, which no engine is called")
+        names = sorted({*chosen, *registered()})
+        if strangers := sorted(self.known.keys() - set(names)):
+            raise UsageError(f"known failures: got engine {', '.join(strangers)}, want one of {', '.join(names)}")
+
+    def pytest_report_header(self) -> str | None:
+        return IN_PROCESS if self.in_process else None
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         listed: tuple[Case, ...] | None = getattr(metafunc.function, "moe_cases", None)
@@ -95,63 +107,94 @@ class Session:
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
         if not hasattr(pyfuncitem.function, "moe_cases"):
             return None
+        __tracebackhide__ = True
         params: Mapping[str, Any] = pyfuncitem.callspec.params
         target: Target = params["engine"]
         cases: tuple[Case, ...] = params["case"]
-        check = pyfuncitem.originalname.removeprefix("test_")
         if not _offers(target, cases[0].stage):
+            said = f"stage {cases[0].stage} is not offered"
             for case in cases:
-                said = f"stage {case.stage} is not offered"
-                self._tell(pyfuncitem, target, case, check, Verdict.UNSUPPORTED, said, 0.0)
+                away = Outcome(Verdict.UNSUPPORTED, f"stage {case.stage} is not offered", refusal=Refusal.STAGE)
+                self._tell(pyfuncitem, target, case, away, 0.0)
             pytest.skip(f"unsupported: {said}")
         (case,) = cases
         started = time.perf_counter()
-        outcome = self._ask(target, pyfuncitem, case)
-        verdict, message = Verdict(outcome["verdict"]), outcome["message"]
-        if verdict is Verdict.PASS and outcome["facts"] is not None:
-            verdict, message = _against_golden(pyfuncitem, case, check, outcome["facts"])
-        verdict, message = self._known(target, case, check, verdict, message)
-        if verdict.is_bad:
-            message = failure(target.name, case, check, message)
-        self._tell(pyfuncitem, target, case, check, verdict, message, time.perf_counter() - started)
-        if verdict in (Verdict.UNAVAILABLE, Verdict.ERROR) and (target.name, outcome["message"]) in self.told:
-            pytest.skip(f"{verdict}, as told before")
-        self.told.add((target.name, outcome["message"]))
-        if verdict.is_bad:
-            pytest.fail(f"{verdict}: {target.name} on {case.id}: {message}", pytrace=False)
-        if verdict is Verdict.UNSUPPORTED:
-            pytest.skip(f"unsupported: {message}")
-        if verdict is Verdict.KNOWN_FAILURE:
-            pytest.xfail(f"known failure: {message}")
-        return True
+        asked = self._ask(target, pyfuncitem, case)
+        outcome = self._finally(target, pyfuncitem, case, asked)
+        self._tell(pyfuncitem, target, case, outcome, time.perf_counter() - started)
+        is_of_many = asked.verdict in (Verdict.UNAVAILABLE, Verdict.ERROR) or asked.message.startswith(PROBING)
+        if is_of_many and outcome.verdict.is_bad:
+            if (target.name, asked.message) in self.told:
+                pytest.skip(f"{asked.verdict}, as told before")
+            self.told.add((target.name, asked.message))
+        match outcome.verdict:
+            case Verdict.UNSUPPORTED:
+                pytest.skip(f"unsupported: {outcome.message}")
+            case Verdict.KNOWN_FAILURE:
+                pytest.xfail(f"known failure: {outcome.message}")
+            case Verdict.BROKEN_SHOULD if not self.strict:
+                pytest.xfail(f"broken SHOULD: {outcome.message}")
+            case Verdict.PASS:
+                return True
+        said = f"{outcome.verdict}: {target.name} on {case.id}: {outcome.message}"
+        assert self.process is not None
+        if self.process.raised is not None:
+            self.process.raised.add_note(said)
+            raise at_the_check(self.process.raised)
+        pytest.fail(said, pytrace=False)
 
-    def _tell(
-        self, item: pytest.Function, target: Target, case: Case, check: str, verdict: Verdict, message: str, took: float
-    ) -> None:
+    def _ask(self, target: Target, item: pytest.Function, case: Case) -> Outcome:
+        if self.process is None or self.process.target != target:
+            self.pytest_unconfigure()
+            if self.in_process:
+                self.process = InProcess(target, _shares())
+            else:
+                self.process = EngineProcess(target, self.config.getoption("--moe-timeout"), _shares())
+        # By name from the suites' folder: pytest's own module name differs between checkout and wheel.
+        parts = item.path.resolve().relative_to(_SUITES).with_suffix("").parts
+        return self.process.run(".".join(("moe_conformance.suites", *parts)), item.obj, case)
+
+    def _finally(self, target: Target, item: pytest.Function, case: Case, outcome: Outcome) -> Outcome:
+        """The outcome once goldens and known failures have been looked at, with all that its reader must know."""
+        if outcome.verdict is Verdict.PASS and outcome.facts is not None:
+            outcome = _against_golden(item, case, outcome)
+        outcome = at_level(outcome, case.level)
+        outcome = self._known(target, case, _check(item), outcome)
+        if outcome.verdict.badness:
+            return replace(outcome, message=failure(target.asked_as, case, _check(item), outcome.message))
+        return outcome
+
+    def _tell(self, item: pytest.Function, target: Target, case: Case, outcome: Outcome, took: float) -> None:
         """Hand a result to the controller."""
-        result = Result(target.name, case.id, check, case.bug_class, case.stage, verdict, message, took)
+        result = Result(
+            engine=target.name,
+            case=case.id,
+            check=_check(item),
+            bug_class=case.bug_class,
+            stage=case.stage,
+            verdict=outcome.verdict,
+            message=outcome.message,
+            seconds=took,
+            level=case.level,
+            refusal=outcome.refusal,
+        )
         info = self.process.info if self.process and self.process.target == target else None
         facts = {"version": info.version, "device": info.device} if info else {}
         item.user_properties.append((_PROPERTY, json.dumps([result.as_line(), facts])))
 
-    def _ask(self, target: Target, item: pytest.Function, case: Case) -> dict[str, Any]:
-        if self.process is None or self.process.target != target:
-            self.pytest_unconfigure()
-            self.process = EngineProcess(target, self.config.getoption("--moe-timeout"), _shares())
-        # By name from the suites' folder: pytest's own module name differs between checkout and wheel.
-        parts = item.path.resolve().relative_to(_SUITES).with_suffix("").parts
-        return self.process.run(".".join(("moe_conformance.suites", *parts)), item.originalname, case.id)
-
-    def _known(self, target: Target, case: Case, check: str, verdict: Verdict, message: str) -> tuple[Verdict, str]:
+    def _known(self, target: Target, case: Case, check: str, outcome: Outcome) -> Outcome:
         failures = self.known.get(target.name)
         info = self.process.info if self.process else None
         entry = failures.find(case.id, check, info) if failures and info else None
-        if entry is None or verdict in (Verdict.UNSUPPORTED, Verdict.UNAVAILABLE):
-            return verdict, message
+        # An adapter that is broken was not judged, and so did not fail as declared.
+        is_adapters = outcome.verdict is Verdict.ERROR or outcome.message.startswith(PROBING)
+        if entry is None or is_adapters or not outcome.verdict.was_judged:
+            return outcome
         about = f"listed as {entry.kind}, {entry.issue}" + (f": {entry.reason}" if entry.reason else "")
-        if verdict is Verdict.PASS:
-            return Verdict.UNEXPECTED_PASS, f"it passes, but is {about}; take the entry out of the file"
-        return Verdict.KNOWN_FAILURE, f"{about}\n{verdict}: {message}"
+        if outcome.verdict is Verdict.PASS:
+            said = f"it passes, but is {about}; take the entry out of the file"
+            return Outcome(Verdict.UNEXPECTED_PASS, said)
+        return Outcome(Verdict.KNOWN_FAILURE, f"{about}\n{outcome.verdict}: {outcome.message}")
 
     def pytest_unconfigure(self) -> None:
         if self.process is not None:
@@ -175,6 +218,11 @@ class Session:
             self.strays = [stray for entry in self.known.values() for stray in entry.strays(self.report.results)]
             if self.strays and exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        # Whatever pytest made of the items: a bad verdict among the results is a bad run.
+        if self.report is not None and exitstatus == pytest.ExitCode.OK:
+            worst = 1 if self.strict else 2
+            if any(result.verdict.badness >= worst for result in self.report.results):
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
         if self.report is not None:
@@ -196,11 +244,8 @@ class Session:
         return gpu_count() or None
 
 
-def _all_known(what: str, got: list[str], there: Any) -> list[str]:
-    unknown = [name for name in got if name not in there]
-    if unknown:
-        raise UsageError(f"{what}: got {', '.join(unknown)}, want one of {', '.join(there)}")
-    return got
+def _check(item: pytest.Function) -> str:
+    return item.originalname.removeprefix("test_")
 
 
 def _engine_of(item: pytest.Item) -> str:
@@ -233,9 +278,10 @@ def _shares() -> dict[str, str]:
     return {**threads, **pinned(os.environ.get("PYTEST_XDIST_WORKER", "gw0"))}
 
 
-def _against_golden(item: pytest.Function, case: Case, check: str, facts: Any) -> tuple[Verdict, str]:
-    snapshot = item._request.getfixturevalue("snapshot").use_extension(Amber.at(case.bug_class, check))
-    if snapshot(name=case.id) == facts:
-        return Verdict.PASS, ""
+def _against_golden(item: pytest.Function, case: Case, outcome: Outcome) -> Outcome:
+    """A pass whose facts are not the golden's is none."""
+    snapshot = item._request.getfixturevalue("snapshot").use_extension(Amber.at(case.bug_class, _check(item)))
+    if snapshot(name=case.id) == outcome.facts:
+        return outcome
     difference = "\n".join(line.rstrip() for line in snapshot.get_assert_diff())
-    return Verdict.FAIL, f"the answer differs from the golden (- want, + got):\n{difference}"
+    return Outcome(Verdict.FAIL, f"the answer differs from the golden (- want, + got):\n{difference}")

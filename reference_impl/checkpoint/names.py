@@ -494,7 +494,9 @@ def family_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         for name in (own, f"{own}_text", PARENTS.get(own, "")):
             if name in FAMILIES:
                 return name, level
-    raise ConfigError(f"{root or 'config'}: no checkpoint names are known for this model type; add them to {__name__}")
+    raise ConfigError(
+        f"model_type: got {root or 'none'}, whose checkpoint names are not known, want one of {', '.join(FAMILIES)}"
+    )
 
 
 def names_of(config: Mapping[str, Any]) -> Names:

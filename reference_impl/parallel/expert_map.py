@@ -45,15 +45,14 @@ def held_experts(expert_map: Tensor) -> Tensor:
 
 
 def local_ids(ids: Tensor, expert_map: Tensor) -> Tensor:
-    """Local ids of this rank's experts, and the number of them, n, for an id of -1 or of another rank's expert.
+    """Local ids of this rank's experts, and -1 for an id of -1 or of another rank's expert.
 
-    ids: [T, K] integer, -1 or in [0, E), else InputError. expert_map: [E]. returns [T, K] int64 in [0, n].
+    ids: [T, K] integer, -1 or in [0, E), else InputError. expert_map: [E]. returns [T, K] int64 in [-1, n).
     """
     _check_ids(ids, len(expert_map))
-    held = expert_map >= 0
     # One entry more, which is what an id of -1 indexes.
-    local = torch.cat([expert_map.where(held, held.sum()), held.sum()[None]])
-    return local[ids]
+    local = torch.cat([expert_map, expert_map.new_tensor([-1])])
+    return local[ids].long()
 
 
 def physical_ids(ids: Tensor, physical_to_logical: Tensor, experts: int) -> Tensor:

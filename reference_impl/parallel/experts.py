@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import ShardInputs
-from moe_conformance.errors import InputError
+from moe_conformance.engine import ExpertsInputs, ShardInputs
+from moe_conformance.errors import InputError, Unsupported
 from moe_conformance.model.specs import MLPSpec
-from moe_conformance.reference_impl.experts import mlp, routed_experts, wide
+from moe_conformance.reference_impl.experts import experts, mlp, wide
 from moe_conformance.reference_impl.layer import Experts
-from moe_conformance.reference_impl.parallel.expert_map import even_split, held_experts, local_ids, physical_ids
+from moe_conformance.reference_impl.parallel.expert_map import even_split, held_experts, physical_ids
 from moe_conformance.reference_impl.parallel.ranks import Group, all_gather, reduce_scatter
 
 Tensors = Mapping[str, Tensor]
@@ -63,35 +63,37 @@ def take_experts(tensors: Tensors, held: Tensor) -> dict[str, Tensor]:
     return {name: tensor if name.endswith("output_norm") else tensor[held] for name, tensor in tensors.items()}
 
 
-def experts_part(
-    x: Tensor, ids: Tensor, weights: Tensor, spec: MLPSpec, tensors: Tensors, expert_map: Tensor
-) -> Tensor:
-    """What this rank's experts add to the routed sum; pairs of other ranks' experts, and of none, add nothing.
-
-    x: [T, D]; ids: [T, K] global, -1 for none; weights: [T, K], not looked at for pairs that are not this rank's.
-    tensors: of the n experts that expert_map [E] gives local ids. returns [T, D] in x's dtype.
-    """
-    return routed_experts(x, spec, tensors, local_ids(ids, expert_map), weights)
-
-
-def shard(inputs: ShardInputs, part: Callable[..., Tensor] | None = None) -> Tensor:
+def shard(inputs: ShardInputs, experts: Callable[[ExpertsInputs], Tensor] = experts) -> Tensor:
     """This rank's part of the layer, [T, D]: its slice of its experts, and its slice of the shared expert.
 
-    part: what computes the former, with the arguments of `experts_part`.
-
-    The shared expert is divided among all ranks, whatever experts they have, so that it is in the sum once.
+    experts: the `experts` stage that computes the former. The shared expert is divided among all ranks, whatever
+    experts they have, so that it is in the sum once; identity experts, which nobody holds, are the first rank's.
+    Raises Unsupported for quantised experts and for adapters.
     """
-    ids, held = inputs.ids, held_experts(inputs.expert_map)
+    whole, held = inputs.whole, held_experts(inputs.expert_map)
+    for name in ("quant", "lora"):
+        if getattr(whole, name) is not None:
+            raise Unsupported(f"shard: got {name}, want None; divide plain experts, and store each rank's part")
+    rank, ranks = inputs.ep_rank * inputs.tp_size + inputs.tp_rank, inputs.ep_size * inputs.tp_size
+    ids, identity = whole.ids, whole.ids >= whole.experts
     if inputs.physical_to_logical is not None:
-        experts = len(inputs.tensors["experts.w2"])
-        ids, held = physical_ids(ids, inputs.physical_to_logical, experts), inputs.physical_to_logical[held]
-    spec, tensors = slice_width(inputs.experts, inputs.tensors, "experts", inputs.tp_rank, inputs.tp_size)
-    tensors = take_experts(tensors, held)
-    output = (part or experts_part)(inputs.x, ids, inputs.weights, spec, tensors, inputs.expert_map)
+        ids = physical_ids(ids.masked_fill(identity, -1), inputs.physical_to_logical, whole.experts)
+        held = inputs.physical_to_logical[held]
+    passed_on = whole.ids - whole.experts + len(inputs.expert_map) if rank == 0 else torch.full_like(whole.ids, -1)
+    mlp_spec, tensors = slice_width(whole.mlp, whole.tensors, "experts", inputs.tp_rank, inputs.tp_size)
+    output = experts(
+        replace(
+            whole,
+            mlp=mlp_spec,
+            tensors=take_experts(tensors, held),
+            ids=torch.where(identity, passed_on, ids),
+            expert_map=inputs.expert_map,
+        )
+    )
     if inputs.shared is None:
         return output
-    rank, ranks = inputs.ep_rank * inputs.tp_size + inputs.tp_rank, inputs.ep_size * inputs.tp_size
-    return output + mlp(inputs.x, *slice_width(inputs.shared, inputs.tensors, "shared", rank, ranks), "shared")
+    shared_spec, shared_tensors = slice_width(inputs.shared, inputs.shared_tensors, "shared", rank, ranks)
+    return output + mlp(whole.x, shared_spec, shared_tensors, "shared")
 
 
 def through_all_gather(x: Tensor, ids: Tensor, weights: Tensor, part: Part, group: Group) -> Tensor:
@@ -122,7 +124,8 @@ def through_all_to_all(x: Tensor, ids: Tensor, weights: Tensor, maps: Tensor, pa
 def on_ranks(part: Part, maps: Tensor, group: Group, dispatch: Literal["all_gather", "all_to_all"]) -> Experts:
     """The `experts` of `layer.layer` on this rank, whose tokens are its own; every rank calls the layer.
 
-    part: what this rank's experts add for any tokens, as `experts_part` does. maps: [ranks, E], all ranks' expert maps.
+    part: what this rank's experts add for any tokens, as `routed_experts` with its expert map does. maps: [ranks, E],
+    all ranks' expert maps.
     Identity experts hold nothing to send a token to: its own rank adds them.
     """
 

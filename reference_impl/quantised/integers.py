@@ -51,11 +51,30 @@ def dequantise_int8(
     return (weight.double() * spread(scale, weight.shape, tile, stacked)).to(dtype)
 
 
-def quantise_int8(weight: Tensor, *, tile: Tile = PER_CHANNEL, stacked: int = 1) -> tuple[Tensor, Tensor]:
-    """Symmetric codes [E, rows, cols] in [-127, 127], nearest with ties to even, and their scales, float32."""
+def quantise_int8(
+    weight: Tensor, *, tile: Tile = PER_CHANNEL, stacked: int = 1, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Symmetric codes [E, rows, cols] in [-127, 127], nearest with ties to even, and their scales, float32.
+
+    scale: given; without it each tile's largest magnitude over 127.
+    """
     values = finite("weight", weight)
-    scale = (tile_amax(values, tile, stacked) / 127).clamp(min=torch.finfo(torch.float32).tiny).float()
+    if scale is None:
+        scale = (tile_amax(values, tile, stacked) / 127).clamp(min=torch.finfo(torch.float32).tiny).float()
     return torch.round(values / spread(scale, values.shape, tile, stacked)).clamp(-127, 127).to(torch.int8), scale
+
+
+def through_int8(x: Tensor, *, group: int = 0, scale: Tensor | None = None) -> Tensor:
+    """What an int8 kernel sees of activations: quantised symmetrically and back, [T, cols] in x's dtype.
+
+    A scale a token and group of `group` columns, computed from them; group 0: one a token. scale: a scalar, for all
+    tokens.
+    """
+    tile = (1, group)
+    if scale is not None:
+        tile, scale = (0, 0), scale.reshape(1, 1, 1)
+    codes, scale = quantise_int8(x[None], tile=tile, scale=scale)
+    return dequantise_int8(codes, scale, tile=tile, dtype=x.dtype)[0]
 
 
 def dequantise_packed(

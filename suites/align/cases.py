@@ -38,13 +38,7 @@ def _align(name: str, clause: str = "align.whole-blocks", tier: str = "core", **
         "held": None,
         **recipe,
     }
-    needs = {
-        "expert_map": recipe["held"] is not None,
-        "dropped_ids": recipe["dropped"] > 0,
-        "expert_bounds": "outside" in recipe,
-    }
-    needed = frozenset(feature for feature, needed in needs.items() if needed)
-    return Case(f"align-{name}", stage="align", clause=clause, recipe=recipe, tier=tier, needs=needed)
+    return Case(f"align-{name}", stage="align", clause=clause, recipe=recipe, tier=tier)
 
 
 # Neither T K nor the pairs of an expert fill whole blocks, unless a case says so.
@@ -61,11 +55,16 @@ WHOLE_BLOCKS = (
     _align("e128-k8-int64", E=128, K=8, T=131, dtype="int64"),
     _align("e257-k22", E=257, K=22, T=131),
     _align("e257-k22-7-tokens-block-64", E=257, K=22, T=7, block=64),
+    # More than 512 experts, as the largest models have: E K is beyond what one block of threads counts.
+    _align("e896-k16", E=896, K=16, T=131),
+    _align("e896-k22-int64-7-tokens", E=896, K=22, T=7, dtype="int64", block=8),
+    _align("e896-k16-1024-tokens", E=896, K=16, T=1024, tier="full"),
     _align("e60-k22-int64", K=22, block=8, dtype="int64"),
     # Some engines have another kernel from 1024 pairs on.
     _align("e60-k8-1048-pairs", K=8, T=131, block=64),
     _align("all-on-one", E=5, K=1, T=131, hot=3),
     _align("all-on-last-of-257", E=257, K=1, T=131, hot=256, block=8),
+    _align("all-on-last-of-896", E=896, K=1, T=131, hot=895, block=8),
     _align("everybodys-first", hot=59, T=131, tier="smoke"),
     _align("unpicked", unpicked=(0, 30, 59)),
     _align("unpicked-but-two", K=2, unpicked=(*range(7), *range(8, 44), *range(45, 60)), block=8),
@@ -98,6 +97,7 @@ NO_EXPERT = (
     _align("map-dropped", "align.no-expert", held=MAPS["last-ranks"], dropped=7, tier="smoke"),
     _align("map-scattered-dropped", "align.no-expert", held=MAPS["scattered"], dropped=8, dtype="int64", K=22),
     _align("map-reversed-dropped-both-apart", "align.no-expert", held=MAPS["reversed"], dropped=7, layout="both"),
+    _align("map-e896-k16", "align.no-expert", E=896, K=16, T=131, held=tuple(range(895, 4, -5))),
     _align("map-unpicked", "align.no-expert", held=MAPS["last-ranks"], unpicked=tuple(range(40, 60))),
     _align("map-no-padding", "align.no-expert", held=MAPS["scattered"], T=80, turns=True, block=8),
     _align("many-tokens-dropped", "align.no-expert", T=700, K=8, E=128, block=64, dropped=7, tier="full"),

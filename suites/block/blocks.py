@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +77,7 @@ def inputs_of(case: Case) -> BlockInputs:
         state=normal((*case["shape"], spec.logits.width), "family-state", dtype) if state else None,
         routing=routing_of(case, spec),
         implementation=case["implementation"],
+        native_ids=case["native_ids"],
     )
 
 
@@ -88,9 +88,11 @@ def logit_of(score: float, spec: LayerSpec) -> float:
 
 
 def routing_of(case: Case, spec: LayerSpec) -> Routing | None:
-    """spread: K different experts a token, the fourth never; same: the same K for all; dropped: a third of the pairs
-    has no expert; minus-one: the same pairs have the id -1, and keep their weights; zero: no weight at all. Weights are
-    exact in bfloat16, differ, and sum to anything but 1."""
+    """ids and weights, which are exact in bfloat16, differ, and sum to anything but 1.
+
+    spread: K different experts a token, the fourth never; same: the same K for all; zero: no weight at all. A third of
+    the pairs has the id -1: dropped, with weight 0; minus-one, with their weights; beyond, with them and the id E.
+    """
     kind: str = case["routing"]
     if not kind:
         return None
@@ -100,25 +102,12 @@ def routing_of(case: Case, spec: LayerSpec) -> Routing | None:
     weights = integers((tokens, top_k), "family-weights", 16, low=1).float() / 8
     if kind == "same":
         ids = ids[:1].expand(tokens, top_k).contiguous()
-    elif kind in ("dropped", "minus-one"):
+    elif kind in ("dropped", "minus-one", "beyond"):
         gone = integers((tokens, top_k), "family-dropped", 3) == 0
-        ids = ids.masked_fill(gone, experts + spec.routing.identity_experts if kind == "dropped" else -1)
+        ids = ids.masked_fill(gone, experts + spec.routing.identity_experts if kind == "beyond" else -1)
         weights = weights.masked_fill(gone, 0.0) if kind == "dropped" else weights
     elif kind == "zero":
         weights = weights * 0
     elif spec.routing.identity_experts:
         ids = torch.where(ids == 5, experts + 1, ids)  # an identity expert among the others
     return Routing(ids, weights)
-
-
-def on(inputs: BlockInputs, device: str) -> BlockInputs:
-    if device == "cpu":
-        return inputs
-
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    routing = inputs.routing and Routing(*map(moved, inputs.routing))
-    tensors = {name: moved(tensor) for name, tensor in inputs.tensors.items()}
-    fields = (moved(inputs.x), moved(inputs.token_ids), moved(inputs.state))
-    return BlockInputs(inputs.config, inputs.layer, tensors, *fields, routing, inputs.implementation)

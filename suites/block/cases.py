@@ -10,13 +10,20 @@ from moe_conformance.catalogue.case import Case
 from moe_conformance.suites.block.configs import FAMILIES, LATENT, LIMIT, WIDTH, Family
 
 NO_NORM = {"norm_topk_prob": False}
+# One of each way to lay gate and up, and in and out, in one tensor.
+PACKED = ("aria", "gpt-oss", "llama4", "mixtral", "openai-privacy-filter", "qwen3-vl-moe")
 
 # Slug -> the other settings of a family's switches.
 OTHERS: dict[str, Family] = {
     # hidden 48 and expert width 24: [2F, H] and its transpose have one shape.
     **{
         f"{slug}-square": FAMILIES[slug].but(hidden_size=2 * WIDTH, num_attention_heads=6, num_key_value_heads=6)
-        for slug in ("aria", "gpt-oss", "llama4", "mixtral", "openai-privacy-filter", "qwen3-vl-moe")
+        for slug in PACKED
+    },
+    # hidden 56: experts narrower than half of it, as most models have them, so that H is the larger of [2F, H].
+    **{
+        f"{slug}-narrow": FAMILIES[slug].but(hidden_size=56, num_attention_heads=7, num_key_value_heads=7)
+        for slug in PACKED
     },
     **{
         f"{slug}-no-norm": FAMILIES[slug].but(**NO_NORM)
@@ -88,19 +95,13 @@ SOME = (
 SMOKE = ("deepseek-v3", "gemma4", "gpt-oss", "llama4", "mixtral", "qwen2-moe")
 
 
-def _case(slug: str, kind: str, clause: str, tier: str, *needs: str, **recipe: Any) -> Case:
+def _case(slug: str, kind: str, clause: str, tier: str, **recipe: Any) -> Case:
     """shape: sequences and tokens of each. x: which values. sum: about what the scores of the experts are, 0 for any.
-    routing: "" for the router's own, or how the given one is made."""
-    family = VARIANTS[slug]
-    usual = {"shape": (2, 11), "x": "x", "sum": 0.0, "dtype": "float32", "routing": "", "implementation": None}
-    return Case(
-        f"family-{slug}-{kind}",
-        stage="block",
-        clause=clause,
-        recipe={"family": slug} | usual | recipe,
-        needs=frozenset({family.config["model_type"], *needs}),
-        tier=tier,
-    )
+    routing: "" for the router's own, or how the given one is made. native_ids: it goes to the engine as it is."""
+    found: dict[str, Any] = {"family": slug, "model_type": VARIANTS[slug].config["model_type"]}
+    found |= {"shape": (2, 11), "x": "x", "sum": 0.0, "dtype": "float32"}
+    found |= {"routing": "", "native_ids": False, "implementation": None}
+    return Case(f"family-{slug}-{kind}", stage="block", clause=clause, recipe=found | recipe, tier=tier)
 
 
 def _tier(slug: str, core: Iterable[str] = FAMILIES) -> str:
@@ -108,9 +109,15 @@ def _tier(slug: str, core: Iterable[str] = FAMILIES) -> str:
     return "smoke" if slug in SMOKE else "core" if slug in core else "full"
 
 
+def _core_or_full(slug: str) -> str:
+    return "core" if slug in SOME else "full"
+
+
 # doge's router mixes the tokens of a batch, which nobody else has to: one token is judged. Its experts are one with it.
 ROUTED = tuple(slug for slug in VARIANTS if VARIANTS[slug].given)
 GIVEN = tuple(slug for slug in FAMILIES if FAMILIES[slug].given)
+NARROW = tuple(f"{slug}-narrow" for slug in PACKED)
+CORE = (*FAMILIES, *NARROW)
 GROUPED = tuple(slug for slug in FAMILIES if FAMILIES[slug].grouped)
 
 # Families whose routers add to the sum of their scores, and a sum at which it shows: about what they add. axk2 would
@@ -132,21 +139,26 @@ ROUTE_CASES = (
     *(_case(slug, "route-tiny-sum", "routing.family", _tier(slug, SOME), sum=s) for slug, s in TINY_SUMS.items()),
 )
 
+# With the engine's own logits, which are rounded to bfloat16.
+NARROW_ROUTE_CASES = tuple(
+    _case(slug, "bf16-route", "routing.family", _core_or_full(slug), dtype="bfloat16") for slug in GIVEN
+)
+
 BLOCK_CASES = (
-    *(_case(slug, "block", "block.combine", _tier(slug)) for slug in ROUTED),
+    *(_case(slug, "block", "block.combine", _tier(slug, CORE)) for slug in ROUTED),
     *(_case(slug, f"block-{token}", "block.combine", "core", shape=(1, 1), x=token) for slug, token in ALONE),
     *(_case(slug, "one-token", "block.combine", "core", shape=(1, 1)) for slug in SOME),
     *(_case(slug, "no-tokens", "block.combine", "core" if slug in SOME else "full", shape=(1, 0)) for slug in FAMILIES),
     *(_case(slug, "bf16", "block.combine", "full", dtype="bfloat16", routing="spread") for slug in GIVEN),
+    *(_case(slug, "bf16-routed", "block.combine", _core_or_full(slug), dtype="bfloat16") for slug in GIVEN),
     *(_case(slug, "fp16", "block.combine", "full", dtype="float16", routing="spread") for slug in SOME),
 )
 
 
-def _computed(slug: str, kind: str, clause: str, name: str, *needs: str, **recipe: Any) -> Case:
+def _computed(slug: str, kind: str, clause: str, name: str, **recipe: Any) -> Case:
     """With the experts computed in a way of the engine's own choice of several."""
     kind = "-".join(filter(None, (kind, name.replace("_", "-"))))
-    needs = (f"implementation:{name}", *needs)
-    return _case(slug, kind, clause, "full", *needs, implementation=name, **recipe)
+    return _case(slug, kind, clause, "full", implementation=name, **recipe)
 
 
 IMPLEMENTATIONS = ("batched_mm", "grouped_mm")
@@ -163,25 +175,21 @@ EXPERTS_CASES = (
     ),
 )
 
+DROPPED: dict[str, Any] = {"routing": "dropped", "needs": ("dropped_ids",)}
 DROPPED_CASES = (
-    *(_case(slug, "dropped", "block.dropped", "full", "dropped_ids", routing="dropped") for slug in GROUPED),
-    *(
-        _computed(slug, "dropped", "block.dropped", n, "dropped_ids", routing="dropped")
-        for slug in SOME_GROUPED
-        for n in IMPLEMENTATIONS
-    ),
+    *(_case(slug, "dropped", "block.dropped", "full", **DROPPED) for slug in GROUPED),
+    *(_computed(slug, "dropped", "block.dropped", n, **DROPPED) for slug in SOME_GROUPED for n in IMPLEMENTATIONS),
 )
 
 # One of each layout, in each of the ways that an engine may have.
 NO_EXPERT_CASES = tuple(
     case
     for slug in ("deepseek-v3", "gpt-oss", "mixtral")
+    for kind, routing in (("no-expert", "minus-one"), ("id-beyond", "beyond"))
+    for recipe in ({"routing": routing, "native_ids": True, "needs": ("expert_bounds",)},)
     for case in (
-        _case(slug, "no-expert", "block.no-expert", "full", "expert_bounds", routing="minus-one"),
-        *(
-            _computed(slug, "no-expert", "block.no-expert", n, "expert_bounds", routing="minus-one")
-            for n in IMPLEMENTATIONS
-        ),
+        _case(slug, kind, "block.no-expert", "full", **recipe),
+        *(_computed(slug, kind, "block.no-expert", n, **recipe) for n in IMPLEMENTATIONS),
     )
 )
 
@@ -197,4 +205,12 @@ ALWAYS_ON = (
 )
 SHARED_CASES = tuple(_case(slug, "shared", "block.shared", _tier(slug, SOME), routing="zero") for slug in ALWAYS_ON)
 
-CASES = (*ROUTE_CASES, *BLOCK_CASES, *EXPERTS_CASES, *DROPPED_CASES, *NO_EXPERT_CASES, *SHARED_CASES)
+CASES = (
+    *ROUTE_CASES,
+    *NARROW_ROUTE_CASES,
+    *BLOCK_CASES,
+    *EXPERTS_CASES,
+    *DROPPED_CASES,
+    *NO_EXPERT_CASES,
+    *SHARED_CASES,
+)

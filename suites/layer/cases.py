@@ -6,36 +6,70 @@ from itertools import product
 from typing import Any
 
 from moe_conformance.catalogue.case import Case
+from moe_conformance.model.specs import LatentSpec, LayerSpec, LogitsSpec, MLPSpec, SharedSpec
+from moe_conformance.suites.route.methods import method
 
 # T tokens, E experts, K of them, H hidden, D latent, F expert and Fs shared intermediate; Dp, Hp, Fp padded widths.
 TINY = {"T": 7, "E": 5, "K": 3, "H": 20, "D": 12, "F": 10, "Fs": 14, "Hp": 24, "Dp": 16, "Fp": 16}
 # 2F = H and D = F: an orientation or a width guessed from a coincidence shows here.
 EQUAL = {"T": 8, "E": 8, "K": 2, "H": 16, "D": 8, "F": 8, "Fs": 16, "Hp": 32, "Dp": 16, "Fp": 16}
+# 2F < H and 2F < D, as in Qwen3 (2 x 768 < 2048), Gemma 4 (2 x 704 < 2816) and DeepSeek-V3 (2 x 2048 < 7168): an
+# orientation guessed from the larger dim shows here.
+NARROW = {**TINY, "F": 5, "Fs": 6, "Fp": 8}
 # Widths that need no padding: nothing is to be cut, and [:-0] is empty.
 ALIGNED = {**TINY, "Hp": 20, "Dp": 12, "Fp": 10}
 # More tokens than a chunk or a tile has, and not a multiple of one; K far from E and from the small K above.
 MANY = {**TINY, "T": 131, "E": 11, "K": 8}
+# As many experts as DeepSeek-V3 has, and more than 512.
+HUNDREDS = {**NARROW, "E": 256, "K": 8}
+BEYOND_512 = {**NARROW, "E": 896, "K": 16}
 # Nemotron-3-Nano as TRT-LLM's NVFP4 experts see it: 2688 and 1856 go to multiples of 256 (vllm#40794).
 NANO = {"T": 2, "E": 2, "K": 1, "H": 2688, "D": 1024, "F": 1856, "Fs": 3712, "Hp": 2816, "Dp": 1280, "Fp": 2048}
 # gpt-oss: 2880 goes to 3072, and the layer has neither a shared expert nor a latent projection (vllm#40865).
 GPT_OSS = {"T": 2, "E": 2, "K": 1, "H": 2880, "D": 0, "F": 2880, "Fs": 0, "Hp": 3072, "Dp": 0, "Fp": 3072}
 
 
-def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "core", **recipe: Any) -> Case:
-    recipe = {"method": "softmax_topk_renorm", "activation": "silu", "scale": 2.5, "dtype": "float32", **recipe}
-    if "tokens" in recipe:
-        dims = {**dims, "T": recipe.pop("tokens")}
-    needs = {recipe["method"], *(part for part in parts), *(["scale"] if recipe["scale"] != 1 else [])}
-    if recipe["activation"] != "silu":
-        needs.add(recipe["activation"])
+def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "core", **changes: Any) -> Case:
+    """routing: by name as in suites/route/methods.py. experts: fields of MLPSpec; shared: of its MLPSpec or its
+    SharedSpec; latent: of LatentSpec. scale: of the routed sum."""
+    changes = {
+        "routing": "renorm",
+        "experts": {},
+        "shared": {},
+        "latent": {},
+        "scale": 2.5,
+        "dtype": "float32",
+        "tokens": dims["T"],
+        **changes,
+    }
+    has, latent = set(parts), "latent" in parts
+    spec = LayerSpec(
+        hidden_size=dims["H"],
+        num_experts=dims["E"],
+        logits=LogitsSpec(),
+        routing=method(changes["routing"], dims["K"]),
+        experts=MLPSpec(dims["F"], **changes["experts"]),
+        shared=_shared(dims["Fs"], **changes["shared"]) if "shared" in has else None,
+        latent=LatentSpec(dims["D"], **changes["latent"]) if latent else None,
+        output_scale=changes["scale"],
+    )
     return Case(
         "-".join(["layer", name, *(part.replace("_", "-") for part in parts or ("plain",))]),
         stage="layer",
         clause="padding.cut-before-add",
-        recipe={**recipe, **dims, "parts": parts},
-        needs=frozenset(needs),
+        recipe={
+            "spec": spec,
+            "tokens": changes["tokens"],
+            "dtype": changes["dtype"],
+            "padded_hidden": dims["Dp" if latent else "Hp"] if "padded_hidden" in has else None,
+            "padded_intermediate": dims["Fp"] if "padded_intermediate" in has else None,
+        },
         tier=tier,
     )
+
+
+def _shared(width: int, gate: bool = False, count: int = 1, combine: Any = "sum", **mlp: Any) -> SharedSpec:
+    return SharedSpec(MLPSpec(width, **mlp), count, gate, combine=combine)
 
 
 def _subsets(*names: str) -> list[tuple[str, ...]]:
@@ -46,29 +80,67 @@ def _subsets(*names: str) -> list[tuple[str, ...]]:
 
 EIGHT = _subsets("shared", "latent", "padded_hidden")
 PADDED = [parts for parts in EIGHT if "padded_hidden" in parts]
+BOTH = ("padded_hidden", "padded_intermediate")
+
+_SWIGLU_OAI = {"clamp": "before", "limit": 0.75, "alpha": 1.75, "up_offset": 1.0, "bias": True}
+_RELU2 = {"activation": "relu2", "gated": False}
 
 VALUE_CASES = (
     *(_case("tiny", TINY, parts, "smoke" if "padded_hidden" in parts else "core") for parts in EIGHT),
     *(_case("tiny-scale1", TINY, parts, scale=1.0) for parts in EIGHT),
     *(_case("equal", EQUAL, parts) for parts in EIGHT),
+    # Without a scale, for an engine that has none would not be judged here otherwise.
+    *(_case("narrow", NARROW, parts, scale=1.0) for parts in EIGHT),
+    *(_case("narrow-both", NARROW, (*parts, "padded_intermediate"), scale=1.0) for parts in PADDED),
     *(_case("aligned", ALIGNED, (*parts, "padded_intermediate")) for parts in PADDED),
     *(_case("zero-tokens", TINY, parts, tokens=0) for parts in PADDED),
     *(_case("one-token", TINY, parts, tokens=1) for parts in PADDED),
     *(_case("both", TINY, (*parts, "padded_intermediate")) for parts in PADDED),
     _case("intermediate", TINY, ("shared", "padded_intermediate")),
-    _case("gemma4", TINY, ("shared", "padded_hidden"), method="gemma4", activation="gelu_tanh"),
-    _case("gemma4", TINY, (), method="gemma4", activation="gelu_tanh", scale=1.0),
-    _case("no-renorm", TINY, ("shared", "padded_hidden"), method="softmax_topk"),
+    _case("gemma4", TINY, ("shared", "padded_hidden"), routing="gemma4", experts={"activation": "gelu_tanh"}),
+    _case("gemma4", TINY, (), routing="gemma4", experts={"activation": "gelu_tanh"}, scale=1.0),
+    _case("no-renorm", TINY, ("shared", "padded_hidden"), routing="plain"),
     *(_case("tiny-bf16", TINY, parts, dtype="bfloat16") for parts in EIGHT),
     # In float16 an engine may return the layer over its scale where there is a shared expert, lest it overflow, and
     # have the decoder layer carry on (vLLM's MoE runner with DeepSeek-V2): not judged.
     *(_case("tiny-fp16", TINY, parts, dtype="float16", scale=1.0 if "shared" in parts else 2.5) for parts in EIGHT),
     _case("many-tokens", MANY, ("shared", "latent", "padded_hidden")),
-    _case("nemotron-3-nano", NANO, ("shared", "padded_hidden", "padded_intermediate")),
-    _case("nemotron-3-nano-bf16", NANO, ("shared", "padded_hidden", "padded_intermediate"), "full", dtype="bfloat16"),
+    _case("hundreds", HUNDREDS, (), scale=1.0),
+    _case("hundreds", HUNDREDS, ("shared", *BOTH)),
+    _case("beyond-512", BEYOND_512, (), scale=1.0),
+    # Layers of models whose routing or experts are not those above, padded and not.
+    *(
+        _case(name, dims, parts, routing=routing, experts=experts, shared=experts if name == "relu2" else {}, scale=1.0)
+        for name, dims, routing, experts, padded in (
+            ("deepseek-v3", {**NARROW, "E": 32, "K": 4}, "deepseek-v3", {}, ("shared", *BOTH)),
+            ("deepseek-v2", {**NARROW, "E": 32, "K": 4}, "deepseek-v2", {}, ("shared", *BOTH)),
+            ("swiglu-oai", {**NARROW, "K": 4}, "chosen", _SWIGLU_OAI, BOTH),
+            ("relu2", {**NARROW, "E": 32, "K": 6}, "deepseek-v3", _RELU2, ("shared", "latent", *BOTH)),
+            ("llama4", {**TINY, "K": 1}, "llama4", {"weight_on": "input"}, ("shared", *BOTH)),
+        )
+        for parts in (tuple(part for part in padded if part not in BOTH), padded)
+    ),
+    # Parts of models that others have not: a gate on the shared expert (Qwen2-MoE), an average (Cohere2-MoE), norms and
+    # biases in and behind the latent width (MuseSpark, Nemotron-H), a clamp of the routed experts alone (DeepSeek-V4).
+    *(
+        _case(name, dims, parts, **changes)
+        for dims, tokens in ((TINY, ""), ({**NARROW, "T": 1}, "-one-token"))
+        for name, parts, changes in (
+            (f"shared-gate{tokens}", ("shared", "padded_hidden"), {"shared": {"gate": True}}),
+            (f"shared-average{tokens}", ("shared",), {"shared": {"combine": "average", "count": 2}}),
+            (f"routed-clamp{tokens}", ("shared", *BOTH), {"experts": {"clamp": "before", "limit": 0.75}}),
+            (f"latent-norm{tokens}", ("latent", *BOTH), {"latent": {"norm_eps": 0.0625}}),
+            (f"latent-bias{tokens}", ("latent", "shared"), {"latent": {"bias": True}}),
+            (f"experts-norm{tokens}", ("padded_hidden",), {"experts": {"output_norm": 0.0625}}),
+        )
+    ),
+    _case("many-tokens", MANY, ("shared",)),
+    _case("many-tokens", MANY, (), scale=1.0),
+    _case("nemotron-3-nano", NANO, ("shared", *BOTH)),
+    _case("nemotron-3-nano-bf16", NANO, ("shared", *BOTH), "full", dtype="bfloat16"),
     _case("nemotron-3-nano-scale1", NANO, ("shared", "padded_hidden"), "full", scale=1.0),
     _case("nemotron-latent", NANO, ("shared", "latent", "padded_hidden"), "full"),
-    _case("gpt-oss", GPT_OSS, ("padded_hidden", "padded_intermediate"), scale=1.0),
+    _case("gpt-oss", GPT_OSS, BOTH, scale=1.0),
 )
 
 TRACE_CASES = tuple(
@@ -76,8 +148,7 @@ TRACE_CASES = tuple(
         case.id.replace("layer-", "trace-", 1),
         stage="layer",
         clause="padding.traceable",
-        recipe=case.recipe,
-        needs=case.needs | {"traceable"},
+        recipe={**case.recipe, "needs": ("traceable",)},
     )
     for case in VALUE_CASES
     if case.id.startswith(("layer-tiny-scale1", "layer-both"))

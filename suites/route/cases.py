@@ -1,38 +1,45 @@
-"""What a router must choose and weigh, at the sizes of real models and with logits that default values hide."""
+"""Route cases: what a router must choose and weigh, at the sizes of real models and with logits that hide nothing."""
 
 from __future__ import annotations
 
-from moe_conformance.catalogue.case import Case
+from typing import Any
 
-_METHODS = {"gemma4": "gemma4", "renorm": "softmax_topk_renorm", "plain": "softmax_topk"}
+from moe_conformance.catalogue.case import Case
+from moe_conformance.protocol.routing import FusedShared
+from moe_conformance.suites.route.methods import AT_OWN_SIZES, AT_REAL_SIZES, METHODS, REAL_SIZES, method
+
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def _case(clause: str, row: str) -> Case:
+# DeepSeek's own inference code divides by the plain sum; transformers' adds 1e-20, which shows for such logits alone.
+_PLAIN_SUM = "DeepSeek's own code adds nothing to the sum, and no trained router's scores sum to about 1e-20"
+
+
+def _case(clause: str, row: str, lenient: str = "", **more: Any) -> Case:
     """A row is: method, E, K, T, dtype, logits, layout, tier."""
-    method, experts, top_k, tokens, dtype, logits, layout, tier = row.split()
+    name, experts, top_k, tokens, dtype, logits, layout, tier = row.split()
     suffix = "" if layout == "contiguous" else f"-{layout}"
+    suffix += f"-{more['sequences']}-sequences" if "sequences" in more else ""
     return Case(
-        f"route-{method}-e{experts}-k{top_k}-t{tokens}-{dtype}-{logits}{suffix}",
+        f"route-{name}-e{experts}-k{top_k}-t{tokens}-{dtype}-{logits}{suffix}",
         stage="route",
         clause=clause,
         recipe={
-            "method": _METHODS[method],
+            "routing": method(name, int(top_k)),
             "experts": int(experts),
-            "top_k": int(top_k),
             "tokens": int(tokens),
             "dtype": _DTYPES[dtype],
             "logits": logits,
             "layout": layout,
+            **more,
         },
-        needs=frozenset({_METHODS[method]}),
         tier=tier,
+        lenient=lenient,
     )
 
 
-# E and K: Gemma 4 and Qwen3 (128, 8), Qwen1.5-MoE (60, 4), DeepSeek-like (256, 8), Mixtral (8, 2),
-# Nemotron-3-Super (512, 22); 7, 5 and 1, 1 and K = E are the awkward ones.
-METHOD_CASES = tuple(
+# Mixtral (8, 2), Qwen1.5-MoE (60, 4); 7, 5 and 1, 1 and K = E are the awkward ones.
+SOFTMAX_CASES = tuple(
     _case("routing.method", row)
     for row in (
         "gemma4  128  8  7 bf16 distinct contiguous smoke",
@@ -68,23 +75,171 @@ METHOD_CASES = tuple(
     )
 )
 
-# Spaced at least 1/16 apart and exact after the shift, so that the answer is the same and not only near.
-SHIFT_CASES = tuple(case for case in METHOD_CASES if case["logits"] == "distinct" and case["tokens"])
 
-UNIQUE_CASES = tuple(
-    _case("routing.unique-ids", row)
-    for row in (
-        "gemma4  128  8 23 fp32 not-numbers contiguous smoke",
-        "gemma4   60  4 23 bf16 not-numbers transposed core",
-        "gemma4    7  5 23 fp16 not-numbers contiguous core",
-        "plain   128  8 23 bf16 not-numbers contiguous core",
-        "plain    60  4 23 fp32 not-numbers sliced     core",
-        "renorm  256  8 23 fp32 not-numbers contiguous core",
-        "renorm    7  7 23 fp32 not-numbers contiguous core",
-        "gemma4  128  8 63 bf16 tied        contiguous core",
-        "plain    60  4 63 fp32 tied        transposed core",
-        "renorm    7  5 63 fp16 tied        contiguous core",
+def _smoke(name: str, experts: int) -> str:
+    return "smoke" if name in ("deepseek-v3", "chosen") and experts == 256 else "core"
+
+
+# Real logits, biases and scales have all their bits, so that narrowing one on the way shows ("fine").
+REAL_CASES = (
+    *(
+        _case("routing.method", f"{name} {E} {K} 9 fp32 fine contiguous {_smoke(name, E)}")
+        for name in AT_REAL_SIZES
+        for E, K in REAL_SIZES
+    ),
+    *(
+        _case("routing.method", f"{name} {E} {K} 9 fp32 fine contiguous core")
+        for name, (E, K) in AT_OWN_SIZES.items()
+        if name != "doge"
+    ),
+    # Doge's router mixes the tokens of a batch, which nobody else has to; one token has only itself.
+    _case("routing.method", "doge 64 8 1 fp32 fine contiguous core"),
+    # Kernels branch by the number of tokens: one, and more than any tile has.
+    *(
+        _case("routing.method", f"{name} {E} {K} {T} fp32 fine contiguous core")
+        for name, E, K in (*((name, 128, 8) for name in AT_REAL_SIZES), ("deepseek-v2", 160, 6), ("longcat", 512, 12))
+        for T in (1, 131)
+    ),
+    *(
+        _case("routing.method", f"{name} 128 8 131 bf16 fine contiguous core")
+        for name in ("plain", "renorm", "biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
+    ),
+    # One expert a token, renormalised all the same.
+    _case("routing.method", "renorm 8 1 9 fp32 fine contiguous core"),
+    _case("routing.method", "biased 128 1 9 fp32 fine contiguous core"),
+    # Scores of DeepSeek-V4 are roots of softplus, which overflows or vanishes where it is computed as log(1 + exp).
+    _case("routing.method", "deepseek-v4 256 8 9 fp32 wide contiguous core"),
+    _case("routing.method", "switch 8 1 24 fp32 fine contiguous core", sequences=3),
+    *(
+        _case("routing.method", f"{name} {E} {K} 9 bf16 fine contiguous core")
+        for name, (E, K) in AT_OWN_SIZES.items()
+        if name not in ("doge", "deepseek-v4-hash")
+    ),
+    # Logits stored in a narrow dtype, scores in float32 or not as the model says.
+    *(
+        _case("routing.method", f"{name} {E} {K} 9 bf16 normal sliced {'full' if E > 384 else 'core'}")
+        for name in ("biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
+        for E, K in REAL_SIZES
+    ),
+    # Sums of scores so small that what is added to them, or is a floor under them, shows.
+    *(
+        _case("routing.method", f"{name} {E} {K} 9 fp32 tiny contiguous core", lenient)
+        for name, E, K, lenient in (
+            ("biased", 384, 8, _PLAIN_SUM),
+            ("deepseek-v3", 256, 8, _PLAIN_SUM),
+            ("lfm2", 64, 4, ""),
+            ("muse-spark", 128, 8, ""),
+        )
+    ),
+)
+
+METHOD_CASES = SOFTMAX_CASES + REAL_CASES
+
+# Spaced at least 1/16 apart and exact after the shift, so that the answer is the same and not only near.
+SHIFT_CASES = tuple(case for case in SOFTMAX_CASES if case["logits"] == "distinct" and case["tokens"])
+
+# E and K for what is tried of every method: E a multiple of the groups, of which the kept ones hold at least K.
+_AWKWARD = {name: (40, 5) for name in METHODS} | {
+    "doge": (36, 5), "llama4": (40, 1), "zaya": (40, 1), "switch": (40, 1), "phimoe": (40, 2),
+    "switch-share": (8, 1), "nllb": (8, 2)
+}  # fmt: skip
+# What the methods below have beside a row of logits (a table, a capacity, product keys) is not about ties.
+_BY_ROW = tuple(name for name in METHODS if name not in ("doge", "switch", "switch-share", "nllb", "deepseek-v4-hash"))
+
+UNIQUE_CASES = (
+    *(
+        _case("routing.unique-ids", row)
+        for row in (
+            "gemma4  128  8 23 fp32 not-numbers contiguous smoke",
+            "gemma4   60  4 23 bf16 not-numbers transposed core",
+            "gemma4    7  5 23 fp16 not-numbers contiguous core",
+            "plain   128  8 23 bf16 not-numbers contiguous core",
+            "plain    60  4 23 fp32 not-numbers sliced     core",
+            "renorm  256  8 23 fp32 not-numbers contiguous core",
+            "renorm    7  7 23 fp32 not-numbers contiguous core",
+            "gemma4  128  8 63 bf16 tied        contiguous core",
+            "plain    60  4 63 fp32 tied        transposed core",
+            "renorm    7  5 63 fp16 tied        contiguous core",
+        )
+    ),
+    *(
+        _case("routing.unique-ids", "{} {} {} 23 fp32 not-numbers contiguous core".format(name, *_AWKWARD[name]))
+        for name in _BY_ROW
+        if name != "plain"
+    ),
+    _case("routing.unique-ids", "deepseek-v3 64 6 23 bf16 not-numbers contiguous core"),
+    _case("routing.unique-ids", "deepseek-v3 64 6 23 fp32 tied-groups contiguous core"),
+)
+
+# Ties at the last place, inside groups and between them: any of those tied, and none that is smaller.
+TIE_CASES = (
+    *(
+        _case("routing.method", "{} {} {} 23 fp32 {} contiguous core".format(name, *_AWKWARD[name], logits))
+        for name in _BY_ROW
+        for logits in ("tied", "last-place")
+    ),
+    *(
+        _case("routing.method", f"{name} 72 6 23 {dtype} {logits} contiguous core")
+        for name in ("deepseek-v3", "deepseek-v2", "softmax-groups")
+        for dtype, logits in (("fp32", "tied-groups"), ("bf16", "tied"))
+    ),
+    # More experts than the kept groups have: theirs, and any others.
+    _case("routing.method", "deepseek-v3 16 10 23 fp32 distinct contiguous core"),
+)
+
+NONE_CASES = tuple(
+    _case("routing.method", "{} {} {} 0 fp32 distinct contiguous core".format(name, *_AWKWARD[name]))
+    for name in METHODS
+    if name not in ("plain", "gemma4")
+)
+
+# Behind the tokens stand rows of other sizes, NaN and infinities, as a batch padded for a CUDA graph has.
+PADDING_CASES = tuple(
+    Case(
+        f"route-{name}-padding-rows",
+        stage="route",
+        clause="routing.padding-rows",
+        recipe={
+            "routing": method(name, _AWKWARD[name][1]),
+            "experts": _AWKWARD[name][0],
+            "tokens": 11,
+            "dtype": "float32",
+            "logits": "fine",
+            "layout": "contiguous",
+            "padding_rows": 21,
+        },
+        tier="smoke" if name == "renorm" else "core",
+    )
+    for name in METHODS
+    if name != "doge"
+)
+
+# Shared experts as further slots: with a weight of their own, as a share of the row's, as the router says.
+FUSED_CASES = tuple(
+    Case(
+        f"route-{name}-fused-shared-{kind}",
+        stage="route",
+        clause="routing.fused-shared",
+        recipe={
+            "routing": method(name, top_k),
+            "experts": experts,
+            "tokens": 9,
+            "dtype": "float32",
+            "logits": "fine",
+            "layout": "contiguous",
+            "fused_shared": fused,
+        },
+        tier="smoke" if kind == "one" and name == "deepseek-v3" else "core",
+    )
+    for name, experts, top_k, kind, fused in (
+        ("deepseek-v3", 256, 8, "one", FusedShared(1)),
+        ("deepseek-v3", 256, 8, "over-scale", FusedShared(1, "constant", 1 / 2.5)),
+        ("deepseek-v3", 256, 8, "share", FusedShared(2, "share", 1 / 2.5)),
+        ("deepseek-v2", 160, 6, "share", FusedShared(2, "share", 0.0625)),
+        ("renorm", 128, 8, "one", FusedShared(1)),
+        ("inkling", 256, 6, "router", FusedShared(2, "router")),
+        ("longcat", 512, 12, "one", FusedShared(1)),
     )
 )
 
-CASES = METHOD_CASES + UNIQUE_CASES
+CASES = (*METHOD_CASES, *TIE_CASES, *NONE_CASES, *UNIQUE_CASES, *PADDING_CASES, *FUSED_CASES)

@@ -1,8 +1,10 @@
-"""Router module cases: which values a router must use once it is built."""
+"""Router module cases: what a router with parameters chooses, and which values it must use once it is built."""
 
 from __future__ import annotations
 
 from moe_conformance.catalogue.case import Case
+from moe_conformance.model.specs import LogitsSpec, RoutingSpec
+from moe_conformance.suites.route.methods import REAL_SIZES, method
 
 # How new values reach a module that is already built.
 CHANGES = (
@@ -24,30 +26,117 @@ CHANGES = (
 # The first shows the seed's fault on every engine of the class, in a second.
 SMOKE = ("functional-call", "deepcopy")
 
+GEMMA4 = LogitsSpec("gemma4", norm_eps=1e-6)
+PLAIN = LogitsSpec()
+IN_FLOAT32 = LogitsSpec(dtype="float32")
 
-def _tier(method: str, tensor: str, change: str) -> str:
+# Name -> (logits, method, experts, tensors that change).
+ROUTERS: dict[str, tuple[LogitsSpec, RoutingSpec, int, tuple[str, ...]]] = {
+    "gemma4": (GEMMA4, method("gemma4", 3), 7, ("per_expert_scale", "proj", "scale")),
+    "softmax-topk-renorm": (PLAIN, method("renorm", 3), 7, ("proj",)),
+    "softmax-topk": (PLAIN, method("plain", 3), 7, ("proj",)),
+    "deepseek-v3": (IN_FLOAT32, method("deepseek-v3", 5), 16, ("selection_bias", "proj")),
+    "gpt-oss": (LogitsSpec(bias=True), method("chosen-fp32", 3), 7, ("bias",)),
+    "inkling": (PLAIN, method("inkling", 3), 7, ("global_scale",)),
+}
+# Changes that a copy of the weights in another dtype, made once, does not see; for routers stored in two bytes.
+KEPT_COPIES = ("in-place-update", "data-swap", "data-copy", "load-state-dict", "replaced-parameter")
+
+
+def _tier(name: str, tensor: str, change: str) -> str:
     """Compiling costs a quarter of a second: by default only for the router with the most tensors."""
-    if change.startswith("compiled") and method != "gemma4":
+    if change.startswith("compiled") and name != "gemma4":
         return "full"
     return "smoke" if change in SMOKE and tensor == "per_expert_scale" else "core"
 
 
 CLOSURE_CASES = tuple(
     Case(
-        f"closure-{method.replace('_', '-')}-{tensor.replace('_', '-')}-{change}",
+        f"closure-{name}-{tensor.replace('_', '-')}-{change}",
         stage="router_module",
         clause="closure.current-values",
-        recipe={"method": method, "tensor": tensor, "change": change},
-        needs=frozenset({method}),
-        tier=_tier(method, tensor, change),
+        recipe={
+            "logits": logits,
+            "routing": routing,
+            "experts": experts,
+            "hidden": 24,
+            "tensor": f"router.{tensor}",
+            "change": change,
+            "needs": ("from_meta",) if change == "from-meta" else (),
+        },
+        tier=_tier(name, tensor, change),
     )
-    for method, tensors in (
-        ("gemma4", ("per_expert_scale", "proj", "scale")),
-        ("softmax_topk_renorm", ("proj",)),
-        ("softmax_topk", ("proj",)),
-    )
+    for name, (logits, routing, experts, tensors) in ROUTERS.items()
     for tensor in tensors
     for change in CHANGES
+) + tuple(
+    Case(
+        f"closure-deepseek-v3-bf16-proj-{change}",
+        stage="router_module",
+        clause="closure.current-values",
+        recipe={
+            "logits": IN_FLOAT32,
+            "routing": method("deepseek-v3", 5),
+            "experts": 16,
+            "hidden": 24,
+            "tensor": "router.proj",
+            "change": change,
+            "dtype": "bfloat16",
+        },
+    )
+    for change in KEPT_COPIES
 )
 
-CASES = CLOSURE_CASES
+# The router as a model has it, from hidden states, at the sizes of real models, stored in float32 and in bfloat16.
+# DeepSeek-V3 and those after it compute logits in float32 whatever the weights are stored in.
+ROUTER_CASES = tuple(
+    Case(
+        f"router-{name}-e{experts}-k{top_k}-{'bf16' if dtype == 'bfloat16' else 'fp32'}",
+        stage="router_module",
+        clause="routing.method",
+        recipe={
+            "logits": logits,
+            "routing": method(name, top_k),
+            "experts": experts,
+            "hidden": 72,
+            "tokens": 9,
+            "dtype": dtype,
+        },
+        tier="full" if experts > 384 and dtype == "bfloat16" else "core",
+    )
+    for name, logits in (
+        ("gemma4", GEMMA4),
+        ("renorm", PLAIN),
+        ("biased", IN_FLOAT32),
+        ("deepseek-v3", IN_FLOAT32),
+        ("deepseek-v2", IN_FLOAT32),
+        ("chosen", LogitsSpec(bias=True)),
+    )
+    for experts, top_k in REAL_SIZES
+    for dtype in ("float32", "bfloat16")
+)
+
+# One token, as in decoding; an epsilon that shows.
+ONE_TOKEN_CASES = tuple(
+    Case(
+        f"router-{name}-e128-k8-{kind}",
+        stage="router_module",
+        clause="routing.method",
+        recipe={
+            "logits": logits,
+            "routing": method(name, 8),
+            "experts": 128,
+            "hidden": 72,
+            "tokens": tokens,
+            "dtype": dtype,
+        },
+    )
+    for name, logits, kind, tokens, dtype in (
+        ("chosen", LogitsSpec(bias=True), "one-token-bf16", 1, "bfloat16"),
+        ("deepseek-v3", IN_FLOAT32, "one-token-bf16", 1, "bfloat16"),
+        ("gemma4", GEMMA4, "one-token-bf16", 1, "bfloat16"),
+        ("gemma4", LogitsSpec("gemma4", norm_eps=0.0625), "epsilon", 9, "float32"),
+    )
+)
+
+CASES = (*CLOSURE_CASES, *ROUTER_CASES, *ONE_TOKEN_CASES)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from moe_conformance.engine import MLPSpec
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import distinct_logits, integers, normal
 from moe_conformance.kernels.dispatch import align
-from moe_conformance.kernels.grouped_matmul import Dispatched
+from moe_conformance.kernels.grouped_kernel import Dispatched
 from moe_conformance.kernels.tuning import Tile
-from moe_conformance.model.specs import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
-from moe_conformance.oracle.layer import experts_value
-from moe_conformance.oracle.tolerance import Contract, Value
+from moe_conformance.oracle.experts import experts_value
+from moe_conformance.oracle.storage import Storage
+from moe_conformance.oracle.value import Value
 from moe_conformance.reference_impl import experts as reference_experts
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,10 +38,6 @@ TILES = {
     "many tiles": Tile(16, 16, group_m=1),
     "groups of three": Tile(32, 32, group_m=3),
 }
-
-
-def layer_spec(spec: MLPSpec, hidden: int, count: int, top_k: int, identity: int = 0) -> LayerSpec:
-    return LayerSpec(hidden, count, LogitsSpec(), RoutingSpec(top_k, identity_experts=identity), spec)
 
 
 def weights_of(spec: MLPSpec, hidden: int, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -71,23 +71,25 @@ def same_sum(
     got: Tensor,
     x: Tensor,
     spec: MLPSpec,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     ids: Tensor,
     share: Tensor,
     *,
-    identity: int = 0,
-    scale: float = 1.0,
+    identity_experts: int = 0,
+    output_scale: float = 1.0,
     added: Tensor | None = None,
+    expert_map: Tensor | None = None,
 ) -> None:
     """The reference in float64 at these ids, with the bound of a layer that stores what kernels store."""
-    (_, hidden), count = x.shape, len(tensors["experts.w2"])
-    layer = layer_spec(spec, hidden, count, ids.shape[1], identity)
-    known = ids.where((ids >= 0) & (ids < count + identity), count + identity)
-    wide = {name: tensor.double() for name, tensor in tensors.items()}
-    want = reference_experts.routed_experts(x.double(), spec, wide, known, share.double(), identity_experts=identity)
-    value = experts_value(Value.of(x), layer, tensors, known, Value.of(share), Contract.stored(x.dtype))
-    value = (value * Value.of(scale)).stored(torch.float32)
+    experts = len(tensors["experts.w2"]) if expert_map is None else len(expert_map)
+    known = ids.where((ids >= 0) & (ids < experts + identity_experts), -1)  # the reference refuses others
+    wide, storage = {name: tensor.double() for name, tensor in tensors.items()}, Storage.stored(x.dtype)
+    held: dict[str, Any] = {"identity_experts": identity_experts, "expert_map": expert_map}
+    want = reference_experts.routed_experts(
+        x.double(), spec, wide, known, share.double(), output_scale=output_scale, **held
+    )
+    value = experts_value(Value.of(x), spec, tensors, known, Value.of(share), storage, **held)
+    value = (value * Value.of(output_scale)).stored(torch.float32)
     if added is not None:
-        value = value + Value.of(added)
-    want = want * scale + (0 if added is None else added.double())
+        value, want = value + Value.of(added), want + added.double()
     compare.close(what, got, want, value.stored(x.dtype).bound("float32 sums and stored tensors"))

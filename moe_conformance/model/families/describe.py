@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.errors import ConfigError, DenseModelError
+from moe_conformance.model.description import CaptureShape, MoESpec
 from moe_conformance.model.families.families import (
     EXPERTS,
     FAMILIES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from moe_conformance.engine import MoESpec
+from moe_conformance.model.description import MoESpec
 from moe_conformance.model.families.families import FAMILIES
 from moe_conformance.model.families.fields import Method
 from moe_conformance.model.families.keys import WHAT, resolve

@@ -218,7 +218,9 @@ METHODS: dict[str, Method] = {
         shared_mlp=bias(),
         latent=bias(),
     ),
-    # The floor is the epsilon of float32. In evaluation, too, outputs shrink by the share that training drops.
+    # Scores of a float32 softmax, rounded to the model's dtype before they are normalised; switch_transformers the
+    # same, before it chooses. The floor is the epsilon of float32. In evaluation, too, outputs shrink by the share that
+    # training drops.
     "nllb-moe": Method(
         Key(
             "second_expert_policy",
@@ -226,6 +228,7 @@ METHODS: dict[str, Method] = {
             {
                 "all": {
                     **ALWAYS,
+                    **INPUT,
                     "floor": 2.0**-23,
                     "capacity": {
                         "per": "batch",
@@ -266,7 +269,7 @@ METHODS: dict[str, Method] = {
         layer=output_scale(1.0, "moe_router_scaling_factor"),
     ),
     "switch_transformers": Method(
-        {"capacity": {"tokens": Key("expert_capacity", 64)}},
+        {**INPUT, "capacity": {"tokens": Key("expert_capacity", 64)}},
         {**bias("router_bias"), "dtype": Key("router_dtype", "float32", {"float32": "float32"})},
         {**activation("dense_act_fn", "relu"), "gated": False},
     ),

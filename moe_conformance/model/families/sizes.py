@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moe_conformance.engine import MoESpec
 from moe_conformance.errors import DenseModelError
+from moe_conformance.model.description import MoESpec
 from moe_conformance.model.families.families import EXPERTS, HIDDEN, TOP_K, Family
 from moe_conformance.model.families.layers import block_types
 from moe_conformance.model.families.scope import Scope, plain

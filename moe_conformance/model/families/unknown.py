@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from moe_conformance.engine import MoESpec
 from moe_conformance.errors import ConfigError
+from moe_conformance.model.description import MoESpec
 from moe_conformance.model.families.families import EXPERTS, FAMILIES, SHARED_COUNT, TOP_K
 from moe_conformance.model.families.keys import WHAT
 from moe_conformance.model.families.layer_spec import layer_specs

@@ -1,0 +1,167 @@
+"""Experts that read their matrices, weights or ids otherwise than they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moe_conformance.engine import ExpertsInputs, LayerInputs
+from moe_conformance.engines.mutants.mutant import Faulty, Mutant
+
+FUNCTION = "experts_compute_their_function"
+SUM = "outputs_are_weighed_and_summed"
+NO_EXPERT = "pairs_of_no_expert_here_add_nothing"
+OUTSIDE = "ids_out_of_range_never_name_an_expert"
+
+
+def by_larger_dim(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """w13 read as [E, D, 2F] where its last dim is the larger one, as a loader does that guesses the layout."""
+    w13 = tensors.get("experts.w13")
+    if w13 is None or w13.shape[1] >= w13.shape[2]:
+        return dict(tensors)
+    experts, rows, columns = w13.shape
+    return {**tensors, "experts.w13": w13.reshape(experts, columns, rows).transpose(1, 2).contiguous()}
+
+
+def down_by_larger_dim(tensors: Mapping[str, Tensor], gated: bool) -> dict[str, Tensor]:
+    """w2 read as [E, F, D] where 2F is smaller than D."""
+    w2 = tensors["experts.w2"]
+    experts, hidden, width = w2.shape
+    if not gated or 2 * width >= hidden:
+        return dict(tensors)
+    return {**tensors, "experts.w2": w2.reshape(experts, width, hidden).transpose(1, 2).contiguous()}
+
+
+class GuessesOrientation(Faulty):
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        return super().experts(replace(inputs, tensors=by_larger_dim(inputs.tensors)))
+
+
+class GuessesOrientationOfDown(Faulty):
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        return super().experts(replace(inputs, tensors=down_by_larger_dim(inputs.tensors, inputs.mlp.gated)))
+
+
+class LayerGuessesOrientation(Faulty):
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        return super().layer(replace(inputs, tensors=by_larger_dim(inputs.tensors)))
+
+
+class GeluInItsOtherForm(Faulty):
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        other = "gelu" if inputs.mlp.activation == "gelu_tanh" else inputs.mlp.activation
+        return super().experts(replace(inputs, mlp=replace(inputs.mlp, activation=other)))
+
+
+class LimitDropped(Faulty):
+    """vllm#42855, sglang#39939: the clamp's limit is not handed to the kernel."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        clamp = "no" if inputs.mlp.clamp == "before" else inputs.mlp.clamp
+        return super().experts(replace(inputs, mlp=replace(inputs.mlp, clamp=clamp)))
+
+
+class DownBiasUnweighted(Faulty):
+    """Automodel#2591."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        if not inputs.mlp.bias or inputs.expert_map is not None:
+            return super().experts(inputs)
+        bias = inputs.tensors["experts.b2"]
+        without = super().experts(replace(inputs, tensors={**inputs.tensors, "experts.b2": torch.zeros_like(bias)}))
+        kept = (inputs.ids >= 0)[..., None]
+        return without + (bias[inputs.ids.clamp(min=0)] * kept).sum(1) * inputs.output_scale
+
+
+class ScaleTwice(Faulty):
+    """vllm#24119, vllm#45037."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        return super().experts(inputs) * inputs.output_scale
+
+
+class ScaleSkipsIdentity(Faulty):
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        if not inputs.identity_experts:
+            return super().experts(inputs)
+        mine = inputs.ids < inputs.experts
+        routed = super().experts(replace(inputs, ids=inputs.ids.where(mine, -1)))
+        passed = super().experts(replace(inputs, ids=inputs.ids.where(~mine, -1), output_scale=1.0))
+        return routed + passed
+
+
+class NineBitIds(Faulty):
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        return super().experts(replace(inputs, ids=inputs.ids.where(inputs.ids < 0, inputs.ids & 511)))
+
+
+class FiveHundredAndTwelvePairs(Faulty):
+    """An expert's list has room for 512 pairs, and those that come later are dropped."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        flat = inputs.ids.flatten()
+        place = (flat[:, None] == flat[None]).tril().sum(-1).view_as(inputs.ids)
+        return super().experts(replace(inputs, ids=inputs.ids.masked_fill(place > 512, -1)))
+
+
+class DroppedTakesLast(Faulty):
+    """vllm#46408: -1 indexes from the end."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        last = len(inputs.tensors["experts.w2"]) - 1
+        ids = inputs.ids.where(inputs.ids >= 0, last) if inputs.expert_map is None else inputs.ids
+        return super().experts(replace(inputs, ids=ids))
+
+
+class OthersWeighZero(Faulty):
+    """Pairs of other ranks are multiplied by 0, which makes NaN of NaN."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        if inputs.expert_map is None:
+            return super().experts(inputs)
+        held = (inputs.ids >= 0) & (inputs.expert_map[inputs.ids.clamp(min=0)] >= 0)
+        return super().experts(inputs) + (inputs.weights * ~held * 0.0).sum(-1, keepdim=True).to(inputs.x.dtype)
+
+
+class OutsideWraps(Faulty):
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        return super().experts(replace(inputs, ids=inputs.ids % inputs.experts if inputs.native_ids else inputs.ids))
+
+
+# Every sum is of outputs, and every batch with dropped pairs has a sum.
+SUMS = frozenset({"activation", "combine-algebra", "expert-map"})
+
+
+def _mutant(
+    engine: type[Faulty], bug_class: str, fault: str, case: str, check: str, also: frozenset[str] = SUMS
+) -> Mutant:
+    return Mutant(engine, bug_class, fault, (case, check), also)
+
+
+MUTANTS = (
+    _mutant(GuessesOrientation, "activation", "w13 is transposed where 2F < D", "experts-narrow-silu", FUNCTION),
+    _mutant(
+        GuessesOrientationOfDown, "activation", "w2 is transposed where 2F < D", "experts-narrow-silu-bias", FUNCTION
+    ),
+    _mutant(
+        LayerGuessesOrientation,
+        "shape-mismatch",
+        "w13 is transposed where 2F < H",
+        "layer-narrow-plain",
+        "padding_never_reaches_the_output",
+        also=frozenset(),
+    ),
+    _mutant(GeluInItsOtherForm, "activation", "gelu is exact for tanh", "experts-tiny-gelu-tanh", FUNCTION),
+    _mutant(LimitDropped, "activation", "the limit of the clamp is dropped", "experts-narrow-swiglu-oai", FUNCTION),
+    _mutant(DownBiasUnweighted, "combine-algebra", "b2 is added unweighted", "experts-scale-bias", SUM),
+    _mutant(ScaleTwice, "combine-algebra", "the output scale is applied twice", "experts-scale", SUM),
+    _mutant(ScaleSkipsIdentity, "combine-algebra", "identity experts go unscaled", "experts-identity-scale", SUM),
+    _mutant(NineBitIds, "combine-algebra", "ids wrap at 512", "experts-beyond-512", SUM),
+    _mutant(FiveHundredAndTwelvePairs, "combine-algebra", "an expert takes 512 pairs", "experts-hot", SUM),
+    _mutant(DroppedTakesLast, "expert-map", "-1 is the last expert", "experts-dropped", NO_EXPERT),
+    _mutant(OthersWeighZero, "expert-map", "pairs of others count times 0", "experts-ep3-rank1", NO_EXPERT),
+    _mutant(OutsideWraps, "expert-map", "ids wrap around E", "experts-id-e", OUTSIDE),
+)

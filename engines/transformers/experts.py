@@ -1,0 +1,55 @@
+"""The routed sum at a given routing: the real experts module of a family."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_conformance.engine import ExpertsInputs, Routing
+from moe_conformance.engines.transformers.block import block_of, choose
+from moe_conformance.engines.transformers.block_routing import FORMS, Tap, allow_no_expert, in_own_words
+from moe_conformance.engines.transformers.filling import fill
+from moe_conformance.engines.transformers.matching import config_of, for_experts
+from moe_conformance.engines.transformers.routing import name_of
+from moe_conformance.errors import Unsupported
+
+
+def experts(inputs: ExpertsInputs, implementation: str) -> Tensor:
+    """Ids and weights as given; "no expert" is the id behind all others, with weight 0."""
+    asked = {
+        "an expert map": inputs.expert_map is not None,
+        "a scale of the sum": inputs.output_scale != 1,
+        "quantised weights": inputs.quant is not None,
+        "LoRA": inputs.lora is not None,
+    }
+    if refused := [name for name, is_asked in asked.items() if is_asked]:
+        raise Unsupported(f"experts: no experts module of transformers takes {' or '.join(refused)}")
+    family, spec = for_experts(inputs.mlp, inputs.identity_experts, name_of(inputs.x.dtype))
+    width, top_k = inputs.x.shape[-1], inputs.ids.shape[-1]
+    sized: dict[str, Any] = {"num_experts": inputs.experts, "hidden_size": width}
+    for name in ("shared", "dense"):
+        part = getattr(spec, name)
+        sized[name] = part and replace(part, mlp=replace(part.mlp, width=inputs.mlp.width))
+    sized["latent"] = spec.latent and replace(spec.latent, width=width)
+    sized["routing"] = replace(spec.routing, top_k=top_k)
+    block = block_of(json.dumps(config_of(family, replace(spec, **sized))), 0)
+    fill(block, inputs.tensors, rest=inputs.x.dtype)
+    choose(block.moe, None, implementation)
+    routing = Routing(inputs.ids, inputs.weights)
+    with torch.no_grad():
+        if type(getattr(block.moe, "router", None)).__name__ in FORMS:
+            # Experts that are given no ids: the block around them, whose shared expert is zero. They take a score of
+            # every expert for every token (Llama 4), and no word for a pair that has none.
+            if not inputs.native_ids and bool((inputs.ids < 0).any()):
+                raise Unsupported(f"experts: {type(block.moe).__name__} computes every expert, and drops no pair")
+            with Tap(block.moe, routing, inputs.native_ids):
+                output: Tensor = block(inputs.x.unsqueeze(0), None, None).squeeze(0)
+        else:
+            ids, weights = routing if inputs.native_ids else in_own_words(block.moe, routing)
+            allow_no_expert(block.moe.experts, ids)
+            output = block.moe.experts(inputs.x, ids, weights)
+    return output

@@ -1,0 +1,74 @@
+"""Filling a block's modules with the canonical tensors of its layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_conformance.engines.transformers.block_families import OWN_LAYOUTS, PREFIXES, SEPARATE, SOURCES, Source
+from moe_conformance.errors import InputError, Unsupported
+
+
+class _Read(dict[str, Tensor]):
+    """Tensors that remember which of them were read."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise InputError(f"{name}: got no such tensor; the block has a parameter of it")
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+def fill(found: Any, tensors: Mapping[str, Tensor], rest: torch.dtype | None = None) -> None:
+    """Make the parameters of a `block.Block` of the canonical tensors.
+
+    rest: parameters that none of them makes are zeros of this dtype; None: there must be none.
+    """
+    remembered = _Read(tensors)
+    state = {}
+    for name, parameter in found.root.state_dict().items():
+        try:
+            value = source(found.moe, name)(remembered, found.moe)
+        except InputError:
+            if rest is None:
+                raise
+            value = torch.zeros(parameter.shape, dtype=rest if parameter.is_floating_point() else parameter.dtype)
+        if value.shape != parameter.shape:
+            raise InputError(
+                f"{name}: got {list(value.shape)} from the canonical tensors, want {list(parameter.shape)}"
+            )
+        if value.is_floating_point() and found.stays_in_float32(name):
+            value = value.float()
+        state[name] = value
+    found.root.load_state_dict(state, assign=True)
+    unused = tensors.keys() - remembered.read
+    unfilled = [name for name, tensor in _tensors(found.root) if tensor.is_meta]
+    if unused or unfilled:
+        raise InputError(f"{type(found.moe).__name__}: tensors not used: {sorted(unused)}; not filled: {unfilled}")
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def source(moe: Any, name: str) -> Source:
+    """What a parameter of the block of this name is made of. Raises Unsupported where that is not known."""
+    name = name.removeprefix("layer.")
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    own = OWN_LAYOUTS.get(type(getattr(moe, "experts", None)).__name__, {})
+    if found := own.get(name) or SOURCES.get(name):
+        return found
+    if match := re.fullmatch(r"experts\.expert_(\d+)\.(.+)", name):
+        canonical, number = SEPARATE[match[2]], int(match[1])
+        return lambda tensors, _: tensors[canonical][number]
+    raise Unsupported(f"block: no canonical tensor is known for {name} of {type(moe).__name__}")

@@ -1,0 +1,60 @@
+"""Which features the installed transformers offers, read off the rows of `families` that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from moe_conformance.engine import Activation, LayerSpec, Limits
+from moe_conformance.engines.transformers.families import Family
+from moe_conformance.engines.transformers.matching import available, filled
+from moe_conformance.protocol import features
+
+# Values that act, of the fields that a config key may decide.
+ACTING: dict[str, Any] = {
+    "renormalize": "sum",
+    "groups": 2,
+    "scale": 2.0,
+    "output_scale": 2.0,
+    "logit_scale": 2.0,
+    "logit_softcap": 2.0,
+    "identity_experts": 2,
+    "shared_classes": 2,
+    "selection_bias": True,
+    "bias": True,
+}
+_ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+def offered(stage: str) -> frozenset[str]:
+    """The stage's features that some family has; not all go together, and what none has is refused by the call."""
+    found = {"same_bits", "padding_rows", "dropped_ids", "expert_bounds", "from_meta"}
+    for family in available():
+        for layer in _layers(family):
+            if stage == "experts":
+                found |= features.of_mlp(layer.experts)
+            elif stage == "router_module":
+                found |= features.of_routing(layer.routing) | features.of_logits(layer.logits)
+            else:
+                found |= features.of_layer(layer)
+            if layer.routing.identity_experts:
+                found.add("identity_experts")
+    return frozenset(found & features.words(stage).keys()) if available() else frozenset()
+
+
+def _layers(family: Family) -> Iterator[LayerSpec]:
+    """The family's layer with all keys at rest, and with all that act."""
+    yield family.layer
+    acting = {path: ACTING[name] for path in family.keys if (name := path.rpartition(".")[2]) in ACTING}
+    yield filled(family.layer, acting)
+    for activation in _ACTIVATIONS if "experts.activation" in family.keys else ():
+        yield replace(family.layer, experts=replace(family.layer.experts, activation=activation))
+
+
+def limits(implementation: str) -> dict[str, Limits]:
+    """grouped_mm wants rows of a multiple of 16 bytes: eight numbers of two bytes each."""
+    if implementation != "grouped_mm":
+        return {}
+    rows = Limits(multiples={"D": 8, "F": 8})
+    return {"experts": rows, "layer": rows}

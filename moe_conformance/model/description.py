@@ -1,0 +1,56 @@
+"""What a model config says about its Mixture-of-Experts layers, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moe_conformance.model.specs import LayerSpec
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """What a config says about its Mixture-of-Experts layers.
+
+    num_layers: decoder layers, MoE or not. moe_layers: their indices that have routed experts.
+    num_experts, top_k: one number, or one for each entry of moe_layers where the model varies them. num_experts
+    counts every id a router can give, identity (zero) experts included.
+    shared_experts: how many always-on experts a layer has (0: none). shared_intermediate_size: the summed
+    width of the shared experts. latent_size: width the routed experts work in when it is not hidden_size.
+    encoder_moe_layers: as moe_layers, for the encoder of an encoder-decoder.
+    layers: what each layer computes, one entry for each of moe_layers (for an encoder with experts alone, of
+    encoder_moe_layers); empty where the engine does not say.
+    """
+
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int | tuple[int, ...]
+    top_k: int | tuple[int, ...]
+    hidden_size: int
+    moe_intermediate_size: int | tuple[int, ...]
+    shared_experts: int = 0
+    shared_intermediate_size: int | None = None
+    latent_size: int | None = None
+    encoder_moe_layers: tuple[int, ...] = ()
+    layers: tuple[LayerSpec, ...] = ()
+
+    @property
+    def max_top_k(self) -> int:
+        """The K that a capture buffer of this model needs."""
+        return self.top_k if isinstance(self.top_k, int) else max(self.top_k)
+
+    @property
+    def max_experts(self) -> int:
+        """The E that a captured id must be below."""
+        return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
+
+
+class CaptureShape(NamedTuple):
+    """Sizes of a routed-experts buffer as one side of an engine derives them from a config.
+
+    experts is None where the engine does not use it.
+    """
+
+    layers: int
+    top_k: int
+    experts: int | None

@@ -1,0 +1,39 @@
+"""Cases of `capture_store`: rows kept by slot on the host, read in another process."""
+
+from __future__ import annotations
+
+from moe_conformance.catalogue.case import Case
+
+
+def _store(name: str, clause: str, **recipe: object) -> Case:
+    return Case(f"store-{name}", stage="capture_store", clause=clause, recipe=recipe)
+
+
+READER = (_store("reader-in-another-process", "replay.other-process"),)
+TORN = (_store("no-torn-rows", "replay.other-process"),)
+OWNER_KILLED = (_store("owner-killed", "replay.other-process"),)
+OWNER_CLOSES = (_store("owner-closes", "replay.other-process"),)
+# Slots of three chunks of one prompt, with another request's in between, and slots that change hands.
+SLOTS_CHANGE_HANDS = (_store("slots-of-chunks", "replay.only-real-rows"),)
+TWO = (_store("two-stores", "replay.only-real-rows"),)
+NARROW = tuple(
+    _store(f"narrow-e{experts}", "replay.narrow", experts=experts) for experts in (128, 256, 257, 896, 40000)
+)
+# "unwritten": a slot that nobody wrote reads as -1, or raises.
+UNWRITTEN = (_store("unwritten-slots", "replay.only-real-rows", needs=("unwritten",)),)
+BOUNDS = tuple(
+    _store(f"slot-{name}", "replay.bounds", slot=slot)
+    for name, slot in {"minus-one": -1, "one-past": 11, "far-past": 4000}.items()
+)
+
+CASES = (
+    *READER,
+    *TORN,
+    *OWNER_KILLED,
+    *OWNER_CLOSES,
+    *SLOTS_CHANGE_HANDS,
+    *TWO,
+    *NARROW,
+    *UNWRITTEN,
+    *BOUNDS,
+)

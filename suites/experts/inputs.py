@@ -1,0 +1,85 @@
+"""From an experts case to its inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_conformance.catalogue.case import Case
+from moe_conformance.judging.inputs import bits, integers, matrix, normal, poison_
+from moe_conformance.protocol.experts import ExpertsInputs
+
+
+def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    part = name.rpartition(".")[2]
+    if part.startswith("b"):
+        return normal(shape, name, dtype)
+    if "norm" in part:
+        return normal(shape, name, dtype, 0.25)
+    return matrix(shape, name, dtype)
+
+
+def chosen(case: Case) -> Tensor:
+    """ids [T, K] int64, distinct in a row but for -1; of every five rows the first is whole and the last wholly -1."""
+    tokens, top_k, count = case["T"], case["K"], case["E"] + case["identity_experts"]
+    ids = bits((tokens, count), "experts-ids").argsort(dim=-1)
+    if case["hot"] is not None:
+        ids = torch.cat([torch.full((tokens, 1), case["hot"]), ids[ids != case["hot"]].view(tokens, -1)], dim=1)
+    ids = ids[:, :top_k].contiguous()
+    gone = integers(ids.shape, "experts-dropped", 20) < case["dropped"]
+    if 0 < case["dropped"] < 20:
+        gone[::5], gone[4::5] = False, True
+    return ids.masked_fill(gone, -1)
+
+
+def expert_map(case: Case) -> Tensor | None:
+    """[E] int32 of the case's rank. The first of its experts is its last, which no order of ids explains."""
+    if not case["owners"]:
+        return None
+    held = [expert for expert, owner in enumerate(case["owners"]) if owner == case["rank"]]
+    found = torch.full((case["E"],), -1, dtype=torch.int32)
+    found[held[1:] + held[:1]] = torch.arange(len(held), dtype=torch.int32)
+    return found
+
+
+def inputs_of(case: Case) -> ExpertsInputs:
+    """The case's inputs on the CPU; tensors of this rank's experts alone."""
+    dtype, mlp = getattr(torch, case["dtype"]), case["mlp"]
+    tensors = {
+        name: tensor(name, shape, dtype) for name, shape in mlp.tensors("experts", case["D"], (case["E"],)).items()
+    }
+    here = expert_map(case)
+    if here is not None:
+        held = (here >= 0).nonzero().flatten()
+        order = held[here[held].argsort()]
+        # The output norm is one for all experts.
+        tensors = {name: t if name == "experts.output_norm" else t[order] for name, t in tensors.items()}
+    shape = (case["T"], case["K"])
+    laid_out = strided if case["layout"] == "strided" else lambda tensor: tensor
+    return ExpertsInputs(
+        x=laid_out(normal((case["T"], case["D"]), "experts-x", dtype)),
+        mlp=mlp,
+        tensors=tensors,
+        ids=laid_out(chosen(case)),
+        # Of both signs, and a sum of anything but 1.
+        weights=laid_out(normal(shape, "experts-weights") + 0.375),
+        expert_map=here,
+        output_scale=case["output_scale"],
+        identity_experts=case["identity_experts"],
+    )
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same values as every other column of wider rows, with poison between them."""
+    rows, columns = tensor.shape
+    room = poison_(torch.empty(rows, 2 * columns + 3, dtype=tensor.dtype))
+    return room[:, 1 : 2 * columns : 2].copy_(tensor)
+
+
+def held_pairs(inputs: ExpertsInputs) -> Tensor:
+    """[T, K] bool, the pairs that these inputs compute."""
+    held = inputs.ids >= 0
+    if inputs.expert_map is not None:
+        inside = inputs.ids.clamp(max=inputs.experts - 1)
+        held &= (inputs.ids >= inputs.experts) | (inputs.expert_map[inside] >= 0)
+    return held

@@ -1,0 +1,85 @@
+"""Cases of `load`: whole checkpoints of Gemma 4 in every naming style, and broken ones.
+
+Styles are those of `remap`.
+"""
+
+from __future__ import annotations
+
+from moe_conformance.catalogue.case import Case
+
+# H and F. 2F = H makes gate_up_proj square, F = H down_proj: no layout can be told from such a shape. 2F < H, as most
+# models have it: a layout guessed from the larger dim is the other one.
+WIDTHS = {"distinct": (64, 48), "square-gate-up": (64, 32), "square-down": (64, 64), "narrow": (64, 24)}
+
+
+def _load(style: str, tail: str = "", tier: str = "core", **recipe: object) -> Case:
+    """widths: key into WIDTHS. shards: 1 means a single file without index. shuffled: tensors dealt out by turns.
+
+    layers: how many, if not few. stale_file: another checkpoint's shard lies beside, which the index does not name.
+    """
+    defaults = {"style": style, "widths": "distinct", "shards": 2, "shuffled": False}
+    recipe = defaults | recipe
+    return Case(f"load-gemma4-{style}{tail}", "load", "load.whole", recipe, tier)
+
+
+LOAD = (
+    _load("packed", "-one-file", tier="smoke", shards=1),
+    _load("packed", "-two-shards"),
+    _load("packed", "-square-gate-up", widths="square-gate-up"),
+    _load("packed", "-square-down", widths="square-down"),
+    _load("packed", "-narrow", widths="narrow"),
+    _load("packed", "-shuffled", shards=3, shuffled=True),
+    _load("packed", "-eleven-layers", layers=11),
+    _load("packed", "-stale-file", stale_file=True),
+    _load("plain", "-one-file", shards=1),
+    _load("plain", "-shuffled", shards=3, shuffled=True),
+    _load("plain", "-square-gate-up", widths="square-gate-up"),
+    _load("plain", "-square-down", widths="square-down"),
+    _load("plain", "-narrow", widths="narrow"),
+    _load("moe", "-two-shards"),
+    _load("moe", "-shuffled-square-gate-up", shards=3, shuffled=True, widths="square-gate-up"),
+    _load("moe-packed", "-two-shards"),
+    _load("multimodal-packed", "-two-shards"),
+    _load("multimodal-plain", "-shuffled", shards=3, shuffled=True),
+    _load("multimodal-moe", "-square-down", widths="square-down"),
+)
+
+LOAD_TWICE = (_load("packed", "-twice"), _load("plain", "-twice", shards=3))
+
+
+# What is too much in the checkpoint: the model of its config is loaded whole and right without.
+LENIENT = dict.fromkeys(
+    ("unknown-suffix", "unknown-tensor", "unknown-router-tensor", "extra-expert"),
+    "every parameter that the config asks for is there and fits; the engine left out what it has no place for",
+) | {
+    "extra-layer": "published checkpoints carry draft layers that the config's number of layers does not count",
+}
+
+
+def _broken(style: str, damage: str, tier: str = "core") -> Case:
+    recipe = {"style": style, "widths": "distinct", "shards": 2, "shuffled": False, "damage": damage}
+    return Case(f"load-gemma4-{style}-{damage}", "load", "load.refuse-broken", recipe, tier, LENIENT.get(damage, ""))
+
+
+BROKEN = (
+    _broken("plain", "missing-expert", "smoke"),
+    _broken("moe", "missing-expert"),
+    _broken("plain", "extra-expert"),
+    _broken("plain", "short-expert"),
+    _broken("plain", "wide-expert"),
+    _broken("plain", "unknown-suffix"),
+    _broken("packed", "unknown-tensor"),
+    _broken("packed", "unknown-router-tensor"),
+    _broken("packed", "extra-layer"),
+    _broken("packed", "more-experts"),
+    _broken("packed", "router-transposed"),
+    _broken("packed", "missing-layer", "smoke"),
+    _broken("packed", "fewer-experts"),
+    _broken("packed", "transposed"),
+    _broken("packed", "missing-router-scale"),
+    _broken("packed", "truncated-shard"),
+    _broken("packed", "missing-shard"),
+    _broken("plain", "truncated-shard"),
+)
+
+CASES = (*LOAD, *LOAD_TWICE, *BROKEN)

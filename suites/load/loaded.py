@@ -1,0 +1,30 @@
+"""What a load must give, and its facts for the golden file."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_conformance.engine import Engine
+from moe_conformance.errors import CheckpointError, Nonconformance
+from moe_conformance.judging import compare
+
+
+def loads_whole(engine: Engine, folder: Path, want: dict[str, Any]) -> dict[str, str]:
+    try:
+        got = engine.load(folder)
+    except CheckpointError as error:
+        raise Nonconformance(f"a whole checkpoint: refused ({error}), want every tensor of it") from error
+    absent = sorted(set(want) - set(got))
+    if absent:
+        raise Nonconformance(f"loaded tensors: {', '.join(absent)} not there, got {sorted(got)}")
+    for name, tensor in want.items():
+        compare.equal(name, got[name], tensor)
+    return {name: f"{list(got[name].shape)} {_checksum(got[name])}" for name in sorted(want)}
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    return f"{zlib.crc32(tensor.detach().float().contiguous().numpy().tobytes()):08x}"

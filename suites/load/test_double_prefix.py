@@ -1,0 +1,31 @@
+"""A real load gives every tensor of the checkpoint, in every naming style, whatever was loaded before."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from moe_conformance.catalogue.case import Case, check
+from moe_conformance.engine import Engine
+from moe_conformance.suites.load import checkpoint
+from moe_conformance.suites.load.cases import LOAD, LOAD_TWICE
+from moe_conformance.suites.load.loaded import loads_whole
+
+
+@check(LOAD)
+def test_a_load_gives_every_tensor_of_the_checkpoint(engine: Engine, case: Case) -> dict[str, str]:
+    """Returns shape and checksum of each tensor, which are the same in every engine and every naming style."""
+    with tempfile.TemporaryDirectory() as folder:
+        return loads_whole(engine, Path(folder), checkpoint.write(Path(folder), case.recipe))
+
+
+@check(LOAD_TWICE)
+def test_each_load_gives_its_own_checkpoint(engine: Engine, case: Case) -> None:
+    """First, second, and the first again: nothing of an earlier load is left."""
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        want = {
+            Path(first): checkpoint.write(Path(first), case.recipe, "first"),
+            Path(second): checkpoint.write(Path(second), case.recipe, "second"),
+        }
+        for folder in (Path(first), Path(second), Path(first)):
+            loads_whole(engine, folder, want[folder])

@@ -1,0 +1,281 @@
+"""Engines that do a legitimate thing in another way than the reference, each with a clause that could accuse it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_conformance.engine import (
+    CaptureSession,
+    CaptureSpec,
+    CheckpointName,
+    ExpertsInputs,
+    MoESpec,
+    Replicated,
+    ReplicateInputs,
+    Rows,
+    ShardInputs,
+    Target,
+)
+from moe_conformance.engines.mutants.double_prefix import ExtraExpertIgnored, UnknownTensorsSkipped
+from moe_conformance.engines.reference import Reference
+from moe_conformance.errors import InputError
+from moe_conformance.judging.verdict import Verdict
+from moe_conformance.model.families.scope import plain
+from moe_conformance.reference_impl.capture import Capturer, local_rows
+from moe_conformance.reference_impl.experts import experts
+from moe_conformance.reference_impl.parallel.experts import shard
+
+
+class Innocent(Reference):
+    """The reference under another name. lacks: features of a stage that it does not offer."""
+
+    lacks: Mapping[str, set[str]]
+
+    def __init_subclass__(cls, lacks: Mapping[str, set[str]] | None = None, **_: object) -> None:
+        cls.name = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+        cls.lacks = lacks or {}
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        return {stage: words - self.lacks.get(stage, set()) for stage, words in super().capabilities().items()}
+
+
+class SizesOfEachLayer(Innocent):
+    """One number for each MoE layer, also where all are equal."""
+
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        layers = len(spec.moe_layers or spec.encoder_moe_layers)
+
+        def each(sizes: int | tuple[int, ...]) -> tuple[int, ...]:
+            return (sizes,) * layers if isinstance(sizes, int) else sizes
+
+        return replace(spec, num_experts=each(spec.num_experts), top_k=each(spec.top_k))
+
+
+class ReadsWhatIsPublished(Innocent):
+    """Keys that every published config of these models has are read without a default."""
+
+    def describe(self, config: Any) -> MoESpec:
+        values = plain(config)
+        if values.get("model_type") in ("deepseek_v3", "dots1", "glm4_moe_lite", "mimo_v2_flash"):
+            assert values["topk_method"] == "noaux_tc"
+        return super().describe(config)
+
+
+class ActivationBuiltIn(Innocent):
+    """Mixtral's experts are silu, as published, whatever hidden_act says."""
+
+    def describe(self, config: Any) -> MoESpec:
+        spec = super().describe(config)
+        if plain(config).get("model_type") != "mixtral":
+            return spec
+        layers = tuple(replace(layer, experts=replace(layer.experts, activation="silu")) for layer in spec.layers)
+        return replace(spec, layers=layers)
+
+
+class TrueIsOne(Innocent):
+    """A top-k of true is taken for 1, as Python does."""
+
+    def describe(self, config: Any) -> MoESpec:
+        values = plain(config)
+        if values.get("num_experts_per_tok") is True:
+            return super().describe({**values, "num_experts_per_tok": 1})
+        return super().describe(config)
+
+
+class EveryPairHasAnExpert(Innocent, lacks={"replicate": {"dropped_ids"}, "shard": {"dropped_ids"}}):
+    """-1 is no id to it, and it says so."""
+
+    def replicate(self, inputs: ReplicateInputs) -> Replicated:
+        if (inputs.ids < 0).any():
+            raise InputError("ids: got -1, want an expert")
+        return super().replicate(inputs)
+
+    def shard(self, inputs: ShardInputs) -> Tensor:
+        if (inputs.whole.ids < 0).any():
+            raise InputError("ids: got -1, want an expert")
+        return super().shard(inputs)
+
+
+class SumsInAnyOrder(Innocent, lacks={"shard": {"same_bits"}}):
+    """Each call adds a token's experts in another order, as atomics do."""
+
+    def __init__(self) -> None:
+        self.calls = torch.Generator().manual_seed(0)
+
+    def shard(self, inputs: ShardInputs) -> Tensor:
+        def own_sum(inputs: ExpertsInputs) -> Tensor:
+            total = torch.zeros(inputs.x.shape)
+            for k in torch.randperm(inputs.ids.shape[1], generator=self.calls).tolist():
+                own = replace(inputs, x=inputs.x.float(), ids=inputs.ids[:, [k]], weights=inputs.weights[:, [k]])
+                wide = {name: tensor.float() for name, tensor in inputs.tensors.items()}
+                total += experts(replace(own, tensors=wide))
+            return total.to(inputs.x.dtype)
+
+        return shard(inputs, own_sum)
+
+
+class OneLayout(Innocent, lacks={"capture_session": {"local", "sequence_shard", "sequence_gathered"}}):
+    """Its server was started for the concatenated layout; it knows no other."""
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        class Session(Capturer):
+            def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+                if rows.kind != "concatenated":
+                    raise InputError(f"rows.kind: got {rows.kind}, want concatenated")
+                super().capture(layer_id, ids, rows)
+
+        return Session(spec)
+
+
+class PlainBuffer(Innocent, lacks={"capture_session": {"unwritten", "expert_bounds"}}):
+    """Ids are kept as they came; what was not captured reads as what was there before, at first 0."""
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        return _Buffer(spec)
+
+
+class _Buffer:
+    def __init__(self, spec: CaptureSpec) -> None:
+        self.spec = spec
+        self.held = torch.zeros(spec.max_tokens, spec.layers, spec.top_k, dtype=torch.int64)
+
+    def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+        own = local_rows(ids, rows, self.spec)
+        if not 0 <= layer_id < self.spec.layers:
+            raise InputError(f"layer_id: got {layer_id}, want 0 to {self.spec.layers - 1}")
+        self.held[: len(own), layer_id] = own
+
+    def read(self, num_tokens: int) -> Tensor:
+        return self.held[:num_tokens].clone()
+
+    def close(self) -> None:
+        pass
+
+
+class GathersBeforeItCuts(Innocent):
+    """Slices are gathered with the padding behind them, which is cut from each afterwards."""
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        class Session(Capturer):
+            def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+                valid, gather = rows.valid_rows, rows.gather
+                if rows.kind == "sequence_shard" and valid is not None and gather is not None:
+                    padded = gather(ids)
+                    slices = padded.unflatten(0, (spec.tp_size, -1))[:, :valid].flatten(0, 1)
+                    rows, ids = replace(rows, valid_rows=None, gather=lambda _: slices), ids[:valid]
+                super().capture(layer_id, ids, rows)
+
+        return Session(spec)
+
+
+class FusedParts(Innocent):
+    """All experts of a layer are one parameter, w13 or w2; a tensor is a part of it."""
+
+    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str | Target, ...]]:  # type: ignore[override]
+        mapped = super().remap(config, names)
+        return {name: tuple(dict.fromkeys(map(self.fused, targets))) for name, targets in mapped.items()}
+
+    def fused(self, target: str) -> str | Target:
+        if not (found := re.fullmatch(r"(layers\.\d+\.experts)\.(\d+)\.(\w+)_proj\.(\w+)", target)):
+            return target
+        owner, expert, part, suffix = found.groups()
+        return self.place(f"{owner}.{'w2' if part == 'down' else 'w13'}_{suffix}", int(expert), part)
+
+    def place(self, parameter: str, expert: int, part: str) -> str | Target:
+        return Target(parameter, expert, part)
+
+
+class FusedNames(FusedParts):
+    """The same, and each tensor has the parameter's name."""
+
+    def place(self, parameter: str, expert: int, part: str) -> str | Target:
+        return parameter
+
+
+class FusedByExpert(FusedParts):
+    """Gate and up of one expert are one parameter."""
+
+    def place(self, parameter: str, expert: int, part: str) -> str | Target:
+        owner, _, name = parameter.rpartition(".")
+        return f"{owner}.{expert}.{name}"
+
+
+@dataclass(frozen=True)
+class Accused:
+    """engine, and the (case id, check) of a clause that could accuse it; verdict: what it gets there instead."""
+
+    engine: type[Reference]
+    clause: str
+    cleared_by: tuple[str, str]
+    verdict: Verdict = Verdict.PASS
+
+
+_SHOULD = Verdict.BROKEN_SHOULD
+_LAYERS = "a_config_says_how_its_layers_compute"
+_SHARED = "two_tensors_never_share_a_target"
+_TWICE = "mapping_twice_equals_mapping_once"
+_BROKEN = "a_broken_checkpoint_is_refused"
+_DENSE = "layers_that_route_nothing_disturb_no_other"
+_PLAIN = "remap-gemma4-plain-every-suffix"
+
+ACCUSED = tuple(
+    Accused(engine, clause, (case, check), verdict)
+    for engine, clause, case, check, verdict in (
+        (SizesOfEachLayer, "config.resolve", "config-qwen3-moe", "a_config_says_what_the_model_is", Verdict.PASS),
+        (ReadsWhatIsPublished, "config.layers", "config-layers-deepseek-v3-hub", _LAYERS, Verdict.PASS),
+        (ActivationBuiltIn, "config.layers", "config-layers-mixtral-published", _LAYERS, Verdict.PASS),
+        (ActivationBuiltIn, "config.layers", "config-layers-mixtral", _LAYERS, _SHOULD),
+        (
+            TrueIsOne,
+            "config.say-what-is-missing",
+            "config-mixtral-boolean-top-k",
+            "a_config_without_answer_is_refused_with_the_keys",
+            _SHOULD,
+        ),
+        (
+            EveryPairHasAnExpert,
+            "replicas.choice",
+            "replicate-choice-two-copies",
+            "each_pair_goes_to_a_copy_of_its_expert",
+            Verdict.PASS,
+        ),
+        (EveryPairHasAnExpert, "ranks.sum", "shard-ep3-scattered", "parts_sum_to_the_layer", Verdict.PASS),
+        (
+            SumsInAnyOrder,
+            "ranks.nothing-of-others",
+            "shard-nothing-of-others",
+            "pairs_of_others_contribute_exactly_zero",
+            Verdict.PASS,
+        ),
+        (OneLayout, "replay.only-real-rows", "capture-steps-shrink", "each_step_shows_its_own_rows", Verdict.PASS),
+        (PlainBuffer, "replay.layers", "capture-dense-between", _DENSE, Verdict.PASS),
+        (
+            PlainBuffer,
+            "replay.bounds",
+            "capture-expert-two-to-8",
+            "expert_ids_that_do_not_fit_are_refused",
+            Verdict.PASS,
+        ),
+        (
+            GathersBeforeItCuts,
+            "rows.own",
+            "capture-sequence-shard-padding-rows-legal",
+            "every_rank_records_its_own_rows",
+            Verdict.PASS,
+        ),
+        (FusedParts, "remap.one-target", _PLAIN, _SHARED, Verdict.PASS),
+        (FusedParts, "remap.idempotent", "remap-gemma4-twice-plain", _TWICE, Verdict.PASS),
+        (FusedNames, "remap.one-target", _PLAIN, _SHARED, Verdict.PASS),
+        (FusedNames, "remap.idempotent", "remap-gemma4-twice-plain", _TWICE, Verdict.PASS),
+        (FusedByExpert, "remap.one-target", _PLAIN, _SHARED, Verdict.PASS),
+        (UnknownTensorsSkipped, "load.refuse-broken", "load-gemma4-packed-unknown-tensor", _BROKEN, _SHOULD),
+        (ExtraExpertIgnored, "load.refuse-broken", "load-gemma4-plain-extra-expert", _BROKEN, _SHOULD),
+    )
+)

@@ -1,0 +1,52 @@
+"""The adapter that the documentation shows: it is short, it is judged, and a fault in it is noticed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_conformance.judging.verdict import Verdict
+from moe_conformance.reporting.stream import read
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+ADAPTER = PAGE.partition("```python\n")[2].partition("```")[0]
+COMMAND = PAGE.partition("```bash\nmoe-conformance ")[2].partition("\n")[0].split()
+
+
+def _judge(folder: Path, source: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """The command of the page, where its adapter was saved under the name that the page gives it."""
+    (folder / "docs_adapter.py").write_text(source, encoding="utf-8")
+    command = [sys.executable, "-m", "moe_conformance.cli", *COMMAND, "-n", "0", *more]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    return subprocess.run(command, cwd=folder, env=clean, text=True, capture_output=True)
+
+
+def test_the_adapter_takes_under_forty_lines() -> None:
+    assert 0 < len(ADAPTER.splitlines()) < 40
+
+
+def test_the_adapter_is_judged_at_the_sizes_of_models_and_passes(tmp_path: Path) -> None:
+    done = _judge(tmp_path, ADAPTER, "--out", "results")
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = {result.case for result in read(tmp_path / "results") if result.verdict is Verdict.PASS}
+    sizes = ("e128-k8", "e256-k8", "e384-k8", "e512-k22", "e896-k16")
+    assert passed >= {f"route-deepseek-v3-{size}-t9-fp32-fine" for size in sizes}
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("topk_group=spec.top_groups", "topk_group=spec.groups"),
+        ('copy_(inputs.tensors["router.selection_bias"])', "zero_()"),
+    ],
+)
+def test_a_fault_in_the_adapter_is_noticed(right: str, wrong: str, tmp_path: Path) -> None:
+    assert ADAPTER.count(right) == 1
+    done = _judge(tmp_path, ADAPTER.replace(right, wrong), "--case", "route-deepseek-v3-e256-k8-t9-fp32-fine")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "fail: deepseek-router on route-deepseek-v3-e256-k8-t9-fp32-fine" in done.stdout
