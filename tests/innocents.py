@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import (
+    BlockInputs,
+    BlockOutput,
     CaptureSession,
     CaptureSpec,
     CheckpointName,
     ExpertsInputs,
+    LayerInputs,
     MoESpec,
     Replicated,
     ReplicateInputs,
+    RouteInputs,
+    RouterHandle,
+    RouterSpec,
+    Routing,
     Rows,
     ShardInputs,
     Target,
@@ -27,6 +34,7 @@ from moe_conformance.engines.reference import Reference
 from moe_conformance.errors import InputError
 from moe_conformance.judging.verdict import Verdict
 from moe_conformance.model.families.scope import plain
+from moe_conformance.reference_impl.block import layer_spec
 from moe_conformance.reference_impl.capture import Capturer, local_rows
 from moe_conformance.reference_impl.experts import experts
 from moe_conformance.reference_impl.parallel.experts import shard
@@ -101,6 +109,73 @@ class EveryPairHasAnExpert(Innocent, lacks={"replicate": {"dropped_ids"}, "shard
         if (inputs.whole.ids < 0).any():
             raise InputError("ids: got -1, want an expert")
         return super().shard(inputs)
+
+
+class SlotsInItsOwnOrder(Innocent):
+    """Ids int32 in the order that its search leaves, ties to the highest id, and padding rows as they come."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        spec, last = inputs.routing, inputs.logits.shape[1] - 1
+        if spec.selector == "topk" and not spec.capacity and spec.classes(0) == 0:
+            tensors = {name: tensor.flip(0) for name, tensor in inputs.tensors.items()}
+            ids, weights = super().route(replace(inputs, logits=inputs.logits.flip(-1), tensors=tensors))
+            ids[:, : spec.top_k] = last - ids[:, : spec.top_k]
+        else:
+            ids, weights = super().route(inputs)
+        order = torch.arange(spec.top_k - 1, -1, -1).tolist() + list(range(spec.top_k, ids.shape[1]))
+        ids, weights = ids[:, order].int(), weights[:, order]
+        if inputs.valid_rows is not None:
+            ids[inputs.valid_rows :], weights[inputs.valid_rows :] = 12345, float("nan")
+        return Routing(ids, weights)
+
+
+class NeverOnMeta(Innocent, lacks={"router_module": {"from_meta"}}):
+    """Its modules are made with their weights, and never without."""
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        handle = super().router_module(spec)
+        move = handle.module.to
+
+        def to(*place: Any, **named: Any) -> Any:
+            if "meta" in place:
+                raise NotImplementedError("got device meta, want one with memory")
+            return move(*place, **named)
+
+        handle.module.to = to  # type: ignore[method-assign]
+        return handle
+
+
+class HasNoScale(Innocent, lacks={"layer": {"output_scale"}, "experts": {"output_scale"}}):
+    """Its models scale the routing weights, if anything."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        assert inputs.spec.output_scale == 1
+        return super().layer(inputs)
+
+
+class ScalesAfterTheExperts(Innocent):
+    """It multiplies the routed sum, so the weights that its experts get are without the scale."""
+
+    def block(self, inputs: BlockInputs) -> BlockOutput:
+        output, routing = super().block(inputs)
+        spec = layer_spec(inputs.config, inputs.layer).routing
+        if routing is not None and not spec.shared_classes:
+            routing = Routing(routing.ids, routing.weights / spec.scale)
+        return BlockOutput(output, routing)
+
+
+class AddsInAnyOrder(Innocent, lacks={"experts": {"same_bits"}}):
+    """As the next one, where the experts are by themselves."""
+
+    def __init__(self) -> None:
+        self.calls = torch.Generator().manual_seed(0)
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        total = torch.zeros(inputs.x.shape)
+        for k in torch.randperm(inputs.ids.shape[1], generator=self.calls).tolist():
+            own = replace(inputs, x=inputs.x.float(), ids=inputs.ids[:, [k]], weights=inputs.weights[:, [k]])
+            total += experts(replace(own, tensors={name: tensor.float() for name, tensor in inputs.tensors.items()}))
+        return total.to(inputs.x.dtype)
 
 
 class SumsInAnyOrder(Innocent, lacks={"shard": {"same_bits"}}):
@@ -223,6 +298,9 @@ _SHARED = "two_tensors_never_share_a_target"
 _TWICE = "mapping_twice_equals_mapping_once"
 _BROKEN = "a_broken_checkpoint_is_refused"
 _DENSE = "layers_that_route_nothing_disturb_no_other"
+_METHOD = "ids_and_weights_are_those_of_the_method"
+_PADDING = "padding_rows_change_no_token"
+_CUT = "padding_never_reaches_the_output"
 _PLAIN = "remap-gemma4-plain-every-suffix"
 
 ACCUSED = tuple(
@@ -252,6 +330,30 @@ ACCUSED = tuple(
             "ranks.nothing-of-others",
             "shard-nothing-of-others",
             "pairs_of_others_contribute_exactly_zero",
+            Verdict.PASS,
+        ),
+        (SlotsInItsOwnOrder, "routing.method", "route-gemma4-e128-k8-t7-bf16-distinct", _METHOD, Verdict.PASS),
+        (SlotsInItsOwnOrder, "routing.padding-rows", "route-renorm-padding-rows", _PADDING, Verdict.PASS),
+        (
+            NeverOnMeta,
+            "closure.current-values",
+            "closure-gemma4-proj-from-meta",
+            "routing_uses_the_values_at_call_time",
+            Verdict.UNSUPPORTED,
+        ),
+        (HasNoScale, "padding.cut-before-add", "layer-narrow-shared-latent-padded-hidden", _CUT, Verdict.PASS),
+        (
+            ScalesAfterTheExperts,
+            "routing.family",
+            "family-deepseek-v3-route",
+            "a_block_routes_as_its_model_does",
+            Verdict.PASS,
+        ),
+        (
+            AddsInAnyOrder,
+            "experts.combine",
+            "experts-hot",
+            "another_call_between_leaves_no_trace",
             Verdict.PASS,
         ),
         (OneLayout, "replay.only-real-rows", "capture-steps-shrink", "each_step_shows_its_own_rows", Verdict.PASS),
