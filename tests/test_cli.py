@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import MappingProxyType
@@ -127,17 +126,8 @@ def test_lists_name_every_engine_and_the_cases_of_a_class() -> None:
     assert all(line.endswith("closure-capture") for line in cases)
 
 
-def test_help_starts_fast() -> None:
-    """Within three times an empty interpreter, each the quickest of five, as machines are noisy."""
-
-    def seconds(*arguments: str) -> float:
-        started = time.perf_counter()
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-        return time.perf_counter() - started
-
-    pairs = [(seconds("-c", "pass"), seconds("-m", "moe_conformance.cli", "--help")) for _ in range(5)]
-    empty, help_ = (min(times) for times in zip(*pairs, strict=True))
-    assert help_ < 3 * empty
+def test_help_imports_nothing_heavy() -> None:
+    """What it takes is for tools/timing.py, which has the machine to itself."""
     heavy = "{'torch', 'pytest', 'transformers', 'click'}"
     code = f"import sys, moe_conformance.cli; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

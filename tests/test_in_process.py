@@ -46,7 +46,7 @@ def test_the_verdict_is_that_of_a_process_and_the_run_is_marked(tmp_path: Path) 
     lines = [json.loads(line) for line in (tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()]
     (result,) = (line for line in lines if line["kind"] == "result")
     assert (done.returncode, result["verdict"], lines[0]["in_process"]) == (1, "fail", True)
-    assert "rerun:    moe-conformance run --engine always-wrong" in result["message"]
+    assert "rerun:    moe-conformance run --engine fake_engines:AlwaysWrong" in result["message"]
     for text in (done.stdout, (tmp_path / "out" / "summary.md").read_text()):
         assert "in process: checks ran in pytest's own process" in text
     assert f"in test_{CHECK}" in done.stdout or f"def test_{CHECK}" in done.stdout

@@ -113,6 +113,9 @@ def test_a_choice_is_certain_where_no_error_changes_it() -> None:
     assert certain(0.1, replace(two, top_k=3, group_mask=-1.0))[1] is False  # both of the other group count as -1
     mixer = RoutingSpec(2, selector="sparsemixer", select_on="logits")
     assert certain(0.49, mixer) == ([0, 1], True)
+    touching = value(torch.tensor([[3.0, 2.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
+    assert best(touching, mixer)[1].item() is False
+    assert best(touching, spec)[1].item() is True
     assert best(value(exact, torch.tensor([[0.9, 0.2, 0.0, 0.0]])), spec)[1].item() is True
     assert best(value(exact, torch.tensor([[0.9, 0.2, 0.0, 0.0]])), mixer)[1].item() is False  # their order
 

@@ -209,7 +209,7 @@ FAULTS: dict[str, tuple[tuple[RoutingSpec, Callable[..., Routing]], str]] = {
     "normalised before tokens are dropped": (routed_as(NLLB, capacity=BEFORE.capacity), "wrong weights"),
     "normalised after tokens are dropped": (routed_as(BEFORE, capacity=NLLB.capacity), "wrong weights"),
     "nobody skips": (
-        (ZAYA, lambda i: Routing(routed(i).ids, routed(i).weights.masked_fill(routed(i).weights == 0, 0.1))),
+        (ZAYA, lambda i: Routing(routed(i).ids.clamp(min=0), routed(i).weights.clamp(min=0.01))),
         "wrong experts",
     ),
     "another row of the table": (
@@ -288,6 +288,15 @@ def test_a_tie_may_be_broken_either_way() -> None:
     assert not takes(inputs, [3, 1], [third, third])
 
 
+def test_a_score_that_underflows_may_be_0() -> None:
+    """exp overflows in float32 where the sigmoid is a number yet, if below the normal ones."""
+    inputs = tied(-100.0, -50.0, spec=RoutingSpec(2, score="sigmoid"))
+    half = torch.tensor(-50.0).sigmoid().item()
+    assert takes(inputs, [0, 1], [0.0, half])
+    assert not takes(inputs, [0, 1], [0.0, 0.0])
+    assert not takes(inputs, [0, 1], [1e-37, half])
+
+
 def test_a_tie_of_groups_may_be_broken_either_way() -> None:
     spec = RoutingSpec(2, select_on="logits", groups=3, top_groups=1, score="sigmoid")
     inputs = tied(1.0, 0.5, 0.75, 1.0, -2.0, -1.0, spec=spec)
@@ -309,6 +318,23 @@ def test_near_ties_of_the_sparse_mixer_may_be_chosen_in_either_order() -> None:
     ids, weights = routed(apart)
     assert takes(apart, ids[0].tolist(), weights[0].tolist())
     assert not takes(apart, ids[0].tolist(), weights[0].flip(0).tolist())
+
+
+def test_a_logit_near_the_threshold_within_its_error_is_in_or_out() -> None:
+    """The distance of the logits 1 and 0.75 over the larger is 0.25, of either of which 0.01 is an error."""
+    spec = RoutingSpec(1, selector="sparsemixer", jitter=0.125 * 0.99, select_on="logits")
+    inputs = tied(1.0, 0.75, -9.0, spec=spec)
+    exact = Value.of(inputs.logits)
+    inside = 1 / (1 + torch.tensor(-0.25).exp().item())
+    for errors, both in ((exact.exact * 0, False), (torch.tensor([[0.0, 0.01, 0.0]]), True)):
+        logits = Value(exact.exact, errors / 5)
+        judge_routing("router", Routing(torch.tensor([[0]]), torch.tensor([[1.0]])), inputs, logits)
+        near = Routing(torch.tensor([[0]]), torch.tensor([[inside]]))
+        if both:
+            judge_routing("router", near, inputs, logits)
+        else:
+            with pytest.raises(Nonconformance, match="wrong weights"):
+                judge_routing("router", near, inputs, logits)
 
 
 @pytest.mark.parametrize("dropped", [False, True])
@@ -472,6 +498,9 @@ def test_a_share_of_rounded_weights_is_one() -> None:
         judge_routing("route", answer(rounded, rounded * (1 + 2**-6)), inputs)
     exact = replace(built(spec), fused_shared=fused)
     ids, weights = routed(exact)
+    judge_routing("route", answer(weights, weights.double() * (1 + 5 * 2**-24)), exact)
+    with pytest.raises(Nonconformance, match="by rule 'share'"):
+        judge_routing("route", answer(weights.double(), weights.double() * (1 + 12 * 2**-24)), exact)
     with pytest.raises(Nonconformance, match="by rule 'share'"):
         judge_routing("route", answer(weights, weights.bfloat16().float()), exact)
 

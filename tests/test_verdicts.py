@@ -82,7 +82,7 @@ def run(folder: Path, engines: tuple[str, ...], *arguments: str) -> Run:
 def fakes(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Every fake engine, judged in one run."""
     engines = tuple(f"fake_engines:{name}" for name in FAKES)
-    return run(tmp_path_factory.mktemp("fakes"), engines, "-n", "0", "--timeout", "20")
+    return run(tmp_path_factory.mktemp("fakes"), engines, "-n", "0", "--timeout", "12")
 
 
 def test_a_wrong_engine_fails_and_is_told_why(fakes: Run) -> None:
@@ -101,7 +101,7 @@ def test_a_crash_costs_its_case_and_leaves_last_words(fakes: Run) -> None:
 
 def test_a_hang_costs_its_case_and_is_killed(fakes: Run) -> None:
     assert fakes.verdicts["hangs"] == ["fail", "timeout", "fail"]
-    assert "no answer within 20 s; the process was killed" in fakes.message("hangs", "layer-tiny-latent")
+    assert "no answer within 12 s; the process was killed" in fakes.message("hangs", "layer-tiny-latent")
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,14 @@ def test_known_failures_excuse_what_they_name_and_nothing_that_passes(tmp_path: 
 def test_a_run_whose_only_failures_are_known_succeeds(tmp_path: Path) -> None:
     file = write_known(tmp_path / "k.toml", "always-wrong", *({"case": f'"{case}"'} for case in CASES))
     assert run(tmp_path, ("fake_engines:AlwaysWrong",), "--known", str(file), "--in-process").code == 0
+
+
+def test_an_adapter_that_is_broken_is_not_excused_by_a_known_failure(tmp_path: Path) -> None:
+    """It was not judged, so it did not fail as declared; nor do the cases behind it go by as told before."""
+    file = write_known(tmp_path / "k.toml", "adapter-broken", {"case": f'"{CASES[0]}"'})
+    done = run(tmp_path, ("fake_engines:AdapterBroken",), "--known", str(file), "--in-process")
+    assert done.code == 1
+    assert done.verdicts["adapter-broken"] == ["error"] * 3
 
 
 @pytest.mark.parametrize(

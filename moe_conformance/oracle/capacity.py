@@ -58,20 +58,20 @@ def room(compared: Interval, first: Interval, capacity: Capacity, sequences: int
     def queue(pairs: Tensor, precede: Tensor) -> Tensor:
         """How many pairs stand before each, [R, L, E, K]."""
         earlier = pairs.sum(1, keepdim=True) - pairs  # of other tokens
-        earlier = earlier.cumsum(-1) - earlier  # by an earlier choice
+        earlier = earlier.cumsum(3) - earlier  # by an earlier choice
         return earlier + torch.einsum("rst,rsek->rtek", precede.double(), pairs)
 
     full = places(capacity, length, experts)
     keeps = (possible > 0) & (queue(surely, does_precede) < full)
     drops = (possible > 0) & (queue(possible, may_precede) >= full)
-    return Room(keeps.any(-1).flatten(0, 1), drops.any(-1).flatten(0, 1))
+    return Room(keeps.any(3).flatten(0, 1), drops.any(3).flatten(0, 1))
 
 
 def choices(compared: Interval, top_k: int) -> tuple[Tensor, Tensor]:
     """Whether each expert may be the token's k-th choice, and whether it surely is: [T, E, K] bool both."""
     low, high = compared
-    above = (low[:, None, :] > high[:, :, None]).sum(-1)  # surely before it, [T, E]
-    near = (high[:, None, :] >= low[:, :, None]).sum(-1) - 1  # perhaps before it, itself left out
+    above = (low[:, None, :] > high[:, :, None]).sum(2)  # surely before it, [T, E]
+    near = (high[:, None, :] >= low[:, :, None]).sum(2) - 1  # perhaps before it, itself left out
     place = torch.arange(top_k)
     possible = (above[..., None] <= place) & (place <= near[..., None])
     return possible, possible & (above == near)[..., None]
@@ -87,6 +87,6 @@ def fitting(picked: Tensor, compared: Interval, found: Room, top_k: int) -> Tens
     levels = torch.cat([low, torch.full_like(low[:, :1], -torch.inf)], dim=1)[:, :, None]  # [T, E + 1, 1]
     forced, allowed = low[:, None] > levels, high[:, None] >= levels  # [T, E + 1, E]
     chosen, lost = picked[:, None], found.drops[:, None]
-    fits = (allowed | ~chosen).all(-1) & (chosen | lost | ~forced).all(-1)
-    fits &= ((forced | chosen).sum(-1) <= top_k) & ((chosen | (allowed & lost)).sum(-1) >= top_k)
-    return fits.any(-1) & (found.keeps | ~picked).all(-1)
+    fits = (allowed | ~chosen).all(2) & (chosen | lost | ~forced).all(2)
+    fits &= ((forced | chosen).sum(2) <= top_k) & ((chosen | (allowed & lost)).sum(2) >= top_k)
+    return fits.any(1) & (found.keeps | ~picked).all(1)

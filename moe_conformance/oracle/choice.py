@@ -47,14 +47,14 @@ def accepted(ids: Tensor, compared: Value, spec: RoutingSpec) -> Tensor:
     # [2, T, G]: the worst chosen and the best left of each group, where it is kept and where it is dropped.
     chosen = torch.stack(
         [
-            high.reshape(members).masked_fill(~picked, torch.inf).amin(-1),
-            mask.masked_fill(~picked.any(-1), torch.inf),
+            high.reshape(members).masked_fill(~picked, torch.inf).amin(2),
+            mask.masked_fill(~picked.any(2), torch.inf),
         ]
     )
     left = torch.stack(
         [
-            low.reshape(members).masked_fill(picked, -torch.inf).amax(-1),
-            mask.masked_fill(picked.all(-1), -torch.inf),
+            low.reshape(members).masked_fill(picked, -torch.inf).amax(2),
+            mask.masked_fill(picked.all(2), -torch.inf),
         ]
     )
     best = group_scores(compared, spec)
@@ -64,8 +64,8 @@ def accepted(ids: Tensor, compared: Value, spec: RoutingSpec) -> Tensor:
     for level in left.transpose(0, 1).flatten(1).split(1, dim=1):  # [T, 1]
         kept, dropped = ((left <= level) & (chosen >= level))[:, :, None]
         kept, dropped = kept & may_stay, dropped & may_go
-        fits = (kept | dropped).all(-1) & ((~dropped).sum(-1) <= spec.top_groups) & (kept.sum(-1) >= spec.top_groups)
-        found |= fits.any(-1)
+        fits = (kept | dropped).all(2) & ((~dropped).sum(2) <= spec.top_groups) & (kept.sum(2) >= spec.top_groups)
+        found |= fits.any(1)
     return found
 
 
@@ -73,7 +73,7 @@ def group_scores(compared: Value, spec: RoutingSpec) -> Interval:
     """What each group's score may be, [T, G]; the sum of two is rounded once more."""
     members = (len(compared.exact), spec.groups, compared.exact.shape[1] // spec.groups)
     many = min(2 if spec.group_score == "top2_sum" else 1, members[2])
-    low, high = (bound.reshape(members).topk(many).values.sum(-1) for bound in interval(compared))
+    low, high = (bound.reshape(members).topk(many).values.sum(2) for bound in interval(compared))
     rounding = (many - 1) * unit_roundoff(torch.float32)
     return Interval(low - rounding * low.abs(), high + rounding * high.abs())
 
@@ -82,7 +82,7 @@ def best(compared: Value, spec: RoutingSpec) -> tuple[Tensor, Tensor]:
     """ids [T, K] of the best K of the exact scores, best first; and whether no rounding changes that set, [T]."""
     tokens, experts = compared.exact.shape
     many = min(2 if spec.group_score == "top2_sum" else 1, experts // spec.groups)
-    groups = compared.exact.reshape(tokens, spec.groups, experts // spec.groups).topk(many).values.sum(-1)
+    groups = compared.exact.reshape(tokens, spec.groups, experts // spec.groups).topk(many).values.sum(2)
     kept = torch.zeros_like(groups, dtype=torch.bool).scatter(1, groups.topk(spec.top_groups).indices, True)
     outside = ~kept.repeat_interleave(experts // spec.groups, dim=1)
     low, high = (bound.masked_fill(outside, spec.group_mask) for bound in interval(compared))
@@ -90,14 +90,14 @@ def best(compared: Value, spec: RoutingSpec) -> tuple[Tensor, Tensor]:
     picked = torch.zeros_like(outside).scatter(1, ids, True)
     certain = _apart(picked, Interval(low, high)) & _apart(kept, group_scores(compared, spec))
     if spec.selector == "sparsemixer":  # weights depend on the order
-        certain &= (low.gather(1, ids)[:, :-1] > high.gather(1, ids)[:, 1:]).all(-1)
+        certain &= (low.gather(1, ids)[:, :-1] > high.gather(1, ids)[:, 1:]).all(1)
     return ids, certain
 
 
 def _apart(picked: Tensor, bounds: Interval) -> Tensor:
     """[T] bool: every picked one surely exceeds all others of its row."""
-    worst = bounds.low.masked_fill(~picked, torch.inf).amin(-1)
-    return worst > bounds.high.masked_fill(picked, -torch.inf).amax(-1)
+    worst = bounds.low.masked_fill(~picked, torch.inf).amin(1)
+    return worst > bounds.high.masked_fill(picked, -torch.inf).amax(1)
 
 
 def choose(inputs: RouteInputs, logits: Value | None, stored: torch.dtype) -> Choice:
@@ -120,7 +120,7 @@ def choose(inputs: RouteInputs, logits: Value | None, stored: torch.dtype) -> Ch
     if spec.capacity is not None:
         found = room_of(given, compared, inputs)
         keeps, drops = found.keeps.gather(1, ids), found.drops.gather(1, ids)
-        certain, dropped = certain & (keeps ^ drops).all(-1), drops
+        certain, dropped = certain & (keeps ^ drops).all(1), drops
     if not certain.all():
         rows = (~certain).nonzero().flatten().tolist()
         raise ValueError(f"inputs are no good: rounding may change the experts of rows {rows}")
@@ -144,8 +144,8 @@ def room_of(given: Value, compared: Value, inputs: RouteInputs, numbers: Tensor 
     scores = interval(score(routed_logits(conditioned(given, spec, store), spec), spec, store))
     bounds = interval(compared)
     may_be_first = choices(bounds, 1)[0][..., 0]  # [T, E]
-    lowest = scores.low.masked_fill(~may_be_first, torch.inf).amin(-1)
-    first = Interval(lowest, scores.high.masked_fill(~may_be_first, -torch.inf).amax(-1))
+    lowest = scores.low.masked_fill(~may_be_first, torch.inf).amin(1)
+    first = Interval(lowest, scores.high.masked_fill(~may_be_first, -torch.inf).amax(1))
     if numbers is not None:
         bounds, first = _anything(bounds, numbers[:, None]), _anything(first, numbers)
     return room(bounds, first, spec.capacity, inputs.sequences, spec.top_k)

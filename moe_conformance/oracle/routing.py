@@ -52,13 +52,13 @@ def judge_routing(
 
 def judge_names(what: str, answer: Routing, inputs: RouteInputs) -> None:
     """Whether ids are unique and in range, as `judge_routing` judges them, and nothing else."""
-    _Judgement(what, _valid(what, answer, inputs), inputs, None, 0.0, None).names()
+    _Judgement(what, _valid(what, answer, inputs), inputs).names()
 
 
 def judge_fused_shared(what: str, answer: Routing, inputs: RouteInputs) -> None:
     """The last slots alone, as `judge_routing` judges them, for logits that are exact."""
     assert inputs.fused_shared is not None
-    judgement = _Judgement(what, _valid(what, answer, inputs), inputs, None, 0.0, None)
+    judgement = _Judgement(what, _valid(what, answer, inputs), inputs)
     judgement.names()
     judgement.fused_shared(inputs.fused_shared)
 
@@ -79,9 +79,9 @@ class _Judgement:
         what: str,
         answer: Routing,
         inputs: RouteInputs,
-        logits: Value | None,
-        shift: float,
-        stored: torch.dtype | None,
+        logits: Value | None = None,
+        shift: float = 0.0,
+        stored: torch.dtype | None = None,
     ) -> None:
         rows, spec = len(answer.ids), inputs.routing
         self.what, self.spec, self.shift = what, spec, shift
@@ -92,9 +92,9 @@ class _Judgement:
         self.dtype = inputs.logits.dtype
         given = Value.of(inputs.logits) if logits is None else logits
         given = given[:rows]
-        self.numbers = given.exact.isfinite().all(-1)
+        self.numbers = given.exact.isfinite().all(1)
         if spec.selector == "product_keys":  # a row has logits of two tokens
-            self.numbers = conditioned(given, spec, torch.float64).exact.isfinite().all(-1)
+            self.numbers = conditioned(given, spec, torch.float64).exact.isfinite().all(1)
         self.given = given.map(lambda part: part.nan_to_num(0.0, 0.0, 0.0))
         self.compared = compared_value(self.given, spec, inputs.tensors, self.dtype)
         self.experts = self.compared.exact.shape[1] - spec.skip_expert
@@ -114,7 +114,7 @@ class _Judgement:
             raise Nonconformance(f"{self.what}: ids[{row}, {slot}]: got {ids[row, slot].item()}, want {allowed}")
         slots = torch.arange(spec.top_k)
         told_apart = ids.where(~self.none, -1 - slots)  # pairs without expert are not one expert
-        twice = told_apart.sort(-1).values.diff(dim=-1).eq(0).any(-1)
+        twice = told_apart.sort(1).values.diff(dim=1).eq(0).any(1)
         if twice.any():
             row = int(twice.nonzero()[0])
             raise Nonconformance(
@@ -125,13 +125,13 @@ class _Judgement:
         """The chosen experts are a best K for some scores within their errors."""
         if self.spec.selector == "table":
             want = ids_of_table(self.inputs)
-            right = (self.ids.sort(-1).values == want.sort(-1).values).all(-1)
+            right = (self.ids.sort(1).values == want.sort(1).values).all(1)
         else:
             want, _ = best(self.compared, self.spec)
             if self.spec.capacity is not None:
                 right = self._fits_capacity()
             else:
-                right = accepted(self.ids, self.compared, self.spec) & (self.none.sum(-1) <= 1)
+                right = accepted(self.ids, self.compared, self.spec) & (self.none.sum(1) <= 1)
         bad = self.numbers & ~right
         if bad.any():
             raise Nonconformance(self._of_sets(int(bad.nonzero()[0]), int(bad.sum()), want))
@@ -142,8 +142,8 @@ class _Judgement:
         picked = torch.zeros_like(self.compared.exact).scatter_add(1, self.ids, (~self.none).double()) > 0
         right = fitting(picked, interval(self.compared), found, self.spec.top_k)
         lost = self.compared.exact.masked_fill(picked | ~found.drops, -torch.inf)
-        place = (self.none.cumsum(-1) - 1).clamp(min=0)
-        self.ids = self.ids.where(~self.none, lost.argsort(-1, descending=True).gather(1, place))
+        place = (self.none.cumsum(1) - 1).clamp(min=0)
+        self.ids = self.ids.where(~self.none, lost.argsort(1, descending=True).gather(1, place))
         return right
 
     def _of_sets(self, row: int, rows: int, want: Tensor) -> str:
@@ -174,7 +174,7 @@ class _Judgement:
         right, wrong = torch.zeros_like(self.numbers), []
         for possible, want, _ in self._weights():
             bad = judged & ~self._near(self.routed.weights, want)
-            right |= possible & ~bad.any(-1)
+            right |= possible & ~bad.any(1)
             wrong.append((want, bad))
         if not right.all():
             row = int((~right).nonzero()[0])
@@ -196,13 +196,13 @@ class _Judgement:
         top_k, orders = self.spec.top_k, [tuple(range(self.spec.top_k))]
         ranked = torch.arange(top_k).expand_as(self.ids)
         if self.spec.selector == "sparsemixer":
-            ranked = self.compared.exact.gather(1, self.ids).argsort(-1, descending=True)
+            ranked = self.compared.exact.gather(1, self.ids).argsort(1, descending=True)
             orders = list(permutations(range(top_k)))
         low, high = (bound.gather(1, self.ids) for bound in interval(self.compared))
         for order in orders:
             slots = ranked[:, list(order)]
             after = high.gather(1, slots)[:, :, None] < low.gather(1, slots)[:, None, :]  # surely chosen later
-            possible = ~after.triu(1).flatten(1).any(-1)
+            possible = ~after.triu(1).flatten(1).any(1)
             if len(orders) == 1:
                 possible = torch.ones_like(possible)
             want, shared = weights_value(
@@ -215,7 +215,7 @@ class _Judgement:
                 shift=self.shift,
                 stored=wide(self.dtype),
             )
-            yield possible, want.gather(slots.argsort(-1)), shared
+            yield possible, want.gather(slots.argsort(1)), shared
 
     def _near(self, got: Tensor, want: Value) -> Tensor:
         return (got.double() - want.exact).abs() <= self._limit(got, want)
@@ -230,7 +230,7 @@ class _Judgement:
     def fused_shared(self, fused: FusedShared) -> None:
         """The last slots are the shared experts, each once, with weights by their rule."""
         index = self.last.ids - self.experts
-        strange = (index.sort(-1).values != torch.arange(fused.count)).any(-1)
+        strange = (index.sort(1).values != torch.arange(fused.count)).any(1)
         if strange.any():
             row = int(strange.nonzero()[0])
             there = list(range(self.experts, self.experts + fused.count))
@@ -259,8 +259,8 @@ class _Judgement:
             return shared.gather(index)
         # Of the weights that the engine gives, which may be of before or after a rounding.
         routed = self.routed.weights.double()
-        size = routed.abs().sum(-1, keepdim=True)
-        total = Value.of(routed.sum(-1, keepdim=True)).erring(size, 2 * self.spec.top_k, compute)
+        size = routed.abs().sum(1, keepdim=True)
+        total = Value.of(routed.sum(1, keepdim=True)).erring(size, 2 * self.spec.top_k, compute)
         if self.narrow is not None and self.narrow != compute:
             total = total.erring(size, 1, self.narrow)
         share = (total * Value.of(fused.weight).stored(compute)).stored(compute)

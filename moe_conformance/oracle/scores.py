@@ -31,8 +31,8 @@ def compared_value(logits: Tensor | Value, spec: RoutingSpec, tensors: Tensors, 
     value = routed_logits(conditioned(logits, spec, store), spec)
     if spec.select_on == "scores":
         if spec.score == "softmax" and spec.groups == 1 and not spec.selection_bias:
-            below = value.exact.amax(-1, keepdim=True) - value.exact
-            floor = value.exact.logsumexp(-1, keepdim=True) + math.log(torch.finfo(store).tiny)
+            below = value.exact.amax(1, keepdim=True) - value.exact
+            floor = value.exact.logsumexp(1, keepdim=True) + math.log(torch.finfo(store).tiny)
             return value.erring(below, 1, store).erring(1.0, EXP + 1, store).through(lambda v: v.maximum(floor))
         value = score(value, spec, store)
     if spec.selection_bias:
@@ -78,13 +78,13 @@ def softmax(value: Value, dtype: torch.dtype, shift: float = 0.0) -> Value:
     a division. exp(l - logsumexp) rounds a number of the size of the logits once, an error that all weights share.
     shift: what was added to all logits, which changes nothing but that number.
     """
-    u, narrow, p = unit_roundoff(wide(dtype)), unit_roundoff(dtype), value.exact.softmax(-1)
-    below = value.exact.amax(-1, keepdim=True) - value.exact
+    u, narrow, p = unit_roundoff(wide(dtype)), unit_roundoff(dtype), value.exact.softmax(1)
+    below = value.exact.amax(1, keepdim=True) - value.exact
     each = value.erring(below, 1, dtype).erring(1.0, EXP, dtype)
-    terms, common = p.shape[-1], narrow * (value.exact.logsumexp(-1, keepdim=True).abs() + abs(shift))
+    terms, common = p.shape[1], narrow * (value.exact.logsumexp(1, keepdim=True).abs() + abs(shift))
 
     def relative(of_all: Tensor, own: Tensor) -> Tensor:
-        return (of_all.sum(-1, keepdim=True) - of_all).clamp(min=0) + own
+        return (of_all.sum(1, keepdim=True) - of_all).clamp(min=0) + own
 
     squares = relative((p * each.spread).square(), ((1 - p) * each.spread).square())
     squares = squares + terms * u**2 + 2 * narrow**2 + common**2

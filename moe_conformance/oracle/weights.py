@@ -65,10 +65,10 @@ def _sparsemixer(value: Value, ids: Tensor, jitter: float, dtype: torch.dtype) -
     """
     weights = []
     left = value
-    for chosen in ids.split(1, dim=-1):
+    for chosen in ids.split(1, dim=1):
         best = left.gather(chosen)
         scale = left.exact.abs().maximum(best.exact)
-        distance = ((best.exact - left.exact) / scale - 2 * jitter).scatter(-1, chosen, -torch.inf)
+        distance = ((best.exact - left.exact) / scale - 2 * jitter).scatter(1, chosen, -torch.inf)
         error = (best.limit + left.limit) / scale + 2 * unit_roundoff(dtype)  # a difference and a quotient
         outcomes = [
             softmax(_without(left, far), dtype).gather(chosen)
@@ -77,7 +77,7 @@ def _sparsemixer(value: Value, ids: Tensor, jitter: float, dtype: torch.dtype) -
         most, least, exact = outcomes
         between = least.exact - most.exact
         weights.append(Value(exact.exact, least.spread + between / LAMBDA, least.limit + between))
-        left = _without(left, torch.zeros_like(distance, dtype=torch.bool).scatter(-1, chosen, True))
+        left = _without(left, torch.zeros_like(distance, dtype=torch.bool).scatter(1, chosen, True))
     return Value.cat(weights)
 
 
@@ -87,15 +87,15 @@ def _without(logits: Value, out: Tensor) -> Value:
 
 
 def _normalised(weights: Value, spec: RoutingSpec, dtype: torch.dtype) -> Value:
-    terms = weights.exact.shape[-1]
+    terms = weights.exact.shape[1]
     if spec.renormalize == "sum":
-        total = weights.exact.sum(-1, keepdim=True)
-        spread = weights.spread.square().sum(-1, keepdim=True).sqrt()
+        total = weights.exact.sum(1, keepdim=True)
+        spread = weights.spread.square().sum(1, keepdim=True).sqrt()
         divisor = (Value(total, spread) + Value.of(spec.epsilon)).erring(total, terms, dtype)
         return weights.over(divisor.through(lambda v: v.clamp(min=spec.floor)), dtype)
     if spec.renormalize == "norm":
-        norm = weights.exact.norm(p=spec.norm_order, dim=-1, keepdim=True)
+        norm = weights.exact.norm(p=spec.norm_order, dim=1, keepdim=True)
         slope = (weights.exact / norm) ** (spec.norm_order - 1)
-        spread = (slope * weights.spread).square().sum(-1, keepdim=True).sqrt()
+        spread = (slope * weights.spread).square().sum(1, keepdim=True).sqrt()
         return weights.over(Value(norm, spread).erring(norm, terms + INSIDE, dtype), dtype)
     return weights

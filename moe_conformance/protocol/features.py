@@ -111,7 +111,9 @@ FEATURES: tuple[Feature, ...] = (
         )
     ),
     Feature(_EXPERTS, "output_scale", "the routed sum is multiplied by a number", "layers that have one"),
-    Feature(("experts",), "identity_experts", "ids beyond E pass their input on (LongCat)", "models that have them"),
+    Feature(
+        ("experts", "shard"), "identity_experts", "ids beyond E pass their input on (LongCat)", "models that have them"
+    ),
     *(
         Feature(("experts", "layer"), f"quantised:{name}", f"weights stored as {name}", "such weights")
         for name in ("fp8_e4m3", "int8", "int4", "mxfp4", "nvfp4")
@@ -125,7 +127,13 @@ FEATURES: tuple[Feature, ...] = (
         "equal bits; results are compared within the error bound instead",
     ),
     Feature(("layer", "shard"), "shared", "a shared expert", "layers that have one"),
+    Feature(
+        ("layer",), "shared_gate", "a gate multiplies the shared expert's output (Qwen2-MoE)", "layers that have one"
+    ),
+    Feature(("layer",), "shared_average", "routed and shared sums are averaged (Cohere2-MoE)", "layers that do"),
     Feature(("layer",), "latent", "experts work in a latent width (Nemotron-H)", "layers that do"),
+    Feature(("layer",), "latent_norm", "what enters them is normalised there (MuseSpark)", "layers that do"),
+    Feature(("layer",), "latent_bias", "both projections have biases (Nemotron-H)", "layers that have them"),
     Feature(("layer",), "dense", "a dense MLP beside the experts", "layers that have one"),
     Feature(("layer",), "padded_hidden", "the expert kernel runs at a wider hidden dim", "such kernels"),
     Feature(("layer",), "padded_intermediate", "the expert kernel runs at a wider intermediate dim", "such kernels"),
@@ -145,7 +153,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         ("capture_session", "capture_store"),
         "unwritten",
-        "what a step did not capture reads as -1, or raises",
+        "what a step did not capture reads as -1; rows beyond it may raise instead",
         "what is read there",
     ),
     Feature(("expert_map",), "contiguous", "each rank has a run of ids", "this placement"),
@@ -269,12 +277,17 @@ def of_layer(spec: LayerSpec) -> set[str]:
     """The features that a layer behind its logits takes."""
     conditions = {
         "shared": spec.shared is not None,
+        "shared_gate": spec.shared is not None and spec.shared.gate,
+        "shared_average": spec.shared is not None and spec.shared.combine == "average",
         "latent": spec.latent is not None,
+        "latent_norm": spec.latent is not None and spec.latent.norm_eps != 0,
+        "latent_bias": spec.latent is not None and spec.latent.bias,
         "dense": spec.dense is not None,
         "output_scale": spec.output_scale != 1,
     }
     found = {word for word, taken in conditions.items() if taken}
-    return found | of_routing(spec.routing) | of_mlp(spec.experts)
+    beside = [part.mlp for part in (spec.shared, spec.dense) if part is not None]
+    return found.union(of_routing(spec.routing), *map(of_mlp, (spec.experts, *beside)))
 
 
 def of_logits(spec: LogitsSpec) -> set[str]:
@@ -311,7 +324,7 @@ def needs(stage: str, recipe: Mapping[str, Any]) -> frozenset[str]:
         elif isinstance(value, LogitsSpec) and stage == "router_module":
             found |= of_logits(value)
         elif isinstance(value, MLPSpec):
-            found |= {"shared"} if key == "shared" else of_mlp(value)
+            found |= of_mlp(value) | ({"shared"} if key == "shared" else set())
         elif isinstance(value, QuantSpec):
             found |= of_quant(value)
         elif key in _SWITCHES:

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 class Routing(NamedTuple):
-    """ids: [T, K] integer, -1 where a pair has no expert. weights: [T, K], weights[t, k] belongs to ids[t, k]."""
+    """ids: [T, K] integer, in any order within a row, -1 where a pair has no expert.
+
+    weights: [T, K], weights[t, k] belongs to ids[t, k]. float32; or the logits' dtype where RoutingSpec.score_dtype is
+    "input", for an engine that hands them on so. An adapter converts what its engine gives in another dtype.
+    """
 
     ids: Tensor
     weights: Tensor

@@ -24,6 +24,11 @@ class Target:
     name: str
     path: str
 
+    @property
+    def asked_as(self) -> str:
+        """What --engine takes for it."""
+        return self.name if self.name in registered() else self.path
+
     def load(self) -> Any:
         """The adapter class. Raises UsageError if the path names nothing."""
         module_name, _, class_name = self.path.partition(":")

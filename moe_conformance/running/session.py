@@ -123,9 +123,10 @@ class Session:
         outcome = self._finally(target, pyfuncitem, case, asked)
         self._tell(pyfuncitem, target, case, outcome, time.perf_counter() - started)
         is_of_many = asked.verdict in (Verdict.UNAVAILABLE, Verdict.ERROR) or asked.message.startswith(PROBING)
-        if is_of_many and (target.name, asked.message) in self.told:
-            pytest.skip(f"{asked.verdict}, as told before")
-        self.told.add((target.name, asked.message))
+        if is_of_many and outcome.verdict.is_bad:
+            if (target.name, asked.message) in self.told:
+                pytest.skip(f"{asked.verdict}, as told before")
+            self.told.add((target.name, asked.message))
         match outcome.verdict:
             case Verdict.UNSUPPORTED:
                 pytest.skip(f"unsupported: {outcome.message}")
@@ -160,7 +161,7 @@ class Session:
         outcome = at_level(outcome, case.level)
         outcome = self._known(target, case, _check(item), outcome)
         if outcome.verdict.badness:
-            return replace(outcome, message=failure(target.name, case, _check(item), outcome.message))
+            return replace(outcome, message=failure(target.asked_as, case, _check(item), outcome.message))
         return outcome
 
     def _tell(self, item: pytest.Function, target: Target, case: Case, outcome: Outcome, took: float) -> None:
@@ -185,7 +186,9 @@ class Session:
         failures = self.known.get(target.name)
         info = self.process.info if self.process else None
         entry = failures.find(case.id, check, info) if failures and info else None
-        if entry is None or not outcome.verdict.was_judged:
+        # An adapter that is broken was not judged, and so did not fail as declared.
+        is_adapters = outcome.verdict is Verdict.ERROR or outcome.message.startswith(PROBING)
+        if entry is None or is_adapters or not outcome.verdict.was_judged:
             return outcome
         about = f"listed as {entry.kind}, {entry.issue}" + (f": {entry.reason}" if entry.reason else "")
         if outcome.verdict is Verdict.PASS:
@@ -214,6 +217,11 @@ class Session:
         if self.report is not None and not (option.keyword or option.markexpr or option.maxfail):
             self.strays = [stray for entry in self.known.values() for stray in entry.strays(self.report.results)]
             if self.strays and exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        # Whatever pytest made of the items: a bad verdict among the results is a bad run.
+        if self.report is not None and exitstatus == pytest.ExitCode.OK:
+            worst = 1 if self.strict else 2
+            if any(result.verdict.badness >= worst for result in self.report.results):
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:

@@ -30,11 +30,13 @@ GPT_OSS = {"T": 2, "E": 2, "K": 1, "H": 2880, "D": 0, "F": 2880, "Fs": 0, "Hp": 
 
 
 def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "core", **changes: Any) -> Case:
-    """routing: by name as in suites/route/methods.py. experts, shared: fields of MLPSpec. scale: of the routed sum."""
+    """routing: by name as in suites/route/methods.py. experts: fields of MLPSpec; shared: of its MLPSpec or its
+    SharedSpec; latent: of LatentSpec. scale: of the routed sum."""
     changes = {
         "routing": "renorm",
         "experts": {},
         "shared": {},
+        "latent": {},
         "scale": 2.5,
         "dtype": "float32",
         "tokens": dims["T"],
@@ -47,8 +49,8 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
         logits=LogitsSpec(),
         routing=method(changes["routing"], dims["K"]),
         experts=MLPSpec(dims["F"], **changes["experts"]),
-        shared=SharedSpec(MLPSpec(dims["Fs"], **changes["shared"])) if "shared" in has else None,
-        latent=LatentSpec(dims["D"]) if latent else None,
+        shared=_shared(dims["Fs"], **changes["shared"]) if "shared" in has else None,
+        latent=LatentSpec(dims["D"], **changes["latent"]) if latent else None,
         output_scale=changes["scale"],
     )
     return Case(
@@ -64,6 +66,10 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
         },
         tier=tier,
     )
+
+
+def _shared(width: int, gate: bool = False, count: int = 1, combine: Any = "sum", **mlp: Any) -> SharedSpec:
+    return SharedSpec(MLPSpec(width, **mlp), count, gate, combine=combine)
 
 
 def _subsets(*names: str) -> list[tuple[str, ...]]:
@@ -114,6 +120,22 @@ VALUE_CASES = (
         )
         for parts in (tuple(part for part in padded if part not in BOTH), padded)
     ),
+    # Parts of models that others have not: a gate on the shared expert (Qwen2-MoE), an average (Cohere2-MoE), norms and
+    # biases in and behind the latent width (MuseSpark, Nemotron-H), a clamp of the routed experts alone (DeepSeek-V4).
+    *(
+        _case(name, dims, parts, **changes)
+        for dims, tokens in ((TINY, ""), ({**NARROW, "T": 1}, "-one-token"))
+        for name, parts, changes in (
+            (f"shared-gate{tokens}", ("shared", "padded_hidden"), {"shared": {"gate": True}}),
+            (f"shared-average{tokens}", ("shared",), {"shared": {"combine": "average", "count": 2}}),
+            (f"routed-clamp{tokens}", ("shared", *BOTH), {"experts": {"clamp": "before", "limit": 0.75}}),
+            (f"latent-norm{tokens}", ("latent", *BOTH), {"latent": {"norm_eps": 0.0625}}),
+            (f"latent-bias{tokens}", ("latent", "shared"), {"latent": {"bias": True}}),
+            (f"experts-norm{tokens}", ("padded_hidden",), {"experts": {"output_norm": 0.0625}}),
+        )
+    ),
+    _case("many-tokens", MANY, ("shared",)),
+    _case("many-tokens", MANY, (), scale=1.0),
     _case("nemotron-3-nano", NANO, ("shared", *BOTH)),
     _case("nemotron-3-nano-bf16", NANO, ("shared", *BOTH), "full", dtype="bfloat16"),
     _case("nemotron-3-nano-scale1", NANO, ("shared", "padded_hidden"), "full", scale=1.0),

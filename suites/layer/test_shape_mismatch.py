@@ -39,8 +39,10 @@ def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return normal(shape, "layer-expert-scale") + 1.5
     if name.startswith("router."):
         return normal(shape, seed, std=0.25)
-    if part.startswith("b"):
+    if part.startswith("b") or part.endswith("_bias"):
         return normal(shape, seed, dtype, 0.5)
+    if part in ("norm", "output_norm"):  # added to 1 by the layer
+        return normal(shape, seed, dtype, 0.25)
     return matrix(shape, seed, dtype)
 
 

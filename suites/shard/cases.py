@@ -37,15 +37,20 @@ def _shard(
     activation: Any = "silu",
     gated: bool = True,
     bias: bool = False,
-    shared: bool = False,
+    shared: bool | dict[str, Any] = False,
     **recipe: Any,
 ) -> Case:
-    """rotated: local ids do not rise with global ids. dropped: of 20 ids, so many are -1. hot: everybody's first id."""
+    """shared: fields of its MLPSpec, or whether there is one. rotated: local ids do not rise with global ids.
+
+    dropped: of 20 ids, so many are -1. hot: everybody's first id.
+    """
     dims = {**dims, **{key: recipe.pop(key) for key in tuple(recipe) if key in dims}}
     recipe = {
         **dims,
         "mlp": MLPSpec(dims["F"], activation, gated=gated, bias=bias),
-        "shared": MLPSpec(dims["Fs"]) if shared else None,
+        "shared": MLPSpec(dims["Fs"], **(shared if isinstance(shared, dict) else {})) if shared else None,
+        "output_scale": 1.0,
+        "identity_experts": 0,
         "owners": OWNERS["contiguous"],
         "rotated": False,
         "tp": 1,
@@ -77,6 +82,9 @@ SUMS = (
     *(_shard(f"ep3-{T}-tokens", T=T) for T in (0, 1, 7)),
     _shard("ep3-bias", bias=True, activation="gelu_tanh"),
     _shard("ep3-not-gated", gated=False, activation="relu2", bias=True),
+    _shard("ep3-scale", owners=OWNERS["scattered"], rotated=True, output_scale=2.5),
+    _shard("ep3-identity", owners=OWNERS["scattered"], rotated=True, identity_experts=3, output_scale=2.5),
+    _shard("ep3-tp2-identity", tp=2, owners=OWNERS["scattered"], identity_experts=3),
     _shard("tp2", tp=2, owners=ONE_RANK, tier="smoke"),
     _shard("tp2-bias", tp=2, bias=True, owners=ONE_RANK),
     _shard("tp2-dropped-bias", tp=2, bias=True, owners=ONE_RANK, dropped=6),
@@ -126,6 +134,12 @@ SHARED = (
     _shard("shared-tp2", "shared.once", shared=True, tp=2, owners=ONE_RANK),
     _shard("shared-ep3-tp2", "shared.once", shared=True, tp=2, owners=OWNERS["scattered"]),
     _shard("shared-ep3-dropped", "shared.once", shared=True, dropped=6),
+    _shard("shared-ep3-scale", "shared.once", shared=True, output_scale=2.5),
+    # Nemotron-H's has no gate; a bias of the second projection is in the sum once, too.
+    _shard(
+        "shared-tp2-not-gated", "shared.once", shared={"activation": "relu2", "gated": False}, tp=2, owners=ONE_RANK
+    ),
+    _shard("shared-ep3-tp2-bias", "shared.once", shared={"bias": True}, tp=2, owners=OWNERS["scattered"]),
 )
 
 REPLICAS = (
