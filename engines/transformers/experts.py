@@ -42,7 +42,10 @@ def experts(inputs: ExpertsInputs, implementation: str) -> Tensor:
     routing = Routing(inputs.ids, inputs.weights)
     with torch.no_grad():
         if type(getattr(block.moe, "router", None)).__name__ in FORMS:
-            # Experts that are given no ids: the block around them, whose shared expert is zero.
+            # Experts that are given no ids: the block around them, whose shared expert is zero. They take a score of
+            # every expert for every token (Llama 4), and no word for a pair that has none.
+            if not inputs.native_ids and bool((inputs.ids < 0).any()):
+                raise Unsupported(f"experts: {type(block.moe).__name__} computes every expert, and drops no pair")
             with Tap(block.moe, routing, inputs.native_ids):
                 output: Tensor = block(inputs.x.unsqueeze(0), None, None).squeeze(0)
         else:
