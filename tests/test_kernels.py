@@ -53,7 +53,7 @@ with checked():
 """
 
 
-# A module of twins of which one test fails, one is skipped, and one ends its process.
+# A module of twins of which one test fails, one is skipped, and one ends its process, which costs no other.
 TWIN = """
 import os, pytest, triton
 
@@ -70,6 +70,9 @@ def test_skipped():
 
 def test_lost():
     os._exit(7)
+
+def test_after_it():
+    assert os.environ["TRITON_INTERPRET"] == "1"
 """
 
 
@@ -92,6 +95,7 @@ def test_twins_report_what_a_process_that_interprets_found(tmp_path: Path) -> No
         ("FAILED", "test_of_numbers[2]", ""),
         ("SKIPPED", "", "not today"),
         ("FAILED", "test_lost", ""),
+        ("PASSED", "test_after_it", ""),
     }, ran.stdout
     assert "number is not one" in ran.stdout and "ended with 7" in ran.stdout
     assert ran.returncode == 1

@@ -1,7 +1,7 @@
 """Kernels against the reference functions that they are twins of: interpreted without a GPU, compiled with one.
 
 Triton decides which when it is imported. Where this process has no GPU and was not started with TRITON_INTERPRET=1, the
-tests of a module run in a process that was, and their reports are given here as if they had run in this one:
+tests run in a process that was, and their reports are given here as if they had run in this one:
 
     pytest tests/kernel_twins                       # compiled where there is a GPU, otherwise interpreted
     TRITON_INTERPRET=1 pytest tests/kernel_twins    # interpreted, in pytest's own process (--pdb, coverage, profilers)
@@ -11,13 +11,14 @@ Interpreted, programs of a grid run last to first, and an access outside the ten
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from moe_conformance.running.devices import gpu_count
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Where the process that another one started for these tests writes its reports, pickled one behind the other.
-REPORTS = "MOE_CONFORMANCE_TWIN_REPORTS"
+# The file descriptor through which a process that interprets is told what to run.
+CONNECTION = "MOE_CONFORMANCE_TWINS"
 ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
     "TRITON_DEFAULT_FP_FUSION": "1",
@@ -64,57 +65,90 @@ def twin() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    """Give the reports of a process that interprets, started with the first test of each module."""
+    """Give the reports of a process that interprets, started with the first test that needs one."""
     if not elsewhere or not item.path.is_relative_to(HERE):
         return None
-    kept: dict[Path, dict[str, list[Any]]] = item.session.stash.setdefault(_KEPT, {})
-    if item.path not in kept:
-        kept[item.path] = reports_of([other for other in item.session.items if other.path == item.path])
+    stash = item.session.stash
+    if not stash.get(_INTERPRETING, None):
+        stash[_INTERPRETING] = Interpreting(item.config)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for data in kept[item.path].get(item.nodeid, ()):
-        report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
+    reports = stash[_INTERPRETING].reports(item)
+    if reports is None:
+        text = f"no report of this test; its process ended with {stash[_INTERPRETING].end()}"
+        reports = [pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")]
+        stash[_INTERPRETING] = None  # the next test gets another process
+    for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
 
 
-_KEPT = pytest.StashKey[dict[Path, dict[str, list[Any]]]]()
+class Interpreting:
+    """A pytest that interprets, and runs the tests that it is told."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.connection, theirs = Pipe()
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        options = ["-n", "0", "-p", "no:cacheprovider", "-q", str(HERE)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", "-m", "pytest", *options],
+            env=os.environ | ENVIRONMENT | {CONNECTION: str(theirs.fileno())},
+            cwd=config.rootpath,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+        )
+        theirs.close()
+        config.add_cleanup(self.end)
+
+    def reports(self, item: pytest.Item) -> list[pytest.TestReport] | None:
+        """Of setup, call and teardown; None where the process is no more."""
+        try:
+            self.connection.send(item.nodeid)
+            found = self.connection.recv()
+        except (EOFError, OSError):
+            return None
+        restore = self.config.hook.pytest_report_from_serializable
+        return [restore(config=self.config, data=data) for data in found]
+
+    def end(self) -> str:
+        """Its exit status and what it wrote."""
+        self.connection.close()
+        status = self.process.wait()
+        if self.output.closed:
+            return str(status)
+        self.output.seek(0)
+        with self.output:
+            return f"{status}\n{self.output.read()}"
 
 
-def reports_of(items: list[pytest.Item]) -> dict[str, list[Any]]:
-    """Serialised reports by test; of a test that was not run to its end, one that says how the process ended."""
-    config = items[0].config
-    with tempfile.TemporaryDirectory() as folder:
-        reports = Path(folder) / "reports"
-        reports.touch()
-        command = [sys.executable, "-P", "-W", "ignore", "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
-        command += [item.nodeid for item in items]
-        environment = os.environ | ENVIRONMENT | {REPORTS: str(reports)}
-        ran = subprocess.run(command, env=environment, cwd=config.rootpath, capture_output=True, text=True)
-        found: dict[str, list[Any]] = {item.nodeid: [] for item in items}
-        with reports.open("rb") as file:
-            while file.peek():
-                data = pickle.load(file)
-                found[data["nodeid"]].append(data)
-    for item in items:
-        if not any(data["when"] == "teardown" for data in found[item.nodeid]):
-            text = f"no report of this test; its process ended with {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
-            lost = pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")
-            found[item.nodeid].append(config.hook.pytest_report_to_serializable(config=config, report=lost))
-    return found
+_INTERPRETING = pytest.StashKey[Interpreting | None]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """In a process that another one started: hand every report over."""
-    if REPORTS in os.environ:
-        config.pluginmanager.register(Reporter(config, Path(os.environ[REPORTS])))
+    if CONNECTION in os.environ:
+        config.pluginmanager.register(Told(config, Connection(int(os.environ[CONNECTION]))))
 
 
-class Reporter:
-    def __init__(self, config: pytest.Config, path: Path) -> None:
-        self.config, self.path = config, path
+class Told:
+    """In the process that interprets: run what comes through the connection, and hand the reports over."""
+
+    def __init__(self, config: pytest.Config, connection: Connection) -> None:
+        self.config, self.connection = config, connection
+        self.reports: list[Any] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
-        with self.path.open("ab") as file:
-            pickle.dump(data, file)  # tuples stay tuples
+        self.reports.append(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        items = {item.nodeid: item for item in session.items}
+        with contextlib.suppress(EOFError):
+            while True:
+                self.reports = []
+                item = items[self.connection.recv()]
+                self.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+                self.connection.send(self.reports)
+        return True
