@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
+from itertools import groupby
 from typing import Any
 
 from moe_conformance.catalogue.case import Case
@@ -78,8 +79,7 @@ def features(stages: tuple[str, ...] = STAGES) -> str:
     for stage in stages:
         there: Mapping[str, Feature] = words(stage)
         lines += [stage] + ["  (none)"] * (not there)
-        lines += [
-            f"  {word:22} {entry.meaning}\n{'':25}not judged without it: {entry.without}"
-            for word, entry in there.items()
-        ]
+        for without, group in groupby(there.items(), key=lambda item: item[1].without):
+            lines.append(f"  not judged without it: {without}")
+            lines += [f"    {word:22} {entry.meaning}" for word, entry in group]
     return "\n".join(lines)
