@@ -68,8 +68,9 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
     )
 
 
-def _shared(width: int, gate: bool = False, count: int = 1, combine: Any = "sum", **mlp: Any) -> SharedSpec:
-    return SharedSpec(MLPSpec(width, **mlp), count, gate, combine=combine)
+def _shared(width: int, count: int = 1, combine: Any = "sum", **fields: Any) -> SharedSpec:
+    own = {name: fields.pop(name) for name in ("gate", "weighted") if name in fields}
+    return SharedSpec(MLPSpec(width, **fields), count, combine=combine, **own)
 
 
 def _subsets(*names: str) -> list[tuple[str, ...]]:
@@ -133,6 +134,15 @@ VALUE_CASES = (
             (f"latent-bias{tokens}", ("latent", "shared"), {"latent": {"bias": True}}),
             (f"experts-norm{tokens}", ("padded_hidden",), {"experts": {"output_norm": 0.0625}}),
         )
+    ),
+    # Inkling's router weighs the shared experts, too, with its scale.
+    _case(
+        "inkling",
+        {**TINY, "E": 8},
+        ("shared", *BOTH),
+        routing="inkling",
+        shared={"count": 2, "weighted": True, "weight_on": "w2_input"},
+        scale=1.0,
     ),
     _case("many-tokens", MANY, ("shared",)),
     _case("many-tokens", MANY, (), scale=1.0),
