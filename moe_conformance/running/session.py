@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,14 @@ class Session:
 
     def pytest_report_header(self) -> str | None:
         return IN_PROCESS if self.in_process else None
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection(self) -> Generator[None, object, object]:
+        gc.disable()  # the suites import torch: see host.py
+        try:
+            return (yield)
+        finally:
+            gc.enable()
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         listed: tuple[Case, ...] | None = getattr(metafunc.function, "moe_cases", None)

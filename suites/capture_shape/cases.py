@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.suites.describe.cases import GEMMA4, LLAMA, ROOT_DIFFERS, TYPES, UNEVEN, flat
+from moe_conformance.suites.describe.cases import GEMMA4, GEMMA4_HUB, LLAMA, ROOT_DIFFERS, TYPES, UNEVEN, flat
 from moe_conformance.suites.describe.families import (
     CLASSES,
     EXPERTS,
@@ -29,7 +29,7 @@ def captured(slug: str, moe_layers: int, keys: Keys, config_class: str = "") -> 
     want = {"layers": LAYERS, "moe_layers": moe_layers, "top_k": TOP_K, "experts": EXPERTS}
     recipe: dict[str, Any] = {"keys": keys, "want": want, "needs": SIDES}
     recipe |= {"class": config_class} if config_class else {}
-    tier = "smoke" if slug.startswith("gemma4") else "core"
+    tier = "smoke" if slug == "gemma4-hub" else "core"
     return Case(f"capture-shape-{slug}", "capture_shape", "config.both-sides", recipe, tier)
 
 
@@ -60,6 +60,7 @@ CAPTURED = (
     ),
     captured("hunyuan-v1-moe-top-k-list", 9, flat_keys("hunyuan-v1-moe") | {"moe_topk": UNEVEN}, "HunYuanMoEV1Config"),
     captured("qwen3-vl-moe-root-differs", 3, ROOT_DIFFERS),
+    captured("gemma4-hub", 9, GEMMA4_HUB),
     captured("qwen3-moe-hub", 3, flat("qwen3-moe", "qwen3_moe")),
     captured("kimi-linear-hub", 5, flat("kimi-linear", "kimi_linear", TYPES, first_k_dense_replace=LEADING_DENSE)),
 )

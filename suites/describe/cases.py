@@ -25,7 +25,7 @@ from moe_conformance.suites.describe.families import (
 from moe_conformance.suites.describe.methods import METHODS, is_published, layer_keys
 
 SMOKE = {
-    "config-gemma4-nested",
+    "config-gemma4-hub",  # plain: its config class imports a second of transformers
     "config-qwen3-moe",
     "config-nemotron-h",
     "config-hunyuan-v1-moe-top-k-list",
@@ -96,6 +96,7 @@ ROOT_DIFFERS: Keys = {
     "num_experts_per_tok": TOP_K + 2,
     "num_hidden_layers": LAYERS + 2,
 }
+GEMMA4_HUB: Keys = {"model_type": "gemma4", "text_config": flat("gemma4", "gemma4_text")}
 # What lies on the hub: legacy keys that a config class turns into its own, aliases, a text config without its type.
 HUB = (
     described("axk1-hub", flat("axk1", "axk1", TYPES, first_k_dense_replace=2, moe_layer_freq=3)),
@@ -111,6 +112,7 @@ HUB = (
             "dots3-note", "dots3_note_text", TYPES, first_k_dense_replace=2, moe_layer_freq=[1, 1, 0, 1, 0, 1, 1, 0, 1]
         ),
     ),
+    described("gemma4-hub", GEMMA4_HUB),
     described("glm-moe-dsa-hub", flat("glm-moe-dsa", "glm_moe_dsa", TYPES, first_k_dense_replace=LEADING_DENSE)),
     described("glm4-moe-lite-hub", flat("glm4-moe-lite", "glm4_moe_lite", TYPES)),
     described("inkling-hub", flat("inkling", "inkling_text", TYPES, dense_mlp_idx=LEADING_DENSE)),
@@ -209,13 +211,17 @@ def refused(name: str, keys: Keys, *names: str, config_class: str = "", tier: st
 
 GEMMA4 = flat_keys("gemma4")
 ABSENT = tuple(
-    refused(
-        f"gemma4-without-{key.replace('_', '-')}", GEMMA4 | {key: None}, key, config_class="Gemma4TextConfig", tier=tier
-    )
-    for key, tier in (("num_experts", "core"), ("top_k_experts", "smoke"), ("moe_intermediate_size", "core"))
+    refused(f"gemma4-without-{key.replace('_', '-')}", GEMMA4 | {key: None}, key, config_class="Gemma4TextConfig")
+    for key in ("num_experts", "top_k_experts", "moe_intermediate_size")
 )
 REFUSED = (
     *ABSENT,
+    refused(
+        "gemma4-hub-without-top-k",
+        GEMMA4_HUB | {"text_config": GEMMA4_HUB["text_config"] | {"top_k_experts": None}},
+        "top_k_experts",
+        tier="smoke",
+    ),
     refused(
         "gemma4-nested-without-top-k",
         {"text_config": GEMMA4 | {"top_k_experts": None}},
@@ -307,8 +313,8 @@ def dense(name: str, keys: Keys, *names: str, config_class: str = "", tier: str 
 LLAMA: Keys = SIZES | {"intermediate_size": WIDTH}
 DENSE_GEMMA4: Keys = GEMMA4 | {"enable_moe_block": False}
 DENSE = (
-    dense("llama-dense", LLAMA, "llama", config_class="LlamaConfig", tier="smoke"),
-    dense("llama-dense-hub", {"model_type": "llama"} | LLAMA, "llama"),
+    dense("llama-dense", LLAMA, "llama", config_class="LlamaConfig"),
+    dense("llama-dense-hub", {"model_type": "llama"} | LLAMA, "llama", tier="smoke"),
     dense("gemma4-dense", SIZES, "gemma4", config_class="Gemma4TextConfig"),
     dense("gemma4-switched-off", DENSE_GEMMA4, "gemma4", config_class="Gemma4TextConfig"),
     dense("gemma4-nested-dense", {"text_config": DENSE_GEMMA4}, "gemma4", config_class="Gemma4Config"),
