@@ -26,7 +26,10 @@ other_triton = pytest.mark.skipif(
     reason=f"figures are kept for triton {KEPT}, and no others are compared with them",
 )
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
 
 
 @pytest.fixture(scope="module")

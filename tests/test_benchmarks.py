@@ -14,6 +14,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+pytestmark = pytest.mark.nightly
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 KERNELS = {"experts", "gate_up", "down", "route", "align", "layer", "combine", "capture", "pad", "unpad"}
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from every_check import CHECKS, verdict
 
+from moe_conformance.judging.judge import Judge
 from moe_conformance.judging.verdict import Verdict
 from moe_conformance.reporting.stream import read
+from moe_conformance.running.discovery import Target
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
 ADAPTER = PAGE.partition("```python\n")[2].partition("```")[0]
+ENGINE = re.findall(r"^class (\w+)", ADAPTER, re.MULTILINE)[-1]
 COMMAND = PAGE.partition("```bash\nmoe-conformance ")[2].partition("\n")[0].split()
 
 
@@ -45,8 +50,19 @@ def test_the_adapter_is_judged_at_the_sizes_of_models_and_passes(tmp_path: Path)
         ('copy_(inputs.tensors["router.selection_bias"])', "zero_()"),
     ],
 )
-def test_a_fault_in_the_adapter_is_noticed(right: str, wrong: str, tmp_path: Path) -> None:
+def test_a_fault_in_the_adapter_is_noticed(
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, which has imported transformers, as the adapter does."""
     assert ADAPTER.count(right) == 1
-    done = _judge(tmp_path, ADAPTER.replace(right, wrong), "--case", "route-deepseek-v3-e256-k8-t9-fp32-fine")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "fail: deepseek-router on route-deepseek-v3-e256-k8-t9-fp32-fine" in done.stdout
+    name = f"docs_adapter_with_{wrong.partition('(')[0].replace('=', '_').replace('.', '_')}"
+    (tmp_path / f"{name}.py").write_text(ADAPTER.replace(right, wrong), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    judge = Judge(Target(name, f"{name}:{ENGINE}"))
+    (row,) = (
+        row
+        for row in CHECKS
+        if (row[2].id, row[1])
+        == ("route-deepseek-v3-e256-k8-t9-fp32-fine", "test_ids_and_weights_are_those_of_the_method")
+    )
+    assert verdict(judge, *row) is Verdict.FAIL

@@ -23,23 +23,41 @@ MUTANTS: list[Mutant] = [
 ]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.engine.name)
-def test_a_mutant_fails_its_named_case_and_nothing_outside_its_class(mutant: Mutant) -> None:
-    """Its own case, and every case of another class on a stage that it overrides; elsewhere it is the reference."""
+every_mutant = pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.engine.name)
+
+
+def judge_of(mutant: Mutant) -> Judge:
     judge = Judge(Target(mutant.engine.name, f"{mutant.engine.__module__}:{mutant.engine.__qualname__}"))
     judge.adapters = judge.adapters[1:]  # a mutant's file is its engine, so what it raises is the engine's failure
+    return judge
+
+
+def assert_no_stranger_fails(mutant: Mutant, tier: str) -> None:
+    """Cases of other classes on the stages that it overrides; elsewhere it is the reference."""
+    judge, own = judge_of(mutant), {mutant.bug_class, *mutant.also}
+    strangers = [row for row in CHECKS if row[2].stage in stages_of(mutant) and row[2].bug_class not in own]
+    failed = [f"{row[2].id}: {row[1]}" for row in strangers if row[2].tier == tier and verdict(judge, *row).badness]
+    assert failed == []
+
+
+def stages_of(mutant: Mutant) -> set[str]:
+    return {stage for stage in STAGES if getattr(mutant.engine, stage) is not getattr(Reference, stage)}
+
+
+@every_mutant
+def test_a_mutant_fails_its_named_case_and_nothing_outside_its_class(mutant: Mutant) -> None:
     case_id, check = mutant.killed_by
     (named,) = (row for row in CHECKS if (row[2].id, row[1].removeprefix("test_")) == (case_id, check))
     assert named[2].bug_class == mutant.bug_class
-    assert verdict(judge, *named) is (Verdict.FAIL if named[2].level == "MUST" else Verdict.BROKEN_SHOULD)
-    stages = {stage for stage in STAGES if getattr(mutant.engine, stage) is not getattr(Reference, stage)}
-    assert named[2].stage in stages
-    strangers = [
-        row for row in CHECKS if row[2].stage in stages and row[2].bug_class not in {mutant.bug_class, *mutant.also}
-    ]
-    strangers = [row for row in strangers if row[2].tier in ("smoke", "core")]
-    failed = [f"{case.id}: {name}" for module, name, case in strangers if verdict(judge, module, name, case).badness]
-    assert failed == []
+    assert verdict(judge_of(mutant), *named) is (Verdict.FAIL if named[2].level == "MUST" else Verdict.BROKEN_SHOULD)
+    assert named[2].stage in stages_of(mutant)
+    assert_no_stranger_fails(mutant, "smoke")
+
+
+@pytest.mark.nightly
+@every_mutant
+def test_a_mutant_fails_no_core_case_of_another_class(mutant: Mutant) -> None:
+    assert_no_stranger_fails(mutant, "core")
 
 
 class RefusesLayers(Faulty):

@@ -106,7 +106,7 @@ def test_a_fault_in_the_readmes_adapter_is_noticed(installed: dict[str, str], tm
     unpadded = "[..., :width]"
     assert README_ADAPTER.count(unpadded) == 1
     (tmp_path / "my_engine.py").write_text(README_ADAPTER.replace(unpadded, ""))
-    command = ["-m", "moe_conformance.cli", "run", "--engine", "my_engine:MyEngine", "--tier", "smoke", "-n", "0"]
+    command = ["-m", "moe_conformance.cli", "run", "--engine", "my_engine:MyEngine", "--tier", "smoke", "--in-process"]
     done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=installed, text=True, capture_output=True)
     assert done.returncode == 1
     assert "must be cut before" in done.stdout

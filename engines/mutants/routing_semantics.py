@@ -150,7 +150,8 @@ class TiesGoEitherWay(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
         self.calls += 1
         spec = inputs.routing
-        if self.calls & 2 or spec.selector != "topk" or spec.groups > 1 or spec.classes(0):
+        is_plain = spec.selector == "topk" and spec.groups == 1 and not spec.classes(0) and not inputs.fused_shared
+        if self.calls & 2 or not is_plain:
             return super().route(inputs)
         flipped = replace(
             inputs,

@@ -146,7 +146,7 @@ VALUE_CASES = (
     ),
     _case("many-tokens", MANY, ("shared",)),
     _case("many-tokens", MANY, (), scale=1.0),
-    _case("nemotron-3-nano", NANO, ("shared", *BOTH)),
+    _case("nemotron-3-nano", NANO, ("shared", *BOTH), "full"),  # seconds
     _case("nemotron-3-nano-bf16", NANO, ("shared", *BOTH), "full", dtype="bfloat16"),
     _case("nemotron-3-nano-scale1", NANO, ("shared", "padded_hidden"), "full", scale=1.0),
     _case("nemotron-latent", NANO, ("shared", "latent", "padded_hidden"), "full"),
