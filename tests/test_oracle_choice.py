@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import Capacity, RouteInputs, RoutingSpec
-from moe_conformance.oracle.capacity import Interval, choices, fitting, places, room
+from moe_conformance.oracle.capacity import Interval, Room, choices, fitting, places, room
 from moe_conformance.oracle.choice import accepted, best, choose, group_scores
 from moe_conformance.oracle.value import Value
 from moe_conformance.reference_impl.capacity import over_capacity
@@ -132,6 +132,16 @@ def test_inputs_whose_experts_rounding_may_change_are_no_good() -> None:
         choose(replace(inputs, routing=RoutingSpec(1, groups=3, top_groups=3, capacity=Capacity(1))), None, FP32)
 
 
+def test_inputs_whose_places_rounding_may_change_are_no_good() -> None:
+    """Both tokens surely want expert 0, which takes one of them; which weighs more is not sure."""
+    spec = RoutingSpec(1, capacity=Capacity(1, by_weight=True))
+    exact = torch.tensor([[3.0, 0.0], [3.1, 0.0]])
+    inputs = RouteInputs(exact, spec)
+    assert choose(inputs, None, FP32).ids.tolist() == [[-1], [0]]
+    with pytest.raises(ValueError, match=r"rounding may change the experts of rows \[0, 1\]"):
+        choose(inputs, value(exact, torch.full((2, 2), 0.1)), FP32)
+
+
 def sure(rows: list[list[float]]) -> Interval:
     exact = torch.tensor(rows, dtype=FP64)
     return Interval(exact, exact)
@@ -190,6 +200,17 @@ def test_a_near_tie_before_a_pair_leaves_its_place_open() -> None:
     by_weight = room(bounds, first, Capacity(1, by_weight=True), 1, 1)  # 3, then 1 and 2 in any order, then 0
     assert by_weight.keeps.tolist() == [[False, False], [False, False], [False, True], [True, False]]
     assert by_weight.drops.tolist() == [[True, True], [True, False], [False, False], [False, False]]
+
+
+def test_a_lost_expert_still_takes_one_of_the_best_k() -> None:
+    """Expert 0 is surely one of the two best and has no place; any one of the others may be the second, not two."""
+    bounds = Interval(
+        torch.tensor([[4.0, 1.0, 1.0, 1.0]], dtype=FP64), torch.tensor([[4.0, 3.0, 3.0, 3.0]], dtype=FP64)
+    )
+    drops = torch.tensor([[True, False, False, False]])
+    found = Room(keeps=~drops, drops=drops)
+    assert fitting(torch.tensor([[False, False, True, False]]), bounds, found, 2).all()
+    assert not fitting(torch.tensor([[False, False, True, True]]), bounds, found, 2).any()
 
 
 def test_what_has_no_place_must_be_among_the_best() -> None:
