@@ -252,6 +252,13 @@ def test_a_case_of_an_old_clause_is_told_the_new_one(monkeypatch: pytest.MonkeyP
         Case("a", "align", "align.blocks")
 
 
+def test_a_clause_begins_with_its_stage_or_with_the_subject_that_two_share() -> None:
+    subjects = {"capture": {"capture-session", "capture-store"}, "config": {"describe", "capture-shape"}}
+    for case in catalogue().values():
+        begins, stage = case.clause.partition(".")[0], case.stage.replace("_", "-")
+        assert begins == stage or stage in subjects.get(begins, ()), case.clause
+
+
 def test_a_case_that_needs_an_unknown_word_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a: align: got feature 'expert_mapp', want .*did you mean 'expert_map'"):
         Case("a", "align", "align.whole-blocks", {"needs": ("expert_mapp",)})

@@ -110,7 +110,7 @@ def test_a_refusal_has_a_kind_and_the_engines_words() -> None:
     def refuses(engine: Any, case: Case) -> None:
         raise Unsupported("no kernel for sm_35")
 
-    judge, plain = judge_of("CallsBack"), Case("a-layer", stage="layer", clause="padding.cut-before-add")
+    judge, plain = judge_of("CallsBack"), Case("a-layer", stage="layer", clause="layer.cut-before-add")
     mapped = Case("a-map", stage="align", clause="align.whole-blocks", recipe={"expert_map": True})
     said = [judge.judge(refuses, case) for case in (CASE, plain, mapped)]
     assert {outcome.verdict for outcome in said} == {Verdict.UNSUPPORTED}

@@ -19,7 +19,35 @@ LISTED = 40
 # Case ids are permanent; one that had to change stands here for good.
 CASES: Mapping[str, str] = {}
 CLASSES: Mapping[str, str] = {}
-CLAUSES: Mapping[str, str] = {}
+# A clause begins with its stage.
+CLAUSES: Mapping[str, str] = {
+    "config.resolve": "describe.resolve",
+    "config.layers": "describe.layers",
+    "config.both-sides": "capture-shape.both-sides",
+    "closure.current-values": "router-module.current-values",
+    "rows.own": "capture.own-rows",
+    "rows.refuse-count": "capture.refuse-count",
+    "replay.only-real-rows": "capture.only-real-rows",
+    "replay.layers": "capture.layers",
+    "replay.bounds": "capture.bounds",
+    "replay.narrow": "capture.narrow",
+    "replay.other-process": "capture.other-process",
+    "padding.cut-before-add": "layer.cut-before-add",
+    "padding.traceable": "layer.traceable",
+    "routing.method": "route.method",
+    "routing.fused-shared": "route.fused-shared",
+    "routing.padding-rows": "route.padding-rows",
+    "routing.unique-ids": "route.unique-ids",
+    "routing.family": "block.routing",
+    "ranks.one-place": "expert-map.one-place",
+    "ranks.sum": "shard.sum",
+    "ranks.nothing-of-others": "shard.nothing-of-others",
+    "ranks.out-of-range": "shard.out-of-range",
+    "replicas.same-output": "shard.same-output",
+    "replicas.choice": "replicate.choice",
+    "replicas.load": "replicate.load",
+    "shared.once": "shard.shared",
+}
 CHECKS: Mapping[str, str] = {}
 
 _METHODS: Mapping[str, tuple[str, ...]] = {

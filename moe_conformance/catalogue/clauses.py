@@ -23,19 +23,19 @@ class Clause:
 
 
 CLAUSES: dict[str, Clause] = {
-    "config.resolve": Clause(
+    "describe.resolve": Clause(
         "config-keys",
         "An engine must find experts, top-k, MoE layers, shared experts, latent size and widths under every name "
         "and nesting that a model family uses.",
         ("vllm#41401", "transformers#45279", "Automodel#1361"),
     ),
-    "config.layers": Clause(
+    "describe.layers": Clause(
         "config-keys",
         "An engine must find in a config how its MoE layers compute: by the keys that the model reads, under their "
         "names and with their defaults, each layer its own values; a key that the model never reads changes nothing.",
         ("vllm#42855", "sglang#39939", "vllm#24119"),
     ),
-    "config.both-sides": Clause(
+    "capture-shape.both-sides": Clause(
         "config-keys",
         "The worker that records routed experts and the reader that serves them must take the same sizes from the "
         "same config.",
@@ -51,7 +51,7 @@ CLAUSES: dict[str, Clause] = {
         "config-keys",
         "A dense model must be refused by name before anything of it is loaded.",
     ),
-    "closure.current-values": Clause(
+    "router-module.current-values": Clause(
         "closure-capture",
         "A router must use the parameter values its module has at call time, however they got there.",
         ("vllm#42250", "sglang#26717"),
@@ -77,67 +77,67 @@ CLAUSES: dict[str, Clause] = {
         "weight-coverage",
         "A truncated, mistyped or hostile checkpoint must be refused whole, with nothing half-loaded.",
     ),
-    "rows.own": Clause(
+    "capture.own-rows": Clause(
         "dp-assertions",
         "A capturer must record, for each token this rank owns, the ids routed for that token, whichever row layout "
         "arrives.",
         ("vllm#37879", "vllm#43737"),
     ),
-    "rows.refuse-count": Clause(
+    "capture.refuse-count": Clause(
         "dp-assertions",
         "A row count that fits no layout must raise and name what came and what was expected.",
         ("vllm#37879",),
     ),
-    "replay.only-real-rows": Clause(
+    "capture.only-real-rows": Clause(
         "capture-replay",
         "Padding rows, another rank's rows and rows of an earlier step must never be readable.",
         ("SkyRL#1908", "sglang#23885"),
     ),
-    "replay.layers": Clause(
+    "capture.layers": Clause(
         "capture-replay",
         "Each layer's ids must be read at that layer, whichever other layers of the model route nothing.",
     ),
-    "replay.bounds": Clause(
+    "capture.bounds": Clause(
         "capture-replay",
         "Layer ids out of range, and expert ids that do not fit, must be rejected and must change nothing.",
     ),
-    "replay.narrow": Clause(
+    "capture.narrow": Clause(
         "capture-replay",
         "Every legal expert id must survive the dtype it is stored in.",
     ),
-    "replay.other-process": Clause(
+    "capture.other-process": Clause(
         "capture-replay",
         "A reader in another process must get each token's own rows, and shared memory must not outlive its owner.",
         ("vllm#39568",),
     ),
-    "padding.cut-before-add": Clause(
+    "layer.cut-before-add": Clause(
         "shape-mismatch",
         "A padded hidden or intermediate dim must be cut before anything of the unpadded width is added or "
         "projected, and nothing in the padding may reach the result.",
         ("vllm#40794", "vllm#40865", "tokenspeed#1322"),
     ),
-    "padding.traceable": Clause(
+    "layer.traceable": Clause(
         "shape-mismatch",
         "Shapes must hold under fake tensors and under torch.compile(fullgraph=True).",
         ("vllm#40794", "vllm#41646"),
     ),
-    "routing.method": Clause(
+    "route.method": Clause(
         "routing-semantics",
         "A router must select and weigh exactly by the model's method: order of score, top-k, renormalisation, scale.",
         ("transformers#39581", "PaddleFormers#3452", "megablocks#87"),
     ),
-    "routing.fused-shared": Clause(
+    "route.fused-shared": Clause(
         "shared-experts",
         "Shared experts that are further slots of a routing must stand behind the chosen experts, each once in every "
         "row, with the weight that their rule gives.",
         ("sglang#31475",),
     ),
-    "routing.padding-rows": Clause(
+    "route.padding-rows": Clause(
         "token-padding",
         "Rows behind the valid ones must not change a bit of a valid row, whatever they hold.",
         ("SkyRL#1908",),
     ),
-    "routing.unique-ids": Clause(
+    "route.unique-ids": Clause(
         "ties-nan-duplicates",
         "Expert ids must be unique and in range for any row, ties, NaN and infinities included, the same every run.",
         ("vllm#39391", "sglang#30079"),
@@ -160,23 +160,23 @@ CLAUSES: dict[str, Clause] = {
         "earlier calls.",
         ("TileOPs#640",),
     ),
-    "ranks.one-place": Clause(
+    "expert-map.one-place": Clause(
         "expert-map",
         "Every expert must lie on exactly one rank, local ids must count up from 0 in the order of global ids, and no "
         "rank may hold two experts more than another.",
         ("vllm#21497",),
     ),
-    "ranks.sum": Clause(
+    "shard.sum": Clause(
         "expert-map",
         "The parts of all ranks must sum to the unsharded layer, whichever experts, and what slice of them, each has.",
         ("vllm-gaudi#1796", "transformers#45473", "transformers#46818"),
     ),
-    "ranks.nothing-of-others": Clause(
+    "shard.nothing-of-others": Clause(
         "expert-map",
         "A pair whose id is -1 or another rank's must contribute exactly zero, whatever its weight.",
         ("vllm#46408", "vllm#48371", "sglang#30387"),
     ),
-    "ranks.out-of-range": Clause(
+    "shard.out-of-range": Clause(
         "expert-map",
         "An id out of range must raise or contribute zero; it must never wrap to an expert.",
         ("vllm#46408", "flashinfer#1469"),
@@ -204,27 +204,27 @@ CLAUSES: dict[str, Clause] = {
         "An id out of range must raise or add nothing; it must never wrap to an expert.",
         ("vllm#46408", "flashinfer#1469"),
     ),
-    "replicas.same-output": Clause(
+    "shard.same-output": Clause(
         "eplb",
         "Redundant experts, and moving them, must leave the output unchanged.",
         ("vllm-ascend#5311",),
     ),
-    "replicas.choice": Clause(
+    "replicate.choice": Clause(
         "eplb",
         "Each pair must go to a copy of the expert that the router chose, and a pair without expert to none.",
         ("vllm-ascend#5311",),
     ),
-    "replicas.load": Clause(
+    "replicate.load": Clause(
         "eplb",
         "Load must count each real pair once, by logical expert.",
         ("vllm#22167", "vllm#38128"),
     ),
-    "shared.once": Clause(
+    "shard.shared": Clause(
         "shared-experts",
         "The shared expert's output must be in the sum over ranks once, however many ranks there are.",
         ("sglang#31475", "TensorRT-LLM#15922"),
     ),
-    "routing.family": Clause(
+    "block.routing": Clause(
         "routing-semantics",
         "Every family's router must choose by its own scores, bias and groups, and weigh by its own normalisation and "
         "scale; a selection bias must never enter a weight.",

@@ -134,14 +134,14 @@ TINY_SUMS = {"lfm2-moe": 1e-6, "muse-spark": 1e-15, "deepseek-v4": 1e-18} | dict
 ALONE = tuple((slug, f"token-{number}") for slug in ("doge", "doge-no-norm") for number in range(3))
 
 ROUTE_CASES = (
-    *(_case(slug, "route", "routing.family", _tier(slug)) for slug in ROUTED),
-    *(_case(slug, f"route-{token}", "routing.family", "core", shape=(1, 1), x=token) for slug, token in ALONE),
-    *(_case(slug, "route-tiny-sum", "routing.family", _tier(slug, SOME), sum=s) for slug, s in TINY_SUMS.items()),
+    *(_case(slug, "route", "block.routing", _tier(slug)) for slug in ROUTED),
+    *(_case(slug, f"route-{token}", "block.routing", "core", shape=(1, 1), x=token) for slug, token in ALONE),
+    *(_case(slug, "route-tiny-sum", "block.routing", _tier(slug, SOME), sum=s) for slug, s in TINY_SUMS.items()),
 )
 
 # With the engine's own logits, which are rounded to bfloat16.
 NARROW_ROUTE_CASES = tuple(
-    _case(slug, "bf16-route", "routing.family", _core_or_full(slug), dtype="bfloat16") for slug in GIVEN
+    _case(slug, "bf16-route", "block.routing", _core_or_full(slug), dtype="bfloat16") for slug in GIVEN
 )
 
 BLOCK_CASES = (

@@ -47,7 +47,7 @@ def _own(kind: str, tp: int, names: tuple[str, ...]) -> Iterator[Case]:
         yield Case(
             f"capture-{kind.replace('_', '-')}-tp{tp}-{name}",
             stage="capture_session",
-            clause="rows.own",
+            clause="capture.own-rows",
             recipe={"kind": kind, "counts": COUNTS[name], "tp": tp},
             tier="smoke" if name == "dp2-fewer-first" else "core",
         )
@@ -68,7 +68,7 @@ SPELLED_OUT = tuple(
     Case(
         f"capture-{kind.replace('_', '-')}-spelled-out",
         stage="capture_session",
-        clause="rows.own",
+        clause="capture.own-rows",
         recipe={"kind": kind, "counts": (1, 3), "tp": 2},
     )
     for kind in (*WHOLE, *SPLIT)
@@ -79,7 +79,7 @@ MARKED_PADDING = tuple(
     Case(
         f"capture-{kind.replace('_', '-')}-padding-marked",
         stage="capture_session",
-        clause="rows.own",
+        clause="capture.own-rows",
         recipe={"kind": kind, "counts": (5, 3), "tp": 2, "padding": -1},
     )
     for kind in SPLIT
@@ -90,7 +90,7 @@ ONE_EXPERT = tuple(
     Case(
         f"capture-{kind.replace('_', '-')}-one-expert-a-token",
         stage="capture_session",
-        clause="rows.own",
+        clause="capture.own-rows",
         recipe={"kind": kind, "counts": (1, 4), "tp": 2, "top_k": 1},
     )
     for kind in (*WHOLE, *SPLIT)
@@ -101,7 +101,7 @@ CHANGING_LAYOUT = tuple(
     Case(
         f"capture-layout-changes-{name}",
         stage="capture_session",
-        clause="rows.own",
+        clause="capture.own-rows",
         recipe={"kinds": kinds, "counts": (3, 6, 2), "tp": 2},
     )
     for name, kinds in {
@@ -116,7 +116,7 @@ CHANGING_COUNTS = tuple(
     Case(
         f"capture-{kind.replace('_', '-')}-{name}",
         stage="capture_session",
-        clause="rows.own",
+        clause="capture.own-rows",
         recipe={"kind": kind, "steps": steps, "tp": 2},
     )
     for name, steps in {
@@ -132,7 +132,7 @@ PADDING_ROWS = tuple(
     Case(
         f"capture-{kind.replace('_', '-')}-padding-rows-{name}",
         stage="capture_session",
-        clause="rows.own",
+        clause="capture.own-rows",
         recipe={"kind": kind, "counts": counts, "tp": 2, "padding_rows": rows, "padding_id": padding_id},
         tier="smoke" if (kind, name) == ("local", "legal") else "core",
     )
@@ -152,7 +152,7 @@ PADDING_UNREADABLE = tuple(
     Case(
         f"capture-{kind}-padding-rows-unreadable",
         stage="capture_session",
-        clause="rows.own",
+        clause="capture.own-rows",
         recipe={"kind": kind, "counts": (5,), "tp": 1, "padding_rows": 3, "padding_id": None, "needs": ("unwritten",)},
     )
     for kind in WHOLE
@@ -179,7 +179,7 @@ WRONG_COUNT = tuple(
     Case(
         f"capture-{kind.replace('_', '-')}-wrong-count-rank{rank}",
         stage="capture_session",
-        clause="rows.refuse-count",
+        clause="capture.refuse-count",
         recipe={
             "kind": kind,
             "counts": _COUNTS,
@@ -198,7 +198,7 @@ NO_TOKENS_WRONG_COUNT = tuple(
     Case(
         f"capture-{kind.replace('_', '-')}-wrong-count-no-tokens",
         stage="capture_session",
-        clause="rows.refuse-count",
+        clause="capture.refuse-count",
         recipe={"kind": kind, "counts": (24, 0, 71, 38), "tp": tp, "rank": 1, "fits": fits, "wrong": wrong},
     )
     for kind, tp, fits, wrong in (
@@ -214,7 +214,7 @@ WRONG_VALID_COUNT = tuple(
     Case(
         f"capture-{kind.replace('_', '-')}-wrong-valid-count",
         stage="capture_session",
-        clause="rows.refuse-count",
+        clause="capture.refuse-count",
         recipe={
             "kind": kind,
             "counts": _COUNTS,
@@ -235,7 +235,7 @@ SMALLER_STEP = tuple(
     Case(
         f"capture-steps-{name}",
         stage="capture_session",
-        clause="replay.only-real-rows",
+        clause="capture.only-real-rows",
         recipe={"steps": steps},
     )
     for name, steps in {"shrink": (9, 4, 1), "grow-again": (9, 4, 6), "through-none": (5, 0, 3), "same": (6, 6)}.items()
@@ -247,7 +247,7 @@ UNWRITTEN = tuple(
     Case(
         f"capture-unwritten-{name}",
         stage="capture_session",
-        clause="replay.only-real-rows",
+        clause="capture.only-real-rows",
         recipe={"steps": steps, "read": read, "needs": ("unwritten",)},
     )
     for name, steps, read in (
@@ -269,7 +269,7 @@ DENSE_BETWEEN = tuple(
     Case(
         f"capture-{name}",
         stage="capture_session",
-        clause="replay.layers",
+        clause="capture.layers",
         recipe={"layers": layers, "steps": steps},
         tier="smoke" if name == "dense-between" else "core",
     )
@@ -288,7 +288,7 @@ LAYER_BOUNDS = tuple(
     Case(
         f"capture-layer-{name}",
         stage="capture_session",
-        clause="replay.bounds",
+        clause="capture.bounds",
         recipe={"layers": 3, "layer_id": layer_id},
         tier="smoke" if name in ("minus-one", "one-past") else "core",
     )
@@ -302,7 +302,7 @@ EXPERT_BOUNDS = tuple(
     Case(
         f"capture-expert-{name}",
         stage="capture_session",
-        clause="replay.bounds",
+        clause="capture.bounds",
         recipe={"experts": experts, "expert_id": expert_id, "dtype": "int64", "needs": needs},
     )
     for name, experts, expert_id, needs in (
@@ -322,7 +322,7 @@ NARROW = tuple(
     Case(
         f"capture-narrow-e{experts}",
         stage="capture_session",
-        clause="replay.narrow",
+        clause="capture.narrow",
         recipe={"experts": experts},
     )
     for experts in (128, 129, 255, 256, 257, 300, 512, 513, 896, 32768, 32769, 40000, 65536)
@@ -333,7 +333,7 @@ MANY_EXPERTS = tuple(
     Case(
         f"capture-narrow-e896-k{top_k}",
         stage="capture_session",
-        clause="replay.narrow",
+        clause="capture.narrow",
         recipe={"experts": 896, "top_k": top_k},
         tier="smoke" if top_k == 16 else "core",
     )
@@ -344,7 +344,7 @@ IDS_AS_THEY_COME = tuple(
     Case(
         f"capture-ids-{dtype}-{layout}",
         stage="capture_session",
-        clause="replay.only-real-rows",
+        clause="capture.only-real-rows",
         recipe={"dtype": dtype, "layout": layout},
     )
     for dtype in ("int32", "int64")
@@ -355,7 +355,7 @@ TWO_SESSIONS = (
     Case(
         "capture-two-sessions",
         stage="capture_session",
-        clause="replay.only-real-rows",
+        clause="capture.only-real-rows",
     ),
 )
 

@@ -30,7 +30,7 @@ def captured(slug: str, moe_layers: int, keys: Keys, config_class: str = "") -> 
     recipe: dict[str, Any] = {"keys": keys, "want": want, "needs": SIDES}
     recipe |= {"class": config_class} if config_class else {}
     tier = "smoke" if slug == "gemma4-hub" else "core"
-    return Case(f"capture-shape-{slug}", "capture_shape", "config.both-sides", recipe, tier)
+    return Case(f"capture-shape-{slug}", "capture_shape", "capture-shape.both-sides", recipe, tier)
 
 
 CAPTURED = (

@@ -9,20 +9,20 @@ def _store(name: str, clause: str, **recipe: object) -> Case:
     return Case(f"store-{name}", stage="capture_store", clause=clause, recipe=recipe)
 
 
-READER = (_store("reader-in-another-process", "replay.other-process"),)
-TORN = (_store("no-torn-rows", "replay.other-process"),)
-OWNER_KILLED = (_store("owner-killed", "replay.other-process"),)
-OWNER_CLOSES = (_store("owner-closes", "replay.other-process"),)
+READER = (_store("reader-in-another-process", "capture.other-process"),)
+TORN = (_store("no-torn-rows", "capture.other-process"),)
+OWNER_KILLED = (_store("owner-killed", "capture.other-process"),)
+OWNER_CLOSES = (_store("owner-closes", "capture.other-process"),)
 # Slots of three chunks of one prompt, with another request's in between, and slots that change hands.
-SLOTS_CHANGE_HANDS = (_store("slots-of-chunks", "replay.only-real-rows"),)
-TWO = (_store("two-stores", "replay.only-real-rows"),)
+SLOTS_CHANGE_HANDS = (_store("slots-of-chunks", "capture.only-real-rows"),)
+TWO = (_store("two-stores", "capture.only-real-rows"),)
 NARROW = tuple(
-    _store(f"narrow-e{experts}", "replay.narrow", experts=experts) for experts in (128, 256, 257, 896, 40000)
+    _store(f"narrow-e{experts}", "capture.narrow", experts=experts) for experts in (128, 256, 257, 896, 40000)
 )
 # "unwritten": a slot that nobody wrote reads as -1, or raises.
-UNWRITTEN = (_store("unwritten-slots", "replay.only-real-rows", needs=("unwritten",)),)
+UNWRITTEN = (_store("unwritten-slots", "capture.only-real-rows", needs=("unwritten",)),)
 BOUNDS = tuple(
-    _store(f"slot-{name}", "replay.bounds", slot=slot)
+    _store(f"slot-{name}", "capture.bounds", slot=slot)
     for name, slot in {"minus-one": -1, "one-past": 11, "far-past": 4000}.items()
 )
 

@@ -39,7 +39,7 @@ SMOKE = {
 def described(name: str, keys: Keys, config_class: str = "") -> Case:
     recipe: dict[str, Any] = {"keys": keys} | ({"class": config_class} if config_class else {})
     case_id = f"config-{name}"
-    return Case(case_id, "describe", "config.resolve", recipe, tier="smoke" if case_id in SMOKE else "core")
+    return Case(case_id, "describe", "describe.resolve", recipe, tier="smoke" if case_id in SMOKE else "core")
 
 
 def flat(slug: str, model_type: str, *dropped: str, **changed: Any) -> Keys:
@@ -155,7 +155,7 @@ def layered(name: str, keys: Keys, config_class: str = "", lenient: str = "") ->
     recipe: dict[str, Any] = {"keys": keys} | ({"class": config_class} if config_class else {})
     case_id = f"config-layers-{name}"
     tier = "smoke" if case_id in SMOKE else "core"
-    return Case(case_id, "describe", "config.layers", recipe | {"needs": ("layers",)}, tier, lenient)
+    return Case(case_id, "describe", "describe.layers", recipe | {"needs": ("layers",)}, tier, lenient)
 
 
 def way(number: int) -> str:

@@ -8,7 +8,7 @@ PLACES = tuple(
     Case(
         f"expert-map-{placement.replace('_', '-')}-{experts}-on-{ranks}",
         stage="expert_map",
-        clause="ranks.one-place",
+        clause="expert-map.one-place",
         recipe={
             "experts": experts,
             "ranks": ranks,

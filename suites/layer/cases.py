@@ -56,7 +56,7 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
     return Case(
         "-".join(["layer", name, *(part.replace("_", "-") for part in parts or ("plain",))]),
         stage="layer",
-        clause="padding.cut-before-add",
+        clause="layer.cut-before-add",
         recipe={
             "spec": spec,
             "tokens": changes["tokens"],
@@ -157,7 +157,7 @@ TRACE_CASES = tuple(
     Case(
         case.id.replace("layer-", "trace-", 1),
         stage="layer",
-        clause="padding.traceable",
+        clause="layer.traceable",
         recipe={**case.recipe, "needs": ("traceable",)},
     )
     for case in VALUE_CASES

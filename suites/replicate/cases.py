@@ -14,7 +14,7 @@ def _replicate(name: str, copies: tuple[int, ...], tokens: int, tier: str = "cor
     """
     recipe = {"E": 6, "K": 3, "T": tokens, "padding": 5, "dropped": 0, "copies": copies, **recipe}
     return tuple(
-        Case(f"replicate-{what}-{name}", stage="replicate", clause=f"replicas.{what}", recipe=recipe, tier=tier)
+        Case(f"replicate-{what}-{name}", stage="replicate", clause=f"replicate.{what}", recipe=recipe, tier=tier)
         for what in ("choice", "load")
     )
 

@@ -18,7 +18,7 @@ def _inputs(case: Case, engine: Engine) -> ReplicateInputs:
     return ReplicateInputs(ids, torch.tensor(case["copies"], device=device), case["E"], case["T"])
 
 
-@check(case for case in REPLICATE if case.clause == "replicas.choice")
+@check(case for case in REPLICATE if case.clause == "replicate.choice")
 def test_each_pair_goes_to_a_copy_of_its_expert(engine: Engine, case: Case) -> None:
     """Physical ids name the experts that the logical ids do, and -1 where they are -1."""
     inputs = _inputs(case, engine)
@@ -31,7 +31,7 @@ def test_each_pair_goes_to_a_copy_of_its_expert(engine: Engine, case: Case) -> N
     compare.equal("experts that the physical ids are copies of", named, ids)
 
 
-@check(case for case in REPLICATE if case.clause == "replicas.load")
+@check(case for case in REPLICATE if case.clause == "replicate.load")
 def test_load_counts_real_pairs_by_logical_expert(engine: Engine, case: Case) -> None:
     """As many pairs as the real rows have ids; copies, padding and ids of -1 add none."""
     inputs = _inputs(case, engine)

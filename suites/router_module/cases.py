@@ -54,7 +54,7 @@ CLOSURE_CASES = tuple(
     Case(
         f"closure-{name}-{tensor.replace('_', '-')}-{change}",
         stage="router_module",
-        clause="closure.current-values",
+        clause="router-module.current-values",
         recipe={
             "logits": logits,
             "routing": routing,
@@ -73,7 +73,7 @@ CLOSURE_CASES = tuple(
     Case(
         f"closure-deepseek-v3-bf16-proj-{change}",
         stage="router_module",
-        clause="closure.current-values",
+        clause="router-module.current-values",
         recipe={
             "logits": IN_FLOAT32,
             "routing": method("deepseek-v3", 5),
@@ -93,7 +93,7 @@ ROUTER_CASES = tuple(
     Case(
         f"router-{name}-e{experts}-k{top_k}-{'bf16' if dtype == 'bfloat16' else 'fp32'}",
         stage="router_module",
-        clause="routing.method",
+        clause="route.method",
         recipe={
             "logits": logits,
             "routing": method(name, top_k),
@@ -121,7 +121,7 @@ ONE_TOKEN_CASES = tuple(
     Case(
         f"router-{name}-e128-k8-{kind}",
         stage="router_module",
-        clause="routing.method",
+        clause="route.method",
         recipe={
             "logits": logits,
             "routing": method(name, 8),

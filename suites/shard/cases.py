@@ -31,7 +31,7 @@ COPIES = ((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 3, 7, 3, 3), (3, 9, 0, 3, 7, 1, 10,
 
 def _shard(
     name: str,
-    clause: str = "ranks.sum",
+    clause: str = "shard.sum",
     tier: str = "core",
     dims: dict[str, int] = TINY,
     activation: Any = "silu",
@@ -111,43 +111,43 @@ SUMS = (
 
 # poison: pairs of others and of none have NaN weights, and tokens without any expert NaN in x.
 NOTHING = (
-    _shard("nothing-of-others", "ranks.nothing-of-others", poison=False, owners=OWNERS["scattered"], tier="smoke"),
-    _shard("nothing-of-others-empty-rank", "ranks.nothing-of-others", poison=False, owners=OWNERS["empty-rank"]),
-    _shard("nothing-of-others-tp2-bias", "ranks.nothing-of-others", poison=False, tp=2, bias=True),
-    _shard("nothing-of-others-poison", "ranks.nothing-of-others", poison=True, bias=True),
+    _shard("nothing-of-others", "shard.nothing-of-others", poison=False, owners=OWNERS["scattered"], tier="smoke"),
+    _shard("nothing-of-others-empty-rank", "shard.nothing-of-others", poison=False, owners=OWNERS["empty-rank"]),
+    _shard("nothing-of-others-tp2-bias", "shard.nothing-of-others", poison=False, tp=2, bias=True),
+    _shard("nothing-of-others-poison", "shard.nothing-of-others", poison=True, bias=True),
     _shard(
-        "nothing-of-dropped", "ranks.nothing-of-others", poison=False, owners=OWNERS["scattered"], dropped=6, bias=True
+        "nothing-of-dropped", "shard.nothing-of-others", poison=False, owners=OWNERS["scattered"], dropped=6, bias=True
     ),
-    _shard("nothing-of-dropped-poison", "ranks.nothing-of-others", poison=True, dropped=6, bias=True),
+    _shard("nothing-of-dropped-poison", "shard.nothing-of-others", poison=True, dropped=6, bias=True),
 )
 
 # -2 and -11 would wrap to experts 9 and 0; 2^31 - 1 times a row's bytes lies far outside any buffer. The part is held
 # against that of the same batch with -1 in the id's place.
 OUT_OF_RANGE = tuple(
-    _shard(f"out-of-range-{name}", "ranks.out-of-range", T=7, outside=outside, bias=True, needs=("dropped_ids",))
+    _shard(f"out-of-range-{name}", "shard.out-of-range", T=7, outside=outside, bias=True, needs=("dropped_ids",))
     for name, outside in (("e", 11), ("minus-2", -2), ("minus-e", -11), ("int32-max", 2**31 - 1))
 )
 
 SHARED = (
-    _shard("shared-ep3", "shared.once", shared=True, tier="smoke"),
-    _shard("shared-ep3-empty-rank", "shared.once", shared=True, owners=OWNERS["empty-rank"]),
-    _shard("shared-tp2", "shared.once", shared=True, tp=2, owners=ONE_RANK),
-    _shard("shared-ep3-tp2", "shared.once", shared=True, tp=2, owners=OWNERS["scattered"]),
-    _shard("shared-ep3-dropped", "shared.once", shared=True, dropped=6),
-    _shard("shared-ep3-scale", "shared.once", shared=True, output_scale=2.5),
+    _shard("shared-ep3", "shard.shared", shared=True, tier="smoke"),
+    _shard("shared-ep3-empty-rank", "shard.shared", shared=True, owners=OWNERS["empty-rank"]),
+    _shard("shared-tp2", "shard.shared", shared=True, tp=2, owners=ONE_RANK),
+    _shard("shared-ep3-tp2", "shard.shared", shared=True, tp=2, owners=OWNERS["scattered"]),
+    _shard("shared-ep3-dropped", "shard.shared", shared=True, dropped=6),
+    _shard("shared-ep3-scale", "shard.shared", shared=True, output_scale=2.5),
     # Nemotron-H's has no gate; a bias of the second projection is in the sum once, too.
     _shard(
-        "shared-tp2-not-gated", "shared.once", shared={"activation": "relu2", "gated": False}, tp=2, owners=ONE_RANK
+        "shared-tp2-not-gated", "shard.shared", shared={"activation": "relu2", "gated": False}, tp=2, owners=ONE_RANK
     ),
-    _shard("shared-ep3-tp2-bias", "shared.once", shared={"bias": True}, tp=2, owners=OWNERS["scattered"]),
+    _shard("shared-ep3-tp2-bias", "shard.shared", shared={"bias": True}, tp=2, owners=OWNERS["scattered"]),
 )
 
 REPLICAS = (
-    _shard("replicas", "replicas.same-output", copies=COPIES, tier="smoke"),
-    _shard("replicas-nothing-dropped", "replicas.same-output", copies=COPIES, hot=3),
-    _shard("replicas-dropped", "replicas.same-output", copies=COPIES, dropped=6),
-    _shard("replicas-1-token", "replicas.same-output", copies=COPIES, T=1),
-    _shard("replicas-tp2-bias", "replicas.same-output", copies=COPIES, tp=2, bias=True),
+    _shard("replicas", "shard.same-output", copies=COPIES, tier="smoke"),
+    _shard("replicas-nothing-dropped", "shard.same-output", copies=COPIES, hot=3),
+    _shard("replicas-dropped", "shard.same-output", copies=COPIES, dropped=6),
+    _shard("replicas-1-token", "shard.same-output", copies=COPIES, T=1),
+    _shard("replicas-tp2-bias", "shard.same-output", copies=COPIES, tp=2, bias=True),
 )
 
 CASES = (*SUMS, *NOTHING, *OUT_OF_RANGE, *SHARED, *REPLICAS)
