@@ -332,7 +332,7 @@ ACCUSED = tuple(
             "pairs_of_others_contribute_exactly_zero",
             Verdict.PASS,
         ),
-        (SlotsInItsOwnOrder, "route.method", "route-gemma4-e128-k8-t7-bf16-distinct", _METHOD, Verdict.PASS),
+        (SlotsInItsOwnOrder, "routing.method", "route-gemma4-e128-k8-t7-bf16-distinct", _METHOD, Verdict.PASS),
         (SlotsInItsOwnOrder, "route.padding-rows", "route-renorm-padding-rows", _PADDING, Verdict.PASS),
         (
             NeverOnMeta,

@@ -253,7 +253,11 @@ def test_a_case_of_an_old_clause_is_told_the_new_one(monkeypatch: pytest.MonkeyP
 
 
 def test_a_clause_begins_with_its_stage_or_with_the_subject_that_two_share() -> None:
-    subjects = {"capture": {"capture-session", "capture-store"}, "config": {"describe", "capture-shape"}}
+    subjects = {
+        "capture": {"capture-session", "capture-store"},
+        "config": {"describe", "capture-shape"},
+        "routing": {"route", "router-module"},
+    }
     for case in catalogue().values():
         begins, stage = case.clause.partition(".")[0], case.stage.replace("_", "-")
         assert begins == stage or stage in subjects.get(begins, ()), case.clause

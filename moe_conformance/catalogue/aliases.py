@@ -34,7 +34,6 @@ CLAUSES: Mapping[str, str] = {
     "replay.other-process": "capture.other-process",
     "padding.cut-before-add": "layer.cut-before-add",
     "padding.traceable": "layer.traceable",
-    "routing.method": "route.method",
     "routing.fused-shared": "route.fused-shared",
     "routing.padding-rows": "route.padding-rows",
     "routing.unique-ids": "route.unique-ids",

@@ -121,7 +121,7 @@ CLAUSES: dict[str, Clause] = {
         "Shapes must hold under fake tensors and under torch.compile(fullgraph=True).",
         ("vllm#40794", "vllm#41646"),
     ),
-    "route.method": Clause(
+    "routing.method": Clause(
         "routing-semantics",
         "A router must select and weigh exactly by the model's method: order of score, top-k, renormalisation, scale.",
         ("transformers#39581", "PaddleFormers#3452", "megablocks#87"),

@@ -40,7 +40,7 @@ def _case(clause: str, row: str, lenient: str = "", **more: Any) -> Case:
 
 # Mixtral (8, 2), Qwen1.5-MoE (60, 4); 7, 5 and 1, 1 and K = E are the awkward ones.
 SOFTMAX_CASES = tuple(
-    _case("route.method", row)
+    _case("routing.method", row)
     for row in (
         "gemma4  128  8  7 bf16 distinct contiguous smoke",
         "gemma4  128  8 63 fp32 normal   contiguous core",
@@ -83,47 +83,47 @@ def _smoke(name: str, experts: int) -> str:
 # Real logits, biases and scales have all their bits, so that narrowing one on the way shows ("fine").
 REAL_CASES = (
     *(
-        _case("route.method", f"{name} {E} {K} 9 fp32 fine contiguous {_smoke(name, E)}")
+        _case("routing.method", f"{name} {E} {K} 9 fp32 fine contiguous {_smoke(name, E)}")
         for name in AT_REAL_SIZES
         for E, K in REAL_SIZES
     ),
     *(
-        _case("route.method", f"{name} {E} {K} 9 fp32 fine contiguous core")
+        _case("routing.method", f"{name} {E} {K} 9 fp32 fine contiguous core")
         for name, (E, K) in AT_OWN_SIZES.items()
         if name != "doge"
     ),
     # Doge's router mixes the tokens of a batch, which nobody else has to; one token has only itself.
-    _case("route.method", "doge 64 8 1 fp32 fine contiguous core"),
+    _case("routing.method", "doge 64 8 1 fp32 fine contiguous core"),
     # Kernels branch by the number of tokens: one, and more than any tile has.
     *(
-        _case("route.method", f"{name} {E} {K} {T} fp32 fine contiguous core")
+        _case("routing.method", f"{name} {E} {K} {T} fp32 fine contiguous core")
         for name, E, K in (*((name, 128, 8) for name in AT_REAL_SIZES), ("deepseek-v2", 160, 6), ("longcat", 512, 12))
         for T in (1, 131)
     ),
     *(
-        _case("route.method", f"{name} 128 8 131 bf16 fine contiguous core")
+        _case("routing.method", f"{name} 128 8 131 bf16 fine contiguous core")
         for name in ("plain", "renorm", "biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
     ),
     # One expert a token, renormalised all the same.
-    _case("route.method", "renorm 8 1 9 fp32 fine contiguous core"),
-    _case("route.method", "biased 128 1 9 fp32 fine contiguous core"),
+    _case("routing.method", "renorm 8 1 9 fp32 fine contiguous core"),
+    _case("routing.method", "biased 128 1 9 fp32 fine contiguous core"),
     # Scores of DeepSeek-V4 are roots of softplus, which overflows or vanishes where it is computed as log(1 + exp).
-    _case("route.method", "deepseek-v4 256 8 9 fp32 wide contiguous core"),
-    _case("route.method", "switch 8 1 24 fp32 fine contiguous core", sequences=3),
+    _case("routing.method", "deepseek-v4 256 8 9 fp32 wide contiguous core"),
+    _case("routing.method", "switch 8 1 24 fp32 fine contiguous core", sequences=3),
     *(
-        _case("route.method", f"{name} {E} {K} 9 bf16 fine contiguous core")
+        _case("routing.method", f"{name} {E} {K} 9 bf16 fine contiguous core")
         for name, (E, K) in AT_OWN_SIZES.items()
         if name not in ("doge", "deepseek-v4-hash")
     ),
     # Logits stored in a narrow dtype, scores in float32 or not as the model says.
     *(
-        _case("route.method", f"{name} {E} {K} 9 bf16 normal sliced {'full' if E > 384 else 'core'}")
+        _case("routing.method", f"{name} {E} {K} 9 bf16 normal sliced {'full' if E > 384 else 'core'}")
         for name in ("biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
         for E, K in REAL_SIZES
     ),
     # Sums of scores so small that what is added to them, or is a floor under them, shows.
     *(
-        _case("route.method", f"{name} {E} {K} 9 fp32 tiny contiguous core", lenient)
+        _case("routing.method", f"{name} {E} {K} 9 fp32 tiny contiguous core", lenient)
         for name, E, K, lenient in (
             ("biased", 384, 8, _PLAIN_SUM),
             ("deepseek-v3", 256, 8, _PLAIN_SUM),
@@ -174,21 +174,21 @@ UNIQUE_CASES = (
 # Ties at the last place, inside groups and between them: any of those tied, and none that is smaller.
 TIE_CASES = (
     *(
-        _case("route.method", "{} {} {} 23 fp32 {} contiguous core".format(name, *_AWKWARD[name], logits))
+        _case("routing.method", "{} {} {} 23 fp32 {} contiguous core".format(name, *_AWKWARD[name], logits))
         for name in _BY_ROW
         for logits in ("tied", "last-place")
     ),
     *(
-        _case("route.method", f"{name} 72 6 23 {dtype} {logits} contiguous core")
+        _case("routing.method", f"{name} 72 6 23 {dtype} {logits} contiguous core")
         for name in ("deepseek-v3", "deepseek-v2", "softmax-groups")
         for dtype, logits in (("fp32", "tied-groups"), ("bf16", "tied"))
     ),
     # More experts than the kept groups have: theirs, and any others.
-    _case("route.method", "deepseek-v3 16 10 23 fp32 distinct contiguous core"),
+    _case("routing.method", "deepseek-v3 16 10 23 fp32 distinct contiguous core"),
 )
 
 NONE_CASES = tuple(
-    _case("route.method", "{} {} {} 0 fp32 distinct contiguous core".format(name, *_AWKWARD[name]))
+    _case("routing.method", "{} {} {} 0 fp32 distinct contiguous core".format(name, *_AWKWARD[name]))
     for name in METHODS
     if name not in ("plain", "gemma4")
 )

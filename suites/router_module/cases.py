@@ -93,7 +93,7 @@ ROUTER_CASES = tuple(
     Case(
         f"router-{name}-e{experts}-k{top_k}-{'bf16' if dtype == 'bfloat16' else 'fp32'}",
         stage="router_module",
-        clause="route.method",
+        clause="routing.method",
         recipe={
             "logits": logits,
             "routing": method(name, top_k),
@@ -121,7 +121,7 @@ ONE_TOKEN_CASES = tuple(
     Case(
         f"router-{name}-e128-k8-{kind}",
         stage="router_module",
-        clause="route.method",
+        clause="routing.method",
         recipe={
             "logits": logits,
             "routing": method(name, 8),
