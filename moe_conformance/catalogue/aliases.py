@@ -19,7 +19,7 @@ LISTED = 40
 # Case ids are permanent; one that had to change stands here for good.
 CASES: Mapping[str, str] = {}
 CLASSES: Mapping[str, str] = {}
-# A clause begins with its stage.
+# A clause begins with its stage, or with the subject that two stages share (capture, config, routing).
 CLAUSES: Mapping[str, str] = {
     "config.resolve": "describe.resolve",
     "config.layers": "describe.layers",

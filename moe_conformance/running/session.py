@@ -86,11 +86,13 @@ class Session:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collection(self) -> Generator[None, object, object]:
+        was_enabled = gc.isenabled()
         gc.disable()  # the suites import torch: see host.py
         try:
             return (yield)
         finally:
-            gc.enable()
+            if was_enabled:
+                gc.enable()
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         listed: tuple[Case, ...] | None = getattr(metafunc.function, "moe_cases", None)

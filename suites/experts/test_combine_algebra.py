@@ -22,6 +22,7 @@ def test_outputs_are_weighed_and_summed(engine: Any, case: Case) -> None:
     assert_sum(engine, inputs_of(case))
 
 
+# Half a second each, interpreted, with hundreds of experts.
 @check(case for case in SUM_CASES if case["T"] > 1 and case["D"] < 64 and case["E"] < 100)
 @torch.no_grad()
 def test_another_call_between_leaves_no_trace(engine: Any, case: Case) -> None:
