@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
 from moe_conformance.judging.verdict import Outcome, Refusal, Verdict
@@ -75,8 +76,11 @@ def decode(line: str) -> Message:
         raise ValueError(f"got {line[:200]!r}, want a line of messages.py: {type(error).__name__}: {error}") from error
 
 
+_hints = cache(get_type_hints)
+
+
 def _build(kind: Any, data: Any) -> Any:
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     if data.keys() != hints.keys():
         raise ValueError(f"got the keys {sorted(data)}, want {sorted(hints)}")
     return kind(**{name: _value(name, hint, data[name]) for name, hint in hints.items()})

@@ -13,17 +13,16 @@ from xdist.scheduler import LoadScopeScheduling
 
 
 class OneEngineAWorker(LoadScopeScheduling):  # type: ignore[misc]
-    """A unit of work is a test module on one engine; next is one on the worker's engine, else on that with fewest."""
+    """A unit of work is a check on one engine; next is one on the worker's engine, else on that with fewest workers."""
 
     def __init__(self, config: pytest.Config, log: Any, engines: list[str]) -> None:
         super().__init__(config, log)
         self.engines = sorted(engines, key=len, reverse=True)  # of two that fit, the longer
 
     def _split_scope(self, nodeid: str) -> str:
-        module, _, function = nodeid.partition("::")
-        parameters = function.partition("[")[2]
+        check, _, parameters = nodeid.partition("[")
         engine = next((name for name in self.engines if parameters.startswith(f"{name}-")), "")
-        return f"{engine}@{module}"
+        return f"{engine}@{check if engine else check.partition('::')[0]}"
 
     def _assign_work_unit(self, node: Any) -> None:
         last = {worker: _engine(list(units)[-1]) for worker, units in self.assigned_work.items() if units}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_conformance.catalogue.case import Case, check
-from moe_conformance.engine import LayerInputs
+from moe_conformance.engine import LayerInputs, LayerSpec
 from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import distinct_logits, matrix, normal, poisoned_allocations
@@ -100,7 +100,13 @@ def test_fake_tensors_have_the_true_shape(engine: Any, case: Case) -> dict[str, 
     return {"shape": [int(size) for size in got.shape], "dtype": str(got.dtype)}
 
 
-@check(case for case in TRACE_CASES if case["padded_intermediate"])  # half a second each
+def _compiled(case: Case) -> bool:
+    """The layer with neither of its other parts, and with both: half a second each."""
+    spec: LayerSpec = case["spec"]
+    return bool(case["padded_intermediate"]) and (spec.shared is None) == (spec.latent is None)
+
+
+@check(filter(_compiled, TRACE_CASES))
 @torch.no_grad()
 def test_the_whole_layer_compiles_without_a_graph_break(engine: Any, case: Case) -> None:
     """torch.compile(fullgraph=True) traces it, and the traced layer computes what the eager one does."""
