@@ -35,6 +35,7 @@ def test_the_adapter_takes_under_forty_lines() -> None:
     assert 0 < len(ADAPTER.splitlines()) < 40
 
 
+@pytest.mark.nightly
 def test_the_adapter_is_judged_at_the_sizes_of_models_and_passes(tmp_path: Path) -> None:
     done = _judge(tmp_path, ADAPTER, "--out", "results")
     assert done.returncode == 0, done.stdout + done.stderr

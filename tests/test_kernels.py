@@ -53,6 +53,7 @@ with checked():
 """
 
 
+@pytest.mark.nightly
 def test_a_light_interpreter_computes_what_the_plain_one_does(tmp_path: Path) -> None:
     """Every operator, on tensors of types that meet and that do not, in blocks of one shape and of two, and on numbers:
     plain, light where plans are made, and light where they are followed, with values that they were not made from."""
