@@ -176,9 +176,12 @@ def light_broadcast(interpreter: Any) -> None:
         if kinds in plans:
             mine, others = plans[kinds]
             return spread(left, mine), spread(right, others)
-        found = broadcast(left, right)
-        plans[kinds] = tuple(None if new is old else new.type for new, old in zip(found, (left, right), strict=True))
-        return tuple(found)
+        wide_left, wide_right = broadcast(left, right)
+        plans[kinds] = (
+            None if wide_left is left else wide_left.type,
+            None if wide_right is right else wide_right.type,
+        )
+        return wide_left, wide_right
 
     semantic.broadcast_impl_value = broadcast_planned
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import moe_conformance
 from moe_conformance.errors import UsageError
@@ -17,7 +18,8 @@ from moe_conformance.errors import UsageError
 RUN = """Run the suites. Other options go to pytest: -n, -k, -x, and so on.
 
 exit code 0: every judged case passes, is a declared known failure, or breaks a SHOULD without --strict.
-          1: any fail, error, crash, timeout, unavailable engine or unexpected pass.
+          1: any fail, error, crash, timeout, unavailable engine or unexpected pass; an engine asked for by name
+             of which nothing was judged; a run that ended before its footer.
           2: wrong usage."""
 
 
@@ -124,16 +126,37 @@ def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
     arguments += ["--moe-strict"] * options.strict + ["--moe-in-process"] * options.in_process
     if options.out is not None:
         arguments += [f"--moe-out={options.out}", f"--junitxml={Path(options.out) / 'junit.xml'}"]
-    code = int(pytest.main([*arguments, *pytest_arguments]))
+    witness = _Witness()
+    try:
+        code = int(pytest.main([*arguments, *pytest_arguments], plugins=[witness]))
+    except SystemExit as error:  # of somebody's plug-in
+        code = error.code if isinstance(error.code, int) else 1
+    if code == 0 and not witness.saw_the_end:
+        print("moe-conformance: the run ended before its footer: what it judged is not whole", file=sys.stderr)
+        code = 1
     # pytest: 4 usage error, 5 nothing selected, 2 interrupted, 3 internal error.
     return {4: 2, 5: 2, 2: 130, 3: 1}.get(code, code)
 
 
-def engines(options: argparse.Namespace, _: list[str]) -> int:
-    from moe_conformance.running.discovery import missing, registered
+class _Witness:
+    """A plug-in that sees whether the report was finished."""
 
-    for name, target in sorted(registered().items()):
-        print(f"{name:14} {target.path:55} {missing(target) or 'available'}")
+    saw_the_end = False
+
+    def pytest_unconfigure(self, config: Any) -> None:
+        session = config.pluginmanager.get_plugin("moe_conformance_session")
+        self.saw_the_end = session is not None and session.report is not None and session.report.is_finished
+
+
+def engines(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.running.discovery import registered
+    from moe_conformance.running.survey import surveys
+
+    found = registered()
+    for (name, target), survey in zip(
+        sorted(found.items()), surveys([found[name] for name in sorted(found)]), strict=True
+    ):
+        print(f"{name:14} {target.path:55} {survey.why or 'available'}")
     return 0
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Any
 
 import pytest
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.judging.verdict import Outcome, Refusal, Result, Verdict
+from moe_conformance.running import child
 from moe_conformance.running.discovery import Target
 from moe_conformance.running.messages import Answer, Check, Hello, Message, Probe, Unstartable, decode, encode
 from moe_conformance.running.process import EngineProcess
+from moe_conformance.running.survey import Survey
 
 CASE = Case("a-case", stage="align", clause="align.whole-blocks")
 HELLO = encode(Hello("scripted", "1", "cpu"))
@@ -64,17 +67,30 @@ def test_a_result_line_with_other_keys_is_refused() -> None:
         Result.from_line({key: value for key, value in line.items() if key != "level"} | {"colour": "red"})
 
 
-class Scripted(EngineProcess):
-    """Its process says these lines, one at the start and one for each question, and counts its starts."""
+SCRIPT = """
+import ast, os, sys, time
+lines, read, write = ast.literal_eval(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+questions = os.fdopen(read)
+for line in lines:
+    if line.startswith("do "):
+        exec(line[3:])
+    else:
+        os.write(write, line.encode())
+        questions.readline()
+"""
 
-    def __init__(self, *lines: str) -> None:
-        super().__init__(Target("scripted", "fake_engines:AlwaysWrong"), 20.0, {})
+
+class Scripted(EngineProcess):
+    """Its process says these lines, one at the start and one for each question, or does what they say; counts its
+    starts."""
+
+    def __init__(self, *lines: str, seconds: float = 20.0) -> None:
+        super().__init__(Target("scripted", "fake_engines:AlwaysWrong"), Survey(), seconds, {})
         self.lines, self.starts = lines, 0
 
     def _command(self) -> list[str]:
         self.starts += 1
-        code = f"import sys\nfor line in {self.lines!r}:\n    print(line, end='', flush=True)\n    sys.stdin.readline()"
-        return [sys.executable, "-c", code]
+        return [sys.executable, "-c", SCRIPT, repr(self.lines)]
 
 
 def test_an_answer_belongs_to_its_question() -> None:
@@ -82,14 +98,14 @@ def test_an_answer_belongs_to_its_question() -> None:
     outcome = process.run("module", a_check, CASE)
     assert outcome.verdict is Verdict.ERROR
     assert "want the answer to question 2; the process was killed" in outcome.message
-    assert process._process is None
+    assert process._child is None
 
 
 def test_what_is_no_message_closes_the_process() -> None:
     process = Scripted(HELLO, encode(Answer(1, PASS)), "the engine's log\n")
     outcome = process.run("module", a_check, CASE)
     assert outcome.verdict is Verdict.ERROR and "got \"the engine's log" in outcome.message
-    assert process._process is None
+    assert process._child is None
 
 
 def test_a_stage_is_probed_once_and_a_lost_process_started_again() -> None:
@@ -107,3 +123,76 @@ def test_a_process_that_cannot_start_is_not_tried_again() -> None:
     for _ in range(2):
         assert process.run("module", a_check, CASE) == Outcome(Verdict.UNAVAILABLE, "no package")
     assert process.starts == 1
+
+
+FIRST = (HELLO, encode(Answer(1, PASS)))  # it starts, and its probe passes
+
+
+@pytest.mark.parametrize(
+    ("does", "verdict", "words"),
+    [
+        ("os._exit(0)", Verdict.CRASH, "the engine's process died: exit code 0"),
+        ("os.kill(os.getpid(), 11)", Verdict.CRASH, "the engine's process died: signal SIGSEGV"),
+        ("print('no memory'); sys.exit(3)", Verdict.CRASH, "exit code 3; its last words:\n  no memory"),
+        # What it started holds the pipe open, and would for a minute.
+        ("time.sleep(60) if os.fork() == 0 else os._exit(4)", Verdict.CRASH, "exit code 4"),
+        ("os.close(write); time.sleep(60)", Verdict.ERROR, "closed what it answers through"),
+        ("os.write(write, b'{' * 100); os._exit(0)", Verdict.CRASH, "exit code 0"),
+        ("os.write(write, b'{'); time.sleep(60)", Verdict.TIMEOUT, "no answer within 0.5 s"),
+        ("time.sleep(60)", Verdict.TIMEOUT, "no answer within 0.5 s"),
+        ("import faulthandler; faulthandler.enable(); time.sleep(60)", Verdict.TIMEOUT, 'File "<string>", line'),
+        ("while True: os.write(write, b'x'); time.sleep(0.01)", Verdict.TIMEOUT, "no answer within 0.5 s"),
+        ("os.write(write, b'\\xff\\xfe\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
+        ("os.write(write, b'NaN\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
+        ("os.write(write, b'\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
+        ("os.write(write, b'[' * 100000 + b'\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
+    ],
+)
+def test_what_becomes_of_a_case_is_seen_in_time(does: str, verdict: Verdict, words: str) -> None:
+    process = Scripted(*FIRST, f"do {does}", seconds=0.5)
+    started = time.monotonic()
+    outcome = process.run("module", a_check, CASE)
+    assert (outcome.verdict, process._child) == (verdict, None)
+    assert words in outcome.message and time.monotonic() - started < 10
+
+
+def test_a_line_without_an_end_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "LARGEST", 1 << 20)
+    process = Scripted(*FIRST, "do os.write(write, b'x' * (4 << 20))")
+    assert "got a line of more than" in process.run("module", a_check, CASE).message
+
+
+def test_a_death_between_cases_is_that_of_the_case_before() -> None:
+    process = Scripted(*FIRST, f"do os.write(write, {encode(Answer(2, PASS)).encode()!r}); os._exit(5)")
+    assert process.run("module", a_check, CASE) == PASS
+    assert process._child is not None
+    process._child._process.wait(10)
+    later = process.after_the_last()
+    assert later is not None and later.verdict is Verdict.CRASH
+    assert later.message == "after its answer the engine's process died: exit code 5"
+    process.lines = (HELLO, encode(Answer(3, PASS)))
+    assert (process.after_the_last(), process.run("module", a_check, CASE), process.starts) == (None, PASS, 2)
+    process.close()
+
+
+def test_what_nobody_asked_for_is_not_the_next_answer() -> None:
+    answers = encode(Answer(2, PASS)) + encode(Answer(3, PASS))
+    process = Scripted(*FIRST, answers)
+    assert process.run("module", a_check, CASE) == PASS
+    later = process.after_the_last()
+    assert later is not None and later.verdict is Verdict.ERROR and "nobody had asked for" in later.message
+    assert process._child is None
+
+
+def test_an_exception_while_it_listens_closes_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pytest-timeout raises one: the answer that was under way must not become that of the next case."""
+    process = Scripted(*FIRST, "do time.sleep(60)")
+    assert process._ask(20, lambda number: Probe(number, "align")).verdict is Verdict.PASS
+
+    def timeout(*_: object) -> str:
+        raise TimeoutError("of another plug-in")
+
+    monkeypatch.setattr(child.Child, "hear", timeout)
+    with pytest.raises(TimeoutError):
+        process.run("module", a_check, CASE)
+    assert process._child is None

@@ -165,9 +165,10 @@ def test_the_stream_says_by_which_protocol_and_at_which_level(fakes: Run) -> Non
     assert {line["level"] for line in fakes.lines.values()} == {"MUST"}
 
 
-def test_unsupported_is_neither_pass_nor_failure(tmp_path: Path) -> None:
+def test_an_engine_of_which_nothing_was_judged_is_a_bad_run_that_says_why(tmp_path: Path) -> None:
     done = run(tmp_path, ("fake_engines:NoStages",), "--in-process")
-    assert (done.code, done.verdicts["no-stages"]) == (0, ["unsupported"] * 3)
+    assert (done.code, done.verdicts["no-stages"]) == (1, ["unsupported"] * 3)
+    assert "no-stages: nothing was judged: 4 unsupported, of which 3: stage layer is not offered" in done.text
     assert "unsupported" in done.text and "100% of 4 results" in done.text
 
 

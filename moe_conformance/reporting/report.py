@@ -14,13 +14,14 @@ from typing import Any, TextIO
 import pytest
 
 from moe_conformance import __version__
+from moe_conformance.catalogue.case import catalogue
 from moe_conformance.catalogue.clauses import BUG_CLASSES, Level
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.verdict import Result, Verdict
 from moe_conformance.protocol.stages import PROTOCOL_VERSION
 from moe_conformance.reporting.refusals import listed
 from moe_conformance.running.devices import gpu_count
-from moe_conformance.running.discovery import Target, missing, registered
+from moe_conformance.running.discovery import Target
 
 IN_PROCESS = "in process: checks ran in pytest's own process, where a crash or a hang is no verdict"
 # Reasons of refusals that the terminal shows of an engine and kind; summary.md has all.
@@ -41,12 +42,14 @@ def run_facts() -> dict[str, Any]:
 class Report:
     """Gathers results on the controller and writes them as they come."""
 
-    def __init__(self, config: pytest.Config, targets: Sequence[Target], cases: int) -> None:
+    def __init__(self, config: pytest.Config, targets: Sequence[Target], away: Mapping[str, str], cases: int) -> None:
         self.targets = [target.name for target in targets]
+        self.away = away
         self.cases = cases
         self.in_process = bool(config.getoption("--moe-in-process"))
         self.strict = bool(config.getoption("--moe-strict"))
         self.results: list[Result] = []
+        self.is_finished = False
         self.engines: dict[str, Mapping[str, str]] = {}
         self.folder = Path(config.getoption("--moe-out")) if config.getoption("--moe-out") else None
         self._stream: TextIO | None = None
@@ -81,12 +84,12 @@ class Report:
         self._write(**result.as_line())
 
     def lost(self, nodeid: str, message: str) -> None:
-        """A pytest worker that died, or a test that broke before it could judge."""
-        name = nodeid.rpartition("::")[2]
-        check, _, rest = name.removeprefix("test_").partition("[")
-        engine = next((target for target in self.targets if rest.startswith(target + "-")), "?")
-        case = rest.removeprefix(engine + "-").removesuffix("]")
-        self.add(Result(engine, case, check, "?", "?", Verdict.ERROR, message), {})
+        """A pytest worker that died, a test that broke before it could judge, or one that nobody heard of again."""
+        check, _, rest = nodeid.rpartition("::")[2].removeprefix("test_").partition("[")
+        engine = max((name for name in self.targets if rest.startswith(f"{name}-")), key=len, default="?")
+        case = catalogue().get(name := rest.removeprefix(f"{engine}-").removesuffix("]"))
+        bug_class, stage = (case.bug_class, case.stage) if case else ("?", "?")
+        self.add(Result(engine, name, check, bug_class, stage, Verdict.ERROR, message), {})
 
     def finish(self, terminal: pytest.TerminalReporter, exitstatus: int) -> None:
         """Write the footer and files, and print the table. Runs last, whatever happened before."""
@@ -100,12 +103,12 @@ class Report:
         terminal.section("conformance", sep="=")
         for line in [*_aligned(rows), *below, *listed(self.results, REASONS_SHOWN)]:
             terminal.write_line(line)
-        for name, target in registered().items():
-            if name not in self.targets and (reason := missing(target)):
-                terminal.write_line(f"not judged: {name} ({reason})")
+        for name, reason in self.away.items():
+            terminal.write_line(f"not judged: {name} ({reason})")
         if self.folder is not None:
             text = markdown(self.results, rows, below, self.engines)
             (self.folder / "summary.md").write_text(text, encoding="utf-8")
+        self.is_finished = True
 
 
 def table(results: Iterable[Result], engines: Sequence[str]) -> list[list[str]]:
@@ -113,9 +116,11 @@ def table(results: Iterable[Result], engines: Sequence[str]) -> list[list[str]]:
     cells: dict[tuple[str, str], Counter[tuple[Level, Verdict]]] = {}
     for result in results:
         cells.setdefault((result.engine, result.bug_class), Counter())[result.level, result.verdict] += 1
-    classes = [name for name in BUG_CLASSES if any(bug_class == name for _, bug_class in cells)]
+    # "?": of what was lost before anybody knew its class.
+    classes = [name for name in (*BUG_CLASSES, "?") if any(bug_class == name for _, bug_class in cells)]
+    shown = [*engines, *sorted({engine for engine, _ in cells} - {*engines})]
     rows = [["engine", *classes]]
-    rows += [[engine, *(_cell(cells.get((engine, name), Counter())) for name in classes)] for engine in engines]
+    rows += [[engine, *(_cell(cells.get((engine, name), Counter())) for name in classes)] for engine in shown]
     return rows
 
 

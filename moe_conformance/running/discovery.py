@@ -11,7 +11,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from moe_conformance.engine import Engine
 from moe_conformance.errors import UsageError
 
 GROUP = "moe_conformance.engines"
@@ -37,46 +36,36 @@ class Target:
         except (ImportError, AttributeError) as error:
             raise UsageError(f"engine {self.name!r}: cannot load {self.path}: {error}") from error
 
-    def offers(self, stage: str) -> bool:
-        """Whether the class has a method of its own for the stage; what it declares is asked when it runs."""
-        method = getattr(self.load(), stage, None)
-        return method is not None and method is not getattr(Engine, stage)
-
 
 def registered() -> dict[str, Target]:
-    """Engines registered as entry points, by name. Listing them imports none of them."""
-    return {point.name: Target(point.name, point.value) for point in entry_points(group=GROUP)}
+    """Engines registered as entry points, by name. Listing them imports none of them.
+
+    Raises UsageError where two packages register different engines under one name.
+    """
+    found: dict[str, Target] = {}
+    for point in entry_points(group=GROUP):
+        target = found.setdefault(point.name, Target(point.name, point.value))
+        if target.path != point.value:
+            raise UsageError(
+                f"entry point {point.name!r} of {GROUP}: got {target.path} and {point.value}, want one engine of a "
+                "name; uninstall one of their packages"
+            )
+    return found
 
 
 def resolve(name: str) -> Target:
-    """The target for `NAME` or `package.module:Class`. Raises UsageError that lists what there is."""
+    """The target for `NAME` or `package.module:Class`, without importing it; an unregistered one goes by its path until
+    it was asked for its name. Raises UsageError that lists what there is."""
     known = registered()
     if name in known:
         return known[name]
     if ":" in name:
-        extend_path()
-        target = Target(name, name)
-        cls = target.load()
-        return Target(getattr(cls, "name", "") or cls.__name__, name)
+        return next((target for target in known.values() if target.path == name), Target(name, name))
     near = get_close_matches(name, known, n=1)
     raise UsageError(
         f"engine: got {name!r}, want one of {', '.join(sorted(known))}, or package.module:Class"
         + (f"; did you mean {near[0]!r}?" if near else "")
     )
-
-
-def available() -> list[Target]:
-    """Registered engines that can start here, as far as a cheap look tells."""
-    return [target for target in registered().values() if missing(target) is None]
-
-
-def missing(target: Target) -> str | None:
-    """Why an engine cannot start here, or None."""
-    try:
-        probe = getattr(target.load(), "missing", None)
-    except UsageError as error:
-        return str(error)
-    return probe() if probe else None
 
 
 def extend_path() -> None:

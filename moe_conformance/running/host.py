@@ -1,7 +1,7 @@
-"""The engine's process: `python -m moe_conformance.running.host NAME PATH` answers questions, one a line.
+"""The engine's process: `python -m moe_conformance.running.host NAME PATH READ WRITE` answers questions, one a line.
 
-Questions come on stdin; answers leave through the original stdout, which nothing else may write to: whatever an
-engine prints goes to stderr. The first line says who the engine is, or why it cannot start.
+READ and WRITE are descriptors that nothing else knows: see child.py. The first line says who the engine is, or why it
+cannot start.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ import traceback
 
 from moe_conformance.errors import MoEConformanceError, Unavailable
 from moe_conformance.judging.verdict import Outcome, Verdict
+from moe_conformance.running.child import follow_parent
 from moe_conformance.running.discovery import Target, extend_path
 from moe_conformance.running.messages import Answer, Check, Hello, Message, Probe, Unstartable, decode, encode
 
 
 def main() -> None:
     faulthandler.enable()
+    follow_parent()
     gc.disable()  # for as long as modules are imported: a tenth of that time goes into garbage that is none
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    name, path, read, write = sys.argv[1:5]
+    for descriptor in (int(read), int(write)):
+        os.set_inheritable(descriptor, False)  # what an engine starts must not hold them open
+    questions, answers = os.fdopen(int(read), encoding="utf-8"), os.fdopen(int(write), "w", encoding="utf-8")
 
     def say(message: Message) -> None:
         answers.write(encode(message))
@@ -32,7 +36,7 @@ def main() -> None:
     try:
         from moe_conformance.judging.judge import Judge
 
-        judge = Judge(Target(*sys.argv[1:3]))
+        judge = Judge(Target(name, path))
     except (MoEConformanceError, ImportError) as error:
         say(Unstartable(str(error) or type(error).__name__, isinstance(error, Unavailable)))
         return
@@ -45,7 +49,7 @@ def main() -> None:
 
     from moe_conformance.catalogue.case import catalogue
 
-    for line in sys.stdin:
+    for line in questions:
         match decode(line):
             case Probe(number, stage):
                 outcome = judge.probe(stage)

@@ -18,6 +18,7 @@ from moe_conformance.engine import EngineInfo
 from moe_conformance.errors import MoEConformanceError, Unavailable, UsageError
 from moe_conformance.judging.verdict import Outcome, Verdict
 from moe_conformance.running.discovery import Target, extend_path
+from moe_conformance.running.survey import Survey
 
 _JUDGING = Path(moe_conformance.judging.__path__[0])
 
@@ -40,8 +41,9 @@ def refuse_unless_alone(config: Any, targets: list[Target]) -> None:
 class InProcess:
     """As `EngineProcess`, without the process. raised: the exception behind the last outcome."""
 
-    def __init__(self, target: Target, environment: dict[str, str]) -> None:
+    def __init__(self, target: Target, survey: Survey, environment: dict[str, str]) -> None:
         self.target = target
+        self.survey = survey
         self.info: EngineInfo | None = None
         self.raised: BaseException | None = None
         self._judge: Any = None
@@ -63,7 +65,9 @@ class InProcess:
         return outcome
 
     def _start(self) -> Outcome | None:
-        os.environ.update({**self._environment, **getattr(self.target.load(), "environment", dict)()})
+        if self.survey.outcome is not None:
+            return self.survey.outcome
+        os.environ.update({**self._environment, **self.survey.environment})
         extend_path()
         try:
             from moe_conformance.judging.judge import Judge
@@ -72,6 +76,10 @@ class InProcess:
         except (MoEConformanceError, ImportError) as error:
             return Outcome(Verdict.UNAVAILABLE if isinstance(error, Unavailable) else Verdict.ERROR, str(error))
         self.info = self._judge.engine.info
+        return None
+
+    def after_the_last(self) -> Outcome | None:
+        """Nothing: the process is this one."""
         return None
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ def decode(line: str) -> Message:
         kind = _KINDS[data.pop("kind")]
         built: Message = _build(kind, data)
         return built
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"got {line[:200]!r}, want a line of messages.py: {type(error).__name__}: {error}") from error
 
 

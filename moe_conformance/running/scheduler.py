@@ -31,6 +31,19 @@ class OneEngineAWorker(LoadScopeScheduling):  # type: ignore[misc]
         self.workqueue.move_to_end(first, last=False)
         super()._assign_work_unit(node)
 
+    def remove_node(self, node: Any) -> str | None:
+        """The item that a worker died of, which is not run again: xdist would, on every worker that it may start."""
+        workload = self.assigned_work.pop(node)
+        left = [(unit, nodeid) for unit in workload.values() for nodeid, is_done in unit.items() if not is_done]
+        if not left:
+            return None
+        unit, died_of = left[0]
+        unit[died_of] = True
+        self.workqueue.update({scope: unit for scope, unit in workload.items() if not all(unit.values())})
+        for other in self.assigned_work:
+            self._reschedule(other)
+        return str(died_of)
+
 
 def _engine(scope: str) -> str:
     return scope.partition("@")[0]

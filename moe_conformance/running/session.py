@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +26,14 @@ from moe_conformance.reporting.explain import failure
 from moe_conformance.reporting.report import IN_PROCESS, Report
 from moe_conformance.running import known
 from moe_conformance.running.devices import gpu_count, pinned
-from moe_conformance.running.discovery import Target, available, missing, registered, resolve
+from moe_conformance.running.discovery import Target, registered, resolve
 from moe_conformance.running.in_process import InProcess, at_the_check, refuse_unless_alone
 from moe_conformance.running.process import PROBING, EngineProcess
+from moe_conformance.running.survey import Survey, here, named, surveys
 
 _SUITES = Path(moe_conformance.suites.__path__[0]).resolve()
 _PROPERTY = "moe_conformance"
+_SURVEYS = "moe_conformance_surveys"
 
 
 class Session:
@@ -49,14 +52,18 @@ class Session:
         # Snapshots are named by case id, which is the same for every test and engine; syrupy would rather not.
         config.addinivalue_line("filterwarnings", r"ignore:\s*Can not relate snapshot name:UserWarning")
         self.process: EngineProcess | InProcess | None = None
-        self.strays: list[str] = []
+        # What makes the run a bad one although no result is, a line each.
+        self.complaints: list[str] = []
+        # The last case that was judged, whose engine may still die of it: target, case, check.
+        self.last: tuple[Target, Case, str] | None = None
+        # Node ids of the suites' items that were collected, and of those of which something was heard.
+        self.collected: set[str] = set()
+        self.heard: set[str] = set()
         # What was wrong with a whole engine is told once, not for each of its cases; the stream has them all.
         self.told: set[tuple[str, str]] = set()
-        self.report = None if self.is_worker else Report(config, self.targets, len(self.cases))
+        self.report = None if self.is_worker else Report(config, self.targets, self.away, len(self.cases))
 
     def _read_options(self, config: pytest.Config) -> None:
-        names = config.getoption("--moe-engine")
-        self.targets = [resolve(name) for name in names] if names else available()
         classes = current("class", config.getoption("--moe-class"), BUG_CLASSES, aliases.CLASSES)
         wanted = current("case", config.getoption("--moe-case"), catalogue(), aliases.CASES)
         (tier,) = current("tier", [config.getoption("--moe-tier")], TIERS)
@@ -67,6 +74,7 @@ class Session:
         }
         self.strict = bool(config.getoption("--moe-strict"))
         self.in_process = bool(config.getoption("--moe-in-process"))
+        self._find_engines(config)
         if self.in_process:
             refuse_unless_alone(config, self.targets)
         chosen, workers = [target.name for target in self.targets], config.getoption("-n", None)
@@ -80,6 +88,28 @@ class Session:
         names = sorted({*chosen, *registered()})
         if strangers := sorted(self.known.keys() - set(names)):
             raise UsageError(f"known failures: got engine {', '.join(strangers)}, want one of {', '.join(names)}")
+
+    def _find_engines(self, config: pytest.Config) -> None:
+        """Who is to be judged, and what each says of itself; away: why the other registered ones are not."""
+        names = config.getoption("--moe-engine")
+        asked = list(dict.fromkeys(map(resolve, names))) if names else list(registered().values())
+        self.is_chosen, self.away = bool(names), {}
+        if self.is_worker:
+            found = list(map(Survey.decode, json.loads(config.workerinput[_SURVEYS])))  # type: ignore[attr-defined]
+        else:
+            found = list(map(here, asked)) if self.in_process else surveys(asked)
+        self._found = found
+        if not names:
+            self.away = {target.name: survey.why for target, survey in zip(asked, found, strict=True) if survey.why}
+            present = [pair for pair in zip(asked, found, strict=True) if not pair[1].why]
+            asked, found = [target for target, _ in present], [survey for _, survey in present]
+        self.surveys = named(asked, found)
+        self.targets = list(self.surveys)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Workers ask no adapter again."""
+        node.workerinput[_SURVEYS] = json.dumps([survey.encode() for survey in self._found])
 
     def pytest_report_header(self) -> str | None:
         return IN_PROCESS if self.in_process else None
@@ -101,7 +131,7 @@ class Session:
         selected = [case for case in listed if case.id in self.cases]
         pairs: dict[str, tuple[Target, tuple[Case, ...]]] = {}
         for target in self.targets:
-            offered = {stage for stage in {case.stage for case in selected} if _offers(target, stage)}
+            offered = {stage for stage in {case.stage for case in selected} if self._offers(target, stage)}
             pairs |= {f"{target.name}-{case.id}": (target, (case,)) for case in selected if case.stage in offered}
             # One item for all that the adapter has no method for: items cost milliseconds, and these are many.
             if others := tuple(case for case in selected if case.stage not in offered):
@@ -122,17 +152,21 @@ class Session:
         params: Mapping[str, Any] = pyfuncitem.callspec.params
         target: Target = params["engine"]
         cases: tuple[Case, ...] = params["case"]
-        if not _offers(target, cases[0].stage):
+        # A plug-in that runs an item again leaves what it said before.
+        pyfuncitem.user_properties[:] = [told for told in pyfuncitem.user_properties if told[0] != _PROPERTY]
+        if not self._offers(target, cases[0].stage):
             said = f"stage {cases[0].stage} is not offered"
             for case in cases:
                 away = Outcome(Verdict.UNSUPPORTED, f"stage {case.stage} is not offered", refusal=Refusal.STAGE)
-                self._tell(pyfuncitem, target, case, away, 0.0)
+                self._tell(pyfuncitem, self._result(target, case, _check(pyfuncitem), away))
             pytest.skip(f"unsupported: {said}")
         (case,) = cases
+        self._look_back(pyfuncitem)
         started = time.perf_counter()
         asked = self._ask(target, pyfuncitem, case)
         outcome = self._finally(target, pyfuncitem, case, asked)
-        self._tell(pyfuncitem, target, case, outcome, time.perf_counter() - started)
+        self.last = target, case, _check(pyfuncitem)
+        self._tell(pyfuncitem, self._result(*self.last, outcome, time.perf_counter() - started))
         is_of_many = asked.verdict in (Verdict.UNAVAILABLE, Verdict.ERROR) or asked.message.startswith(PROBING)
         if is_of_many and outcome.verdict.is_bad:
             if (target.name, asked.message) in self.told:
@@ -154,13 +188,19 @@ class Session:
             raise at_the_check(self.process.raised)
         pytest.fail(said, pytrace=False)
 
+    def _offers(self, target: Target, stage: str) -> bool:
+        """Whether to ask the engine's process: it must say itself why it cannot start."""
+        survey = self.surveys[target]
+        return stage in survey.stages or survey.outcome is not None
+
     def _ask(self, target: Target, item: pytest.Function, case: Case) -> Outcome:
         if self.process is None or self.process.target != target:
             self.pytest_unconfigure()
+            survey = self.surveys[target]
             if self.in_process:
-                self.process = InProcess(target, _shares())
+                self.process = InProcess(target, survey, _shares())
             else:
-                self.process = EngineProcess(target, self.config.getoption("--moe-timeout"), _shares())
+                self.process = EngineProcess(target, survey, self.config.getoption("--moe-timeout"), _shares())
         # By name from the suites' folder: pytest's own module name differs between checkout and wheel.
         parts = item.path.resolve().relative_to(_SUITES).with_suffix("").parts
         return self.process.run(".".join(("moe_conformance.suites", *parts)), item.obj, case)
@@ -175,12 +215,11 @@ class Session:
             return replace(outcome, message=failure(target.asked_as, case, _check(item), outcome.message))
         return outcome
 
-    def _tell(self, item: pytest.Function, target: Target, case: Case, outcome: Outcome, took: float) -> None:
-        """Hand a result to the controller."""
-        result = Result(
+    def _result(self, target: Target, case: Case, check: str, outcome: Outcome, took: float = 0.0) -> Result:
+        return Result(
             engine=target.name,
             case=case.id,
-            check=_check(item),
+            check=check,
             bug_class=case.bug_class,
             stage=case.stage,
             verdict=outcome.verdict,
@@ -189,7 +228,23 @@ class Session:
             level=case.level,
             refusal=outcome.refusal,
         )
-        info = self.process.info if self.process and self.process.target == target else None
+
+    def _look_back(self, item: pytest.Item | None) -> Result | None:
+        """What became of the engine's process after its last answer is a result of its own, of that case."""
+        later = self.process.after_the_last() if self.process is not None else None
+        if later is None or self.last is None:
+            return None
+        target, case, check = self.last
+        result = self._result(
+            target, case, check, replace(later, message=failure(target.asked_as, case, check, later.message))
+        )
+        if item is not None:
+            self._tell(item, result)
+        return result
+
+    def _tell(self, item: pytest.Item, result: Result) -> None:
+        """Hand a result to the controller."""
+        info = self.process.info if self.process and self.process.target.name == result.engine else None
         facts = {"version": info.version, "device": info.device} if info else {}
         item.user_properties.append((_PROPERTY, json.dumps([result.as_line(), facts])))
 
@@ -212,34 +267,73 @@ class Session:
             self.process.close()
             self.process = None
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.collected = {item.nodeid for item in session.items if _engine_of(item)}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.collected = {nodeid for nodeid in ids if "[" in nodeid and _in_suites(nodeid, self.config)}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """What a worker found when all its items had run."""
+        for line in getattr(node, "workeroutput", {}).get(_PROPERTY, ()):
+            assert self.report is not None
+            self.report.add(Result.from_line(line), {})
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if self.report is None:
+        if self.report is None or report.outcome == "rerun":  # type: ignore[comparison-overlap]
             return
         found = [json.loads(str(told)) for name, told in report.user_properties if name == _PROPERTY]
         if report.when == "call" and found:
+            self.heard.add(report.nodeid)
             for line, facts in found:
                 self.report.add(Result.from_line(line), facts)
-        elif report.failed and not found and "[" in report.nodeid and _in_suites(report, self.config):
+        elif report.failed and not found and "[" in report.nodeid and _in_suites(report.nodeid, self.config):
+            self.heard.add(report.nodeid)
             self.report.lost(report.nodeid, str(report.longrepr))
 
     @pytest.hookimpl(tryfirst=True)  # before the reporter, which takes the status as it is then
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         option = self.config.option
-        if self.report is not None and not (option.keyword or option.markexpr or option.maxfail):
-            self.strays = [stray for entry in self.known.values() for stray in entry.strays(self.report.results)]
-            if self.strays and exitstatus == pytest.ExitCode.OK:
-                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if (later := self._look_back(None)) is not None:
+            if self.is_worker:
+                self.config.workeroutput[_PROPERTY] = [later.as_line()]  # type: ignore[attr-defined]
+            elif self.report is not None:
+                self.report.add(later, {})
+        if self.report is None:
+            return
+        ran_through = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not option.maxfail
+        if ran_through and not option.collectonly:
+            for nodeid in sorted(self.collected - self.heard):
+                self.report.lost(nodeid, "it was selected, and no result came of it")
+            self.complaints += self._unjudged()
+        if ran_through and not (option.keyword or option.markexpr):
+            self.complaints += [stray for entry in self.known.values() for stray in entry.strays(self.report.results)]
         # Whatever pytest made of the items: a bad verdict among the results is a bad run.
-        if self.report is not None and exitstatus == pytest.ExitCode.OK:
-            worst = 1 if self.strict else 2
-            if any(result.verdict.badness >= worst for result in self.report.results):
-                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        worst = 1 if self.strict else 2
+        is_bad = bool(self.complaints) or any(result.verdict.badness >= worst for result in self.report.results)
+        if is_bad and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _unjudged(self) -> list[str]:
+        """Engines asked for of which nothing was judged; where none was asked for by name, that none was."""
+        assert self.report is not None
+        by_engine: dict[str, list[Result]] = {}
+        for result in self.report.results:
+            by_engine.setdefault(result.engine, []).append(result)
+        unjudged = {
+            name: results for name, results in by_engine.items() if not any(r.verdict.was_judged for r in results)
+        }
+        if not self.is_chosen and len(unjudged) < len(by_engine):
+            return []
+        return [f"{name}: nothing was judged: {_most(results)}" for name, results in unjudged.items()]
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
         if self.report is not None:
             self.report.finish(terminalreporter, exitstatus)
-            for stray in self.strays:
-                terminalreporter.write_line(stray, red=True)
+            for complaint in self.complaints:
+                terminalreporter.write_line(complaint, red=True)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
@@ -265,18 +359,21 @@ def _engine_of(item: pytest.Item) -> str:
     return target.name if isinstance(target, Target) else ""
 
 
-def _offers(target: Target, stage: str) -> bool:
-    """Whether to ask the engine's process: it must say itself why it cannot start."""
-    return target.offers(stage) or missing(target) is not None
-
-
 def _is_empty(item: pytest.Item) -> bool:
     """Whether pytest made this item only to say that a check has no case in this run."""
     return hasattr(getattr(item, "function", None), "moe_cases") and not _engine_of(item)
 
 
-def _in_suites(report: pytest.TestReport, config: pytest.Config) -> bool:
-    return _SUITES in (config.rootpath / report.location[0]).resolve().parents
+def _in_suites(nodeid: str, config: pytest.Config) -> bool:
+    return _SUITES in (config.rootpath / nodeid.partition("::")[0]).resolve().parents
+
+
+def _most(results: list[Result]) -> str:
+    """For instance "40 unsupported, of which 31: stage layer is not offered"."""
+    counts = Counter((result.verdict, result.message.partition("\n")[0]) for result in results)
+    (verdict, reason), most = counts.most_common(1)[0]
+    same = sum(count for (other, _), count in counts.items() if other is verdict)
+    return f"{same} {verdict}, of which {most}: {reason}"
 
 
 def _shares() -> dict[str, str]:

@@ -1,0 +1,218 @@
+"""A child process of ours, and what it says: lines on two private descriptors, each with a deadline and a limit.
+
+Private, so that nothing which an engine or its libraries print or read gets among them: the child's standard output
+goes where its errors go, and its standard input is empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from getpass import getuser
+from pathlib import Path
+
+# Bytes of a line; the largest answer of a correct engine has some thousand.
+LARGEST = 16 << 20
+# How often to look whether a child lives, where the system cannot tell by a descriptor.
+LOOK = 0.2
+PREFIX, LOCK = "moe-conformance-", "lock"
+# What a child that hangs gets to say where it was.
+LAST_WORDS = 2.0
+
+
+class Silent(Exception):
+    """No whole line within the time."""
+
+
+class Ended(Exception):
+    """The child is no more, or has closed its end."""
+
+
+class TooLong(Exception):
+    """A line without an end."""
+
+
+class Child:
+    """Runs at once. command: without the two descriptors, which come last: what to read from, and what to write to."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        theirs_to_read, self._questions = os.pipe()
+        self._answers, theirs_to_write = os.pipe()
+        self._heard = b""
+        self._errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115, see kill()
+        self._folder = Folder()
+        try:
+            self._process = subprocess.Popen(
+                [*command, str(theirs_to_read), str(theirs_to_write)],
+                stdin=subprocess.DEVNULL,
+                stdout=self._errors,
+                stderr=self._errors,
+                env={**_caches(), **os.environ, "TMPDIR": str(self._folder.path), **environment},
+                pass_fds=(theirs_to_read, theirs_to_write),
+                start_new_session=True,
+            )
+        finally:
+            os.close(theirs_to_read)
+            os.close(theirs_to_write)
+        os.set_blocking(self._answers, False)
+        # The end of a child is seen at the child: what it started may hold its end of a pipe open.
+        self._life: int | None = None
+        with contextlib.suppress(AttributeError, OSError):
+            self._life = os.pidfd_open(self._process.pid)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def say(self, line: str) -> None:
+        """Raises Ended where nobody listens."""
+        try:
+            os.write(self._questions, line.encode())
+        except OSError as error:
+            raise Ended from error
+
+    def hear(self, seconds: float) -> str:
+        """The next line. Raises Silent, Ended or TooLong."""
+        deadline = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            for descriptor in filter(None, (self._answers, self._life)):
+                selector.register(descriptor, selectors.EVENT_READ)
+            while b"\n" not in self._heard:
+                left = deadline - time.monotonic()
+                if len(self._heard) > LARGEST:
+                    raise TooLong
+                selector.select(max(0.0, left if self._life else min(left, LOOK)))
+                has_ended = self._process.poll() is not None  # before reading: what it said last may be whole
+                if (has_more := self._read()) and b"\n" in self._heard:
+                    break
+                if not has_more and (has_ended or self._is_closed):
+                    raise Ended
+                # What had come in time is read to its end; what goes on for ever is not.
+                if left <= 0 and (not has_more or left < -LOOK):
+                    raise Silent
+        line, _, self._heard = self._heard.partition(b"\n")
+        return line.decode(errors="replace")
+
+    def unasked(self) -> bytes:
+        """What it has said beyond the lines that were heard."""
+        self._read()
+        return self._heard
+
+    _is_closed = False
+
+    def _read(self) -> bool:
+        """Whether there was anything."""
+        try:
+            read = os.read(self._answers, 1 << 16)
+        except BlockingIOError:
+            return False
+        self._is_closed = not read
+        self._heard += read
+        return bool(read)
+
+    def has_ended(self, seconds: float = 0.0) -> bool:
+        """Whether it has, at the latest after so many seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self._process.returncode is not None
+
+    def where_it_is(self) -> None:
+        """Let a child that hangs write the stacks of its threads, which ends it: host.py has faulthandler do it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(LAST_WORDS)
+
+    def ending(self) -> str:
+        """How it ended: "exit code 3", "signal SIGSEGV"."""
+        code = self._process.wait()
+        try:
+            return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        except ValueError:
+            return f"exit code {code}"
+
+    def last_words(self) -> str:
+        """The end of what it printed, to be put behind a message; empty where it printed nothing."""
+        size = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, size - 8000))
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        tail = [line for line in lines if not line.startswith("Extension modules:")][-30:]
+        return "; its last words:\n" + "\n".join(f"  {line}" for line in tail) if tail else ""
+
+    def kill(self) -> None:
+        """End it and all it started in its session's group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for descriptor in filter(None, (self._questions, self._answers, self._life)):
+            os.close(descriptor)
+        self._errors.close()
+        self._folder.remove()
+
+
+class Folder:
+    """A child's temporary files. Locked as long as we live: what a run leaves that was killed, a later one sweeps."""
+
+    def __init__(self) -> None:
+        _sweep()
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        made = self.path / "new"  # not to be found before it is locked
+        self._lock = os.open(made, os.O_CREAT | os.O_RDWR)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        made.rename(self.path / LOCK)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _caches() -> dict[str, str]:
+    """What compilers keep from process to process stays where it is: torch keeps it among temporary files."""
+    return {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getuser()}"}
+
+
+@cache
+def _sweep() -> None:
+    """Remove folders whose owner is no more; once a process."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(lock, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def follow_parent() -> None:
+    """In a child: end, with all it started in its group, when its parent does, however that ends."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK)
+        if (folder := Path(tempfile.gettempdir())).name.startswith(PREFIX):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The command of a module of ours.
+
+    -P: the working directory must not come first on the path; discovery.extend_path appends it. -u: what it printed
+    before it died must not die in a buffer.
+    """
+    return [sys.executable, "-P", "-u", "-m", module, *arguments]

@@ -1,0 +1,115 @@
+"""Every selected result is in one cell, whatever other plug-ins, workers and adapters do; a run without its end is no
+success."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+CASES = ("layer-tiny-plain", "layer-tiny-latent", "layer-tiny-shared-padded-hidden")
+OF_ONE = 'if item.nodeid.endswith("layer-tiny-latent]"):'
+
+
+class Run(NamedTuple):
+    code: int
+    verdicts: list[tuple[str, str]]
+    text: str
+
+
+def run(folder: Path, plugin: str, *arguments: str, engine: str = "reference") -> Run:
+    """Judge an engine, the reference passes, on CASES by one check beside a plug-in of this source."""
+    (folder / "other_plugin.py").write_text(f"import os, sys, pytest\n{plugin}")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST") and name != "CI"}
+    options = [item for case in CASES for item in ("--case", case)]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "moe_conformance.cli", "run", "--engine", engine, "-p", "other_plugin"),
+            *(*options, "-k", "padding_never", "--out", str(folder / "out"), *arguments),
+        ],
+        cwd=folder,
+        env={**clean, "PYTHONPATH": str(folder)},
+        text=True,
+        capture_output=True,
+    )
+    stream = folder / "out" / "verdicts.jsonl"
+    lines = [json.loads(line) for line in stream.read_text().splitlines()] if stream.exists() else []
+    verdicts = sorted((line["case"], line["verdict"]) for line in lines if line["kind"] == "result")
+    return Run(done.returncode, verdicts, done.stdout + done.stderr)
+
+
+def with_error(case: str) -> list[tuple[str, str]]:
+    return sorted((name, "error" if name == case else "pass") for name in CASES)
+
+
+def test_what_another_plugin_skips_was_not_judged_and_is_an_error(tmp_path: Path) -> None:
+    done = run(tmp_path, f"def pytest_runtest_setup(item):\n    {OF_ONE} pytest.skip('flaky')", "--in-process")
+    assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent"))
+    assert "reference  2/3, 1 error" in done.text
+
+
+def test_what_another_plugin_breaks_is_an_error_of_its_case(tmp_path: Path) -> None:
+    done = run(tmp_path, f"def pytest_runtest_setup(item):\n    {OF_ONE} raise OSError('no disk')", "--in-process")
+    assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent"))
+
+
+RERUN = """
+from _pytest.runner import runtestprotocol
+def pytest_runtest_protocol(item):
+    for turn in range(2):
+        for report in runtestprotocol(item, log=False):
+            if turn == 0 and report.when == "call":
+                report.outcome = "rerun"
+            if turn == 1 or report.when == "call":
+                item.ihook.pytest_runtest_logreport(report=report)
+    return True
+"""
+
+
+def test_what_another_plugin_runs_again_counts_once(tmp_path: Path) -> None:
+    done = run(tmp_path, RERUN, "--in-process")
+    assert (done.code, done.verdicts) == (0, with_error("none"))
+
+
+@pytest.mark.parametrize(
+    "plugin",
+    [
+        "def pytest_configure(): sys.exit(0)",
+        "def pytest_sessionfinish(session): session.config.pluginmanager.unregister(name='moe_conformance_session')",
+        "@pytest.hookimpl(tryfirst=True)\ndef pytest_terminal_summary(): sys.exit(0)",
+    ],
+)
+def test_a_run_that_ends_before_its_footer_is_no_success(tmp_path: Path, plugin: str) -> None:
+    done = run(tmp_path, plugin, "--in-process")
+    assert done.code == 1
+    assert "the run ended before its footer" in done.text or "SystemExit" in done.text
+
+
+def test_a_killed_worker_loses_its_case_which_is_said(tmp_path: Path) -> None:
+    kill = f"""
+def pytest_runtest_setup(item):
+    {OF_ONE} os.kill(os.getpid(), 9)
+"""
+    done = run(tmp_path, kill, "-n", "2")
+    assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent"))
+    assert "reference  2/3, 1 error" in done.text
+
+
+def test_an_adapter_that_exits_when_imported_costs_its_own_cases(tmp_path: Path) -> None:
+    (tmp_path / "exits.py").write_text("import os; os._exit(0)")
+    done = run(tmp_path, "", "--engine", "reference", "-n", "0", engine="exits:Mine")
+    assert done.code == 1
+    assert done.verdicts == sorted([(case, "crash") for case in CASES] + [(case, "pass") for case in CASES])
+    assert "while its module exits was imported: exit code 0" in done.text
+
+
+def test_a_stolen_name_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "thief.py").write_text('class Mine:\n    name = "reference"\n')
+    done = run(tmp_path, "", "-n", "0", engine="thief:Mine")
+    assert (done.code, done.verdicts) == (2, [])
+    assert "got name 'reference', which is that of moe_conformance.engines.reference:Reference" in done.text

@@ -1,0 +1,121 @@
+"""An adapter is imported in a process of its own: whatever it does there costs its own cases, and no other's."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_conformance.errors import UsageError
+from moe_conformance.judging.verdict import Verdict
+from moe_conformance.running import survey
+from moe_conformance.running.discovery import Target, registered
+from moe_conformance.running.survey import Survey, named, surveys
+
+CLASS = """
+class Mine:
+    name = "mine"
+    def layer(self, inputs): ...
+"""
+
+# What a module does -> the verdict that its cases get, and words of its message.
+HOSTILE = {
+    "exits-0": ("import sys; sys.exit(0)", "crash", "exit code 0"),
+    "exits-by-the-system": ("import os; os._exit(0)", "crash", "exit code 0"),
+    "exits-3": ("raise SystemExit(3)", "crash", "exit code 3"),
+    "interrupts": ("raise KeyboardInterrupt", "crash", "KeyboardInterrupt"),
+    "aborts": ("import os; os.abort()", "crash", "signal SIGABRT"),
+    "dies": ("import ctypes; ctypes.string_at(1)", "crash", "signal SIGSEGV"),
+    "is-killed": ("import os; os.kill(os.getpid(), 9)", "crash", "signal SIGKILL"),
+    "raises": ("raise RuntimeError('no licence')", "error", "RuntimeError: no licence"),
+    "recurses": ("def f(): f()\nf()", "error", "RecursionError"),
+    "is-no-python": ("def", "error", "SyntaxError"),
+    "closes-everything": ("import os; os.closerange(3, 100)", "crash", ""),
+    "leaves-a-child": ("import os, time\nif os.fork() == 0: time.sleep(60)\nelse: os._exit(0)", "crash", "exit code 0"),
+    "says-something-else": ("import os, sys; os.write(int(sys.argv[3]), b'hello\\n')", "error", "got 'hello'"),
+    "says-no-end": ("import os, sys\nwhile True: os.write(int(sys.argv[3]), b'x' * 65536)", "error", "without an end"),
+    "says-a-list": ("import os, sys; os.write(int(sys.argv[3]), b'[1]\\n')", "error", "want a survey"),
+    "environment-raises": (CLASS + "    def environment(): raise OSError('no disk')", "error", "OSError: no disk"),
+    "environment-exits": (CLASS + "    def environment(): raise SystemExit(0)", "crash", "exit code 0"),
+    "environment-is-a-list": (CLASS + "    def environment(): return ['A=1']", "error", "want a map of strings"),
+    "environment-of-numbers": (CLASS + "    def environment(): return {'A': 1}", "error", "want a map of strings"),
+    "missing-raises": (CLASS + "    def missing(): return 1 / 0", "error", "ZeroDivisionError"),
+    "name-is-a-number": ("class Mine: name = 7", "error", "name: got 7, want a string"),
+    # Last, for they use up the time that all have together.
+    "hangs": ("import time\nwhile True: time.sleep(1)", "timeout", "no end within"),
+    "sleeps-in-a-thread": ("import time; time.sleep(60)", "timeout", "no end within"),
+}
+# What does no harm.
+HARMLESS = {
+    "prints": (CLASS + "import sys; print('x' * 100000); print('{}', file=sys.stderr)"),
+    "reads": (CLASS + "import sys; assert sys.stdin.read() == ''"),
+    "exits-afterwards": (CLASS + "import atexit, os; atexit.register(lambda: os._exit(9))"),
+    "never-ends": (CLASS + "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()"),
+    "closes-its-output": (CLASS + "import sys; sys.stdout.close(); sys.stderr.close()"),
+    "changes-folder": (CLASS + "import os; os.chdir('/')"),
+    "ignores-signals": (CLASS + "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Survey]:
+    """Surveys of all of them, made at once."""
+    folder, before = tmp_path_factory.mktemp("adapters"), Path.cwd()
+    sources = {name: code for name, (code, _, _) in HOSTILE.items()} | HARMLESS
+    for name, code in sources.items():
+        (folder / f"{name.replace('-', '_')}.py").write_text(code)
+    targets = [Target(name, f"{name.replace('-', '_')}:Mine") for name in sources]
+    seconds, survey.SECONDS = survey.SECONDS, 4.0
+    os.chdir(folder)
+    try:
+        return dict(zip(sources, surveys(targets), strict=True))
+    finally:
+        os.chdir(before)
+        survey.SECONDS = seconds
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_an_adapter_does_when_imported_is_what_its_cases_come_to(found: dict[str, Survey], name: str) -> None:
+    _, verdict, words = HOSTILE[name]
+    outcome = found[name].outcome
+    assert outcome is not None and (outcome.verdict, found[name].name) == (Verdict(verdict), "Mine")
+    assert words in outcome.message
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_does_no_harm_is_no_trouble(found: dict[str, Survey], name: str) -> None:
+    assert found[name] == Survey("mine", stages=("layer",))
+
+
+def test_nothing_that_an_adapter_started_outlives_its_survey(found: dict[str, Survey]) -> None:
+    assert found
+    time.sleep(0.1)
+    lines = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline")] if sys.platform == "linux" else []
+    assert not any(b"leaves_a_child:Mine" in line or b"never_ends:Mine" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("path", "survey", "words"),
+    [
+        ("a:Mine", Survey("reference"), "got name 'reference', which is that of moe_conformance.engines.reference"),
+        ("a:Mine", Survey("two words"), "got name 'two words', want letters"),
+        ("a:Mine", Survey("a[b]"), "got name 'a[b]', want letters"),
+        ("a:Mine", Survey("line\nbreak"), "got name 'line\\nbreak', want letters"),
+        ("a:Mine", Survey(unloadable="cannot load a:Mine"), "cannot load a:Mine"),
+    ],
+)
+def test_a_name_that_is_none_or_anothers_is_refused(path: str, survey: Survey, words: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        named([Target(path, path)], [survey])
+    assert words in str(refused.value)
+
+
+def test_two_engines_of_one_name_are_refused_and_one_asked_for_by_its_path_has_its_own() -> None:
+    targets = [Target("a:Mine", "a:Mine"), Target("b:Mine", "b:Mine")]
+    with pytest.raises(UsageError, match="engine b:Mine: got name 'mine', which is that of a:Mine"):
+        named(targets, [Survey("mine"), Survey("mine")])
+    reference = registered()["reference"]
+    assert named([reference], [Survey("Reference")]) == {reference: Survey("Reference")}
