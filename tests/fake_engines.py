@@ -157,11 +157,16 @@ class Noisy(_Fake):
         return inputs.x + 1
 
 
-class NoStages(_Fake):
-    name = "no-stages"
+class NothingToday(_Fake):
+    """Declares nothing, and refuses what it has a method for."""
+
+    name = "nothing-today"
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         return {}
+
+    def layer(self, inputs: LayerInputs) -> Any:
+        raise Unsupported("not today")
 
 
 class WritesIntoWeights(Reference):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from moe_conformance.catalogue.case import catalogue
+import pytest
+import torch
+
+from moe_conformance.catalogue.case import Case, catalogue
+from moe_conformance.catalogue.clauses import CLAUSES
+from moe_conformance.engine import MLPSpec, QuantSpec, RouteInputs, RoutingSpec
 from moe_conformance.engines.reference import Reference
 from moe_conformance.protocol.features import FEATURES, complaints, is_known
+from moe_conformance.protocol.limits import extent_of
 from moe_conformance.protocol.stages import STAGES
 
 
@@ -46,3 +52,33 @@ def test_a_word_stands_once_in_a_stage() -> None:
 )
 def test_a_word_in_capitals_stands_for_others(stage: str, word: str, known: bool) -> None:
     assert is_known(stage, word) is known
+
+
+@pytest.mark.parametrize(
+    ("stage", "recipe", "words"),
+    [
+        ("route", {"routing": RoutingSpec(1, score="sigmod")}, "got 'sigmod', which no stage has a feature for"),  # type: ignore[arg-type]
+        ("route", {"routing": RoutingSpec(1, score="sigmod")}, "did you mean 'sigmoid'?"),  # type: ignore[arg-type]
+        ("route", {"routing": RoutingSpec(1, selector="topK")}, "got 'topK'"),  # type: ignore[arg-type]
+        ("route", {"routing": RoutingSpec(1, renormalize="yes")}, "got 'yes'"),  # type: ignore[arg-type]
+        ("experts", {"mlp": MLPSpec(8, activation="swish")}, "got 'swish'"),  # type: ignore[arg-type]
+        ("experts", {"quant": QuantSpec("fp8_e5m2", "tensor")}, "got 'quantised:fp8_e5m2'"),  # type: ignore[arg-type]
+        ("route", {"needs": "softmax"}, "needs: got 'softmax', want a set of words"),
+    ],
+)
+def test_a_spec_that_no_model_has_makes_no_case(stage: str, recipe: dict[str, Any], words: str) -> None:
+    clause = next(key for key, clause in CLAUSES.items() if key.startswith(stage.rstrip("s")))
+    with pytest.raises(ValueError) as refused:
+        Case("a-case", stage=stage, clause=clause, recipe=recipe)
+    assert words in str(refused.value)
+
+
+def test_limits_count_experts_not_columns_of_logits() -> None:
+    for routing, columns in (
+        (RoutingSpec(1, identity_experts=64), 576),
+        (RoutingSpec(1, selector="product_keys", select_on="logits"), 44),
+        (RoutingSpec(1, shared_classes=2), 514),
+        (RoutingSpec(1, skip_expert=True), 513),
+    ):
+        experts = extent_of(RouteInputs(torch.zeros(1, columns), routing))["experts"]
+        assert (experts, routing.classes(experts)) == (484 if columns == 44 else 512, columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import fake_engines
@@ -11,11 +12,22 @@ import pytest
 import torch
 
 from moe_conformance.catalogue.case import Case, catalogue
-from moe_conformance.engine import AlignInputs, Engine, EngineInfo, Limits, Unsupported, called_by_engine
+from moe_conformance.engine import (
+    AlignInputs,
+    Engine,
+    EngineInfo,
+    Limits,
+    LogitsSpec,
+    RouterSpec,
+    RoutingSpec,
+    Unsupported,
+    called_by_engine,
+)
 from moe_conformance.errors import Nonconformance, UsageError
 from moe_conformance.judging.judge import Judge
 from moe_conformance.judging.probe import ProbeFailure, probe
 from moe_conformance.judging.verdict import Refusal, Verdict
+from moe_conformance.oracle import value
 from moe_conformance.running.discovery import Target
 
 
@@ -50,6 +62,33 @@ def test_what_raises_in_a_marked_function_is_the_engines_but_for_its_signature(
     assert (outcome.verdict, words in outcome.message) == (verdict, True), outcome.message
 
 
+class _OfProtocol1(Engine):
+    info = EngineInfo("old", "1", "cpu")
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        return {"align": frozenset()}
+
+    def align(self, inputs: Any) -> Any:
+        return inputs.spec.method if hasattr(inputs, "spec") else called_by_engine(partial(len, "x"))
+
+
+def test_what_breaks_in_what_is_here_for_all_is_its_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter that reads a field of an older protocol, or marks what cannot be marked; an oracle that is wrong."""
+    judge = Judge(Target("old", f"{__name__}:_OfProtocol1"))
+    for inputs in (SimpleNamespace(spec=RouterSpec(LogitsSpec(), RoutingSpec(1), 4, 8, torch.float32)), None):
+        outcome = judge.judge(lambda engine, case, inputs=inputs: engine.align(inputs), CASE)
+        assert outcome.verdict is Verdict.ERROR, outcome.message
+    reference = Judge(Target("reference", "moe_conformance.engines.reference:Reference"))
+    source = compile("def project(self, *a): raise ValueError('planted')", value.__file__, "exec")
+    there: dict[str, Any] = {}
+    exec(source, there)
+    monkeypatch.setattr(value.Value, "project", there["project"])
+    case = catalogue()["experts-tiny-silu"]
+    module, check = "moe_conformance.suites.experts.test_activation", "test_experts_compute_their_function"
+    outcome = reference.run(module, check, case)
+    assert outcome.verdict is Verdict.ERROR and "ValueError: planted" in outcome.message
+
+
 def test_a_mark_sits_on_the_function_itself() -> None:
     with pytest.raises(TypeError, match="got staticmethod, want a function; below @staticmethod"):
         called_by_engine(staticmethod(len))  # type: ignore[arg-type]
@@ -81,7 +120,10 @@ def test_a_mark_sits_on_the_function_itself() -> None:
         ("limits", {"layer": Limits(dtypes="float32")}, "dtypes: got 'float32', want a set out of float64, "),
         ("limits", {"layer": Limits(dtypes=frozenset({"fp32"}))}, "want a set out of float64, float32, "),
         ("limits", {"layer": Limits(tokens=0)}, "tokens: got 0, want a number from 1 up"),
+        ("limits", {"lair": Limits()}, "did you mean 'layer'?"),
         ("limits", {"layer": Limits(multiples={"K": 2})}, "multiples: got 'K': 2, want H or D or F"),
+        ("limits", {"block": Limits(experts=8)}, "experts: got a limit of what block is not told, want one of dtype"),
+        ("limits", {"block": Limits(multiples={"F": 8})}, "F: got a limit of what block is not told"),
     ],
 )
 def test_a_wrong_declaration_is_refused_before_anything_runs(

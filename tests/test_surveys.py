@@ -11,7 +11,7 @@ import pytest
 
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.verdict import Verdict
-from moe_conformance.running import survey
+from moe_conformance.running import child, survey
 from moe_conformance.running.discovery import Target, registered
 from moe_conformance.running.survey import Survey, named, surveys
 
@@ -44,7 +44,6 @@ HOSTILE = {
     "environment-of-numbers": (CLASS + "    def environment(): return {'A': 1}", "error", "want a map of strings"),
     "missing-raises": (CLASS + "    def missing(): return 1 / 0", "error", "ZeroDivisionError"),
     "name-is-a-number": ("class Mine: name = 7", "error", "name: got 7, want a string"),
-    # Last, for they use up the time that all have together.
     "hangs": ("import time\nwhile True: time.sleep(1)", "timeout", "no end within"),
     "sleeps-in-a-thread": ("import time; time.sleep(60)", "timeout", "no end within"),
 }
@@ -68,13 +67,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Survey]:
     for name, code in sources.items():
         (folder / f"{name.replace('-', '_')}.py").write_text(code)
     targets = [Target(name, f"{name.replace('-', '_')}:Mine") for name in sources]
-    seconds, survey.SECONDS = survey.SECONDS, 4.0
+    hanging = [target for target in targets if HOSTILE.get(target.name, ("", "", ""))[1] == "timeout"]
+    others = [target for target in targets if target not in hanging]
     os.chdir(folder)
     try:
-        return dict(zip(sources, surveys(targets), strict=True))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(child, "LARGEST", 1 << 20)
+            said = dict(zip(others, surveys(others), strict=True))
+            patch.setattr(survey, "SECONDS", 1.0)
+            said |= zip(hanging, surveys(hanging), strict=True)
+        return {target.name: found for target, found in said.items()}
     finally:
         os.chdir(before)
-        survey.SECONDS = seconds
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -110,6 +114,29 @@ def test_nothing_that_an_adapter_started_outlives_its_survey(found: dict[str, Su
 def test_a_name_that_is_none_or_anothers_is_refused(path: str, survey: Survey, words: str) -> None:
     with pytest.raises(UsageError) as refused:
         named([Target(path, path)], [survey])
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            "    def expert(self, inputs): ...",
+            "got a class with a method of no stage (expert), want some of describe, ",
+        ),
+        ("    def expert(self, inputs): ...", "did you mean 'experts'?"),
+        ("    layer = None", "a method of no stage (layer)"),
+        ("    pass", "a method of no stage (with none)"),
+    ],
+)
+def test_a_class_that_has_no_stage_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, words: str
+) -> None:
+    (tmp_path / "typo.py").write_text(f"class Mine:\n{body}\n")
+    monkeypatch.chdir(tmp_path)
+    target = Target("typo:Mine", "typo:Mine")
+    with pytest.raises(UsageError) as refused:
+        named([target], surveys([target]))
     assert words in str(refused.value)
 
 

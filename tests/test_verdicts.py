@@ -166,9 +166,9 @@ def test_the_stream_says_by_which_protocol_and_at_which_level(fakes: Run) -> Non
 
 
 def test_an_engine_of_which_nothing_was_judged_is_a_bad_run_that_says_why(tmp_path: Path) -> None:
-    done = run(tmp_path, ("fake_engines:NoStages",), "--in-process")
-    assert (done.code, done.verdicts["no-stages"]) == (1, ["unsupported"] * 3)
-    assert "no-stages: nothing was judged: 4 unsupported, of which 3: stage layer is not offered" in done.text
+    done = run(tmp_path, ("fake_engines:NothingToday",), "--in-process")
+    assert (done.code, done.verdicts["nothing-today"]) == (1, ["unsupported"] * 3)
+    assert "nothing-today: nothing was judged: 4 unsupported, of which 3: stage layer is not offered" in done.text
     assert "unsupported" in done.text and "100% of 4 results" in done.text
 
 

@@ -46,13 +46,17 @@ class Case:
         if not _SLUG.fullmatch(self.id):
             raise ValueError(f"case id: got {self.id!r}, want a kebab-case slug")
         if self.stage not in STAGES:
-            raise ValueError(f"{self.id}: stage: got {self.stage!r}, want one of {', '.join(STAGES)}")
+            raise ValueError(
+                f"{self.id}: stage: got {self.stage!r}, want one of {', '.join(STAGES)}{near(self.stage, STAGES)}"
+            )
         if self.clause not in CLAUSES:
             now = aliases.CLAUSES.get(self.clause)
             want = f"{now}, its new name" if now else f"one of {', '.join(CLAUSES)}{near(self.clause, CLAUSES)}"
             raise ValueError(f"{self.id}: clause: got {self.clause!r}, want {want}")
         if self.tier not in TIERS:
-            raise ValueError(f"{self.id}: tier: got {self.tier!r}, want one of {', '.join(TIERS)}")
+            raise ValueError(
+                f"{self.id}: tier: got {self.tier!r}, want one of {', '.join(TIERS)}{near(self.tier, TIERS)}"
+            )
         object.__setattr__(self, "recipe", MappingProxyType(dict(self.recipe)))
         if strangers := sorted(word for word in self.needs if not is_known(self.stage, word)):
             raise ValueError(f"{self.id}: {unknown(self.stage, strangers[0])}")

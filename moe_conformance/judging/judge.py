@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import CodeType
@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+import moe_conformance
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import PROTOCOL_VERSION, STAGES, Engine, EngineInfo, Limits
 from moe_conformance.errors import BeyondLimits, Nonconformance, Unavailable, Unsupported, UsageError
@@ -25,6 +26,13 @@ from moe_conformance.running.discovery import Target
 # Inputs up to this many elements are compared byte for byte after a call; larger ones by torch's version counter,
 # which notices torch's own in-place operations but not a kernel that writes through a pointer.
 _COPIED = 1 << 20
+
+
+# Parts of this package that adapters, suites and the reference call, none of which is an engine.
+_FOR_ALL = tuple(
+    Path(moe_conformance.__file__).parent / part
+    for part in ("catalogue", "engine.py", "judging", "model", "oracle", "protocol", "running")
+)
 
 
 class Judged:
@@ -157,15 +165,20 @@ class Judge:
         return Outcome(verdict, _describe(error))
 
     def _is_adapters(self, error: Exception) -> bool:
-        """Whether the adapter or a suite broke, rather than the engine.
+        """Whether the adapter or this project broke, rather than the engine.
 
-        The innermost frame decides that lies in neither torch nor the standard library, where both end up. A function
-        that the engine calls back counts as the engine, with all that it calls, and a call that its signature does not
-        take as the adapter.
+        The innermost frame decides that lies in neither torch nor the standard library, where both end up, nor in what
+        is here for all (the protocol, the oracle, comparisons), which its caller misused or which is wrong itself. A
+        function that the engine calls back counts as the engine, with all that it calls, and a call that its signature
+        does not take as the adapter.
         """
         codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
         own = [code for code in codes if not _is_library(Path(code.co_filename))]
         if isinstance(error, TypeError) and is_signature_of_marked(error):
+            return True
+        while own and _lies_in(own[-1], _FOR_ALL):
+            own.pop()
+        if not own:
             return True
         innermost = 0
         while innermost < len(own) and self._in_adapter(own[-1 - innermost]):
@@ -173,8 +186,7 @@ class Judge:
         return innermost > 0 and not any(is_called_by_engine(code) for code in own[-innermost:])
 
     def _in_adapter(self, code: CodeType) -> bool:
-        file = Path(code.co_filename)
-        return any(file == place or place in file.parents for place in self.adapters)
+        return _lies_in(code, self.adapters)
 
 
 def _complaints(raw: Any) -> list[str]:
@@ -196,6 +208,11 @@ def _complaints(raw: Any) -> list[str]:
 def _lacks(raw: Any, stage: str) -> bool:
     method = getattr(raw, stage, None)
     return method is None or getattr(method, "__func__", None) is getattr(Engine, stage)
+
+
+def _lies_in(code: CodeType, places: Iterable[Path]) -> bool:
+    file = Path(code.co_filename)
+    return any(file == place or place in file.parents for place in places)
 
 
 def _is_library(file: Path) -> bool:

@@ -7,7 +7,7 @@ experts work in. Formulas and their families: transformers 5.23. This module imp
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 Precision = Literal["float32", "input"]
@@ -68,6 +68,7 @@ class RoutingSpec:
     """
 
     top_k: int
+    _: KW_ONLY
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
@@ -97,6 +98,12 @@ class RoutingSpec:
         if self.selector == "product_keys":
             return 2 * math.isqrt(experts)
         return experts + self.identity_experts + self.skip_expert + self.shared_classes
+
+    def experts(self, classes: int) -> int:
+        """Experts with weights of that many columns of logits."""
+        if self.selector == "product_keys":
+            return (classes // 2) ** 2
+        return classes - self.identity_experts - self.skip_expert - self.shared_classes
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ def of_routing(spec: RoutingSpec) -> set[str]:
     if spec.selector != "topk":
         found.add(spec.selector)
     if spec.selector != "sparsemixer":
-        found.add(renormalize[spec.renormalize])
+        found.add(renormalize.get(spec.renormalize, spec.renormalize))
     return found
 
 
@@ -314,6 +314,8 @@ def needs(stage: str, recipe: Mapping[str, Any]) -> frozenset[str]:
     Specs count by their type, whatever key they stand under, and for what the stage has to do with; of the other keys,
     those listed here. Words that the recipe itself spells are all returned, for `Case` to refuse those unknown.
     """
+    if isinstance(recipe.get("needs"), str):
+        raise ValueError(f"needs: got {recipe['needs']!r}, want a set of words")
     found: set[str] = set()
     spelled: set[str] = set()
     for key, value in recipe.items():
@@ -331,7 +333,15 @@ def needs(stage: str, recipe: Mapping[str, Any]) -> frozenset[str]:
             found |= _SWITCHES[key](value)
         elif key in _SPELLED:
             spelled |= _SPELLED[key](value)
+    # A word that no stage has is a value of a spec that no model has.
+    for word in sorted(found - _of_any_stage()):
+        raise ValueError(f"specs: got {word!r}, which no stage has a feature for{near(word, _of_any_stage())}")
     return frozenset(spelled | found & words(stage).keys())
+
+
+@cache
+def _of_any_stage() -> frozenset[str]:
+    return frozenset(word for stage in STAGES for word in words(stage))
 
 
 def _if(word: str) -> Any:

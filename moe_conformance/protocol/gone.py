@@ -1,9 +1,9 @@
-"""Fields of inputs that an earlier protocol had: reading one says what took its place."""
+"""Fields of inputs that an earlier protocol had: reading or giving one says what took its place."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class HadOtherFields:
@@ -11,9 +11,17 @@ class HadOtherFields:
 
     gone: ClassVar[Mapping[str, str]] = {}
 
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        for name in named:
+            if name in cls.gone and name not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+                raise TypeError(cls._instead_of(name))
+        return super().__new__(cls)
+
     def __getattr__(self, name: str) -> Any:
-        kind = type(self).__name__
         if name in type(self).gone:
-            instead = type(self).gone[name]
-            raise AttributeError(f"{kind}.{name} is gone since protocol 2; use {instead} (docs/migrating.md)")
-        raise AttributeError(f"{kind!r} object has no attribute {name!r}")
+            raise AttributeError(type(self)._instead_of(name))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @classmethod
+    def _instead_of(cls, name: str) -> str:
+        return f"{cls.__name__}.{name} is gone since protocol 2; use {cls.gone[name]} (docs/migrating.md)"

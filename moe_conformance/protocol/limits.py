@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from moe_conformance.protocol.features import near
 from moe_conformance.protocol.stages import STAGES
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LETTERS = ("H", "D", "F")
+# What a call of each stage says of its size; a block's says the rest in a config that only the engine reads.
+EXTENTS: Mapping[str, tuple[str, ...]] = {
+    "route": ("dtype", "tokens", "top_k", "pairs", "experts"),
+    "router_module": ("dtype", "top_k", "experts", "H"),
+    "align": ("tokens", "top_k", "pairs", "experts"),
+    "experts": ("dtype", "tokens", "top_k", "pairs", "experts", "D", "F"),
+    "shard": ("dtype", "tokens", "top_k", "pairs", "experts", "D", "F"),
+    "layer": ("dtype", "tokens", "top_k", "pairs", "experts", "H", "D", "F"),
+    "block": ("dtype", "tokens", "H"),
+    "replicate": ("tokens", "top_k", "pairs", "experts"),
+    "capture_session": ("tokens", "top_k", "pairs", "experts"),
+    "capture_store": ("tokens", "top_k", "pairs", "experts"),
+    "expert_map": ("experts",),
+}
 
 
 @dataclass(frozen=True)
@@ -50,12 +65,22 @@ def complaints(limits: object) -> list[str]:
     for stage, said in limits.items():
         where = f"limits[{stage!r}]"
         if stage not in STAGES:
-            found.append(f"limits: got stage {stage!r}, want one of {', '.join(STAGES)}")
+            found.append(f"limits: got stage {stage!r}, want one of {', '.join(STAGES)}{near(stage, STAGES)}")
         elif not isinstance(said, Limits):
             found.append(f"{where}: got {type(said).__name__}, want Limits")
         else:
-            found += [f"{where}.{problem}" for problem in _problems(said)]
+            found += [f"{where}.{problem}" for problem in (*_problems(said), *_idle(stage, said))]
     return found
+
+
+def _idle(stage: str, limits: Limits) -> Iterator[str]:
+    """Limits of what a call of the stage does not say, which would never act."""
+    there = EXTENTS.get(stage, ())
+    said = [item.name for item in fields(limits) if item.name != "multiples" and getattr(limits, item.name)]
+    for name in (*said, *(limits.multiples if isinstance(limits.multiples, Mapping) else ())):
+        if ("dtype" if name == "dtypes" else name) not in there:
+            known = ", ".join(there) or "nothing"
+            yield f"{name}: got a limit of what {stage} is not told, want one of {known}; refuse such calls instead"
 
 
 def _problems(limits: Limits) -> list[str]:
@@ -86,7 +111,9 @@ def extent_of(inputs: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     match inputs:
         case RouteInputs():
-            found = _of(inputs.logits, top_k=inputs.routing.top_k, experts=inputs.logits.shape[-1])
+            found = _of(
+                inputs.logits, top_k=inputs.routing.top_k, experts=inputs.routing.experts(inputs.logits.shape[-1])
+            )
         case RouterSpec():
             found = {"dtype": _name(inputs.dtype), "H": inputs.hidden_size, "experts": inputs.num_experts}
             found["top_k"] = inputs.routing.top_k

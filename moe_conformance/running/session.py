@@ -86,8 +86,7 @@ class Session:
         files = [*map(Path, config.getoption("--moe-known")), *config.getini("moe_known")]
         self.known = {entry.engine: entry for entry in map(known.read, files)}
         names = sorted({*chosen, *registered()})
-        if strangers := sorted(self.known.keys() - set(names)):
-            raise UsageError(f"known failures: got engine {', '.join(strangers)}, want one of {', '.join(names)}")
+        current("known failures: engine", self.known, names)
 
     def _find_engines(self, config: pytest.Config) -> None:
         """Who is to be judged, and what each says of itself; away: why the other registered ones are not."""

@@ -18,9 +18,12 @@ from typing import Any
 from moe_conformance.engine import STAGES, Engine
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.verdict import Outcome, Verdict
+from moe_conformance.protocol.features import near
 from moe_conformance.running.child import Child, Ended, Silent, TooLong, follow_parent, python
 from moe_conformance.running.discovery import Target, extend_path, registered
 
+# What else an adapter's class has.
+_NOT_STAGES = ("name", "info", "protocol", "capabilities", "limits", "missing", "environment")
 # An adapter imports nothing heavy before it is built; one that does may take as long as an engine's start.
 SECONDS = 300.0
 
@@ -76,6 +79,13 @@ def survey_of(target: Target) -> Survey:
     missing = getattr(cls, "missing", None)
     reason = missing() if missing else None
     stages = tuple(stage for stage in STAGES if getattr(cls, stage, None) not in (None, getattr(Engine, stage)))
+    if not stages:
+        methods = sorted(name for name in vars(cls) if not name.startswith("_") and name not in _NOT_STAGES)
+        guess = next(filter(None, (near(method, STAGES) for method in methods)), "")
+        raise UsageError(
+            f"engine {target.path}: got a class with a method of no stage ({', '.join(methods) or 'with none'}), want "
+            f"some of {', '.join(STAGES)}{guess}"
+        )
     return Survey(name, None if reason is None else str(reason), said, stages)
 
 
