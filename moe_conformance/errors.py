@@ -27,6 +27,11 @@ class Nonconformance(MoEConformanceError):
     """The engine's answer breaks a clause. Raised by checks, turned into the verdict `fail`."""
 
 
+class Broken(MoEConformanceError):
+    """What a check needs is not as it was made: a golden is missing, a package does not import. The verdict is `error`,
+    for the engine was not judged."""
+
+
 class ConfigError(MoEConformanceError, ValueError):
     """A model config lacks a key or contradicts itself; the message names every key looked for."""
 

@@ -17,6 +17,7 @@ from moe_conformance.engine import (
     called_by_engine,
 )
 from moe_conformance.engines.reference import Reference
+from moe_conformance.errors import Nonconformance
 
 PROBE_WIDTH = 32  # the probe's layer; the fakes behave there, so that they are judged
 
@@ -155,6 +156,17 @@ class Noisy(_Fake):
         outcome = '{"verdict": "pass", "message": "", "facts": null, "refusal": null}'
         print('{"kind": "Answer", "number": 2, "outcome": ' + outcome + "}", flush=True)
         return inputs.x + 1
+
+
+class Shouts(_Fake):
+    """Raises with what no terminal, no file and no page takes as it is, and a megabyte of it."""
+
+    name = "shouts"
+
+    def layer(self, inputs: LayerInputs) -> Any:
+        if inputs.x.shape[-1] != PROBE_WIDTH:
+            raise Nonconformance("\x1b[31mred\x1b[0m \ud800 \x00\r ````" + "<b>" * 10_000_000)
+        return inputs.x
 
 
 class NothingToday(_Fake):

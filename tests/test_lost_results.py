@@ -53,6 +53,7 @@ def test_what_another_plugin_skips_was_not_judged_and_is_an_error(tmp_path: Path
     assert "reference  2/3, 1 error" in done.text
 
 
+@pytest.mark.nightly
 def test_what_another_plugin_breaks_is_an_error_of_its_case(tmp_path: Path) -> None:
     done = run(tmp_path, f"def pytest_runtest_setup(item):\n    {OF_ONE} raise OSError('no disk')", "--in-process")
     assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent"))
@@ -76,6 +77,7 @@ def test_what_another_plugin_runs_again_counts_once(tmp_path: Path) -> None:
     assert (done.code, done.verdicts) == (0, with_error("none"))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "plugin",
     [
@@ -100,6 +102,20 @@ def pytest_runtest_setup(item):
     assert "reference  2/3, 1 error" in done.text
 
 
+def test_a_missing_golden_is_an_error_and_not_the_engines_fail(tmp_path: Path) -> None:
+    case, plugin = (
+        "closure-gemma4-per-expert-scale-functional-call",
+        f"""
+from pathlib import Path
+from moe_conformance.judging import goldens
+goldens.FOLDER = Path({str(tmp_path)!r})
+""",
+    )
+    done = run(tmp_path, plugin, "--in-process", "--case", case, "-k", "values_at_call_time")
+    assert (done.code, done.verdicts) == (1, [(case, "error")])
+    assert f"no golden of {case} for routing_uses_the_values_at_call_time" in done.text
+
+
 def test_an_adapter_that_exits_when_imported_costs_its_own_cases(tmp_path: Path) -> None:
     (tmp_path / "exits.py").write_text("import os; os._exit(0)")
     done = run(tmp_path, "", "--engine", "reference", "-n", "0", engine="exits:Mine")
@@ -109,7 +125,7 @@ def test_an_adapter_that_exits_when_imported_costs_its_own_cases(tmp_path: Path)
 
 
 def test_a_stolen_name_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    (tmp_path / "thief.py").write_text('class Mine:\n    name = "reference"\n')
+    (tmp_path / "thief.py").write_text('class Mine:\n    name = "reference"\n    layer = print\n')
     done = run(tmp_path, "", "-n", "0", engine="thief:Mine")
     assert (done.code, done.verdicts) == (2, [])
     assert "got name 'reference', which is that of moe_conformance.engines.reference:Reference" in done.text

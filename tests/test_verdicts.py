@@ -31,6 +31,7 @@ FAKES = (
     "Misspells",
     "DiesInItsProbe",
     "Declines",
+    "Shouts",
 )
 
 
@@ -155,6 +156,14 @@ def test_what_an_engine_prints_is_not_taken_for_an_answer(fakes: Run) -> None:
     assert fakes.verdicts["noisy"] == ["fail"] * 3
 
 
+def test_what_an_engine_shouts_leaves_stream_summary_and_terminal_whole(fakes: Run) -> None:
+    assert fakes.verdicts["shouts"] == ["fail"] * 3
+    message = fakes.message("shouts", CASES[0])
+    assert "red \\ud800  ````<b><b>" in message and "characters left out" in message and len(message) < 25_000
+    assert "\x1b" not in fakes.text and "\x00" not in fakes.text
+    assert "`````text\npadding never reaches the output\nred \\ud800" in fakes.summary
+
+
 def test_the_stream_ends_with_a_footer_that_counts_every_verdict(fakes: Run) -> None:
     assert sum(len(verdicts) for verdicts in fakes.verdicts.values()) == len(CASES) * len(FAKES)
     assert "4 unavailable" in fakes.text
@@ -238,7 +247,9 @@ def test_an_adapter_that_is_broken_is_not_excused_by_a_known_failure(tmp_path: P
     [
         ({"case": '"layer-tiny-plane"'}, "did you mean 'layer-tiny-plain'?"),
         ({"check": '"padding_never_reaches_output"'}, "did you mean 'padding_never_reaches_the_output'?"),
-        ({"kind": '"sometimes"'}, "want one of never, not_yet"),
+        ({"kind": '"sometimes"'}, "kind: got 'sometimes', want never, not_yet"),
+        ({"issue": '" "'}, "issue: got ' ', want where the failure is reported"),
+        ({"when": '{ device = "gpu" }'}, "when.device: got 'gpu', want cpu, cuda"),
         ({"when": '{ python = "3" }'}, "want version and device"),
         ({"when": '{ version = "newer" }'}, "when.version"),
         ({"colour": '"red"'}, "unknown ['colour']"),
@@ -249,6 +260,31 @@ def test_a_wrong_entry_is_refused_and_named(tmp_path: Path, entry: dict[str, str
     with pytest.raises(UsageError) as refused:
         known.read(file)
     assert f"{file}, entry 1" in str(refused.value) and words in str(refused.value)
+
+
+def test_files_of_one_engine_add_up_and_a_case_stands_in_one_of_them(tmp_path: Path) -> None:
+    first, second, again = (
+        write_known(tmp_path / f"{number}.toml", "reference", {"case": f'"{case}"'})
+        for number, case in enumerate((CASES[0], CASES[1], CASES[0]))
+    )
+    assert set(known.read_all([first, second, first])["reference"].entries) == {(case, CHECK) for case in CASES[:2]}
+    with pytest.raises(UsageError, match="is listed in another file, too; take one out"):
+        known.read_all([first, again])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("known = ['a']", "entry 1: got 'a', want a [[known]] table"),
+        ("known = 3", "want engine = "),
+        ("\x00", "cannot read the known-failures file"),
+    ],
+)
+def test_a_malformed_file_is_one_clear_error(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "k.toml").write_text(f'engine = "reference"\n{text}\n')
+    with pytest.raises(UsageError) as refused:
+        known.read(tmp_path / "k.toml")
+    assert words in str(refused.value)
 
 
 def test_a_wrong_file_is_a_usage_error_with_its_message_under_xdist_too(tmp_path: Path) -> None:

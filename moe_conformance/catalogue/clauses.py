@@ -43,8 +43,8 @@ CLAUSES: dict[str, Clause] = {
     ),
     "config.say-what-is-missing": Clause(
         "config-keys",
-        "A config that lacks a key or contradicts itself must be refused with an error that names every key "
-        "looked for.",
+        "Where an engine judges configs: one that lacks a key or contradicts itself must be refused with an error that "
+        "names every key looked for.",
         ("vllm#41401",),
     ),
     "config.refuse-dense": Clause(
@@ -118,7 +118,7 @@ CLAUSES: dict[str, Clause] = {
     ),
     "layer.traceable": Clause(
         "shape-mismatch",
-        "Shapes must hold under fake tensors and under torch.compile(fullgraph=True).",
+        "Where a layer can be traced: shapes must hold under fake tensors and under torch.compile(fullgraph=True).",
         ("vllm#40794", "vllm#41646"),
     ),
     "routing.method": Clause(
@@ -134,7 +134,8 @@ CLAUSES: dict[str, Clause] = {
     ),
     "route.padding-rows": Clause(
         "token-padding",
-        "Rows behind the valid ones must not change a bit of a valid row, whatever they hold.",
+        "Where an engine takes rows of padding: those behind the valid ones must not change a bit of a valid row, "
+        "whatever they hold.",
         ("SkyRL#1908",),
     ),
     "route.unique-ids": Clause(
@@ -178,7 +179,7 @@ CLAUSES: dict[str, Clause] = {
     ),
     "shard.out-of-range": Clause(
         "expert-map",
-        "An id out of range must raise or contribute zero; it must never wrap to an expert.",
+        "Where an engine checks ids: one out of range must raise or contribute zero; it must never wrap to an expert.",
         ("vllm#46408", "flashinfer#1469"),
     ),
     "experts.function": Clause(
@@ -201,7 +202,7 @@ CLAUSES: dict[str, Clause] = {
     ),
     "experts.out-of-range": Clause(
         "expert-map",
-        "An id out of range must raise or add nothing; it must never wrap to an expert.",
+        "Where an engine checks ids: one out of range must raise or add nothing; it must never wrap to an expert.",
         ("vllm#46408", "flashinfer#1469"),
     ),
     "shard.same-output": Clause(
@@ -243,12 +244,13 @@ CLAUSES: dict[str, Clause] = {
     ),
     "block.dropped": Clause(
         "expert-map",
-        "A pair without an expert must contribute exactly zero.",
+        "Where an engine takes pairs without an expert: they must contribute exactly zero.",
         ("vllm#46408", "vllm#48371"),
     ),
     "block.no-expert": Clause(
         "expert-map",
-        "An id that names no expert must raise or contribute nothing; it must never be taken for another expert's.",
+        "Where an engine checks ids: one that names no expert must raise or contribute nothing; it must never be taken "
+        "for another expert's.",
         ("vllm#46408", "vllm#48371"),
     ),
     "block.shared": Clause(

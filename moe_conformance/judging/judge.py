@@ -16,7 +16,7 @@ from torch import Tensor
 import moe_conformance
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import PROTOCOL_VERSION, STAGES, Engine, EngineInfo, Limits
-from moe_conformance.errors import BeyondLimits, Nonconformance, Unavailable, Unsupported, UsageError
+from moe_conformance.errors import BeyondLimits, Broken, Nonconformance, Unavailable, Unsupported, UsageError
 from moe_conformance.judging.probe import probe
 from moe_conformance.judging.verdict import Outcome, Refusal, Verdict
 from moe_conformance.protocol import features, limits
@@ -161,6 +161,8 @@ class Judge:
                 return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.CALL)
             case Nonconformance():
                 return Outcome(Verdict.FAIL, str(error))
+            case Broken():
+                return Outcome(Verdict.ERROR, str(error))
         verdict = Verdict.ERROR if self._is_adapters(error) else Verdict.FAIL
         return Outcome(verdict, _describe(error))
 

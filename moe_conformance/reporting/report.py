@@ -17,6 +17,7 @@ from moe_conformance import __version__
 from moe_conformance.catalogue.case import catalogue
 from moe_conformance.catalogue.clauses import BUG_CLASSES, Level
 from moe_conformance.errors import UsageError
+from moe_conformance.judging.plain import fence, plain
 from moe_conformance.judging.verdict import Result, Verdict
 from moe_conformance.protocol.stages import PROTOCOL_VERSION
 from moe_conformance.reporting.refusals import listed
@@ -89,7 +90,7 @@ class Report:
         engine = max((name for name in self.targets if rest.startswith(f"{name}-")), key=len, default="?")
         case = catalogue().get(name := rest.removeprefix(f"{engine}-").removesuffix("]"))
         bug_class, stage = (case.bug_class, case.stage) if case else ("?", "?")
-        self.add(Result(engine, name, check, bug_class, stage, Verdict.ERROR, message), {})
+        self.add(Result(engine, name, check, bug_class, stage, Verdict.ERROR, plain(message)), {})
 
     def finish(self, terminal: pytest.TerminalReporter, exitstatus: int) -> None:
         """Write the footer and files, and print the table. Runs last, whatever happened before."""
@@ -104,7 +105,7 @@ class Report:
         for line in [*_aligned(rows), *below, *listed(self.results, REASONS_SHOWN)]:
             terminal.write_line(line)
         for name, reason in self.away.items():
-            terminal.write_line(f"not judged: {name} ({reason})")
+            terminal.write_line(f"not judged: {name} ({plain(reason)})")
         if self.folder is not None:
             text = markdown(self.results, rows, below, self.engines)
             (self.folder / "summary.md").write_text(text, encoding="utf-8")
@@ -185,7 +186,8 @@ def markdown(
         for result in broken:
             lines += _folded(result)
     if refused := list(listed(results)):
-        lines += ["## Not judged", "", "```text", *refused, "```"]
+        mark = fence("\n".join(refused))
+        lines += ["## Not judged", "", f"{mark}text", *refused, mark]
     return "\n".join(lines) + "\n"
 
 
@@ -193,9 +195,9 @@ def _folded(result: Result) -> list[str]:
     return [
         f"<details><summary>{result.verdict}: {result.engine} on {result.case} ({result.bug_class})</summary>",
         "",
-        "```text",
+        f"{(mark := fence(result.message))}text",
         result.message,
-        "```",
+        mark,
         "",
         "</details>",
         "",

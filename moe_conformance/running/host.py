@@ -11,8 +11,10 @@ import gc
 import os
 import sys
 import traceback
+from dataclasses import replace
 
 from moe_conformance.errors import MoEConformanceError, Unavailable
+from moe_conformance.judging.plain import plain
 from moe_conformance.judging.verdict import Outcome, Verdict
 from moe_conformance.running.child import follow_parent
 from moe_conformance.running.discovery import Target, extend_path
@@ -57,6 +59,7 @@ def main() -> None:
                 outcome = judge.run(module, function, catalogue()[case])
             case other:
                 raise ValueError(f"got {other}, want a question")
+        outcome = replace(outcome, message=plain(outcome.message))
         try:
             say(Answer(number, outcome))
         except TypeError as error:

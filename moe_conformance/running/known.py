@@ -31,6 +31,8 @@ from moe_conformance.engine import EngineInfo
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.verdict import Result
 
+# As torch names them; "cuda:0" is one, too.
+DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "musa", "npu", "tpu", "xla", "xpu")
 KINDS = ("never", "not_yet", "not_implemented", "broken")
 _ENTRY_KEYS = {"case", "check", "kind", "issue", "reason", "when"}
 
@@ -99,7 +101,21 @@ def read(path: Path) -> KnownFailures:
     return KnownFailures(engine, entries)
 
 
-def _entry(where: str, raw: Mapping[str, object]) -> KnownFailure:
+def read_all(files: Iterable[Path]) -> dict[str, KnownFailures]:
+    """By engine; files of one engine add up. Raises UsageError where two list the same case and check."""
+    found: dict[str, KnownFailures] = {}
+    for file in dict.fromkeys(Path(file).resolve() for file in files):
+        more = read(file)
+        before = found.get(more.engine, KnownFailures(more.engine, {}))
+        for case, check in sorted(before.entries.keys() & more.entries.keys()):
+            raise UsageError(f"{file}: {case} / {check} of {more.engine} is listed in another file, too; take one out")
+        found[more.engine] = KnownFailures(more.engine, {**before.entries, **more.entries})
+    return found
+
+
+def _entry(where: str, raw: object) -> KnownFailure:
+    if not isinstance(raw, dict):
+        raise UsageError(f"{where}: got {raw!r}, want a [[known]] table")
     absent = {"case", "check", "kind", "issue"} - raw.keys()
     unknown = raw.keys() - _ENTRY_KEYS
     if absent or unknown:
@@ -110,17 +126,20 @@ def _entry(where: str, raw: Mapping[str, object]) -> KnownFailure:
     text = {key: raw[key] for key in raw.keys() - {"when"}}
     if not all(isinstance(value, str) for value in text.values()) or not isinstance(when, dict):
         raise UsageError(f"{where}: want strings, and a table for `when`")
-    entry = KnownFailure(**text, when=when)  # type: ignore[arg-type]
+    entry = KnownFailure(**text, when=when)
     try:
         (case,) = current("case", [entry.case], catalogue(), aliases.CASES)
         (check,) = current("check", [entry.check], check_names(), aliases.CHECKS)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
     entry = replace(entry, case=case, check=check)
-    if entry.kind not in KINDS:
-        raise UsageError(f"{where}: kind: got {entry.kind!r}, want one of {', '.join(KINDS)}")
+    current(f"{where}: kind", [entry.kind], KINDS)
+    if not entry.issue.strip():
+        raise UsageError(f"{where}: issue: got {entry.issue!r}, want where the failure is reported")
     if set(when) - {"version", "device"} or not all(isinstance(value, str) for value in when.values()):
         raise UsageError(f"{where}: when: got {when!r}, want version and device, both strings")
+    if "device" in when:
+        current(f"{where}: when.device", [when["device"].partition(":")[0]], DEVICES)
     try:
         SpecifierSet(when.get("version", ""))
     except InvalidSpecifier as error:

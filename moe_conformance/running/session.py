@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -20,7 +21,8 @@ from moe_conformance.catalogue.aliases import current
 from moe_conformance.catalogue.case import TIERS, Case, catalogue, in_tier
 from moe_conformance.catalogue.clauses import BUG_CLASSES
 from moe_conformance.errors import UsageError
-from moe_conformance.judging.goldens import Amber
+from moe_conformance.judging.goldens import Amber, recorded
+from moe_conformance.judging.plain import plain
 from moe_conformance.judging.verdict import Outcome, Refusal, Result, Verdict, at_level
 from moe_conformance.reporting.explain import failure
 from moe_conformance.reporting.report import IN_PROCESS, Report
@@ -73,6 +75,8 @@ class Session:
             if (case.id in wanted if wanted else in_tier(case, tier)) and (not classes or case.bug_class in classes)
         }
         self.strict = bool(config.getoption("--moe-strict"))
+        if not 0 < (seconds := config.getoption("--moe-timeout")) < math.inf:
+            raise UsageError(f"--timeout: got {seconds}, want a number of seconds above 0")
         self.in_process = bool(config.getoption("--moe-in-process"))
         self._find_engines(config)
         if self.in_process:
@@ -84,7 +88,7 @@ class Session:
                 "reference engine in one process: --engine reference -n 0"
             )
         files = [*map(Path, config.getoption("--moe-known")), *config.getini("moe_known")]
-        self.known = {entry.engine: entry for entry in map(known.read, files)}
+        self.known = known.read_all(files)
         names = sorted({*chosen, *registered()})
         current("known failures: engine", self.known, names)
 
@@ -163,6 +167,7 @@ class Session:
         self._look_back(pyfuncitem)
         started = time.perf_counter()
         asked = self._ask(target, pyfuncitem, case)
+        asked = replace(asked, message=plain(asked.message))
         outcome = self._finally(target, pyfuncitem, case, asked)
         self.last = target, case, _check(pyfuncitem)
         self._tell(pyfuncitem, self._result(*self.last, outcome, time.perf_counter() - started))
@@ -233,6 +238,7 @@ class Session:
         later = self.process.after_the_last() if self.process is not None else None
         if later is None or self.last is None:
             return None
+        later = replace(later, message=plain(later.message))
         target, case, check = self.last
         result = self._result(
             target, case, check, replace(later, message=failure(target.asked_as, case, check, later.message))
@@ -244,7 +250,7 @@ class Session:
     def _tell(self, item: pytest.Item, result: Result) -> None:
         """Hand a result to the controller."""
         info = self.process.info if self.process and self.process.target.name == result.engine else None
-        facts = {"version": info.version, "device": info.device} if info else {}
+        facts = {"version": plain(info.version), "device": plain(info.device)} if info else {}
         item.user_properties.append((_PROPERTY, json.dumps([result.as_line(), facts])))
 
     def _known(self, target: Target, case: Case, check: str, outcome: Outcome) -> Outcome:
@@ -390,5 +396,8 @@ def _against_golden(item: pytest.Function, case: Case, outcome: Outcome) -> Outc
     snapshot = item._request.getfixturevalue("snapshot").use_extension(Amber.at(case.bug_class, _check(item)))
     if snapshot(name=case.id) == outcome.facts:
         return outcome
+    if case.id not in recorded(case.bug_class, _check(item)):
+        said = f"no golden of {case.id} for {_check(item)}, want one: install the package anew"
+        return Outcome(Verdict.ERROR, f"{said}, or write it from the reference with --snapshot-update")
     difference = "\n".join(line.rstrip() for line in snapshot.get_assert_diff())
-    return Outcome(Verdict.FAIL, f"the answer differs from the golden (- want, + got):\n{difference}")
+    return Outcome(Verdict.FAIL, plain(f"the answer differs from the golden (- want, + got):\n{difference}"))

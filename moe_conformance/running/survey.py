@@ -79,7 +79,7 @@ def survey_of(target: Target) -> Survey:
     missing = getattr(cls, "missing", None)
     reason = missing() if missing else None
     stages = tuple(stage for stage in STAGES if getattr(cls, stage, None) not in (None, getattr(Engine, stage)))
-    if not stages:
+    if not stages and reason is None:
         methods = sorted(name for name in vars(cls) if not name.startswith("_") and name not in _NOT_STAGES)
         guess = next(filter(None, (near(method, STAGES) for method in methods)), "")
         raise UsageError(

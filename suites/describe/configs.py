@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.errors import Nonconformance, Unsupported
+from moe_conformance.errors import Broken, Nonconformance, Unsupported
 from moe_conformance.judging.compare import refused
 
 
@@ -17,12 +17,15 @@ def config_of(case: Case) -> Any:
     name = case.recipe.get("class")
     if name is None:
         return keys
-    import transformers
+    try:
+        import transformers
 
-    config_class = getattr(transformers, name, None)
-    if config_class is None:
-        raise Unsupported(f"transformers {transformers.__version__} has no {name}")
-    return config_class(**keys)
+        config_class = getattr(transformers, name, None)
+        if config_class is not None:
+            return config_class(**keys)
+    except Exception as error:
+        raise Broken(f"transformers does not give a {name}: got {type(error).__name__}: {error}") from error
+    raise Unsupported(f"transformers {transformers.__version__} has no {name}")
 
 
 def refused_on_purpose(what: str, call: Callable[[], Any], case: Case) -> None:
