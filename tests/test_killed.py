@@ -1,0 +1,89 @@
+"""A worker, an engine or the whole run killed at any moment: what was judged is in its cell, what was lost is said, and
+nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+CASES = tuple(
+    f"layer-tiny-{kind}" for kind in ("plain", "shared", "latent", "shared-latent", "fp16-plain", "bf16-plain")
+)
+TOGETHER = 10  # results
+MARK = "MOE_CONFORMANCE_TEST_OF_KILLING"
+SECONDS = 9.0  # that the run takes about, alone
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def processes(mark: str) -> dict[int, str]:
+    """Command lines of those alive that a run with this mark in its environment has started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment, command = (folder / "environ").read_bytes(), (folder / "cmdline").read_bytes()
+            if command and f"{MARK}={mark}".encode() in environment.split(b"\0"):
+                found[int(folder.name)] = command.replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    return found
+
+
+def victims(mark: str, what: str) -> list[int]:
+    words = {"engine": "moe_conformance.running.host", "worker": "exec(eval(sys.stdin.readline()))", "run": "cli run"}
+    return sorted(pid for pid, command in processes(mark).items() if words[what] in command)
+
+
+def wait_until(condition: object, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(int(os.environ.get("MOE_KILLS", "9"))))
+def test_a_kill_at_any_moment_loses_no_result_unsaid(tmp_path: Path, seed: int) -> None:
+    choose, mark = random.Random(seed), f"{os.getpid()}-{seed}"
+    what = ("engine", "worker", "run")[seed % 3]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    shared = set(Path("/dev/shm").iterdir())
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    command = ["run", "--engine", "reference", "-n", "2", "--out", str(tmp_path / "out")]
+    command += [item for case in CASES for item in ("--case", case)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "moe_conformance.cli", *command],
+        env={**clean, MARK: mark, "TMPDIR": str(temporary)},
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as ran:
+        wait_until(lambda: victims(mark, what), 60)
+        time.sleep(choose.random() * SECONDS / (3 if what == "engine" else 1))
+        if there := victims(mark, what):
+            os.kill(choose.choice(there), signal.SIGKILL)
+        code = ran.wait(120)
+    assert wait_until(lambda: not processes(mark), 10), processes(mark)
+    assert list(temporary.glob("moe-conformance-*")) == []
+    assert set(Path("/dev/shm").iterdir()) <= shared
+    lines = [json.loads(line) for line in (tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()]
+    results = [line for line in lines if line["kind"] == "result"]
+    verdicts = Counter(line["verdict"] for line in results)
+    if what == "run" and there:
+        assert code == -signal.SIGKILL and lines[-1]["kind"] != "footer"
+    else:
+        cells = {(line["case"], line["check"]) for line in results}
+        assert len(cells) == TOGETHER and lines[-1] == {**lines[-1], "kind": "footer", "results": len(results)}
+        assert (code == 0) == (verdicts == {"pass": TOGETHER}), (code, verdicts)
