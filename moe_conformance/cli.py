@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     this.add_argument("--known", action="append", default=[], metavar="FILE", help="TOML file of known failures")
     this.add_argument("--out", metavar="FOLDER", help="write verdicts.jsonl, summary.md and junit.xml here")
     this.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="that a case may take (120)")
+    this.add_argument("--engine-timeout", type=float, metavar="SECONDS", help="that an engine may take in a worker")
+    this.add_argument("--memory", type=float, metavar="GIB", help="that an engine may take (0.8 of the machine's)")
     this.add_argument("--strict", action="store_true", help="a broken SHOULD fails the run, too")
     this.add_argument(
         "--in-process", action="store_true", help="run checks in pytest's own process, for --pdb, coverage, profilers"
@@ -123,6 +125,8 @@ def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
     listed = {"engine": options.engine, "class": classes, "case": cases, "known": options.known}
     arguments += [f"--moe-{name}={value}" for name, values in listed.items() for value in values]
     arguments += [f"--moe-tier={options.tier}", f"--moe-timeout={options.timeout}"]
+    for name, amount in (("engine-timeout", options.engine_timeout), ("memory", options.memory)):
+        arguments += [f"--moe-{name}={amount}"] if amount is not None else []
     arguments += ["--moe-strict"] * options.strict + ["--moe-in-process"] * options.in_process
     if options.out is not None:
         arguments += [f"--moe-out={options.out}", f"--junitxml={Path(options.out) / 'junit.xml'}"]

@@ -52,6 +52,13 @@ def test_a_misspelt_name_is_a_usage_error_that_lists_what_there_is(arguments: li
     assert words in " ".join(output.split())
 
 
+@pytest.mark.parametrize("option", ["--timeout", "--engine-timeout", "--memory"])
+@pytest.mark.parametrize("amount", ["0", "-1", "nan", "inf"])
+def test_what_is_no_amount_is_a_usage_error(option: str, amount: str, tmp_path: Path) -> None:
+    code, said = invoke("run", "--engine", "reference", "-n", "0", f"{option}={amount}", "--out", str(tmp_path))
+    assert (code, f"{option}: got " in said) == (2, True), said
+
+
 def test_an_unknown_pytest_option_is_a_usage_error() -> None:
     assert invoke("run", "--engine", "reference", "--no-such-option")[0] == 2
 

@@ -14,7 +14,7 @@ from moe_conformance.judging.verdict import Outcome, Refusal, Result, Verdict
 from moe_conformance.running import child
 from moe_conformance.running.discovery import Target
 from moe_conformance.running.messages import Answer, Check, Hello, Message, Probe, Unstartable, decode, encode
-from moe_conformance.running.process import EngineProcess
+from moe_conformance.running.process import Allowed, EngineProcess
 from moe_conformance.running.survey import Survey
 
 CASE = Case("a-case", stage="align", clause="align.whole-blocks")
@@ -85,7 +85,7 @@ class Scripted(EngineProcess):
     starts."""
 
     def __init__(self, *lines: str, seconds: float = 20.0) -> None:
-        super().__init__(Target("scripted", "fake_engines:AlwaysWrong"), Survey(), seconds, {})
+        super().__init__(Target("scripted", "fake_engines:AlwaysWrong"), Survey(), Allowed(seconds), {})
         self.lines, self.starts = lines, 0
 
     def _command(self) -> list[str]:
@@ -196,3 +196,23 @@ def test_an_exception_while_it_listens_closes_the_process(monkeypatch: pytest.Mo
     with pytest.raises(TimeoutError):
         process.run("module", a_check, CASE)
     assert process._child is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_engine_that_eats_memory_costs_its_case() -> None:
+    """Together with what it started."""
+    eat = "os.fork(); eaten = bytearray(60 << 20); time.sleep(60)"
+    process = Scripted(*FIRST, f"do {eat}")
+    process.allowed = Allowed(20.0, memory=100 << 20)
+    outcome = process.run("module", a_check, CASE)
+    assert (outcome.verdict, process._child) == (Verdict.CRASH, None)
+    assert "GiB of memory, and was killed" in outcome.message
+
+
+def test_an_engine_has_a_time_for_all_its_cases() -> None:
+    process = Scripted(*FIRST, "do time.sleep(0.3)", encode(Answer(2, PASS)), encode(Answer(3, PASS)))
+    process.allowed = Allowed(20.0, engine_seconds=0.2)
+    assert process.run("module", a_check, CASE) == PASS
+    outcome = process.run("module", a_check, CASE)
+    assert (outcome.verdict, process._child) == (Verdict.TIMEOUT, None)
+    assert "the 0.2 s were over that the whole engine has" in outcome.message

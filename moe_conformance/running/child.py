@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import selectors
 import shutil
@@ -43,10 +44,16 @@ class TooLong(Exception):
     """A line without an end."""
 
 
-class Child:
-    """Runs at once. command: without the two descriptors, which come last: what to read from, and what to write to."""
+class Hungry(Exception):
+    """It, and what it started, have more memory than they may. The message says how much."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+
+class Child:
+    """Runs at once. command: without the two descriptors, which come last: what to read from, and what to write to.
+    memory: resident bytes that it and its group may have together, looked at while it is listened to."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], memory: float = math.inf) -> None:
+        self._memory = memory
         theirs_to_read, self._questions = os.pipe()
         self._answers, theirs_to_write = os.pipe()
         self._heard = b""
@@ -92,7 +99,8 @@ class Child:
                 left = deadline - time.monotonic()
                 if len(self._heard) > LARGEST:
                     raise TooLong
-                selector.select(max(0.0, left if self._life else min(left, LOOK)))
+                if not selector.select(max(0.0, min(left, LOOK))) and (size := self._resident()) > self._memory:
+                    raise Hungry(f"{size / 2**30:.1f} GiB, more than {self._memory / 2**30:.1f} GiB")
                 has_ended = self._process.poll() is not None  # before reading: what it said last may be whole
                 if (has_more := self._read()) and b"\n" in self._heard:
                     break
@@ -103,6 +111,15 @@ class Child:
                     raise Silent
         line, _, self._heard = self._heard.partition(b"\n")
         return line.decode(errors="replace")
+
+    def _resident(self) -> float:
+        """Resident bytes of all processes in its session; 0 where the system does not tell."""
+        pages = 0
+        for stat in Path("/proc").glob("[0-9]*/stat") if self._memory < math.inf else ():
+            with contextlib.suppress(OSError):
+                values = stat.read_text(errors="replace").rpartition(")")[2].split()
+                pages += int(values[21]) if int(values[3]) == self._process.pid else 0
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def unasked(self) -> bytes:
         """What it has said beyond the lines that were heard."""

@@ -25,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moe-strict", action="store_true", help="a broken SHOULD fails the run, too")
     group.addoption("--moe-in-process", action="store_true", help="run checks in this process, for --pdb and profilers")
     group.addoption("--moe-timeout", type=float, default=120.0, help="seconds a case may take")
+    group.addoption("--moe-engine-timeout", type=float, default=None, help="seconds an engine may take in a worker")
+    group.addoption("--moe-memory", type=float, default=None, help="GiB of memory an engine may take")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import EngineInfo
 from moe_conformance.judging.verdict import Outcome, Verdict
-from moe_conformance.running.child import LARGEST, Child, Ended, Silent, TooLong, python
+from moe_conformance.running.child import LARGEST, Child, Ended, Hungry, Silent, TooLong, python
 from moe_conformance.running.discovery import Target
 from moe_conformance.running.messages import Answer, Check, Hello, Message, Probe, Unstartable, decode, encode
 from moe_conformance.running.survey import Survey
@@ -21,6 +24,15 @@ SOON = 2.0
 PROBING = "in the probe of "
 
 
+@dataclass(frozen=True)
+class Allowed:
+    """What an engine may take: seconds for a case, and for all of them in one pytest worker; resident bytes."""
+
+    case_seconds: float
+    engine_seconds: float = math.inf
+    memory: float = math.inf
+
+
 class EngineProcess:
     """Starts the host process when first needed and again after each loss, and probes each stage before its first case.
 
@@ -30,9 +42,10 @@ class EngineProcess:
 
     raised: BaseException | None = None
 
-    def __init__(self, target: Target, survey: Survey, case_seconds: float, environment: dict[str, str]) -> None:
+    def __init__(self, target: Target, survey: Survey, allowed: Allowed, environment: dict[str, str]) -> None:
         self.target = target
-        self.case_seconds = case_seconds
+        self.allowed = allowed
+        self._spent = 0.0
         self.environment = {**environment, **survey.environment}
         self.info: EngineInfo | None = None
         self._child: Child | None = None
@@ -42,6 +55,10 @@ class EngineProcess:
 
     def run(self, module: str, check: Callable[..., Any], case: Case) -> Outcome:
         """Ask for one check. A lost process is a verdict, not an exception."""
+        if self._spent > self.allowed.engine_seconds:
+            self.close()
+            said = f"the {self.allowed.engine_seconds:g} s were over that the whole engine has, in each pytest worker"
+            return Outcome(Verdict.TIMEOUT, said)
         if case.stage not in self._probed:
             # With the time of a start: a stage's first call may import or compile.
             outcome = self._ask(START_SECONDS, lambda number: Probe(number, case.stage))
@@ -51,7 +68,7 @@ class EngineProcess:
         probed = self._probed[case.stage]
         if probed.verdict is not Verdict.PASS:
             return probed
-        return self._ask(self.case_seconds, lambda number: Check(number, module, check.__name__, case.id))
+        return self._ask(self.allowed.case_seconds, lambda number: Check(number, module, check.__name__, case.id))
 
     def after_the_last(self) -> Outcome | None:
         """What became of the process after it had answered, which is for the case that it answered; None while all is
@@ -66,11 +83,14 @@ class EngineProcess:
 
     def _ask(self, seconds: float, question: Callable[[int], Probe | Check]) -> Outcome:
         """The answer to this question, which is given the next number."""
+        started = time.monotonic()
         try:
             return self._answer(seconds, question)
         except BaseException:  # as another plug-in's timeout: the answer to come would be taken for the next one's
             self.close()
             raise
+        finally:
+            self._spent += time.monotonic() - started
 
     def _answer(self, seconds: float, question: Callable[[int], Probe | Check]) -> Outcome:
         if self._child is None and (failed := self._start()) is not None:
@@ -96,7 +116,7 @@ class EngineProcess:
     def _start(self) -> Outcome | None:
         """Start the process unless it was tried in vain before; what is wrong, or None."""
         if self._unavailable is None:
-            self._child = Child(self._command(), self.environment)
+            self._child = Child(self._command(), self.environment, self.allowed.memory)
             match self._hear(START_SECONDS):
                 case Hello(name, version, device):
                     self.info = EngineInfo(name, version, device)
@@ -124,6 +144,10 @@ class EngineProcess:
             message = f"no answer within {seconds:g} s; the process was killed{self._child.last_words()}"
             self.close()
             return Outcome(Verdict.TIMEOUT, message)
+        except Hungry as size:
+            message = f"the engine's process had {size} of memory, and was killed{self._child.last_words()}"
+            self.close()
+            return Outcome(Verdict.CRASH, message)
         except TooLong:
             return self._wrong(f"got a line of more than {LARGEST} bytes, want an answer")
         except ValueError as error:

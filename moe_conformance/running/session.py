@@ -30,7 +30,7 @@ from moe_conformance.running import known
 from moe_conformance.running.devices import gpu_count, pinned
 from moe_conformance.running.discovery import Target, registered, resolve
 from moe_conformance.running.in_process import InProcess, at_the_check, refuse_unless_alone
-from moe_conformance.running.process import PROBING, EngineProcess
+from moe_conformance.running.process import PROBING, Allowed, EngineProcess
 from moe_conformance.running.survey import Survey, here, named, surveys
 
 _SUITES = Path(moe_conformance.suites.__path__[0]).resolve()
@@ -75,8 +75,7 @@ class Session:
             if (case.id in wanted if wanted else in_tier(case, tier)) and (not classes or case.bug_class in classes)
         }
         self.strict = bool(config.getoption("--moe-strict"))
-        if not 0 < (seconds := config.getoption("--moe-timeout")) < math.inf:
-            raise UsageError(f"--timeout: got {seconds}, want a number of seconds above 0")
+        self.allowed = _allowed(config)
         self.in_process = bool(config.getoption("--moe-in-process"))
         self._find_engines(config)
         if self.in_process:
@@ -204,7 +203,7 @@ class Session:
             if self.in_process:
                 self.process = InProcess(target, survey, _shares())
             else:
-                self.process = EngineProcess(target, survey, self.config.getoption("--moe-timeout"), _shares())
+                self.process = EngineProcess(target, survey, self.allowed, _shares())
         # By name from the suites' folder: pytest's own module name differs between checkout and wheel.
         parts = item.path.resolve().relative_to(_SUITES).with_suffix("").parts
         return self.process.run(".".join(("moe_conformance.suites", *parts)), item.obj, case)
@@ -379,6 +378,16 @@ def _most(results: list[Result]) -> str:
     (verdict, reason), most = counts.most_common(1)[0]
     same = sum(count for (other, _), count in counts.items() if other is verdict)
     return f"{same} {verdict}, of which {most}: {reason}"
+
+
+def _allowed(config: pytest.Config) -> Allowed:
+    """As the options say: by default four fifths of the machine's memory. Raises UsageError for what is no amount."""
+    seconds, whole, gib = (config.getoption(f"--moe-{name}") for name in ("timeout", "engine-timeout", "memory"))
+    for name, amount in (("timeout", seconds), ("engine-timeout", whole), ("memory", gib)):
+        if amount is not None and not 0 < amount < math.inf:
+            raise UsageError(f"--{name}: got {amount}, want a number above 0")
+    memory = gib * 2**30 if gib else 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Allowed(seconds, whole or math.inf, memory)
 
 
 def _shares() -> dict[str, str]:
