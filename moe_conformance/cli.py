@@ -133,6 +133,8 @@ def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
     witness = _Witness()
     try:
         code = int(pytest.main([*arguments, *pytest_arguments], plugins=[witness]))
+    except KeyboardInterrupt:  # a second Ctrl-C, while pytest was at the end that the first one asked for
+        return 130
     except SystemExit as error:  # of somebody's plug-in
         code = error.code if isinstance(error.code, int) else 1
     if code == 0 and not witness.saw_the_end:
