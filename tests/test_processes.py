@@ -8,6 +8,8 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.judging.verdict import Outcome, Refusal, Result, Verdict
@@ -216,3 +218,71 @@ def test_an_engine_has_a_time_for_all_its_cases() -> None:
     outcome = process.run("module", a_check, CASE)
     assert (outcome.verdict, process._child) == (Verdict.TIMEOUT, None)
     assert "the 0.2 s were over that the whole engine has" in outcome.message
+
+
+ACTING = r"""
+import json, os, sys, time
+read, write = int(sys.argv[1]), int(sys.argv[2])
+def say(text): os.write(write, text.encode())
+def answer(number, message): say(json.dumps({"kind": "Answer", "number": number, "outcome": {
+    "verdict": "pass", "message": message, "facts": None, "refusal": None}}) + "\n")
+say(json.dumps({"kind": "Hello", "name": "acting", "version": "1", "device": "cpu"}) + "\n")
+for line in os.fdopen(read):
+    asked = json.loads(line)
+    number, case = asked["number"], asked.get("case", "")
+    act = case.rpartition("-")[0]
+    if act == "dies": os._exit(3)
+    if act == "hangs": time.sleep(60)
+    if act == "says-nonsense": say("nonsense\n")
+    elif act == "answers-another": answer(number + 1, case)
+    elif act == "answers-the-last": answer(number - 1, case)
+    elif act == "ends-half-way": say('{"kind": "Ans'); os._exit(0)
+    else: answer(number, case)
+    if act == "answers-twice": answer(number, case)
+    if act == "answers-the-next": answer(number + 1, case)
+    if act == "prints": print("x" * 100000, flush=True)
+    if act == "dies-afterwards": os._exit(4)
+"""
+# What an engine may do with a question -> what its case comes to, and what is found when one looks back.
+ACTS: dict[str, tuple[Verdict, Verdict | None]] = {
+    "answers": (Verdict.PASS, None),
+    "prints": (Verdict.PASS, None),
+    "dies": (Verdict.CRASH, None),
+    "hangs": (Verdict.TIMEOUT, None),
+    "says-nonsense": (Verdict.ERROR, None),
+    "answers-another": (Verdict.ERROR, None),
+    "answers-the-last": (Verdict.ERROR, None),
+    "ends-half-way": (Verdict.CRASH, None),
+    "answers-twice": (Verdict.PASS, Verdict.ERROR),
+    "answers-the-next": (Verdict.PASS, Verdict.ERROR),
+    "dies-afterwards": (Verdict.PASS, Verdict.CRASH),
+}
+
+
+class Acting(EngineProcess):
+    """Does with each question what its case is called."""
+
+    def __init__(self) -> None:
+        super().__init__(Target("acting", "fake_engines:AlwaysWrong"), Survey(), Allowed(0.5), {})
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-c", ACTING]
+
+
+@given(st.lists(st.sampled_from(sorted(ACTS)), min_size=1, max_size=6))
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+def test_an_answer_is_its_own_questions_whatever_came_before(acts: list[str]) -> None:
+    process = Acting()
+    for number, act in enumerate(acts):
+        case = Case(f"{act}-{number}", stage="align", clause="align.whole-blocks")
+        outcome = process.run("module", a_check, case)
+        verdict, later = ACTS[act]
+        assert outcome.verdict is verdict, (acts, number, outcome)
+        if verdict is Verdict.PASS:
+            assert outcome.message == case.id
+        child_now = process._child
+        if later is not None and child_now is not None:  # what it does afterwards may take a moment
+            child_now.has_ended(5.0) if later is Verdict.CRASH else time.sleep(0.05)
+        found = process.after_the_last()
+        assert (found and found.verdict) is later, (acts, number, found)
+    process.close()
