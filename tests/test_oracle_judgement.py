@@ -506,6 +506,42 @@ def test_of_more_experts_than_the_kept_groups_have_all_of_those_are_chosen() -> 
         judge_routing("route", Routing(swapped, weights), inputs)
 
 
+@pytest.mark.parametrize("mask", [-torch.inf, 0.0])
+def test_of_those_the_weights_of_the_kept_groups_are_judged_unless_a_sum_divides_them(mask: float) -> None:
+    """DeepSeek-V2 in transformers gives experts of other groups the mask as a weight, others give their scores."""
+    inputs = built(replace(V2, top_k=10, group_mask=mask, selection_bias=False))
+    ids, weights = routed(inputs)
+    masked = torch.cat([weights[:, :8], torch.full((T, 2), mask)], 1)
+    for right in (weights, masked):
+        judge_routing("route", Routing(ids, right), inputs)
+    summed = replace(inputs, routing=replace(inputs.routing, renormalize="sum"))
+    judge_routing("route", Routing(ids, masked.clamp(min=0) / 2), summed)
+    wrong = weights.clone()
+    wrong[4, 7] *= 1.01
+    with pytest.raises(Nonconformance, match=r"1 rows have wrong weights, first \[4, 7\]"):
+        judge_routing("route", Routing(ids, wrong), inputs)
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, 0.0])
+def test_of_two_groups_that_tie_either_is_the_kept_one(mask: float) -> None:
+    """Both have the same logits, which are compared without an error; the third has none that is as good."""
+    spec = RoutingSpec(10, score="sigmoid", select_on="logits", groups=3, top_groups=1, group_mask=mask)
+    logits = torch.linspace(1, 2, 8).repeat(3)
+    logits[16:] = -20.0
+    for kept, other in ((slice(0, 8), slice(8, 10)), (slice(8, 16), slice(0, 2))):
+        ids = torch.cat([torch.arange(24)[kept], torch.arange(24)[other]])
+        weights = torch.cat([logits[kept].sigmoid(), torch.full((2,), mask)])
+        assert takes(tied(*logits.tolist(), spec=spec), ids.tolist(), weights.tolist())
+
+
+def test_as_many_experts_as_the_kept_groups_have_are_all_judged() -> None:
+    inputs = built(replace(V3, top_k=8))
+    ids, weights = routed(inputs)
+    judge_routing("route", Routing(ids, weights), inputs)
+    with pytest.raises(Nonconformance, match="wrong weights"):
+        judge_routing("route", Routing(ids, weights * 1.01), inputs)
+
+
 def _others(row: Tensor) -> Tensor:
     """Two experts that are not in the row."""
     return torch.tensor([expert for expert in range(E - 1, -1, -1) if expert not in row.tolist()][:2])

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
 from moe_conformance.oracle.capacity import fitting
-from moe_conformance.oracle.choice import accepted, best, ids_of_table, interval, room_of, without_expert
+from moe_conformance.oracle.choice import accepted, best, group_scores, ids_of_table, interval, room_of, without_expert
 from moe_conformance.oracle.precision import wide
 from moe_conformance.oracle.scores import compared_value, conditioned
 from moe_conformance.oracle.value import Value
@@ -40,7 +40,8 @@ def judge_routing(
     - Weights are those of the reported ids within the bound. In the sparse mixer they depend on the order in which
       experts are chosen; a row whose near ties leave more than ORDERS orders has weights that are not judged.
     - Of a row with a logit that is not a finite number only the second holds. Of a method that chooses more experts
-      than the kept groups have, all of those are chosen; which others, and with what weights, is open.
+      than the kept groups have, all of those are chosen; which others, and with what weights, is open, and so are
+      all weights that are divided by a sum of all.
 
     logits: the router's, with their errors, where the engine computed them itself; None: inputs.logits are exact.
     shift: what was added to all logits that the engine was given, of a softmax. stored: the dtype in which weights may
@@ -171,10 +172,7 @@ class _Judgement:
 
     def weights(self) -> None:
         """The weights of the reported experts are the method's, within their errors."""
-        spec = self.spec
-        if spec.group_mask == -torch.inf and spec.top_k > self.experts // spec.groups * spec.top_groups:
-            return
-        judged = self.numbers[:, None] & ~self.none
+        judged = self.numbers[:, None] & ~self.none & self._of_kept_groups()
         orders = self._orders()
         right = torch.tensor([len(row) > ORDERS for row in orders], dtype=torch.bool)
         wrong = []
@@ -193,6 +191,17 @@ class _Judgement:
                 f"{self.routed.ids[row].tolist()}: got {_numbers(self.routed.weights[row])}, want "
                 f"{_numbers(want.exact[row])})"
             )
+
+    def _of_kept_groups(self) -> Tensor:
+        """Of more experts than the kept groups have: those surely in one, [T, K] bool, or none if a sum has all."""
+        spec, size = self.spec, self.compared.exact.shape[1] // self.spec.groups
+        if spec.top_k <= size * spec.top_groups:
+            return torch.ones_like(self.none)
+        if spec.renormalize != "no":
+            return torch.zeros_like(self.none)
+        best = group_scores(self.compared, spec)
+        rivals = (best.high[:, None] >= best.low[:, :, None]).sum(2) - 1  # [T, G], perhaps better groups
+        return (rivals < spec.top_groups).gather(1, self.ids // size)
 
     def _orders(self) -> list[list[tuple[int, ...]]]:
         """The orders in which each row's slots may have been chosen, at most ORDERS + 1 of them.
