@@ -119,6 +119,9 @@ def test_a_pair_of_weight_0_has_no_expert_where_the_model_skips_or_drops(name: s
     torch.testing.assert_close(want, other, rtol=1e-13, atol=1e-14)
     nothing = gone[:, None].expand_as(want)
     assert (bound.limit[nothing] <= torch.finfo(FP64).tiny).all()
+    # An id of -1 says so, whatever weight stands beside it.
+    no_weight = Routing(ids.masked_fill(gone[:, None], -1), weights.masked_fill(gone[:, None], 0.5))
+    torch.testing.assert_close(expected_block(inputs, spec, no_weight)[0], want, rtol=1e-13, atol=1e-14)
 
 
 def test_a_block_s_router_computes_in_its_input_s_dtype() -> None:

@@ -130,6 +130,9 @@ def test_inputs_whose_experts_rounding_may_change_are_no_good() -> None:
         choose(replace(inputs, routing=RoutingSpec(1, selector="table")), None, FP32)
     with pytest.raises(ValueError, match="want a capacity, no groups and scores"):
         choose(replace(inputs, routing=RoutingSpec(1, groups=3, top_groups=3, capacity=Capacity(1))), None, FP32)
+    two = replace(inputs, logits=torch.tensor([[3.0, 1.0]]))
+    with pytest.raises(ValueError, match="want a capacity, no groups and scores"):
+        choose(replace(two, routing=RoutingSpec(1, groups=2, top_groups=2, capacity=Capacity(1))), None, FP32)
 
 
 def test_inputs_whose_places_rounding_may_change_are_no_good() -> None:

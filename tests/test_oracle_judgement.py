@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -297,6 +299,64 @@ def test_a_score_that_underflows_may_be_0() -> None:
     assert not takes(inputs, [0, 1], [1e-37, half])
 
 
+ROOTS = RoutingSpec(3, score="sqrt_softplus", score_dtype="input", renormalize="sum", scale=1.5)
+# Logits whose exp leaves the normal numbers of float32, and of float16, one after the other.
+BELOW = torch.linspace(-110, -2, 433)
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softplus": lambda v: torch.nn.functional.softplus(v).sqrt(),
+    "log1p": lambda v: v.exp().log1p().sqrt(),
+    "exp flushed": lambda v: v.exp().where(v.exp() >= torch.finfo(FP32).tiny, 0).log1p().sqrt(),
+    "log1p in float32, stored once": lambda v: v.float().exp().log1p().sqrt().to(v.dtype),
+}
+
+
+def roots(dtype: torch.dtype) -> RouteInputs:
+    """Each of BELOW as the last chosen of a row, beside two that are numbers in every precision."""
+    others = torch.tensor([[0.5, -1.0, -torch.finfo(dtype).max]]).expand(len(BELOW), 3)
+    return RouteInputs(torch.cat([others, BELOW[:, None]], 1).to(dtype), ROOTS)
+
+
+def weighed(inputs: RouteInputs, score: Callable[[Tensor], Tensor]) -> Routing:
+    ids = torch.tensor([[0, 1, 3]]).expand(len(inputs.logits), 3)
+    found = score(inputs.logits).gather(1, ids)
+    return Routing(ids, found / found.sum(1, keepdim=True) * ROOTS.scale)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_softplus_below_the_normal_numbers_has_a_root_of_some_size(way: str, dtype: torch.dtype) -> None:
+    inputs = roots(dtype)
+    judge_routing("route", weighed(inputs, WAYS[way]), inputs)
+    judge_routing("route", routed(inputs), inputs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "first"),
+    [
+        (lambda v: (1 + v.exp()).log().sqrt(), -16),  # 1 + exp is 1, or has few bits of exp
+        (lambda v: v.exp().log1p(), -80),
+        (lambda v: (v / 2).exp(), -10),  # its square is softplus up to exp / 2 of it
+        (lambda v: v.exp().log1p().sqrt() * (1 + 2**-18), -85),
+        (lambda v: v.exp().where(v > -80, 0).log1p().sqrt(), -85),
+    ],
+)
+def test_a_wrong_root_shows_down_to_where_exp_leaves_the_normal_numbers(
+    wrong: Callable[[Tensor], Tensor], first: int
+) -> None:
+    """One row at a time, for another may show it first."""
+    inputs = roots(FP32)
+    near = (BELOW - first).abs().argmin()
+    alone = replace(inputs, logits=inputs.logits[near : near + 1])
+    right = WAYS["log1p"]
+
+    def last(v: Tensor) -> Tensor:
+        return torch.cat([right(v[:, :3]), wrong(v[:, 3:])], 1)
+
+    judge_routing("route", weighed(alone, right), alone)
+    with pytest.raises(Nonconformance, match="wrong weights"):
+        judge_routing("route", weighed(alone, last), alone)
+
+
 def test_a_tie_of_groups_may_be_broken_either_way() -> None:
     spec = RoutingSpec(2, select_on="logits", groups=3, top_groups=1, score="sigmoid")
     inputs = tied(1.0, 0.5, 0.75, 1.0, -2.0, -1.0, spec=spec)
@@ -318,6 +378,63 @@ def test_near_ties_of_the_sparse_mixer_may_be_chosen_in_either_order() -> None:
     ids, weights = routed(apart)
     assert takes(apart, ids[0].tolist(), weights[0].tolist())
     assert not takes(apart, ids[0].tolist(), weights[0].flip(0).tolist())
+
+
+def mixed(logits: list[float], order: list[int], jitter: float) -> list[float]:
+    """Weights of experts chosen in this order, as the sparse mixer says, by slot."""
+    left, found = dict(enumerate(logits)), []
+    for chosen in order:
+        best = left[chosen]
+        near = [v for v in left.values() if (best - v) / max(abs(v), best) <= 2 * jitter]
+        found.append(math.exp(best) / sum(map(math.exp, near)))
+        del left[chosen]
+    return found
+
+
+def test_eight_experts_of_the_sparse_mixer_are_judged_in_a_moment() -> None:
+    """Three near ties, of two and of three experts; all other orders are certain."""
+    spec = replace(MIXER, top_k=8, jitter=0.1)
+    logits = [4.0, 4.0, 3.75, 3.5, 3.5, 3.5, 3.25, 3.0, 2.9, -9.0]
+    inputs = RouteInputs(torch.tensor([logits]).expand(9, 10), spec)
+    began = time.perf_counter()
+    for order in ([0, 1, 2, 3, 4, 5, 6, 7], [1, 0, 2, 5, 3, 4, 6, 7]):
+        weights = torch.tensor([mixed(logits, order, 0.1)]).expand(9, 8)
+        judge_routing("route", Routing(torch.tensor([order]).expand(9, 8), weights), inputs)
+    assert time.perf_counter() - began < 1
+    for order in ([0, 2, 1, 3, 4, 5, 6, 7], [0, 1, 3, 2, 4, 5, 6, 7], [7, 0, 1, 2, 3, 4, 5, 6]):
+        assert not takes(tied(*logits, spec=spec), order, mixed(logits, order, 0.1))
+    right = mixed(logits, [*range(8)], 0.1)
+    assert not takes(tied(*logits, spec=spec), [*range(8)], [right[1], right[0], *right[2:5], right[2], *right[6:]])
+
+
+def test_orders_of_rows_are_their_own() -> None:
+    """Of three rows with one, two and two orders each is judged by its own."""
+    spec = replace(MIXER, top_k=3, jitter=0.1)
+    rows = [[2.25, 2.0, 1.75, -9.0], [2.0, 2.0, 1.75, -9.0], [2.25, 2.0, 2.0, -9.0]]
+    orders = [[0, 1, 2], [1, 0, 2], [0, 2, 1]]
+    weights = torch.tensor([mixed(row, order, 0.1) for row, order in zip(rows, orders, strict=True)])
+    inputs = RouteInputs(torch.tensor(rows), spec)
+    judge_routing("route", Routing(torch.tensor(orders), weights), inputs)
+    for row in range(3):
+        wrong = weights.clone()
+        wrong[row] = wrong[row].flip(0)
+        with pytest.raises(Nonconformance, match=rf"1 rows have wrong weights, first \[{row}, 0\]"):
+            judge_routing("route", Routing(torch.tensor(orders), wrong), inputs)
+
+
+def test_weights_of_more_near_ties_than_are_tried_are_not_judged_and_ids_are() -> None:
+    spec = replace(MIXER, top_k=5, jitter=0.1)
+    four, five = [2.0] * 4 + [1.75, 1.5, -9.0], [2.0] * 5 + [1.75, -9.0]
+    any_weights = [0.3, 0.1, 0.5, 0.2, 0.4]
+    assert takes(tied(*five, spec=spec), [4, 2, 0, 1, 3], any_weights)
+    assert not takes(tied(*five, spec=spec), [4, 2, 0, 1, 5], any_weights)
+    assert not takes(tied(*five, spec=spec), [4, 2, 0, 1, 1], any_weights)
+    order = [2, 0, 3, 1, 4]
+    assert takes(tied(*four, spec=spec), order, mixed(four, order, 0.1))
+    assert not takes(tied(*four, spec=spec), order, any_weights)
+    both = RouteInputs(torch.tensor([five, four]), spec)
+    with pytest.raises(Nonconformance, match=r"1 rows have wrong weights, first \[1, 0\]"):
+        judge_routing("route", Routing(torch.tensor([[0, 1, 2, 3, 4]] * 2), torch.tensor([any_weights] * 2)), both)
 
 
 def test_a_logit_near_the_threshold_within_its_error_is_in_or_out() -> None:
@@ -387,6 +504,42 @@ def test_of_more_experts_than_the_kept_groups_have_all_of_those_are_chosen() -> 
         missing = torch.stack([torch.cat([row[:7], _others(row), _others(row)[:1] * 0 + row[7]])[:9] for row in kept])
         swapped = torch.cat([missing, torch.stack([_third(row) for row in missing])], 1)
         judge_routing("route", Routing(swapped, weights), inputs)
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, 0.0])
+def test_of_those_the_weights_of_the_kept_groups_are_judged_unless_a_sum_divides_them(mask: float) -> None:
+    """DeepSeek-V2 in transformers gives experts of other groups the mask as a weight, others give their scores."""
+    inputs = built(replace(V2, top_k=10, group_mask=mask, selection_bias=False))
+    ids, weights = routed(inputs)
+    masked = torch.cat([weights[:, :8], torch.full((T, 2), mask)], 1)
+    for right in (weights, masked):
+        judge_routing("route", Routing(ids, right), inputs)
+    summed = replace(inputs, routing=replace(inputs.routing, renormalize="sum"))
+    judge_routing("route", Routing(ids, masked.clamp(min=0) / 2), summed)
+    wrong = weights.clone()
+    wrong[4, 7] *= 1.01
+    with pytest.raises(Nonconformance, match=r"1 rows have wrong weights, first \[4, 7\]"):
+        judge_routing("route", Routing(ids, wrong), inputs)
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, 0.0])
+def test_of_two_groups_that_tie_either_is_the_kept_one(mask: float) -> None:
+    """Both have the same logits, which are compared without an error; the third has none that is as good."""
+    spec = RoutingSpec(10, score="sigmoid", select_on="logits", groups=3, top_groups=1, group_mask=mask)
+    logits = torch.linspace(1, 2, 8).repeat(3)
+    logits[16:] = -20.0
+    for kept, other in ((slice(0, 8), slice(8, 10)), (slice(8, 16), slice(0, 2))):
+        ids = torch.cat([torch.arange(24)[kept], torch.arange(24)[other]])
+        weights = torch.cat([logits[kept].sigmoid(), torch.full((2,), mask)])
+        assert takes(tied(*logits.tolist(), spec=spec), ids.tolist(), weights.tolist())
+
+
+def test_as_many_experts_as_the_kept_groups_have_are_all_judged() -> None:
+    inputs = built(replace(V3, top_k=8))
+    ids, weights = routed(inputs)
+    judge_routing("route", Routing(ids, weights), inputs)
+    with pytest.raises(Nonconformance, match="wrong weights"):
+        judge_routing("route", Routing(ids, weights * 1.01), inputs)
 
 
 def _others(row: Tensor) -> Tensor:
@@ -479,6 +632,39 @@ def test_fused_shared_experts_stand_behind_the_routed_ones(rule: str) -> None:
             judge_fused_shared("route", bad, inputs)
         with pytest.raises(Nonconformance, match=words):
             judge_routing("route", bad, inputs)
+
+
+def test_a_constant_weight_may_be_rounded_to_float32_or_not() -> None:
+    """0.4 is no number of float32, which has 0.4 + 6e-9, and as the next one 0.4 + 36e-9."""
+    spec, fused, _ = FUSED["constant"]
+    inputs = replace(built(spec), fused_shared=fused)
+    ids, weights = routed(inputs)
+    last = torch.tensor([[E, E + 1]]).expand(T, 2)
+    single = torch.tensor(0.4)
+
+    def answer(constant: Tensor) -> Routing:
+        own = constant.double().expand(T, 2)
+        return Routing(torch.cat([ids, last], 1), torch.cat([weights.double(), own], 1))
+
+    judge_routing("route", answer(torch.tensor(0.4, dtype=torch.float64)), inputs)
+    judge_routing("route", answer(single), inputs)
+    with pytest.raises(Nonconformance, match="by rule 'constant'"):
+        judge_routing("route", answer(single.nextafter(torch.tensor(1.0))), inputs)
+
+
+@pytest.mark.parametrize("spec", [GEMMA4, V2], ids=["scale-of-its-own", "plain"])
+def test_a_share_of_weights_in_float32_has_no_error_of_another_dtype(spec: RoutingSpec) -> None:
+    """2 K roundings of the sum, one of the share and one of the product: 10 u of the sum of magnitudes."""
+    inputs = replace(built(spec, BF16 if spec.per_expert_scale else FP32), fused_shared=FusedShared(1, "share", 0.25))
+    ids, weights = routed(inputs)
+    last, total = torch.full((T, 1), E), weights.double().sum(-1, keepdim=True) * 0.25
+
+    def answer(units: float) -> Routing:
+        return Routing(torch.cat([ids, last], 1), torch.cat([weights.double(), total * (1 + units * 2**-24)], 1))
+
+    judge_fused_shared("route", answer(9.5), inputs)
+    with pytest.raises(Nonconformance, match="by rule 'share'"):
+        judge_fused_shared("route", answer(10.5), inputs)
 
 
 def test_a_share_of_rounded_weights_is_one() -> None:

@@ -188,6 +188,17 @@ def test_a_logit_at_the_limit_of_the_sparse_mixer_may_be_in_or_out() -> None:
         assert decided.limit.item() < 1e-5
 
 
+def test_logits_of_the_sparse_mixer_may_be_of_any_size() -> None:
+    """The second choice is weighed as if the first were not there, however far below 0 all of them are."""
+    spec = RoutingSpec(2, selector="sparsemixer", jitter=0.125, select_on="logits")
+    for size in (-9.0, -9_999.0, -10_000.0, -1e6):
+        logits = torch.tensor([[0.0, -1.0, -2.0, -3.0]], dtype=FP64) + size
+        got = route_logits(logits, spec, {})
+        assert got.ids.tolist() == [[0, 1]]
+        weights, _ = weights_value(logits, got.ids, spec, {}, FP64)
+        torch.testing.assert_close(weights.exact, got.weights, rtol=1e-12, atol=0)
+
+
 ROUTERS = {
     "linear": LogitsSpec(bias=True),
     "in-float32": LogitsSpec(dtype="float32"),

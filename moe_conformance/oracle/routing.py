@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import permutations
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -12,12 +12,15 @@ from torch import Tensor
 from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
 from moe_conformance.oracle.capacity import fitting
-from moe_conformance.oracle.choice import accepted, best, ids_of_table, interval, room_of, without_expert
+from moe_conformance.oracle.choice import accepted, best, group_scores, ids_of_table, interval, room_of, without_expert
 from moe_conformance.oracle.precision import wide
 from moe_conformance.oracle.scores import compared_value, conditioned
 from moe_conformance.oracle.value import Value
 from moe_conformance.oracle.weights import weights_value
 from moe_conformance.protocol.routing import FusedShared, RouteInputs, Routing
+
+# How many orders of the chosen experts are tried where rounding leaves it open: all of four that nearly tie.
+ORDERS = 24
 
 
 def judge_routing(
@@ -34,9 +37,11 @@ def judge_routing(
     - ids and weights are [T, inputs.slots], ids integer. Rows behind inputs.valid_rows are not looked at.
     - ids of a row are unique and name experts. -1, and weight 0, is "no expert" where the method drops or skips pairs.
     - The set of ids is a best K for some scores within their errors, in any order.
-    - Weights are those of the reported ids within the bound.
+    - Weights are those of the reported ids within the bound. In the sparse mixer they depend on the order in which
+      experts are chosen; a row whose near ties leave more than ORDERS orders has weights that are not judged.
     - Of a row with a logit that is not a finite number only the second holds. Of a method that chooses more experts
-      than the kept groups have, all of those are chosen; which others, and with what weights, is open.
+      than the kept groups have, all of those are chosen; which others, and with what weights, is open, and so are
+      all weights that are divided by a sum of all.
 
     logits: the router's, with their errors, where the engine computed them itself; None: inputs.logits are exact.
     shift: what was added to all logits that the engine was given, of a softmax. stored: the dtype in which weights may
@@ -167,14 +172,13 @@ class _Judgement:
 
     def weights(self) -> None:
         """The weights of the reported experts are the method's, within their errors."""
-        spec = self.spec
-        if spec.group_mask == -torch.inf and spec.top_k > self.experts // spec.groups * spec.top_groups:
-            return
-        judged = self.numbers[:, None] & ~self.none
-        right, wrong = torch.zeros_like(self.numbers), []
-        for possible, want, _ in self._weights():
-            bad = judged & ~self._near(self.routed.weights, want)
-            right |= possible & ~bad.any(1)
+        judged = self.numbers[:, None] & ~self.none & self._of_kept_groups()
+        orders = self._orders()
+        right = torch.tensor([len(row) > ORDERS for row in orders], dtype=torch.bool)
+        wrong = []
+        for rows, want, _ in self._weights(orders):
+            bad = judged[rows] & ~self._near(self.routed.weights[rows], want)
+            right[rows] |= ~bad.any(1)
             wrong.append((want, bad))
         if not right.all():
             row = int((~right).nonzero()[0])
@@ -188,34 +192,44 @@ class _Judgement:
                 f"{_numbers(want.exact[row])})"
             )
 
-    def _weights(self) -> Iterator[tuple[Tensor, Value, Value | None]]:
-        """Weights [T, K] that the reported ids may have, those of shared experts, and in which rows they may.
+    def _of_kept_groups(self) -> Tensor:
+        """Of more experts than the kept groups have: those surely in one, [T, K] bool, or none if a sum has all."""
+        spec, size = self.spec, self.compared.exact.shape[1] // self.spec.groups
+        if spec.top_k <= size * spec.top_groups:
+            return torch.ones_like(self.none)
+        if spec.renormalize != "no":
+            return torch.zeros_like(self.none)
+        best = group_scores(self.compared, spec)
+        rivals = (best.high[:, None] >= best.low[:, :, None]).sum(2) - 1  # [T, G], perhaps better groups
+        return (rivals < spec.top_groups).gather(1, self.ids // size)
 
-        In the sparse mixer weights depend on the order in which experts are chosen, which near ties leave open.
+    def _orders(self) -> list[list[tuple[int, ...]]]:
+        """The orders in which each row's slots may have been chosen, at most ORDERS + 1 of them.
+
+        The first is the one that the engine reports, if that may be; the only one where weights depend on none.
         """
-        top_k, orders = self.spec.top_k, [tuple(range(self.spec.top_k))]
-        ranked = torch.arange(top_k).expand_as(self.ids)
-        if self.spec.selector == "sparsemixer":
-            ranked = self.compared.exact.gather(1, self.ids).argsort(1, descending=True)
-            orders = list(permutations(range(top_k)))
-        low, high = (bound.gather(1, self.ids) for bound in interval(self.compared))
-        for order in orders:
-            slots = ranked[:, list(order)]
-            after = high.gather(1, slots)[:, :, None] < low.gather(1, slots)[:, None, :]  # surely chosen later
-            possible = ~after.triu(1).flatten(1).any(1)
-            if len(orders) == 1:
-                possible = torch.ones_like(possible)
+        slots = list(range(self.spec.top_k))
+        if self.spec.selector != "sparsemixer":
+            return [[tuple(slots)] for _ in self.ids]
+        low, high = (bound.gather(1, self.ids).tolist() for bound in interval(self.compared))
+        return [list(islice(_in_turn(slots, *row), ORDERS + 1)) for row in zip(low, high, strict=True)]
+
+    def _weights(self, orders: list[list[tuple[int, ...]]]) -> Iterator[tuple[Tensor, Value, Value | None]]:
+        """For the first order of all rows, then each further one: rows [R], their weights, those of shared experts."""
+        for number in range(max(map(len, orders), default=1)):
+            rows = [row for row, there in enumerate(orders) if number == 0 or number < len(there) <= ORDERS]
+            slots = torch.tensor([orders[row][number] for row in rows], dtype=torch.long).view(-1, self.spec.top_k)
             want, shared = weights_value(
-                self.given,
-                self.ids.gather(1, slots),
+                self.given[rows],
+                self.ids[rows].gather(1, slots),
                 self.spec,
                 self.inputs.tensors,
                 self.dtype,
-                self.none.gather(1, slots),
+                self.none[rows].gather(1, slots),
                 shift=self.shift,
                 stored=wide(self.dtype),
             )
-            yield possible, want.gather(slots.argsort(1)), shared
+            yield torch.tensor(rows, dtype=torch.long), want.gather(slots.argsort(1)), shared
 
     def _near(self, got: Tensor, want: Value) -> Tensor:
         return (got.double() - want.exact).abs() <= self._limit(got, want)
@@ -251,9 +265,9 @@ class _Judgement:
     def _of_shared(self, fused: FusedShared, index: Tensor) -> Value:
         compute = wide(self.dtype)
         if fused.rule == "constant":
-            return Value.of(torch.full(index.shape, fused.weight)).stored(compute)
+            return Value.of(torch.full(index.shape, fused.weight, dtype=torch.float64)).stored(compute)
         if fused.rule == "router":
-            shared = next(self._weights())[2]
+            shared = next(self._weights(self._orders()))[2]
             if shared is None:
                 raise ValueError("inputs are no good: fused_shared: got rule 'router', want shared_classes in routing")
             return shared.gather(index)
@@ -265,6 +279,17 @@ class _Judgement:
             total = total.erring(size, 1, self.narrow)
         share = (total * Value.of(fused.weight).stored(compute)).stored(compute)
         return share.map(lambda part: part.expand(index.shape))
+
+
+def _in_turn(left: list[int], low: list[float], high: list[float]) -> Iterator[tuple[int, ...]]:
+    """The slots of `left` in every order in which none stands behind one that it surely exceeds."""
+    if not left:
+        yield ()
+    most = max((low[slot] for slot in left), default=0.0)
+    for slot in left:
+        if high[slot] >= most:
+            others = [other for other in left if other != slot]
+            yield from ((slot, *behind) for behind in _in_turn(others, low, high))
 
 
 def _numbers(row: Tensor) -> list[float]:

@@ -65,9 +65,22 @@ def score(value: Value, spec: RoutingSpec, dtype: torch.dtype, shift: float = 0.
     if spec.score == "softmax":
         return softmax(value, dtype, shift)
     if spec.score == "sqrt_softplus":
-        return value.through(lambda v: F.softplus(v).sqrt()).stored(dtype, INSIDE)
+        return _root_of_softplus(value, dtype).stored(dtype, INSIDE)
     found, flushed = value.through(torch.sigmoid).stored(dtype, INSIDE), torch.finfo(wide(dtype)).tiny
     return Value(found.exact, found.spread + flushed, found.limit + flushed)  # exp overflows before that is reached
+
+
+def _root_of_softplus(value: Value, dtype: torch.dtype) -> Value:
+    """A softplus below the normal numbers of float32 may be 0; below those of dtype it is stored with absolute errors.
+
+    The root makes such an error h of a softplus s larger: |sqrt(s + h) - sqrt(s)| <= h / sqrt(s), and <= sqrt(h).
+    """
+    found, tiny = value.through(lambda v: F.softplus(v).sqrt()), torch.finfo(wide(dtype)).tiny
+    lowest = found.exact - found.limit
+    flushed = (lowest < math.sqrt(2 * tiny)).double() * tiny
+    lost = flushed + 2 * unit_roundoff(dtype) * torch.finfo(dtype).tiny  # exp and softplus
+    error = lost / lowest.maximum(lost.sqrt())
+    return Value(found.exact, found.spread + error, found.limit + error)
 
 
 def softmax(value: Value, dtype: torch.dtype, shift: float = 0.0) -> Value:

@@ -82,8 +82,9 @@ def _sparsemixer(value: Value, ids: Tensor, jitter: float, dtype: torch.dtype) -
 
 
 def _without(logits: Value, out: Tensor) -> Value:
-    """With no share in a softmax where out is set."""
-    return Value(logits.exact.masked_fill(out, -1e4), *(t.masked_fill(out, 0) for t in (logits.spread, logits.limit)))
+    """With no share in a softmax where out is set: so far below all others that their exp is 0 in float64."""
+    below = logits.exact.amin(1, keepdim=True) - 1e4
+    return Value(below.where(out, logits.exact), *(t.masked_fill(out, 0) for t in (logits.spread, logits.limit)))
 
 
 def _normalised(weights: Value, spec: RoutingSpec, dtype: torch.dtype) -> Value:

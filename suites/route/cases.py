@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.protocol.routing import FusedShared
-from moe_conformance.suites.route.methods import AT_OWN_SIZES, AT_REAL_SIZES, METHODS, REAL_SIZES, method
+from moe_conformance.suites.route.methods import AT_OWN_SIZES, AT_REAL_SIZES, METHODS, REAL_SIZES, at_real_sizes, method
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -94,6 +94,12 @@ REAL_CASES = (
     ),
     # Doge's router mixes the tokens of a batch, which nobody else has to; one token has only itself.
     _case("routing.method", "doge 64 8 1 fp32 fine contiguous core"),
+    *(
+        _case("routing.method", f"{name} {E} {K} {1 if name == 'doge' else 9} fp32 fine contiguous full")
+        for name, own in AT_OWN_SIZES.items()
+        for E, K in at_real_sizes(name)
+        if own != (E, K)
+    ),
     # Kernels branch by the number of tokens: one, and more than any tile has.
     *(
         _case("routing.method", f"{name} {E} {K} {T} fp32 fine contiguous core")
@@ -143,8 +149,13 @@ _AWKWARD = {name: (40, 5) for name in METHODS} | {
     "doge": (36, 5), "llama4": (40, 1), "zaya": (40, 1), "switch": (40, 1), "phimoe": (40, 2),
     "switch-share": (8, 1), "nllb": (8, 2)
 }  # fmt: skip
-# What the methods below have beside a row of logits (a table, a capacity, product keys) is not about ties.
-_BY_ROW = tuple(name for name in METHODS if name not in ("doge", "switch", "switch-share", "nllb", "deepseek-v4-hash"))
+
+
+def _awkward(name: str, logits: str) -> str:
+    """The row of a case. By default without another capacity, and without a table, which looks at no logit."""
+    tier = "full" if name in ("switch-share", "deepseek-v4-hash") else "core"
+    return "{} {} {} 23 fp32 {} contiguous {}".format(name, *_AWKWARD[name], logits, tier)
+
 
 UNIQUE_CASES = (
     *(
@@ -162,29 +173,26 @@ UNIQUE_CASES = (
             "renorm    7  5 63 fp16 tied        contiguous core",
         )
     ),
-    *(
-        _case("route.unique-ids", "{} {} {} 23 fp32 not-numbers contiguous core".format(name, *_AWKWARD[name]))
-        for name in _BY_ROW
-        if name != "plain"
-    ),
+    *(_case("route.unique-ids", _awkward(name, "not-numbers")) for name in METHODS if name != "plain"),
     _case("route.unique-ids", "deepseek-v3 64 6 23 bf16 not-numbers contiguous core"),
     _case("route.unique-ids", "deepseek-v3 64 6 23 fp32 tied-groups contiguous core"),
 )
 
-# Ties at the last place, inside groups and between them: any of those tied, and none that is smaller.
+# Ties at the last place, inside groups and between them: any of those tied, and none that is smaller. Where an expert
+# takes so many tokens, ties also leave open which experts compete for a token and which tokens come first.
 TIE_CASES = (
-    *(
-        _case("routing.method", "{} {} {} 23 fp32 {} contiguous core".format(name, *_AWKWARD[name], logits))
-        for name in _BY_ROW
-        for logits in ("tied", "last-place")
-    ),
+    *(_case("routing.method", _awkward(name, logits)) for name in METHODS for logits in ("tied", "last-place")),
     *(
         _case("routing.method", f"{name} 72 6 23 {dtype} {logits} contiguous core")
         for name in ("deepseek-v3", "deepseek-v2", "softmax-groups")
         for dtype, logits in (("fp32", "tied-groups"), ("bf16", "tied"))
     ),
     # More experts than the kept groups have: theirs, and any others.
-    _case("routing.method", "deepseek-v3 16 10 23 fp32 distinct contiguous core"),
+    *(
+        _case("routing.method", f"{name} 16 10 23 {dtype} distinct contiguous {tier}")
+        for name in ("deepseek-v3", "deepseek-v2", "softmax-groups")
+        for dtype, tier in (("fp32", "core"), ("bf16", "full"))
+    ),
 )
 
 NONE_CASES = tuple(
@@ -211,7 +219,6 @@ PADDING_CASES = tuple(
         tier="smoke" if name == "renorm" else "core",
     )
     for name in METHODS
-    if name != "doge"
 )
 
 # Shared experts as further slots: with a weight of their own, as a share of the row's, as the router says.

@@ -60,8 +60,9 @@ def logits_of(case: Case) -> Tensor:
             return normal(shape, case.id, torch.float64, std=4.0)
         case "fine":
             values = fine(shape, case.id, std=2.0)
-            if spec.capacity is not None:  # most tokens want one expert, which has no place for all of them
-                values[:, 0] += 8
+            if spec.capacity is not None:  # one token in three wants the last expert, the others the first: too many
+                wanted = torch.where(torch.arange(tokens) % 3 == 2, classes - 1, 0)
+                values[torch.arange(tokens), wanted] += 10
             return values
         case "tiny":  # the sigmoid's scores are exp of these, about the number that is added to their sum
             return fine(shape, case.id, std=0.5) + math.log(spec.epsilon) / spec.logit_scale

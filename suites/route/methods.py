@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -90,7 +91,7 @@ def method(name: str, top_k: int) -> RoutingSpec:
 REAL_SIZES = ((128, 8), (256, 8), (384, 8), (512, 22), (896, 16))
 # The methods that engines have kernels for, at each of the sizes.
 AT_REAL_SIZES = ("plain", "renorm", "gemma4", "biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
-# Every other method at E and K of its model.
+# Every other method at E and K of its model, and in `at_real_sizes`.
 AT_OWN_SIZES: Mapping[str, tuple[int, int]] = {
     "softmax-groups": (256, 8),
     "lfm2": (64, 4),
@@ -110,3 +111,13 @@ AT_OWN_SIZES: Mapping[str, tuple[int, int]] = {
     "switch-share": (8, 1),
     "nllb": (8, 2),
 }
+
+# Methods that choose a number of experts of their own, whatever else the model chooses.
+_OWN_TOP_K: Mapping[str, int] = {"llama4": 1, "zaya": 1, "switch": 1, "switch-share": 1, "phimoe": 2, "nllb": 2}
+
+
+def at_real_sizes(name: str) -> tuple[tuple[int, int], ...]:
+    """E and K of REAL_SIZES as this method has them; product keys are of E that are squares."""
+    sizes = ((experts, _OWN_TOP_K.get(name, top_k)) for experts, top_k in REAL_SIZES)
+    keys = METHODS[name].selector == "product_keys"
+    return tuple(size for size in sizes if not keys or math.isqrt(size[0]) ** 2 == size[0])

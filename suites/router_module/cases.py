@@ -39,6 +39,15 @@ ROUTERS: dict[str, tuple[LogitsSpec, RoutingSpec, int, tuple[str, ...]]] = {
     "gpt-oss": (LogitsSpec(bias=True), method("chosen-fp32", 3), 7, ("bias",)),
     "inkling": (PLAIN, method("inkling", 3), 7, ("global_scale",)),
 }
+
+
+def _tier_of_size(name: str, experts: int, dtype: str) -> str:
+    """By default: none wide in bfloat16, DeepSeek-V4's at one size, no plain softmax, which is a part of others."""
+    if name in ("plain", "deepseek-v4"):
+        return "core" if (name, experts, dtype) == ("deepseek-v4", 256, "bfloat16") else "full"
+    return "full" if experts > 384 and dtype == "bfloat16" else "core"
+
+
 # Changes that a copy of the weights in another dtype, made once, does not see; for routers stored in two bytes.
 KEPT_COPIES = ("in-place-update", "data-swap", "data-copy", "load-state-dict", "replaced-parameter")
 
@@ -103,14 +112,16 @@ ROUTER_CASES = tuple(
             "tokens": 9,
             "dtype": dtype,
         },
-        tier="full" if experts > 384 and dtype == "bfloat16" else "core",
+        tier=_tier_of_size(name, experts, dtype),
     )
     for name, logits in (
+        ("plain", PLAIN),
         ("gemma4", GEMMA4),
         ("renorm", PLAIN),
         ("biased", IN_FLOAT32),
         ("deepseek-v3", IN_FLOAT32),
         ("deepseek-v2", IN_FLOAT32),
+        ("deepseek-v4", PLAIN),
         ("chosen", LogitsSpec(bias=True)),
     )
     for experts, top_k in REAL_SIZES
