@@ -171,6 +171,15 @@ def keys() -> tuple[str, ...]:
     return tuple(sorted(found | {*NESTED, *NESTED_LAST}))
 
 
+@functools.cache
+def values_of(key: str) -> tuple[Any, ...]:
+    """What the bases say under a key."""
+    found: list[Any] = []
+    for config in configs().values():
+        found += [_at(config, path) for path in _paths(config) if path[-1] == key]
+    return tuple(found)
+
+
 def _keys_below(config: dict[str, Any]) -> set[str]:
     below = [_keys_below(value) for value in config.values() if isinstance(value, dict)]
     return set(config).union(*below)
@@ -309,9 +318,12 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[list[Any]]:
 
 def _config_edit(rng: random.Random, config: dict[str, Any], python: bool = True) -> list[Any]:
     paths = list(_paths(config))
-    match rng.randrange(12):
+    match rng.randrange(14):
         case 0:
             return ["drop", rng.choice(paths)]
+        case 12 | 13:  # what another family says: valid there
+            key = rng.choice((rng.choice(keys()), rng.choice(paths)[-1]))
+            return ["set", [*rng.choice(paths)[:-1], key], rng.choice(values_of(key) or (None,))]
         case 1:
             return ["set", ["model_type"], rng.choice([rng.choice(sorted(FAMILIES)), _value(rng, python)])]
         case 2:

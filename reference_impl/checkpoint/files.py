@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from moe_conformance.errors import CheckpointError
 from moe_conformance.quote import FEW, few, plainly, quoted
 
-# As safetensors allows its headers; the largest index is a tenth of it.
+# Bytes; as safetensors allows its headers. The index of DeepSeek-V3 has 9 MB.
 MOST_JSON = 100_000_000
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(_text(path), object_pairs_hook=once)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not there; point to a folder with config.json and safetensors") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({plainly(str(error))}); download it again") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: got a JSON {type(found).__name__}, want an object; download it again")
@@ -59,7 +59,11 @@ def _text(path: Path) -> str:
 
     Opened without waiting: a pipe that nobody writes to would keep its reader for ever.
     """
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), encoding="utf-8") as stream:
+
+    def at_once(file: str, flags: int) -> int:
+        return os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, encoding="utf-8", opener=at_once) as stream:
         found = os.fstat(stream.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_JSON:
             raise CheckpointError(
