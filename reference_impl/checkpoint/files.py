@@ -65,16 +65,11 @@ def _text(path: Path) -> str:
 
     with open(path, encoding="utf-8", opener=at_once) as stream:
         found = os.fstat(stream.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_JSON:
-            raise CheckpointError(
-                f"{path}: got {found.st_size} bytes of {_kind(found.st_mode)}, want a file of at most {MOST_JSON}; "
-                "download it again"
-            )
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path}: got a pipe or a device, want a file; download it again")
+        if found.st_size > MOST_JSON:
+            raise CheckpointError(f"{path}: got {found.st_size} bytes, want at most {MOST_JSON}; download it again")
         return stream.read()
-
-
-def _kind(mode: int) -> str:
-    return stat.filemode(mode) if not stat.S_ISREG(mode) else "a file"
 
 
 def open_shards(folder: Path, stack: ExitStack) -> tuple[dict[str, Any], list[Stored]]:
