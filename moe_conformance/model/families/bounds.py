@@ -7,6 +7,7 @@ write, and no shape, which may be the product of experts and two widths, leaves 
 from __future__ import annotations
 
 MOST_LAYERS = 2048  # published: 126, of Llama 3.1 405B
+MOST_STEP = 2**30  # of a step or a start, which beyond the last layer says: no layer
 MOST_EXPERTS = 2**18  # published: 16,384, of Doge
 MOST_SHARED = 2**10  # published: 8
 MOST_WIDTH = 2**20  # published: 73,728, of Nemotron-4 340B

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from moe_conformance.errors import ConfigError
-from moe_conformance.model.families.bounds import DEEPEST, MOST_LAYERS, MOST_WIDTH
+from moe_conformance.model.families.bounds import DEEPEST, MOST_LAYERS, MOST_STEP, MOST_WIDTH
 from moe_conformance.quote import plainly, quoted
 
 # At most six digits: a longer number is not an index but an attack on int().
@@ -55,7 +55,7 @@ class Scope:
         key, value = self.find(what, keys)
         return self.checked(what, key, value, least, most)
 
-    def optional(self, what: str, key: str, default: int, least: int = 0, most: int = MOST_LAYERS) -> int:
+    def optional(self, what: str, key: str, default: int, least: int = 0, most: int = MOST_STEP) -> int:
         """An integer that the model's own config class gives a default."""
         value = self.get(key)
         return default if value is None else self.checked(what, key, value, least, most)
