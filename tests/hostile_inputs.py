@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -46,6 +47,7 @@ from moe_conformance.suites.describe import methods as said
 from moe_conformance.suites.describe.families import PARENTS, flat_keys
 
 SECONDS = 2.0  # that one call may take
+MEMORY = 2 * 2**30
 LONGEST = 5000  # characters of a message
 
 Edits = list[list[Any]]
@@ -96,6 +98,18 @@ def limited(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """MEMORY beyond what this process has: what reads a device without end must not take the machine along."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def judged(name: str, call: Callable[[], Any], seconds: float = SECONDS) -> tuple[str, Found | None]:

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hostile_inputs import Found, Hostile, configs, generated, judged, kept, tries
+from hostile_inputs import Found, Hostile, configs, generated, judged, kept, little_memory, tries
 
 from moe_conformance.errors import ConfigError
 from moe_conformance.model.families.describe import describe
@@ -23,7 +23,7 @@ SECONDS = 10.0
 
 
 def findings(hostile: Hostile) -> list[Found]:
-    with tries(hostile) as calls:
+    with little_memory(), tries(hostile) as calls:
         answers = [judged(name, call, SECONDS) for name, call in calls]
     return [finding for _, finding in answers if finding is not None]
 

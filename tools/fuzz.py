@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -27,12 +26,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
-from hostile_inputs import SECONDS, Found, Hostile, generated, judged, tries  # noqa: E402
+from hostile_inputs import SECONDS, Found, Hostile, generated, judged, little_memory, tries  # noqa: E402
 
 CORPUS = ROOT / "tests" / "hostile"
 # As users meet them: more configs than folders, few stored weights, whose calls are quick and alike.
 KINDS = ("config",) * 5 + ("checkpoint",) * 4 + ("stored",)
-MEMORY = 2 * 2**30  # beyond what the process has when it starts
 PATIENCE = 3 * SECONDS  # for a call that does not heed its time limit
 
 
@@ -172,19 +170,18 @@ class Worker:
 
 def work(pipe: Connection, folder: str) -> None:
     tempfile.tempdir = folder
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
-    while True:
-        try:
-            hostile = pipe.recv()
-        except EOFError:
-            return
-        with tries(hostile) as calls:
-            for name, call in calls:
-                pipe.send(name)
-                verdict, finding = judged(name, call)
-                pipe.send((name, verdict, finding))
-        pipe.send("done")
+    with little_memory():
+        while True:
+            try:
+                hostile = pipe.recv()
+            except EOFError:
+                return
+            with tries(hostile) as calls:
+                for name, call in calls:
+                    pipe.send(name)
+                    verdict, finding = judged(name, call)
+                    pipe.send((name, verdict, finding))
+            pipe.send("done")
 
 
 if __name__ == "__main__":
