@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -118,6 +119,7 @@ SWITCHED = [
     ("nemotron_h", {"mlp_bias": True}),
     ("nemotron_h", {"moe_latent_size": None}),
     ("nllb-moe", {"router_bias": True, "encoder_ffn_dim": 28}),
+    ("nllb-moe", {"decoder_sparse_step": 0}),
     ("switch_transformers", {"router_bias": True}),
     ("switch_transformers", {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 0}),
     ("cohere2_moe", {"num_shared_experts": 0}),
@@ -141,6 +143,18 @@ def test_the_text_part_of_a_multimodal_model_alone(family: str, tmp_path: Path) 
     model.save_pretrained(tmp_path / "real")
     assert_same(load(tmp_path / "real"), tiny_models.canonical(model))
     assert_save_writes_it_again(tmp_path / "real", tmp_path / "ours", family)
+
+
+def test_identity_experts_that_a_config_leaves_out_are_as_many_as_its_class_has(tmp_path: Path) -> None:
+    """Rows that nothing reads are written for each of them: 256, where longcat_flash does not say."""
+    said = config(written("longcat_flash"))
+    del said["zero_expert_num"]
+    places = Places(said)
+    save(tmp_path, said, {name: torch.zeros(shape) for name, shape in places.wanted.items()})
+    experts = {
+        int(found[1]) for name in tensors(tmp_path) if (found := re.search(r"layers\.0\.mlp\.experts\.(\d+)\.", name))
+    }
+    assert experts == set(range(said["n_routed_experts"] + 256))
 
 
 def unread(family: str, names: dict[str, Tensor]) -> list[str]:

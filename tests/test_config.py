@@ -129,6 +129,77 @@ def test_every_plain_case_is_of_a_known_family() -> None:
     assert said.METHODS.keys() == CLASSES.keys() - {"vitpose-backbone"}
 
 
+QWEN = {**MIXTRAL, "model_type": "qwen3_moe", "moe_intermediate_size": 22}
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        # Numbers: beyond any model, or none.
+        ({"num_hidden_layers": 10**5}, "num_hidden_layers: got 100000, want an integer from 1 to 2048"),
+        (
+            {"num_local_experts": 10**30},
+            "num_local_experts: got 1000000000000000000000000000000, want an integer from 0",
+        ),
+        ({"hidden_size": 10**5000}, "hidden_size: got an integer of 16610 bits, want an integer from 1 to 1048576"),
+        ({"hidden_size": math.nan}, "hidden_size: got nan, want an integer"),
+        ({"model_type": "mixtral", "intermediate_size": [24] * 10}, "intermediate_size has 10 entries for 9 layers"),
+        # Lists, where something else is.
+        ({"model_type": "qwen3_moe", "mlp_only_layers": True}, "mlp_only_layers: got True, want a list"),
+        (
+            {"model_type": "qwen3_moe", "mlp_only_layers": [0] * 10**5},
+            "mlp_only_layers: got .*, want a list of at most",
+        ),
+        ({"model_type": "axk1", "mlp_layer_types": 7}, "mlp_layer_types: got 7, want a list"),
+        ({"model_type": "axk1", "mlp_layer_types": [["moe"]] * 9}, r"mlp_layer_types has \['moe'\], .*; want dense or"),
+        (
+            {"model_type": "axk1", "mlp_layer_types": None, "moe_layer_freq": [2.5] * 9},
+            "moe_layer_freq has 2.5, .*; want",
+        ),
+        ({"model_type": "step3p5", "moe_layers_enum": "9" * 5000}, "moe_layers_enum has 9999.*; want layer indices"),
+        ({"model_type": "nemotron_h", "layer_types": 3}, "layer_types: got 3, want a list"),
+        # Maps, where something else is, and keys that they cannot have.
+        ({"per_layer_config": 2.5}, "per_layer_config: got 2.5, want a map"),
+        ({"per_layer_config": {"x": {}}}, "per_layer_config: got 'x': {}, want the index of a layer and a map"),
+        ({"per_layer_config": {"1": [3]}}, r"per_layer_config: got '1': \[3\], want the index of a layer and a map"),
+        ({"model_type": "dbrx", "ffn_config": 3}, "ffn_config: got 3, want a map"),
+        ({"model_type": ["mixtral"]}, r"model_type: got \['mixtral'\], want text"),
+        ({"model_type": "gemma4_text", "enable_moe_block": "no"}, "enable_moe_block: got 'no', want true or false"),
+    ],
+)
+def test_what_a_config_says_is_checked_where_it_is_read(changed: Keys, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        describe(QWEN | changed)
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_config_that_holds_itself_is_refused() -> None:
+    own: Keys = {"model_type": "never-heard-of"}
+    own |= {"text_config": own, "llm_config": own}
+    with pytest.raises(ConfigError, match=r"text_config\.text_config: got a level below it, want at most 4 levels"):
+        describe(own)
+
+
+def test_an_object_whose_dict_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"config: got \['no', 'map'\] from to_dict, want a map"):
+        describe(SimpleNamespace(to_dict=lambda: ["no", "map"]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"routed_scaling_factor": math.nan}, "routed_scaling_factor: got nan, want a number from -1e"),
+        ({"routed_scaling_factor": 10**400}, "routed_scaling_factor: got an integer of 1329 bits, want a number"),
+        ({"n_group": 2.5}, "n_group: got 2.5, want an integer from 0 to 262144 or null"),
+        ({"n_group": -4, "topk_group": -4}, "n_group: got -4, want an integer from 0"),
+        ({"model_type": "axk1", "rms_norm_eps": 0.0}, "rms_norm_eps: got 0.0, want a number from 1.4013e-45 to 1"),
+    ],
+)
+def test_a_number_of_a_method_is_checked_where_it_is_read(changed: Keys, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        layer_of(DEEPSEEK | changed, 5)
+
+
 LAGUNA = {
     **MIXTRAL,
     "model_type": "laguna",
@@ -195,7 +266,7 @@ def test_an_unknown_model_type_whose_keys_leave_the_method_open_has_no_layers(co
         ({"routed_scaling_factor": True}, "routed_scaling_factor: got True, want a number"),
         ({"hidden_act": "xielu"}, "hidden_act: got 'xielu', want one of 'silu', .*'relu2'"),
         ({"hidden_act": ["silu"]}, "hidden_act: got .'silu'., want one of"),
-        ({"n_group": "4"}, "n_group: got '4', want a number or null"),
+        ({"n_group": "4"}, "n_group: got '4', want an integer from 0 to 262144 or null"),
         ({"n_group": 5}, "groups: got the best 2 of 5 for 12 experts"),
         ({"topk_group": 6}, "groups: got the best 6 of 4 for 12 experts"),
     ],

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hostile_inputs import limited
 from safetensors.torch import load_file, save_file
 
 from moe_conformance.engine import CheckpointName
 from moe_conformance.errors import CheckpointError, ConfigError, DenseModelError
-from moe_conformance.reference_impl.checkpoint import loading, remap
+from moe_conformance.reference_impl.checkpoint import loading, remap, saving
 from moe_conformance.suites.load import checkpoint
 
 RECIPE = {"style": "plain", "widths": "distinct", "shards": 2, "shuffled": False}
@@ -324,3 +326,115 @@ def test_one_missing_scale_is_named(folder: Path) -> None:
     retensor(folder, lambda named: named.update(scales))
     edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "modelopt"}))
     assert "layers.0.experts.10.down_proj.input_scale" in refusal(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, FIRST])
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder", "a link to itself", "a file without end"])
+def test_what_is_no_file_is_refused_at_once(folder: Path, file: str, kind: str) -> None:
+    path = folder / file
+    path.unlink()
+    made = {
+        "a pipe": lambda: os.mkfifo(path),
+        "a device": lambda: path.symlink_to("/dev/zero"),
+        "a folder": path.mkdir,
+        "a link to itself": lambda: path.symlink_to(path),
+        "a file without end": lambda: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 2**33),
+    }
+    made[kind]()
+    with limited(10):
+        assert refusal(folder)
+
+
+def test_keys_given_twice_by_the_ten_thousand_are_refused_at_once(folder: Path) -> None:
+    pairs = ",".join(f'"{number}": 0, "{number}": 1' for number in range(30_000))
+    (folder / INDEX).write_text("{" + pairs + "}")
+    with limited(10):
+        assert "0, 1, 10, 100, 1000, 10000, 10001, 10002, ... given twice" in refusal(folder)
+
+
+def test_experts_by_the_ten_thousand_are_placed_at_once(folder: Path) -> None:
+    more = {f"model.layers.1.experts.{e}.down_proj.weight": torch.zeros(0) for e in range(11, 20_000)}
+    retensor(folder, lambda named: named.update(more))
+    edit(folder / "config.json", lambda config: config.update(num_experts=20_000))
+    with limited(10):
+        assert "got shape [11, 64], want [20000, 64]" in refusal(folder)
+
+
+def test_of_many_missing_experts_the_first_are_named_at_once(folder: Path) -> None:
+    def one_layer(named: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in named if ".layers." in name and ".layers.0." not in name]:
+            del named[name]
+        for name, rows in (("proj.weight", (2**18, 64)), ("per_expert_scale", (2**18,))):
+            named[f"model.layers.0.router.{name}"] = torch.zeros(rows, dtype=torch.bfloat16)
+
+    retensor(folder, one_layer)
+    edit(folder / "config.json", lambda config: config.update(checkpoint.config("distinct", layers=1, experts=2**18)))
+    with limited(10):
+        message = refusal(folder)
+    assert "18 or more tensors are missing from the checkpoint: model.layers.0.experts.11.gate_proj.weight, " in message
+
+
+def test_a_shard_with_a_name_beyond_all_names_is_refused(folder: Path) -> None:
+    edit(folder / INDEX, lambda index: index["weight_map"].update({DOWN: f"{'x' * 10_000}.safetensors"}))
+    assert "not there, or no file" in refusal(folder)
+    assert len(refusal(folder)) < 2000
+
+
+def test_one_gate_for_all_experts_beside_an_up_for_each_is_refused(folder: Path) -> None:
+    """As numbers they are put together; as stored bytes they cannot be."""
+
+    def pack(named: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in named if ".experts." in name]:
+            named[name] = named[name].to(torch.int8)[:, : 1 + ("up_proj" in name)].clone()
+
+    retensor(folder, pack)
+    edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "any"}))
+    assert "both for one expert or both for all; they become one tensor, layers.0.experts.w13" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [7, True, "fp8", ["fp8"]])
+def test_a_quantization_config_is_a_map(folder: Path, value: object) -> None:
+    edit(folder / "config.json", lambda config: config.update(quantization_config=value))
+    assert "quantization_config: got" in refusal(folder)
+
+
+def test_an_activation_that_nobody_knows_is_refused_by_name(folder: Path) -> None:
+    edit(folder / "config.json", lambda config: config.update(hidden_activation="xielu"))
+    with pytest.raises(ConfigError, match="hidden_activation: got 'xielu', want one of 'silu'"):
+        loading.load(folder)
+
+
+def test_names_that_stand_for_more_than_any_model_has_are_refused() -> None:
+    config = checkpoint.config("distinct", layers=5, experts=2**18)
+    names = [CheckpointName(f"model.layers.{layer}.experts.gate_up_proj") for layer in range(5)]
+    with limited(10), pytest.raises(CheckpointError, match="names: got 5 that stand for more than 1048576"):
+        remap.remap(config, names)
+
+
+@pytest.mark.parametrize("shards", [0, -1, 2.5, True, None, 10**9])
+def test_a_save_into_a_number_of_shards_that_is_none_is_refused(folder: Path, shards: object) -> None:
+    config, tensors = json.loads((folder / "config.json").read_text()), loading.load(folder)
+    with pytest.raises(CheckpointError, match=r"shards: got .*, want an integer from 1 to"):
+        saving.save(folder / "saved", config, tensors, shards)
+    assert not (folder / "saved").exists()
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, "meta", "sparse", torch.complex64, torch.int8])
+def test_a_save_of_what_load_would_not_read_is_refused(folder: Path, wrong: object) -> None:
+    config, tensors = json.loads((folder / "config.json").read_text()), loading.load(folder)
+    tensor = tensors["layers.1.experts.w2"]
+    special = {"meta": lambda: tensor.to("meta"), "sparse": lambda: tensor.float().to_sparse()}
+    made = special[wrong]() if wrong in special else tensor.to(wrong) if isinstance(wrong, torch.dtype) else wrong
+    with pytest.raises(CheckpointError, match=r"layers\.1\.experts\.w2: got .*, want shape"):
+        saving.save(folder / "saved", config, tensors | {"layers.1.experts.w2": made})
+    assert not (folder / "saved").exists()
+
+
+def test_a_save_of_a_config_that_json_has_no_words_for_is_refused(folder: Path) -> None:
+    config, tensors = json.loads((folder / "config.json").read_text()), loading.load(folder)
+    with pytest.raises(CheckpointError, match=r"config: not what a config.json can say"):
+        saving.save(folder / "saved", config | {"extra": {1, 2}}, tensors)
+    assert not (folder / "saved").exists()
+    (folder / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        saving.save(folder / "file" / "saved", config, tensors)

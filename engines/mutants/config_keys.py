@@ -206,7 +206,7 @@ class LegacyKeysAreForObjects(Faulty):
     def describe(self, config: Any) -> MoESpec:
         if not isinstance(config, Mapping):
             return super().describe(config)
-        with patch.object(Scope, "optional", lambda scope, what, key, default, least=0: default):
+        with patch.object(Scope, "optional", lambda scope, what, key, default, **_: default):
             return super().describe(config)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +14,10 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from moe_conformance.errors import CheckpointError
+from moe_conformance.quote import FEW, few, plainly, quoted
 
+# Bytes; as safetensors allows its headers. The index of DeepSeek-V3 has 9 MB.
+MOST_JSON = 100_000_000
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -23,25 +29,47 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
 
+    def __str__(self) -> str:
+        return f"{plainly(self.name)} in {plainly(self.shard)}"
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in which no key is given twice. Raises CheckpointError."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if twice := sorted({key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else ()):
-            raise CheckpointError(f"{path}: {', '.join(twice)} given twice; keep the one that is meant")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = sorted(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+            raise CheckpointError(f"{path}: {few(twice)} given twice; keep the one that is meant")
+        return found
 
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        found = json.loads(_text(path), object_pairs_hook=once)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not there; point to a folder with config.json and safetensors") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from error
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({plainly(str(error))}); download it again") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: got a JSON {type(found).__name__}, want an object; download it again")
     return found
+
+
+def _text(path: Path) -> str:
+    """What a file says; of a device, a pipe or a folder, which may have no end, and of a file beyond all sizes nothing.
+
+    Opened without waiting: a pipe that nobody writes to would keep its reader for ever.
+    """
+
+    def at_once(file: str, flags: int) -> int:
+        return os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, encoding="utf-8", opener=at_once) as stream:
+        found = os.fstat(stream.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path}: got a pipe or a device, want a file; download it again")
+        if found.st_size > MOST_JSON:
+            raise CheckpointError(f"{path}: got {found.st_size} bytes, want at most {MOST_JSON}; download it again")
+        return stream.read()
 
 
 def open_shards(folder: Path, stack: ExitStack) -> tuple[dict[str, Any], list[Stored]]:
@@ -59,15 +87,19 @@ def open_shards(folder: Path, stack: ExitStack) -> tuple[dict[str, Any], list[St
         files = sorted(set(weight_map.values()))
     shards, stored = {}, []
     for file in files:
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder / file}: not there, but {INDEX} names it; download it")
+        if not _is_file(folder / file):
+            named = f"; {INDEX} names it" if weight_map is not None else ""
+            raise CheckpointError(f"{folder / plainly(file)}: not there, or no file{named}; download it")
         try:
             shard = stack.enter_context(safe_open(folder / file, framework="pt"))
             for name in shard.keys():  # noqa: SIM118 - not a mapping
                 part = shard.get_slice(name)
                 stored.append(Stored(name, file, tuple(part.get_shape()), part.get_dtype()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / file}: damaged or cut short ({error}); download it again") from error
+        except (SafetensorError, OSError, OverflowError) as error:
+            trouble = plainly(str(error))
+            raise CheckpointError(f"{folder / file}: damaged or cut short ({trouble}); download it again") from error
+        except MemoryError as error:
+            raise CheckpointError(f"{folder / file}: larger than what this process may map; raise its limit") from error
         shards[file] = shard
     if weight_map is not None:
         held = {(entry.name, entry.shard) for entry in stored}
@@ -87,19 +119,29 @@ def _weight_map(index: Path) -> dict[str, str]:
         # A name with a separator, a drive or ".." would read outside the folder.
         if not isinstance(file, str) or not file.endswith(".safetensors") or any(c in file for c in "/\\:\0"):
             raise CheckpointError(
-                f"{index}: {name}: got shard {file!r}, want the name of a .safetensors file in the same folder; "
-                "do not load this checkpoint unless you trust where it came from"
+                f"{index}: {plainly(name)}: got shard {quoted(file)}, want the name of a .safetensors file in the "
+                "same folder; do not load this checkpoint unless you trust where it came from"
             )
     return weight_map
 
 
 def _none(entries: set[tuple[str, str]], trouble: str, cure: str) -> None:
     if entries:
-        listed = ", ".join(f"{name} ({file})" for name, file in sorted(entries)[:8])
-        raise CheckpointError(f"{len(entries)} tensors are {trouble}, first {listed}; {cure}")
+        first = ", ".join(f"{plainly(name)} ({plainly(file)})" for name, file in sorted(entries)[:FEW])
+        raise CheckpointError(f"{len(entries)} tensors are {trouble}, first {first}; {cure}")
 
 
-def quantization(config: Mapping[str, Any]) -> Any:
-    """The config's quantization_config, at the top or in its text part; None without."""
-    text = config.get("text_config")
-    return config.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config")) or None
+def is_quantised(config: Mapping[str, Any]) -> bool:
+    """Whether the config has a quantization_config, at the top or in its text part."""
+    key, text = "quantization_config", config.get("text_config")
+    found = [level.get(key) for level in (config, text) if isinstance(level, Mapping)]
+    if wrong := [value for value in found if value is not None and not isinstance(value, Mapping)]:
+        raise CheckpointError(f"{CONFIG}: {key}: got {quoted(wrong[0])}, want a map; download it again")
+    return any(found)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False

@@ -7,9 +7,11 @@ they lie is in names.py; shapes are checked against the config and never used to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +21,9 @@ from torch import Tensor
 
 from moe_conformance.errors import CheckpointError
 from moe_conformance.model.specs import Shape
+from moe_conformance.quote import FEW, few, plainly, quoted
 from moe_conformance.reference_impl.checkpoint.arrange import Sizes, part, to_canonical, to_stored
-from moe_conformance.reference_impl.checkpoint.files import CONFIG, Stored, open_shards, quantization, read_json
+from moe_conformance.reference_impl.checkpoint.files import CONFIG, Stored, is_quantised, open_shards, read_json
 from moe_conformance.reference_impl.checkpoint.names import Piece
 from moe_conformance.reference_impl.checkpoint.places import Places
 
@@ -76,13 +79,15 @@ def load(folder: Path) -> dict[str, Tensor]:
         shards, stored = open_shards(folder, stack)
         plan = _plan(places, stored)
         plan = _oriented(places, plan, config)
-        _check(places, plan, quantised=bool(quantization(config)))
+        _check(places, plan, quantised=is_quantised(config))
         try:
             return _read(places, plan, shards)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{folder}: a shard changed while it was read ({error}); download it again"
+                f"{folder}: a shard changed while it was read ({plainly(str(error))}); download it again"
             ) from error
+        except MemoryError as error:
+            raise CheckpointError(f"{folder}: more tensors than memory holds; load it where there is more") from error
 
 
 def _plan(places: Places, stored: Sequence[Stored]) -> Plan:
@@ -92,27 +97,18 @@ def _plan(places: Places, stored: Sequence[Stored]) -> Plan:
         for tensor, piece, expert, suffix in places.locate(entry.name):
             slots, slot = plan.setdefault(Key(tensor, suffix), {}), Slot(piece.half, expert)
             if held := _held(slots, slot):
-                raise CheckpointError(
-                    f"{held.entry.name} in {held.entry.shard} and {entry.name} in {entry.shard} hold the same weights; "
-                    "remove one of them"
-                )
+                raise CheckpointError(f"{held.entry} and {entry} hold the same weights; remove one of them")
             slots[slot] = Filled(piece, entry)
     return plan
 
 
 def _held(slots: Slots, slot: Slot) -> Filled | None:
     """What is already there of a slot: the same, a whole it is part of, or a part of it."""
-    for half in (slot.half, None):
-        for expert in (slot.expert, None):
-            if found := slots.get(Slot(half, expert)):
-                return found
-    if None in slot:
-        return next((filled for other, filled in slots.items() if _meet(slot, other)), None)
-    return None
-
-
-def _meet(one: Slot, other: Slot) -> bool:
-    return all(a is None or b is None or a == b for a, b in zip(one, other, strict=True))
+    halves = (None, 0, 1) if slot.half is None else (None, slot.half)
+    if slot.expert is None:
+        return next((filled for other, filled in slots.items() if other.half in halves), None)
+    both = (Slot(half, expert) for half in halves for expert in (slot.expert, None))
+    return next((slots[other] for other in both if other in slots), None)
 
 
 def _oriented(places: Places, plan: Plan, config: Mapping[str, Any]) -> Plan:
@@ -122,19 +118,20 @@ def _oriented(places: Places, plan: Plan, config: Mapping[str, Any]) -> Plan:
     """
     if not places.names.once_transposed:
         return plan
-    version = str(config.get("transformers_version") or "")
+    version = config.get("transformers_version")
+    release = re.match(r"([0-9]{1,4})\.", version) if isinstance(version, str) else None
     turned = dict(plan)
     for key, slots in plan.items():
         if key.suffix != "weight" or ".experts." not in key.tensor or Slot(None, None) not in slots:
             continue
         piece, entry = slots[Slot(None, None)]
         *lead, rows, columns = places.wanted[key.tensor]
-        if rows == columns and not version:
+        if rows == columns and release is None:
             raise CheckpointError(
-                f"{entry.name} in {entry.shard}: {list(entry.shape)} may be transposed or not, and config.json has "
-                "no transformers_version; add the version that wrote the folder"
+                f"{entry}: {list(entry.shape)} may be transposed or not, and config.json has "
+                f"transformers_version {quoted(version)}; add the version that wrote the folder"
             )
-        if entry.shape == (*lead, columns, rows) and (rows != columns or int(version.split(".")[0]) < 5):
+        if entry.shape == (*lead, columns, rows) and (rows != columns or (release and int(release[1]) < 5)):
             turned[key] = {Slot(None, None): Filled(replace(piece, ops=("transposed",)), entry)}
     return turned
 
@@ -142,6 +139,7 @@ def _oriented(places: Places, plan: Plan, config: Mapping[str, Any]) -> Plan:
 def _check(places: Places, plan: Plan, quantised: bool) -> None:
     """Every place filled, with the config's shapes and dtypes of one kind; or an error that lists what is not."""
     missing: list[str] = []
+    are_all = True
     by_tensor: dict[str, list[Key]] = {}
     for key in plan:
         by_tensor.setdefault(key.tensor, []).append(key)
@@ -153,29 +151,37 @@ def _check(places: Places, plan: Plan, quantised: bool) -> None:
         if len(carriers) > 1:
             raise CheckpointError(f"{' and '.join(map(str, carriers))} are the same weights; remove one of them")
         for key in keys:
-            missing += _missing_slots(places, key, plan[key])
-            _same_kind(plan[key])
+            slots, is_plain = plan[key], False
+            gone = _missing_slots(places, key, slots)
+            missing += gone
+            are_all &= len(gone) <= FEW
+            _same_kind(slots)
             if key.suffix == "weight":
-                _fits(key, plan[key], _stored_shapes(plan[key], shape, places.sizes[tensor]), exact=not quantised)
+                shapes = _stored_shapes(slots, shape, places.sizes[tensor])
+                _fits(key, slots, shapes, exact=not quantised)
+                is_plain = _is_plain(slots, shapes)
             elif not quantised:
                 raise CheckpointError(
                     f"{key}: belongs to a quantised model, but config.json has no quantization_config; take "
                     "config.json from where the tensors come from"
                 )
+            if not is_plain:
+                _one_form(key, slots)
     if missing:
         raise CheckpointError(
-            f"{len(missing)} tensors are missing from the checkpoint: {', '.join(missing[:8])}"
-            f"{', ...' if len(missing) > 8 else ''}; download the missing shards, or mend the export"
+            f"{len(missing)}{'' if are_all else ' or more'} tensors are missing from the checkpoint: {few(missing)}"
+            "; download the missing shards, or mend the export"
         )
 
 
 def _missing_slots(places: Places, key: Key, slots: Slots) -> list[str]:
-    """Checkpoint names of what is not there, in the spelling of what is."""
+    """Checkpoint names of the first that are not there, in the spelling of what is."""
     first, (seen, entry) = next(iter(slots.items()))
     experts = (None,) if first.expert is None else range(places.sizes[key.tensor].experts)
     halves = (None,) if first.half is None else (0, 1)
     gone = (Slot(half, e) for e in experts for half in halves if not _held(slots, Slot(half, e)))
-    return [_spelled(places, entry.name, seen, slot, key.suffix) for slot in gone]
+    # Not all of them: a config may say more experts than anybody has patience for.
+    return [_spelled(places, entry.name, seen, slot, key.suffix) for slot in islice(gone, FEW + 1)]
 
 
 def _spelled(places: Places, name: str, seen: Piece, slot: Slot, suffix: str) -> str:
@@ -195,8 +201,19 @@ def _same_kind(slots: Slots) -> None:
     for piece, entry in slots.values():
         if entry.dtype != first.dtype or (piece == first_piece and entry.shape != first.shape):
             raise CheckpointError(
-                f"{entry.name} in {entry.shard}: got {entry.dtype} {list(entry.shape)}, want {first.dtype} "
-                f"{list(first.shape)} as {first.name} has; mend the export"
+                f"{entry}: got {entry.dtype} {quoted(list(entry.shape))}, want {first.dtype} "
+                f"{quoted(list(first.shape))} as {plainly(first.name)} has; mend the export"
+            )
+
+
+def _one_form(key: Key, slots: Slots) -> None:
+    """What is put together as it is stored must be alike: each expert on its own or none, and one shape."""
+    first_slot, (_, first) = next(iter(slots.items()))
+    for slot, (_, entry) in slots.items():
+        if (slot.expert is None) != (first_slot.expert is None) or entry.shape != first.shape:
+            raise CheckpointError(
+                f"{entry}: got {quoted(list(entry.shape))}, want {quoted(list(first.shape))} as {plainly(first.name)} "
+                f"has, both for one expert or both for all; they become one tensor, {key}; mend the export"
             )
 
 
@@ -220,12 +237,12 @@ def _fits(key: Key, slots: Slots, shapes: Mapping[Piece, Shape], exact: bool) ->
         compared = len(want) if exact else len(want) - 1
         if len(entry.shape) != len(want) or entry.shape[:compared] != want[:compared]:
             raise CheckpointError(
-                f"{entry.name} in {entry.shard}: got shape {list(entry.shape)}, want {list(want)} as config.json says; "
+                f"{entry}: got shape {quoted(list(entry.shape))}, want {list(want)} as config.json says; "
                 "config.json and the tensors are of different models, or the export transposed them"
             )
         if exact and entry.dtype not in kinds:
             raise CheckpointError(
-                f"{entry.name} in {entry.shard}: got dtype {entry.dtype}, want one of {', '.join(kinds)}; add the "
+                f"{entry}: got dtype {entry.dtype}, want one of {', '.join(kinds)}; add the "
                 "quantization_config that it was made with, or export it unquantised"
             )
 

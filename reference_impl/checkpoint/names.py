@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from moe_conformance.errors import ConfigError
 from moe_conformance.model.families.families import NESTED, NESTED_LAST, PARENTS
-from moe_conformance.model.families.scope import levels
+from moe_conformance.model.families.scope import Scope, levels, model_type_of, plain
+from moe_conformance.quote import plainly
 
 # How the part of a canonical tensor is laid out in the file; arrange.py says what each means.
 Op = Literal["transposed", "interleaved", "stacked", "row", "padded", "apart", "apart_columns", "apart_interleaved"]
@@ -486,22 +487,23 @@ READ_PREFIXES = (
 )
 
 
-def family_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def family_of(config: Mapping[str, Any]) -> tuple[str, Scope]:
     """The key in FAMILIES for a config.json, and the level of it that describes the experts."""
-    root = str(config.get("model_type") or "")
-    for _, level in [*levels(config, NESTED), *levels(config, NESTED_LAST)]:
-        own = str(level.get("model_type") or root)
+    root = model_type_of(plain(config))
+    for path, level in [*levels(config, NESTED), *levels(config, NESTED_LAST)]:
+        own = model_type_of(level) or root
         for name in (own, f"{own}_text", PARENTS.get(own, "")):
             if name in FAMILIES:
-                return name, level
+                return name, Scope(level, path, root or own)
     raise ConfigError(
-        f"model_type: got {root or 'none'}, whose checkpoint names are not known, want one of {', '.join(FAMILIES)}"
+        f"model_type: got {plainly(root) or 'none'}, whose checkpoint names are not known, "
+        f"want one of {', '.join(FAMILIES)}"
     )
 
 
 def names_of(config: Mapping[str, Any]) -> Names:
     """How a model of this config.json writes its tensors."""
-    model_type = str(config.get("model_type"))
+    model_type = model_type_of(plain(config))
     found = FAMILIES[family_of(config)[0]]
     if model_type in AS_MODULES:
         renamed = {piece.target for piece in found.read}

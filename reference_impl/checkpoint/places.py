@@ -8,8 +8,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moe_conformance.errors import CheckpointError
-from moe_conformance.model.families.describe import describe
+from moe_conformance.model.description import MoESpec
+from moe_conformance.model.families.bounds import MOST_WIDTH
+from moe_conformance.model.families.describe import describe, layer_of
+from moe_conformance.model.families.scope import Scope
 from moe_conformance.model.specs import LayerSpec, Shape
+from moe_conformance.quote import few, quoted
 from moe_conformance.reference_impl.checkpoint.arrange import Sizes
 from moe_conformance.reference_impl.checkpoint.names import READ_PREFIXES, Piece, Stack, family_of, names_of
 from moe_conformance.reference_impl.checkpoint.remap import SUFFIXES, index_of
@@ -46,6 +50,8 @@ class Places:
         self.names = names_of(config)
         _, level = family_of(config)
         spec = describe(config)
+        if not spec.layers:
+            layer_of(config, (spec.moe_layers or spec.encoder_moe_layers)[0])  # raises, and says why
         self._layers = {
             (stack, index): self._layer(stack, index, layer, level)
             for stack in self.names.stacks
@@ -56,7 +62,7 @@ class Places:
         self.sizes = {layer.prefix + name: layer.sizes for layer in layers for name in layer.tensors}
         # Layers for multi-token prediction, which follow the model's own, are no part of it.
         self._first_extra = spec.num_layers
-        self._last = spec.num_layers + int(level.get("num_nextn_predict_layers") or 0)
+        self._last = spec.num_layers + level.optional("layers for prediction", "num_nextn_predict_layers", 0)
         self._moe_layers = spec.moe_layers
         self._by_pattern: dict[str, list[Piece]] = {}
         targets = {name for layer in layers for name in layer.tensors}
@@ -71,14 +77,17 @@ class Places:
             for stack in self.names.stacks
         }
 
-    def _layer(self, stack: Stack, index: int, spec: LayerSpec, level: Mapping[str, Any]) -> Layer:
+    def _layer(self, stack: Stack, index: int, spec: LayerSpec, level: Scope) -> Layer:
         tensors = spec.tensors()
         if self.names.second_width:
-            width = level[self.names.second_width][1]
+            key, widths = level.find("expert width", (self.names.second_width,))
+            if len(level.sequence("expert width", key, widths)) < 2:
+                raise level.error("expert width", f"{key}: got {quoted(widths)}, want a width for each set of experts")
+            width = level.checked("expert width", key, widths[1], 1, MOST_WIDTH)
             second = replace(spec, experts=replace(spec.experts, width=width), shared=None).tensors()
             tensors |= {VISION + name: shape for name, shape in second.items()}
         shared = spec.shared.count if spec.shared else 1
-        identity = int(level.get(self.names.unread) or 0) if self.names.unread else 0
+        identity = spec.routing.identity_experts if self.names.unread else 0
         return Layer(tensors, Sizes(spec.num_experts, shared, identity), f"{stack.canonical}.{index}.")
 
     def layers(self) -> Iterator[tuple[str, Layer]]:
@@ -109,13 +118,14 @@ class Places:
             if not pieces or self._is_extra(index):
                 return []
             raise CheckpointError(
-                f"{name!r}: got layer {index}, want one of the config's MoE layers {list(self._moe_layers)}; "
+                f"{quoted(name)}: got layer {index}, want one of the config's MoE layers {few(self._moe_layers)}; "
                 "config.json and the tensors are of different models"
             )
         if not pieces:
             raise CheckpointError(
-                f"{name!r}: got {rest!r} in the MoE block, want one of {', '.join(sorted(self._by_pattern))}, with "
-                f"{{e}} an expert, or for quantised weights one of {', '.join(SUFFIXES)} at the end; "
+                f"{quoted(name)}: got {quoted(rest)} in the MoE block, want one of "
+                f"{', '.join(sorted(self._by_pattern))}, with {{e}} an expert, or for quantised weights one of "
+                f"{', '.join(SUFFIXES)} at the end; "
                 "rename the tensor or remove it from the checkpoint"
             )
         expert = index_of(name, "expert", numbered[2]) if numbered and "{e}" in pieces[0].pattern else None
@@ -140,7 +150,7 @@ class Places:
         limit = experts * (1 + second) + identity * any(piece.experts == "identity" for piece in pieces)
         if expert is not None and expert >= limit:
             raise CheckpointError(
-                f"{name!r}: got expert {expert}, want 0 to {limit - 1} as config.json says; "
+                f"{quoted(name)}: got expert {expert}, want 0 to {limit - 1} as config.json says; "
                 "config.json and the tensors are of different models"
             )
         for piece in pieces:
@@ -150,11 +160,12 @@ class Places:
                 yield Place(layer.prefix + piece.target, piece, expert % experts, suffix)
 
 
-def _layers_of(stack: Stack, spec: Any, level: Mapping[str, Any]) -> Iterator[tuple[int, LayerSpec]]:
+def _layers_of(stack: Stack, spec: MoESpec, level: Scope) -> Iterator[tuple[int, LayerSpec]]:
     if stack.canonical == "layers":
-        yield from zip(spec.moe_layers, spec.layers, strict=True)
+        if spec.moe_layers:  # otherwise the layers are the encoder's
+            yield from zip(spec.moe_layers, spec.layers, strict=True)
         return
     for index in spec.encoder_moe_layers:
         layer = spec.layers[0]
-        width = int(level[stack.width]) if stack.width else layer.experts.width
+        width = level.integer("expert width", (stack.width,)) if stack.width else layer.experts.width
         yield index, replace(layer, experts=replace(layer.experts, width=width))

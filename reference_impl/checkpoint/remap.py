@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from moe_conformance.engine import CheckpointName, MoESpec
 from moe_conformance.errors import CheckpointError
+from moe_conformance.quote import few, quoted
 
 # Unquantised, FP8 and ModelOpt NVFP4, compressed-tensors, GPTQ and AWQ.
 SUFFIXES = (
@@ -45,6 +46,11 @@ _NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 _SUFFIX = "(?:[.](" + "|".join(SUFFIXES) + "))?"
 _ONE_EXPERT = re.compile(r"(?:moe[.])?experts[.]([0-9]+)[.](gate_proj|up_proj|down_proj)" + _SUFFIX)
 _PACKED = re.compile(r"(?:moe|experts|moe[.]experts)[.](gate_up_proj|down_proj)" + _SUFFIX)
+
+
+# That one call gives. The largest published checkpoint has 61 layers of 384 experts with three matrices, each of at
+# most four tensors: 281,088.
+MOST_NAMES = 2**20
 
 
 class Place(NamedTuple):
@@ -86,7 +92,7 @@ def parse(name: str) -> Place | None:
     if rest in ROUTER:
         return Place(layer, ROUTER[rest], None, "")
     raise CheckpointError(
-        f"{name!r}: got {rest!r} in the MoE block, want experts.E.gate_proj|up_proj|down_proj.SUFFIX, "
+        f"{quoted(name)}: got {quoted(rest)} in the MoE block, want experts.E.gate_proj|up_proj|down_proj.SUFFIX, "
         f"experts.gate_up_proj|down_proj, {', '.join(ROUTER)}, with SUFFIX one of {', '.join(SUFFIXES)}; "
         "rename the tensor or remove it from the checkpoint"
     )
@@ -95,7 +101,7 @@ def parse(name: str) -> Place | None:
 def index_of(name: str, what: str, digits: str) -> int:
     if not _NUMBER.fullmatch(digits):
         raise CheckpointError(
-            f"{name[:200]!r}: got {what} {digits[:20]!r}, want a number without leading zeros and of at most six "
+            f"{quoted(name)}: got {what} {digits[:20]!r}, want a number without leading zeros and of at most six "
             "digits; rename the tensor"
         )
     return int(digits)
@@ -113,35 +119,41 @@ def targets(place: Place, num_experts: int) -> tuple[str, ...]:
     return tuple(f"layers.{place.layer}.experts.{e}.{part}.{place.suffix}" for e in experts for part in parts)
 
 
-def experts_of(spec: MoESpec, name: str, place: Place) -> int:
+def experts_by_layer(spec: MoESpec) -> Mapping[int, int]:
+    """The number of experts of each MoE layer."""
+    counts = spec.num_experts
+    counts = (counts,) * len(spec.moe_layers) if isinstance(counts, int) else counts
+    return dict(zip(spec.moe_layers, counts, strict=True))
+
+
+def experts_of(experts: Mapping[int, int], name: str, place: Place) -> int:
     """The number of experts of the place's layer; CheckpointError if the model has no such layer or expert."""
-    if place.layer not in spec.moe_layers:
+    count = experts.get(place.layer)
+    if count is None:
         raise CheckpointError(
-            f"{name!r}: got layer {place.layer}, want one of the config's MoE layers {list(spec.moe_layers)}; "
+            f"{quoted(name)}: got layer {place.layer}, want one of the config's MoE layers {few(experts)}; "
             "config.json and the tensors are of different models"
         )
-    count = spec.num_experts
-    count = count if isinstance(count, int) else count[spec.moe_layers.index(place.layer)]
     if place.expert is not None and place.expert >= count:
         raise CheckpointError(
-            f"{name!r}: got expert {place.expert}, want 0 to {count - 1} as config.json says; "
+            f"{quoted(name)}: got expert {place.expert}, want 0 to {count - 1} as config.json says; "
             "config.json and the tensors are of different models"
         )
     return count
 
 
-def remap_name(spec: MoESpec, name: str, shape: Sequence[int] = ()) -> tuple[str, ...]:
+def remap_name(experts: Mapping[int, int], name: str, shape: Sequence[int] = ()) -> tuple[str, ...]:
     """Canonical names of one tensor; a name outside the MoE block, or canonical already, is returned unchanged.
 
-    shape: checked against the number of experts where the tensor is packed; () if not known.
+    experts: of each MoE layer. shape: checked against their number where the tensor is packed; () if not known.
     """
     place = parse(name)
     if place is None:
         return (name,)
-    count = experts_of(spec, name, place)
+    count = experts_of(experts, name, place)
     if place.part in PARTS and place.expert is None and shape and shape[0] != count:
         raise CheckpointError(
-            f"{name!r}: got shape {list(shape)}, want {count} experts first as config.json says; "
+            f"{quoted(name)}: got shape {quoted(list(shape))}, want {count} experts first as config.json says; "
             "config.json and the tensors are of different models"
         )
     return targets(place, count)
@@ -154,5 +166,15 @@ def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[st
     """
     from moe_conformance.model.families.describe import describe
 
-    spec = describe(config)
-    return {entry.name: remap_name(spec, entry.name, entry.shape) for entry in names}
+    experts = experts_by_layer(describe(config))
+    found: dict[str, tuple[str, ...]] = {}
+    total = 0
+    for entry in names:
+        found[entry.name] = remap_name(experts, entry.name, entry.shape)
+        total += len(found[entry.name])
+        if total > MOST_NAMES:
+            raise CheckpointError(
+                f"names: got {len(names)} that stand for more than {MOST_NAMES} canonical ones, want fewer; "
+                "config.json and the tensors are of different models"
+            )
+    return found

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from moe_conformance.errors import InputError
+from moe_conformance.quote import quoted
 from moe_conformance.reference_impl.quantised.integers import (
     SCALES,
+    check_bits,
     dequantise_groups,
     group_count,
     pack,
@@ -60,10 +62,12 @@ def dequantise_gptq(
     """
     check("qweight", qweight, (-1, -1, -1), torch.int32)
     experts, words, rows = qweight.shape
-    cols = words * 32 // bits
+    cols = words * 32 // check_bits(bits)
     groups = group_count(cols, group)
     check("scales", scales, (experts, groups, rows), *SCALES)
     check("qzeros", qzeros, (experts, groups, rows * bits // 32), torch.int32)
+    if checkpoint_format not in ("gptq", "gptq_v2"):
+        raise InputError(f"checkpoint_format: got {quoted(checkpoint_format)}, want gptq or gptq_v2")
     if desc_act and g_idx is None:
         raise InputError("g_idx: got None, want [E, cols]: with desc_act, columns of a group do not lie together")
     zeros = unpack(qzeros, 2, bits)

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from moe_conformance.errors import InputError
-from moe_conformance.reference_impl.quantised.tiles import PER_CHANNEL, Tile, check, finite, spread, tile_amax
+from moe_conformance.quote import quoted
+from moe_conformance.reference_impl.quantised.tiles import (
+    PER_CHANNEL,
+    Tile,
+    check,
+    finite,
+    integer,
+    pair,
+    spread,
+    tile_amax,
+)
 
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -33,9 +43,16 @@ def pack(codes: Tensor, dim: int, bits: int = 4) -> Tensor:
 
 def _shifts(bits: int, device: torch.device) -> Tensor:
     """Where each code of a word begins."""
+    return torch.arange(0, 32, check_bits(bits), device=device)
+
+
+def check_bits(bits: int) -> int:
+    """bits itself. Raises InputError for a width whose codes reach over the end of a word."""
     if bits not in (2, 4, 8):
-        raise InputError(f"bits: got {bits}, want 2, 4 or 8; codes of other widths reach over the end of a word")
-    return torch.arange(0, 32, bits, device=device)
+        raise InputError(
+            f"bits: got {quoted(bits)}, want 2, 4 or 8; codes of other widths reach over the end of a word"
+        )
+    return bits
 
 
 def dequantise_int8(
@@ -97,7 +114,8 @@ def dequantise_packed(
     them. group: columns a group, -1 for all (by channel). weight_g_idx: [E, cols], as g_idx of GPTQ.
     returns [E, rows, cols]. Raises InputError for other shapes and dtypes, and a group that does not divide cols.
     """
-    rows, cols = (int(side) for side in weight_shape)
+    rows, cols = pair("weight_shape", weight_shape, 0)
+    bits = check_bits(bits)
     check("weight_packed", weight_packed, (len(weight_scale), rows, -(-cols * bits // 32)), torch.int32)
     groups = group_count(cols, group)
     check("weight_scale", weight_scale, (-1, rows, groups), *SCALES)
@@ -105,7 +123,7 @@ def dequantise_packed(
     middle = torch.full_like(weight_scale, 2 ** (bits - 1), dtype=torch.int64)
     if weight_zero_point is None:
         return dequantise_groups(codes, middle, weight_scale, weight_g_idx, dtype)
-    part = rows // stacked
+    part = rows // integer("stacked", stacked, 1, max(rows, 1))
     words = -(-part * bits // 32)
     check("weight_zero_point", weight_zero_point, (len(weight_scale), stacked * words, groups), torch.int32)
     zeros = unpack(weight_zero_point.unflatten(1, (stacked, words)), 2, bits)[:, :, :part].flatten(1, 2)
@@ -123,7 +141,7 @@ def quantise_packed(
 
 def group_count(cols: int, group: int) -> int:
     """How many groups a row has. Raises InputError for a group that does not divide it."""
-    if group != -1 and (group < 1 or cols % group):
+    if integer("group", group, -1) == 0 or (group != -1 and cols % group):
         raise InputError(f"group: got {group}, want -1 or a divisor of the {cols} columns")
     return 1 if group == -1 else cols // group
 

@@ -11,12 +11,14 @@ are exact, and rounded once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moe_conformance.errors import InputError
+from moe_conformance.quote import quoted
 
 # Rows and columns of a tile; 0 is all there are.
 Tile = tuple[int, int]
@@ -33,9 +35,25 @@ def check(name: str, got: Tensor, shape: Sequence[int], *dtypes: torch.dtype) ->
         raise InputError(f"{name}: got {got.dtype} {list(got.shape)}, want {wanted} {list(shape)}")
 
 
+def integer(name: str, got: object, least: int, most: float = math.inf) -> int:
+    """An argument that a checkpoint says. Raises InputError unless it is an integer within the bounds."""
+    if isinstance(got, bool) or not isinstance(got, int) or not least <= got <= most:
+        raise InputError(f"{name}: got {quoted(got)}, want an integer from {least} to {most}")
+    return got
+
+
+def pair(name: str, got: object, least: int) -> tuple[int, int]:
+    """Rows and columns. Raises InputError unless they are two integers of at least so many."""
+    sides = got.tolist() if isinstance(got, Tensor) and got.ndim == 1 else got
+    if not isinstance(sides, Sequence) or len(sides) != 2:
+        raise InputError(f"{name}: got {quoted(sides)}, want two integers, rows and columns")
+    rows, columns = (integer(name, side, least) for side in sides)
+    return rows, columns
+
+
 def scale_shape(rows: int, cols: int, tile: Tile, stacked: int) -> tuple[int, int]:
     """How many scales a matrix has down and across; tiles at the ends may be cut. Raises InputError for odd halves."""
-    if rows % stacked:
+    if rows % integer("stacked", stacked, 1):
         raise InputError(f"weight: got {rows} rows, want a multiple of {stacked}, the matrices stacked in it")
     height, width = _sides(rows, cols, tile, stacked)
     return stacked * -(-(rows // stacked) // height), -(-cols // width)
@@ -69,7 +87,8 @@ def tile_amax(weight: Tensor, tile: Tile, stacked: int = 1) -> Tensor:
 
 
 def _sides(rows: int, cols: int, tile: Tile, stacked: int) -> Tile:
-    return tile[0] or max(rows // stacked, 1), tile[1] or max(cols, 1)
+    height, width = pair("tile", tile, 0)
+    return height or max(rows // stacked, 1), width or max(cols, 1)
 
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e8m0fnu, torch.uint8)

@@ -26,10 +26,11 @@ from moe_conformance.model.families.families import (
 )
 from moe_conformance.model.families.keys import WHAT
 from moe_conformance.model.families.layer_spec import layer_specs
-from moe_conformance.model.families.scope import Scope, levels, plain
+from moe_conformance.model.families.scope import Scope, levels, model_type_of, plain
 from moe_conformance.model.families.sizes import dense_error, sizes_of
 from moe_conformance.model.families.unknown import layers_by_keys
 from moe_conformance.model.specs import LayerSpec
+from moe_conformance.quote import few, quoted
 
 
 def describe(config: Any) -> MoESpec:
@@ -62,7 +63,7 @@ def layer_of(config: Any, layer: int) -> LayerSpec:
     scope, name, spec = _find(config)
     moe_layers = spec.moe_layers or spec.encoder_moe_layers
     if layer not in moe_layers:
-        raise scope.error(WHAT, f"layer {layer} has no experts; want one of {', '.join(map(str, moe_layers))}")
+        raise scope.error(WHAT, f"layer {quoted(layer)} has no experts; want one of {few(moe_layers)}")
     return _layers(scope, name, spec)[moe_layers.index(layer)]
 
 
@@ -91,7 +92,7 @@ def _candidates(values: Mapping[str, Any]) -> Iterator[tuple[Scope, str]]:
     for path, level in [*levels(values, NESTED), *levels(values, NESTED_LAST)]:
         if not path and found:
             continue  # what lies below describes the model
-        own = str(level.get("model_type") or "")
+        own = model_type_of(level)
         text = path.endswith("text_config") or not path
         name = name_of(own or root) if text else own if own in FAMILIES else ""
         if name or any(level.get(key) is not None for key in (*EXPERTS, *TOP_K)):
@@ -100,7 +101,7 @@ def _candidates(values: Mapping[str, Any]) -> Iterator[tuple[Scope, str]]:
 
 
 def _name(values: Mapping[str, Any]) -> str:
-    return str(values.get("model_type") or "model without model_type")
+    return model_type_of(values) or "model without model_type"
 
 
 def _layers(scope: Scope, name: str, spec: MoESpec) -> tuple[LayerSpec, ...]:

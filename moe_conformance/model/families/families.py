@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from moe_conformance.model.families.bounds import MOST_SHARED
 from moe_conformance.model.families.layers import (
     Rule,
     blocks,
@@ -229,7 +230,7 @@ def by_its_keys(scope: Scope) -> Family:
         raise scope.error("MoE layers", f"unknown model type with more than one rule ({names}); keep one of them")
     counted = any(scope.get(key) is not None for key in SHARED_COUNT)
     widths = tuple(key for key in SHARED_WIDTH if scope.get(key) is not None)
-    if counted and widths and scope.integer("shared experts", SHARED_COUNT, least=0) > 1:
+    if counted and widths and scope.integer("shared experts", SHARED_COUNT, 0, MOST_SHARED) > 1:
         raise scope.error("shared experts", f"{widths[0]} may be the width of one or of all; drop it or the count")
     plain_width = not said and not counted and scope.get(WIDTH[0]) is None
     return Family(

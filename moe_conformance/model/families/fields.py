@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_conformance.model.families.bounds import LEAST_EPSILON, MOST_EXPERTS, MOST_LAYERS
 from moe_conformance.model.families.keys import Key
 from moe_conformance.model.families.scope import Scope
 
@@ -70,9 +71,22 @@ def norm(default: bool, *names: str) -> Fields:
 def groups(many: int | None = 1, top: int | None = 1, *names: str) -> Fields:
     """Null is one group."""
     return {
-        "groups": Key(names or "n_group", many, lambda count: count or 1),
-        "top_groups": Key("topk_group", top, lambda count: count or 1),
+        "groups": _groups(names or "n_group", many),
+        "top_groups": _groups("topk_group", top),
     }
+
+
+def _groups(name: str | tuple[str, ...], default: int | None) -> Key:
+    return Key(name, default, lambda count: count or 1, least=0, most=MOST_EXPERTS, whole=True)
+
+
+def count(name: str, default: int, least: int, most: int) -> Key:
+    """An integer."""
+    return Key(name, default, least=least, most=most, whole=True)
+
+
+def epsilon(name: str, default: float) -> Key:
+    return Key(name, default, least=LEAST_EPSILON, most=1.0)
 
 
 def bias(name: str = "mlp_bias") -> Fields:
@@ -80,7 +94,7 @@ def bias(name: str = "mlp_bias") -> Fields:
 
 
 def norm_eps(default: float) -> Fields:
-    return {"norm_eps": Key("rms_norm_eps", default)}
+    return {"norm_eps": epsilon("rms_norm_eps", default)}
 
 
 def clamped(limit: float) -> Fields:
@@ -106,18 +120,21 @@ def dense_width(scope: Scope, layer: int) -> int:
 def gemma4_width(scope: Scope, layer: int) -> int:
     """Twice as wide, where the config says so, in the last layers, which take keys and values from others."""
     sharing = scope.optional("layers that share keys and values", "num_kv_shared_layers", 0)
-    last = layer >= scope.integer("layers", ("num_hidden_layers",)) - sharing
-    return dense_width(scope, layer) * (2 if last and scope.get("use_double_wide_mlp") else 1)
+    last = layer >= scope.integer("layers", ("num_hidden_layers",), most=MOST_LAYERS) - sharing
+    return dense_width(scope, layer) * (2 if last and scope.flag("dense width", "use_double_wide_mlp") else 1)
 
 
 def top_k(scope: Scope, layer: int) -> int:
-    return scope.integer("top-k", ("num_experts_per_tok",))
+    return scope.integer("top-k", ("num_experts_per_tok",), most=MOST_EXPERTS)
 
 
 def is_hashed(scope: Scope, layer: int) -> bool:
     """DeepSeek-V4: the first layers choose by token id."""
     types = scope.get("mlp_layer_types")
-    return layer < scope.optional("layers", "num_hash_layers", 3) if types is None else types[layer] == "hash_moe"
+    if types is None:
+        return layer < scope.optional("layers", "num_hash_layers", 3)
+    total = scope.integer("layers", ("num_hidden_layers", "n_layers"), most=MOST_LAYERS)
+    return bool(scope.for_each_layer("layers", "mlp_layer_types", types, total)[layer] == "hash_moe")
 
 
 INPUT = {"score_dtype": "input"}

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_conformance.model.families.bounds import MOST
 from moe_conformance.model.families.scope import Scope
+from moe_conformance.quote import quoted
 
 WHAT = "MoE method"
 
@@ -18,13 +20,16 @@ class Key:
     name: or several, of which those that are set must agree. default: what the model's config class takes where a
     plain dict leaves the key out. of: what its value means, as a table of the values it may have or as a function of a
     number or null; without it the value is a number. per_layer: the value is null or a list with an entry for each
-    decoder layer (a longer list goes on with draft layers).
+    decoder layer (a longer list goes on with draft layers). least, most: of a number. whole: it is an integer.
     """
 
     name: str | tuple[str, ...]
     default: Any
     of: Mapping[Any, Any] | Callable[[Any], Any] | None = None
     per_layer: bool = False
+    least: float = -MOST
+    most: float = MOST
+    whole: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -35,17 +40,22 @@ class Key:
         name, value = self._stored(scope)
         if self.per_layer and value is not None:
             if not isinstance(value, list | tuple) or len(value) <= layer:
-                raise scope.error(WHAT, f"{name}: got {value!r}, want null or a list with an entry for each layer")
+                raise scope.error(
+                    WHAT, f"{name}: got {quoted(value)}, want null or a list with an entry for each layer"
+                )
             value = value[layer]
         if isinstance(self.of, Mapping):
             for known, meaning in self.of.items():
                 if type(known) is type(value) and known == value:
                     return meaning
-            raise scope.error(WHAT, f"{name}: got {value!r}, want one of {', '.join(map(repr, self.of))}")
+            raise scope.error(WHAT, f"{name}: got {quoted(value)}, want one of {', '.join(map(repr, self.of))}")
         if value is None and self.of is not None:
             return self.of(None)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise scope.error(WHAT, f"{name}: got {value!r}, want a number{' or null' if self.of else ''}")
+        also = " or null" if self.of else ""
+        if self.whole:
+            value = scope.checked(WHAT, name, value, int(self.least), int(self.most), also)
+        else:
+            value = scope.number(WHAT, name, value, self.least, self.most, also)
         return value if self.of is None else self.of(value)
 
     def _stored(self, scope: Scope) -> tuple[str, Any]:
@@ -62,6 +72,13 @@ def resolve(field: Any, scope: Scope, layer: int) -> Any:
     if isinstance(field, Mapping):
         return {name: resolve(entry, scope, layer) for name, entry in field.items()}
     return resolve(field(scope, layer), scope, layer) if callable(field) else field
+
+
+def is_of_each_layer(field: Any) -> bool:
+    """Whether a field may differ from layer to layer of a config without per_layer_config."""
+    if isinstance(field, Key):
+        return field.per_layer or (isinstance(field.of, Mapping) and is_of_each_layer(field.of))
+    return any(map(is_of_each_layer, field.values())) if isinstance(field, Mapping) else callable(field)
 
 
 def keys_in(field: Any) -> Iterator[Key]:

@@ -8,7 +8,7 @@ from functools import partial
 from moe_conformance.model.description import MoESpec
 from moe_conformance.model.families.families import FAMILIES
 from moe_conformance.model.families.fields import Method
-from moe_conformance.model.families.keys import WHAT, resolve
+from moe_conformance.model.families.keys import WHAT, is_of_each_layer, resolve
 from moe_conformance.model.families.methods import METHODS
 from moe_conformance.model.families.scope import Scope
 from moe_conformance.model.families.sizes import identity_experts, routed_scope, spelled_out
@@ -46,6 +46,8 @@ def layer_specs(scope: Scope, name: str, spec: MoESpec) -> tuple[LayerSpec, ...]
     family = FAMILIES[name]
     identity = identity_experts(scope, family)
     routed = routed_scope(spelled_out(scope, family), family)
+    said: dict[Sizes, LayerSpec] = {}  # of layers that only sizes tell apart
+    alike = not any(map(is_of_each_layer, vars(METHODS[name]).values()))
     found = []
     for place, layer in enumerate(spec.moe_layers or spec.encoder_moe_layers):
         experts, top_k, width = (
@@ -62,7 +64,13 @@ def layer_specs(scope: Scope, name: str, spec: MoESpec) -> tuple[LayerSpec, ...]
             shared_width=spec.shared_intermediate_size,
             latent=spec.latent_size,
         )
-        found.append(layer_spec(routed.at(layer), METHODS[name], sizes, layer))
+        is_own = not alike or bool(routed.own(layer))
+        layer_says = None if is_own else said.get(sizes)
+        if layer_says is None:
+            layer_says = layer_spec(routed.at(layer), METHODS[name], sizes, layer)
+        if not is_own:
+            said[sizes] = layer_says
+        found.append(layer_says)
     return tuple(found)
 
 

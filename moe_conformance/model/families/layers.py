@@ -7,10 +7,13 @@ architecture. Sizes have no defaults.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moe_conformance.model.families.bounds import MOST_LAYERS
 from moe_conformance.model.families.scope import Scope
+from moe_conformance.quote import few, quoted
 
 Rule = Callable[[Scope, int], tuple[int, ...]]
 
@@ -38,12 +41,11 @@ def typed(otherwise: Rule | None) -> Rule:
     def rule(scope: Scope, total: int) -> tuple[int, ...]:
         if otherwise is not None and scope.get("mlp_layer_types") is None:
             return otherwise(scope, total)
-        key, types = scope.find(WHAT, ("mlp_layer_types",))
-        unknown = sorted({str(entry) for entry in types} - MOE_TYPES - {"dense"})
+        key, found = scope.find(WHAT, ("mlp_layer_types",))
+        types = scope.for_each_layer(WHAT, key, found, total)
+        unknown = [entry for entry in types if not isinstance(entry, str) or entry not in (*MOE_TYPES, "dense")]
         if unknown:
-            raise scope.error(WHAT, f"{key} has {', '.join(unknown)}; want dense or {', '.join(sorted(MOE_TYPES))}")
-        if len(types) != total:
-            raise scope.error(WHAT, f"{key} has {len(types)} entries for {total} layers; give one for each")
+            raise scope.error(WHAT, f"{key} has {few(unknown)}; want dense or {', '.join(sorted(MOE_TYPES))}")
         return tuple(i for i, entry in enumerate(types) if entry in MOE_TYPES)
 
     return rule
@@ -68,8 +70,9 @@ def flagged(scope: Scope, total: int) -> tuple[int, ...]:
     flags = scope.get("moe_layer_freq")
     if flags is None:
         return every_layer(scope, total)
-    if not isinstance(flags, list | tuple) or len(flags) != total:
-        raise scope.error(WHAT, f"moe_layer_freq: got {flags!r}, want a list of {total} flags")
+    flags = scope.for_each_layer(WHAT, "moe_layer_freq", flags, total)
+    if wrong := [flag for flag in flags if not isinstance(flag, int) or flag not in (0, 1)]:
+        raise scope.error(WHAT, f"moe_layer_freq has {few(wrong)}; want 0 or 1 for each layer")
     return tuple(i for i, flag in enumerate(flags) if flag)
 
 
@@ -78,8 +81,8 @@ def sparse_step(skip: Sequence[int] = ()) -> Rule:
 
     def rule(scope: Scope, total: int) -> tuple[int, ...]:
         step = scope.optional(WHAT, "decoder_sparse_step", 1, least=1)
-        dense = scope.get("mlp_only_layers")
-        dense = skip if dense is None else dense
+        indices = scope.get("mlp_only_layers")
+        dense = frozenset(skip if indices is None else _indices(scope, "mlp_only_layers", indices, total))
         return tuple(i for i in range(total) if i not in dense and (i + 1) % step == 0)
 
     return rule
@@ -105,16 +108,20 @@ def listed(scope: Scope, total: int) -> tuple[int, ...]:
     """moe_layers, or every interleave_moe_layer_step-th layer (Llama 4)."""
     step = scope.optional(WHAT, "interleave_moe_layer_step", 1, least=1)
     indices = scope.get("moe_layers")
-    return _indices(scope, "moe_layers", range(step - 1, total, step) if indices is None else indices, total)
+    return tuple(range(step - 1, total, step)) if indices is None else _indices(scope, "moe_layers", indices, total)
 
 
 def enumerated(scope: Scope, total: int) -> tuple[int, ...]:
     """moe_layers_enum, indices in a list or joined by commas; without it all but the first three (Step 3)."""
-    indices = scope.get("moe_layers_enum")
+    key = "moe_layers_enum"
+    indices = scope.get(key)
     if indices is None:
         return tuple(range(3, total))
-    entries = indices.split(",") if isinstance(indices, str) else indices
-    return _indices(scope, "moe_layers_enum", [int(entry) for entry in entries if str(entry).strip()], total)
+    if isinstance(indices, str):
+        entries = [entry.strip() for entry in indices.split(",") if entry.strip()]
+        # At most six digits: a longer number is not an index but an attack on int().
+        indices = [int(entry) if re.fullmatch("[0-9]{1,6}", entry) else entry for entry in entries]
+    return _indices(scope, key, indices, total)
 
 
 def blocks(scope: Scope, total: int) -> tuple[int, ...]:
@@ -123,14 +130,14 @@ def blocks(scope: Scope, total: int) -> tuple[int, ...]:
 
 
 def block_types(scope: Scope) -> Sequence[str]:
-    pattern = scope.get("hybrid_override_pattern")
-    if pattern is not None and scope.get("layers_block_type") is None and scope.get("layer_types") is None:
-        unknown = sorted(set(pattern) - set(HYBRID_PATTERN))
-        if unknown:
-            raise scope.error(WHAT, f"hybrid_override_pattern has {', '.join(unknown)}; want {''.join(HYBRID_PATTERN)}")
-        return [HYBRID_PATTERN[letter] for letter in pattern]
-    types: Sequence[str] = scope.find(WHAT, ("layers_block_type", "layer_types", "hybrid_override_pattern"))[1]
-    return types
+    key, types = scope.find(WHAT, ("layers_block_type", "layer_types", "hybrid_override_pattern"))
+    if key != "hybrid_override_pattern":
+        return scope.sequence(WHAT, key, types)
+    if not isinstance(types, str) or len(types) > MOST_LAYERS:
+        raise scope.error(WHAT, f"{key}: got {quoted(types)}, want a text of at most {MOST_LAYERS} letters")
+    if unknown := sorted(set(types) - set(HYBRID_PATTERN)):
+        raise scope.error(WHAT, f"{key} has {few(unknown)}; want {''.join(HYBRID_PATTERN)}")
+    return [HYBRID_PATTERN[letter] for letter in types]
 
 
 def step_from_one(step_key: str, count_key: str) -> Rule:
@@ -156,7 +163,8 @@ def step_to_last(step_key: str) -> Rule:
 
 def _indices(scope: Scope, key: str, indices: Any, total: int) -> tuple[int, ...]:
     """Those of the listed layers that the model has: a model cut short keeps its list."""
+    indices = scope.sequence(WHAT, key, indices)
     wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or i < 0]
     if wrong:
-        raise scope.error(WHAT, f"{key} has {wrong}; want layer indices")
+        raise scope.error(WHAT, f"{key} has {few(wrong)}; want layer indices")
     return tuple(sorted({i for i in indices if i < total}))

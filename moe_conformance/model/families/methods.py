@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from moe_conformance.model.families.bounds import MOST_ROWS, MOST_SHARED, MOST_WIDTH
 from moe_conformance.model.families.families import name_of
 from moe_conformance.model.families.fields import (
     ACTIVATIONS,
@@ -30,7 +31,9 @@ from moe_conformance.model.families.fields import (
     activation,
     bias,
     clamped,
+    count,
     dense_width,
+    epsilon,
     flag,
     gemma4_width,
     groups,
@@ -44,7 +47,7 @@ from moe_conformance.model.families.fields import (
     score,
     top_k,
 )
-from moe_conformance.model.families.keys import Key, keys_in
+from moe_conformance.model.families.keys import WHAT, Key, keys_in
 
 KIMI = norm(True, "moe_renormalize", "norm_topk_prob")
 GEMMA4 = Method(
@@ -76,7 +79,7 @@ SOFTMAX_NORM = Method(ALWAYS)
 METHODS: dict[str, Method] = {
     "afmoe": Method({**SIGMOID_EPS, **scale(1.0, "route_scale")}),
     "aria_text": Method({**CHOSEN, **INPUT}, experts={}, shared_mlp={**activation(), **bias()}),
-    "axk1": Method(noaux(2.5, 8, 4), FLOAT32, layer={"output_norm": Key("rms_norm_eps", 1e-6)}),
+    "axk1": Method(noaux(2.5, 8, 4), FLOAT32, layer={"output_norm": epsilon("rms_norm_eps", 1e-6)}),
     "axk2": Method({**noaux(2.5), **groups(None, None), "group_mask": 0.0}, FLOAT32),
     "bailing_hybrid": Method({**noaux(2.5), **KIMI, **groups(8, 4, "num_expert_group", "n_group")}, FLOAT32),
     "beam": Method(
@@ -99,7 +102,9 @@ METHODS: dict[str, Method] = {
             "norm_order": Key("moe_normalize_expert_weights", 1.0, lambda p: 1.0 if p is None else p),
         },
         experts={
-            "activation": lambda scope, layer: Key("name", "silu", ACTIVATIONS).read(scope.below("ffn_act_fn"), layer)
+            "activation": lambda scope, layer: Key("name", "silu", ACTIVATIONS).read(
+                scope.below(WHAT, "ffn_act_fn"), layer
+            )
         },
     ),
     "deepseek_ocr2_text": DEEPSEEK_V2,
@@ -118,7 +123,11 @@ METHODS: dict[str, Method] = {
         },
         experts={**activation(), **clamped(10.0)},
         shared_mlp=bias(),
-        layer={"vocab_size": lambda scope, layer: Key("vocab_size", 129280) if is_hashed(scope, layer) else 0},
+        layer={
+            "vocab_size": lambda scope, layer: (
+                count("vocab_size", 129280, 1, MOST_ROWS) if is_hashed(scope, layer) else 0
+            )
+        },
     ),
     "diffusion_gemma_text": GEMMA4,
     # An expert is one neuron: a row of the down table for its input, one of the up table for its output.
@@ -170,7 +179,7 @@ METHODS: dict[str, Method] = {
             **BIASED,
             **scale(8.0, "route_scale"),
             "global_scale": True,
-            "shared_classes": Key("n_shared_experts", 2),
+            "shared_classes": count("n_shared_experts", 2, 0, MOST_SHARED),
         },
         FLOAT32,
         shared={"weighted": True},
@@ -208,7 +217,7 @@ METHODS: dict[str, Method] = {
     "muse_spark_text": Method(
         {**SIGMOID, "epsilon": 1e-15, "logit_scale": Key("output_multiplier", 0.1767766952966369), **scale(1.0)},
         FLOAT32,
-        {**activation(), "output_norm": Key("post_norm_eps", 1e-8)},
+        {**activation(), "output_norm": epsilon("post_norm_eps", 1e-8)},
         latent=norm_eps(1e-5),
     ),
     "nemotron_h": Method(
@@ -232,7 +241,7 @@ METHODS: dict[str, Method] = {
                     "floor": 2.0**-23,
                     "capacity": {
                         "per": "batch",
-                        "tokens": Key("expert_capacity", 64, lambda tokens: tokens),
+                        "tokens": Key("expert_capacity", 64, lambda tokens: tokens, least=0, whole=True),
                         "fraction": Key("moe_eval_capacity_token_fraction", 1.0),
                         "renormalize_before": flag("normalize_router_prob_before_dropping", False),
                         "by_weight": flag("batch_prioritized_routing", False),
@@ -242,7 +251,7 @@ METHODS: dict[str, Method] = {
         ),
         {**bias("router_bias"), "dtype": Key("router_dtype", "float32", {"float32": "float32"})},
         {**activation("activation_function", "relu"), "gated": False, "bias": True},
-        layer={"output_scale": Key("moe_token_dropout", 0.2, lambda dropped: 1 - (dropped or 0))},
+        layer={"output_scale": Key("moe_token_dropout", 0.2, lambda dropped: 1 - (dropped or 0), least=0, most=1)},
     ),
     "olmoe": QWEN,
     # Weights are divided by K, and the output is multiplied by it.
@@ -269,7 +278,7 @@ METHODS: dict[str, Method] = {
         layer=output_scale(1.0, "moe_router_scaling_factor"),
     ),
     "switch_transformers": Method(
-        {**INPUT, "capacity": {"tokens": Key("expert_capacity", 64)}},
+        {**INPUT, "capacity": {"tokens": count("expert_capacity", 64, 0, MOST_ROWS)}},
         {**bias("router_bias"), "dtype": Key("router_dtype", "float32", {"float32": "float32"})},
         {**activation("dense_act_fn", "relu"), "gated": False},
     ),
@@ -280,7 +289,7 @@ METHODS: dict[str, Method] = {
         {**BIASED, **INPUT, "skip_expert": True},
         {
             "kind": "zaya",
-            "width": Key("router_hidden_size", 256),
+            "width": count("router_hidden_size", 256, 1, MOST_WIDTH),
             **norm_eps(1e-5),
             "takes_state": lambda scope, layer: layer > 0,
         },

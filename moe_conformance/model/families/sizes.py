@@ -7,26 +7,30 @@ from dataclasses import replace
 
 from moe_conformance.errors import DenseModelError
 from moe_conformance.model.description import MoESpec
+from moe_conformance.model.families.bounds import MOST_EXPERTS, MOST_LAYERS, MOST_SHARED, MOST_WIDTH
 from moe_conformance.model.families.families import EXPERTS, HIDDEN, TOP_K, Family
 from moe_conformance.model.families.layers import block_types
-from moe_conformance.model.families.scope import Scope, plain
+from moe_conformance.model.families.scope import Scope
+from moe_conformance.quote import plainly, quoted
 
 
 def sizes_of(scope: Scope, family: Family) -> MoESpec:
     """All of a MoESpec but its layers. Raises DenseModelError, or ConfigError for a size that is missing or wrong."""
-    if family.switch and not scope.get(family.switch):
+    if family.switch and not scope.flag("experts", family.switch):
         raise dense_error(scope, f"{family.switch} is {scope.get(family.switch)!r}")
     scope = spelled_out(scope, family)
     routed = routed_scope(scope, family)
-    if family.least_experts and routed.integer("experts", EXPERTS, least=0) < family.least_experts:
+    if family.least_experts and routed.integer("experts", EXPERTS, least=0, most=MOST_EXPERTS) < family.least_experts:
         raise dense_error(scope, f"{routed.find('experts', EXPERTS)[0]} is below {family.least_experts}")
 
-    total = scope.integer("layers", family.num_layers) if family.num_layers else len(block_types(scope))
+    total = (
+        scope.integer("layers", family.num_layers, most=MOST_LAYERS) if family.num_layers else len(block_types(scope))
+    )
     moe_layers = family.layers(scope, total)
     encoder_moe_layers: tuple[int, ...] = ()
     if family.encoder:
         rule, keys, encoder_width = family.encoder
-        encoder_moe_layers = rule(scope, scope.integer("encoder layers", keys))
+        encoder_moe_layers = rule(scope, scope.integer("encoder layers", keys, most=MOST_LAYERS))
     if not moe_layers and not encoder_moe_layers:
         raise dense_error(scope, f"none of its {total} layers has experts")
     if family.encoder and not moe_layers:
@@ -35,11 +39,11 @@ def sizes_of(scope: Scope, family: Family) -> MoESpec:
     # An encoder alone with experts still has a number of them.
     read_at = moe_layers or (0,)
     extra = identity_experts(scope, family)
-    experts = tuple(count + extra for count in routed.each("experts", EXPERTS, read_at, total, least=1))
+    experts = tuple(count + extra for count in routed.each("experts", EXPERTS, read_at, total, 1, MOST_EXPERTS))
     if isinstance(family.top_k, int):
         top_k: tuple[int, ...] = (family.top_k,) * len(read_at)
     else:
-        top_k = routed.each("top-k", family.top_k, read_at, total, least=1)
+        top_k = routed.each("top-k", family.top_k, read_at, total, 1, MOST_EXPERTS)
     for layer, chosen, count in zip(read_at, top_k, experts, strict=True):
         if chosen > count:
             raise routed.error(
@@ -67,25 +71,29 @@ def identity_experts(scope: Scope, family: Family) -> int:
     if family.extra_experts is None:
         return 0
     key, default = family.extra_experts
-    return scope.optional("experts without weights", key, default if key not in scope.values else 0)
+    default = default if key not in scope.values else 0
+    return scope.optional("experts without weights", key, default, most=MOST_EXPERTS)
 
 
 def routed_scope(scope: Scope, family: Family) -> Scope:
     """The level of experts, top-k and width."""
     if not family.experts_under:
         return scope
-    child = scope.get(family.experts_under)
-    if child is None:
+    if scope.get(family.experts_under) is None:
         raise scope.error("experts", f"found no {family.experts_under}; set it")
-    return Scope(plain(child), f"{scope.path}.{family.experts_under}".lstrip("."), scope.model)
+    return scope.below("experts", family.experts_under)
 
 
 def spelled_out(scope: Scope, family: Family) -> Scope:
     """The level itself, or with a legacy list of each layer's experts (-1: dense) written as its modern keys."""
-    counts = scope.get(family.pyramid) if family.pyramid else None
-    if counts is None:
+    if not family.pyramid or scope.get(family.pyramid) is None:
         return scope
-    top_k = scope.integer("top-k", TOP_K)
+    key = family.pyramid
+    counts = [
+        scope.checked("experts", key, count, -1, MOST_EXPERTS)
+        for count in scope.sequence("experts", key, scope.get(key))
+    ]
+    top_k = scope.integer("top-k", TOP_K, most=MOST_EXPERTS)
     own = {i: {EXPERTS[0]: count, TOP_K[0]: min(top_k, count)} for i, count in enumerate(counts) if count > 0}
     types = ["sparse" if count > 0 else "dense" for count in counts]
     modern = {"mlp_layer_types": types, "per_layer_config": scope.get("per_layer_config") or own}
@@ -100,9 +108,9 @@ def _width(scope: Scope, family: Family, layers: Sequence[int], total: int, hidd
     if family.width_entry is not None:
         key, widths = scope.find("expert width", family.width)
         if not isinstance(widths, list | tuple) or len(widths) <= family.width_entry:
-            raise scope.error("expert width", f"{key}: got {widths!r}, want a list of widths")
-        return (scope.checked("expert width", key, widths[family.width_entry], 1),) * len(layers)
-    return scope.each("expert width", family.width, layers, total, least=1)
+            raise scope.error("expert width", f"{key}: got {quoted(widths)}, want a list of widths")
+        return (scope.checked("expert width", key, widths[family.width_entry], 1, MOST_WIDTH),) * len(layers)
+    return scope.each("expert width", family.width, layers, total, 1)
 
 
 def _shared(scope: Scope, family: Family, routed_width: int) -> tuple[int, int | None]:
@@ -110,7 +118,9 @@ def _shared(scope: Scope, family: Family, routed_width: int) -> tuple[int, int |
     shared = family.shared
     if shared is None:
         return 0, None
-    count = shared.count if isinstance(shared.count, int) else scope.integer("shared experts", shared.count, least=0)
+    count = shared.count
+    if not isinstance(count, int):
+        count = scope.integer("shared experts", count, 0, MOST_SHARED)
     width = scope.integer("shared expert width", shared.width, least=0) if shared.width else routed_width
     return (count, count * width) if count and width else (0, None)
 
@@ -127,5 +137,5 @@ def _one_or_each(values: Sequence[int]) -> int | tuple[int, ...]:
 
 def dense_error(scope: Scope, why: str) -> DenseModelError:
     return DenseModelError(
-        f"{scope.model} has no routed experts: {why} (in {scope.where} of the config); use an MoE model"
+        f"{plainly(scope.model)} has no routed experts: {why} (in {scope.where} of the config); use an MoE model"
     )

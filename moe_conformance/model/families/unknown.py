@@ -35,8 +35,8 @@ def layers_by_keys(scope: Scope, spec: MoESpec) -> tuple[LayerSpec, ...]:
     seen = {name for family in METHODS for name in _names(family) if name in scope.values}
     candidates = [family for family in METHODS if _has_just(family, seen)]
     said = dict(_said(scope, spec, candidates))
-    layers, *others = set(said.values()) or {None}
-    if layers is not None and not others:
+    layers, *others = said.values() or (None,)
+    if layers is not None and all(other == layers for other in others):
         return layers
     raise scope.error(
         WHAT,
