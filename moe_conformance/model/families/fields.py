@@ -98,14 +98,14 @@ def norm_eps(default: float) -> Fields:
 
 
 def clamped(limit: float) -> Fields:
-    return {"clamp": "before", "limit": Key("swiglu_limit", limit)}
+    return {"clamp": "before", "limit": Key("swiglu_limit", limit, most=math.inf)}
 
 
 def limits(name: str) -> Fields:
-    """Each layer its own limit; 0 and null are none."""
+    """Each layer its own limit; 0, null and infinity are none."""
     return {
-        "clamp": Key(name, None, lambda entry: "after" if entry else "no", per_layer=True),
-        "limit": Key(name, None, lambda entry: entry or math.inf, per_layer=True),
+        "clamp": Key(name, None, lambda entry: "after" if entry else "no", per_layer=True, most=math.inf),
+        "limit": Key(name, None, lambda entry: entry or math.inf, per_layer=True, most=math.inf),
     }
 
 

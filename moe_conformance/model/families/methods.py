@@ -171,7 +171,12 @@ METHODS: dict[str, Method] = {
     "inkling2_text": Method(
         {**SIGMOID_EPS, **score("sigmoid"), **scale(8.0, "route_scale", "routed_scaling_factor")},
         FLOAT32,
-        {**FLOAT32, "clamp": "tanh", "limit": Key("mlp_gate_softcap", 4.0), "up_limit": Key("mlp_up_softcap", 25.0)},
+        {
+            **FLOAT32,
+            "clamp": "tanh",
+            "limit": Key("mlp_gate_softcap", 4.0, most=math.inf),
+            "up_limit": Key("mlp_up_softcap", 25.0, most=math.inf),
+        },
     ),
     "inkling_text": Method(
         {
