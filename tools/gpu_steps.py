@@ -68,11 +68,12 @@ TUNE = (PYTHON, "benchmarks/tune.py", "--out", "{out}/tuned", "--seconds", "{sec
 # each is thought to take on an H200 beside 16 cores, at most; no step has been timed on one.
 STEPS = (
     Step(DEVICE, FACTS, 1, 60, 5, (), 0, FACTS),
-    Step("launches", launches("--jobs", "{jobs}"), 6, 240, rehearsal=launches("--jobs", "{jobs}")),
-    Step("targets", table("--targets"), 6, 240, 30, TIMED, 16, table("--targets")),
+    Step("launches", launches("--jobs", "{jobs}"), 10, 240, rehearsal=launches("--jobs", "{jobs}")),
+    Step("targets", table("--targets"), 8, 240, 30, TIMED, 16, table("--targets")),
+    Step("triton", conformance("triton"), 7, 900, rehearsal=conformance("triton", tier="smoke")),
     Step(
-        "conformance", conformance("triton", "reference"), 5, 900,
-        rehearsal=conformance("triton", "reference", tier="smoke"),
+        "reference", conformance("reference"), 2, 900, needs=("gpu",),
+        rehearsal=conformance("reference", tier="smoke"),
     ),
     Step(
         "transformers", conformance("transformers"), 4, 900, needs=("gpu", "transformers"),
