@@ -234,7 +234,7 @@ def listening() -> list[float] | None:
     """Seconds of each compilation of this process from now on; None with a Triton that has no listener for it."""
     import triton
 
-    knobs = getattr(getattr(triton, "knobs", None), "compilation", None)
+    knobs: Any = getattr(getattr(triton, "knobs", None), "compilation", None)
     if not hasattr(knobs, "listener"):
         return None
     seconds: list[float] = []
