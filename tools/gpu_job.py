@@ -33,7 +33,7 @@ import sys
 import time
 import uuid
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -264,15 +264,14 @@ class Job:
 
     def brief(self) -> str:
         """What the exit code stands for, a line each."""
-        reasons = {name: self.state.steps[name].note for name in self.named("unable")}
         lists = {
-            "Failed": self.named("failed"),
-            "Killed at its limit": self.named("killed"),
-            "Cut short": self.named("interrupted"),
-            "Not reached": [f"{name} ({why})" for name, why in self.unreached.items()],
-            "Could not run": [f"{name} ({why})" for name, why in reasons.items()],
+            "Failed": ", ".join(self.named("failed")),
+            "Killed at its limit": ", ".join(self.named("killed")),
+            "Cut short": ", ".join(self.named("interrupted")),
+            "Not reached": by_reason(self.unreached),
+            "Could not run": by_reason({name: self.state.steps[name].note for name in self.named("unable")}),
         }
-        lines = [f"{word}: {', '.join(names)}" for word, names in lists.items() if names]
+        lines = [f"{word}: {names}" for word, names in lists.items() if names]
         return "\n".join(lines) or "Every step is done, and none has failed."
 
     def summary(self) -> str:
@@ -312,6 +311,13 @@ class Job:
             for name in results.namelist():
                 if name.endswith(".md"):
                     yield name, results.read(name)[:EXCERPT].decode(errors="replace").strip()
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        found.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in found.items())
 
 
 def told(record: Record) -> str:
