@@ -264,12 +264,13 @@ class Job:
 
     def brief(self) -> str:
         """What the exit code stands for, a line each."""
+        unable = [name for name in self.named("unable") if name not in self.unreached]
         lists = {
             "Failed": ", ".join(self.named("failed")),
             "Killed at its limit": ", ".join(self.named("killed")),
             "Cut short": ", ".join(self.named("interrupted")),
             "Not reached": by_reason(self.unreached),
-            "Could not run": by_reason({name: self.state.steps[name].note for name in self.named("unable")}),
+            "Could not run": by_reason({name: self.state.steps[name].note for name in unable}),
         }
         lines = [f"{word}: {names}" for word, names in lists.items() if names]
         return "\n".join(lines) or "Every step is done, and none has failed."
