@@ -2,9 +2,11 @@
 
     python benchmarks/kernels.py --out results/benchmarks      # all models; stops after 240 s
     python benchmarks/kernels.py --quick                       # Gemma 4 alone; stops after 60 s
+    python benchmarks/kernels.py --targets                     # what the targets name, and whether they are met
     python benchmarks/kernels.py --model qwen3 --tokens 64 --kernel experts
 
-Writes OUT/kernels.md and OUT/kernels.json, and prints the former. What each column means: benchmarks/README.md.
+Writes OUT/kernels.md and OUT/kernels.json after each row, and prints the former at the end. What each column means:
+benchmarks/README.md.
 Where there is no GPU, everything runs at tiny sizes in Triton's interpreter: a test of this program, whose times say
 nothing about a kernel.
 """
@@ -15,6 +17,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +44,7 @@ from floors import Rates, works
 from kernel_cases import KERNELS, applies, fault, ours
 from kernel_inputs import Batch, make_batches
 from model_shapes import MODELS, TOKENS, Model, Weights, make_weights, tiny
-from table import markdown
+from table import MET, RIVALS, TARGETS, markdown, targets
 
 from moe_conformance.kernels.interpreter import make_light
 
@@ -64,6 +67,7 @@ Row = dict[str, Any]
 @click.option("--kernel", "kernels", multiple=True, type=click.Choice(KERNELS))
 @click.option("--seconds", type=float, help="in which all is to be timed; what did not fit is listed  [240, quick 60]")
 @click.option("--quick", is_flag=True, help=f"Gemma 4 at T = {', '.join(map(str, sorted(QUICK_TOKENS)))}")
+@click.option("--targets", "targeted", is_flag=True, help="what the targets name alone; exit code 1 if one is not met")
 @torch.no_grad()
 def main(
     out: Path | None,
@@ -72,41 +76,71 @@ def main(
     kernels: tuple[str, ...],
     seconds: float | None,
     quick: bool,
+    targeted: bool,
 ) -> None:
     """Time the kernels; without options all of them."""
+    if targeted and (names or sizes or kernels or quick):
+        raise click.UsageError(
+            "--targets: got other rows too, want none; leave out --model, --tokens, --kernel, --quick"
+        )
     make_light()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)  # a pool of threads is slower than one at these sizes
-    budget = Budget(seconds or (60 if quick else 240))
-    names = names or (("gemma4",) if quick else tuple(model.name for model in MODELS))
+    budget = Budget(seconds or (60 if quick or targeted else 240))
+    names = names or (("gemma4",) if quick or targeted else tuple(model.name for model in MODELS))
     models = [model if device == "cuda" else tiny(model) for model in MODELS if model.name in names]
     order = sizes or (INTERPRETED_TOKENS if device == "cpu" else QUICK_TOKENS if quick else ORDER)
-    plan = {model: rows_of(model, order, kernels or KERNELS) for model in models}
+    rivals = frozenset(RIVALS) if targeted else None
+    if targeted:
+        pairs = TARGETS if device == "cuda" else tuple(dict.fromkeys((kernel, 3) for kernel, _ in TARGETS))
+        plan = {model: [row_of(model, *pair) for pair in pairs] for model in models}
+    else:
+        plan = {model: rows_of(model, order, kernels or KERNELS) for model in models}
     rates = measured_rates()
+    rows = [row for rows in plan.values() for row in rows]
+
+    def keep() -> str:
+        return report(out, rates, budget, rows)
+
     try:
         # Contenders that take seconds to be ready come behind all that do not.
         for slow in (False, True):
-            for model, rows in plan.items():
-                time_model(model, rows, slow, device, rates, budget)
+            for model, own in plan.items():
+                time_model(model, own, slow, device, rates, budget, rivals, keep)
     finally:
-        report(out, rates, budget, [row for rows in plan.values() for row in rows])
-    if any(row.keys() & {"wrong", "error"} for rows in plan.values() for row in rows):
+        click.echo(keep())
+    missed = [line for line in targets(rows, whole=True) if not line.startswith(MET)] if targeted and rates else []
+    for line in missed:
+        click.echo(line, err=True)
+    if missed or any(row.keys() & {"wrong", "error"} for row in rows):
         sys.exit(1)
 
 
 def rows_of(model: Model, order: tuple[int, ...], kernels: tuple[str, ...]) -> list[Row]:
     """The rows of one model, the most important first."""
     plan = [(tokens, kernel) for tokens in order for kernel in KERNELS if kernel in kernels]
-    return [
-        {"kernel": kernel, "model": model.name, "dtype": model.dtype, "tokens": tokens}
-        for tokens, kernel in plan
-        if applies(kernel, model)
-    ]
+    return [row_of(model, kernel, tokens) for tokens, kernel in plan if applies(kernel, model)]
 
 
-def time_model(model: Model, rows: list[Row], slow: bool, device: str, rates: Rates | None, budget: Budget) -> None:
-    """Fill in its rows: the kernels and those contenders that are slow to be ready, or those that are not."""
+def row_of(model: Model, kernel: str, tokens: int) -> Row:
+    return {"kernel": kernel, "model": model.name, "dtype": model.dtype, "tokens": tokens}
+
+
+def time_model(
+    model: Model,
+    rows: list[Row],
+    slow: bool,
+    device: str,
+    rates: Rates | None,
+    budget: Budget,
+    names: frozenset[str] | None,
+    keep: Callable[[], object],
+) -> None:
+    """Fill in its rows: the kernels and those contenders that are slow to be ready, or those that are not.
+
+    names: of the contenders that are asked for, None for all. keep: called after each row.
+    """
     if slow:
         rows = [row for row in rows if "us" in row]
     note = "skipped: out of time" if budget.left <= 0 and not slow else None
@@ -120,8 +154,11 @@ def time_model(model: Model, rows: list[Row], slow: bool, device: str, rates: Ra
     torch.compiler.reset()  # its limit of recompilations counts those of other models too
     others = {kernel: contenders(kernel, model, weights) for kernel in {row["kernel"] for row in rows}}
     for row in rows:
-        rivals = [other for other in others[row["kernel"]] if other.slow == slow]
+        rivals = [
+            other for other in others[row["kernel"]] if other.slow == slow and (names is None or other.name in names)
+        ]
         time_row(row, model, weights, rivals, device, rates, budget)
+        keep()
     # The contenders hold the weights too, and what is compiled holds the contenders.
     del weights, others, rivals
     torch.compiler.reset()
@@ -149,6 +186,7 @@ def time_row(
             row["floor_us"] = None if rates is None else sum(part.microseconds(rates) for part in parts)
             row |= {"bytes": sum(part.moved for part in parts), "flops": sum(part.flops for part in parts)}
             row |= {"copies": len(batches), "config": repr(first.config), "contenders": {}}
+            row["aligned"] = first.config.aligned
             call = ours(kernel, model, weights)
             row |= measured(Contender("kernel", call), kernel, batches, weights)
             if "us" in row and tokens <= GRAPH_TOKENS:
@@ -183,7 +221,8 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
-def report(out: Path | None, rates: Rates | None, budget: Budget, rows: list[Row]) -> None:
+def report(out: Path | None, rates: Rates | None, budget: Budget, rows: list[Row]) -> str:
+    """What has been timed so far, as Markdown; kept in the folder, too."""
     facts = {
         **versions(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -192,11 +231,11 @@ def report(out: Path | None, rates: Rates | None, budget: Budget, rows: list[Row
         **(asdict(rates) if rates else {}),
     }
     text = markdown(facts, rows)
-    click.echo(text)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "kernels.md").write_text(text + "\n")
         (out / "kernels.json").write_text(json.dumps({**facts, "rows": rows}, indent=1, allow_nan=False) + "\n")
+    return text
 
 
 if __name__ == "__main__":

@@ -230,7 +230,10 @@ def keep(folder: Path, key: str, tokens: int, entry: dict[str, Any]) -> None:
     command = shlex.join(["python", "benchmarks/tune.py", *sys.argv[1:]])
     facts |= {"date": datetime.now(UTC).date().isoformat(), "command": command}
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "configs": configs}, indent=1) + "\n")
+    # At once: a run that is killed here must not leave half a file, which the kernels refuse.
+    half = path.with_suffix(".tmp")
+    half.write_text(json.dumps({**facts, "configs": configs}, indent=1) + "\n")
+    half.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One compute thread a process: thread pools that spin on the same cores make small tensors ten times slower.
 
-Set before anything imports torch; a caller's own setting stands. And helpers of the tests are modules by their name,
-which importlib mode does not see to.
+Set before anything imports torch; a caller's own setting stands. And helpers of the tests, and tools, are modules by
+their name, which importlib mode does not see to.
 """
 
 from __future__ import annotations
@@ -11,4 +11,4 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tools")]

@@ -16,7 +16,7 @@ if importlib.util.find_spec("triton") is None:
 
 pytestmark = pytest.mark.nightly
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-KERNELS = {"experts", "gate_up", "down", "route", "align", "layer", "combine", "capture", "pad", "unpad"}
+KERNELS = {"experts", "gate_up", "down", "route", "align", "layer", "combine", "capture", "logits", "pad", "unpad"}
 
 # Each answer as it is, of which nothing is wrong, and spoilt; in a process of its own, which interprets.
 SPOILT = """

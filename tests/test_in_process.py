@@ -35,6 +35,7 @@ def test_a_debugger_stops_inside_the_check(tmp_path: Path) -> None:
     assert "-> compare.close(" in done.stdout
 
 
+@pytest.mark.nightly
 def test_a_debugger_stops_in_an_adapter_that_raises(tmp_path: Path) -> None:
     engine = ("--engine", "fake_engines:AdapterBroken")
     done = run(tmp_path, "--pdb", "-k", CHECK, *engine, stdin="p 'width', inputs.x.shape[-1]\nq\n")
@@ -52,6 +53,7 @@ def test_the_verdict_is_that_of_a_process_and_the_run_is_marked(tmp_path: Path) 
     assert f"in test_{CHECK}" in done.stdout or f"def test_{CHECK}" in done.stdout
 
 
+@pytest.mark.nightly
 def test_the_engine_is_in_pytests_process(tmp_path: Path) -> None:
     (tmp_path / "tells_its_process.py").write_text(
         "import os\n"

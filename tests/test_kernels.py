@@ -145,6 +145,7 @@ def test_after_it():
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(bool(gpu_count()), reason="a process with a GPU runs the twins itself")
 def test_twins_report_what_a_process_that_interprets_found(tmp_path: Path) -> None:
     folder = tmp_path / "kernel_twins"

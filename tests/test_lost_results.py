@@ -92,6 +92,7 @@ def test_a_run_that_ends_before_its_footer_is_no_success(tmp_path: Path, plugin:
     assert "the run ended before its footer" in done.text or "SystemExit" in done.text
 
 
+@pytest.mark.nightly
 def test_a_killed_worker_loses_its_case_which_is_said(tmp_path: Path) -> None:
     kill = f"""
 def pytest_runtest_setup(item):

@@ -270,7 +270,7 @@ class Acting(EngineProcess):
 
 
 @given(st.lists(st.sampled_from(sorted(ACTS)), min_size=1, max_size=6))
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
 def test_an_answer_is_its_own_questions_whatever_came_before(acts: list[str]) -> None:
     process = Acting()
     for number, act in enumerate(acts):

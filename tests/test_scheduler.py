@@ -35,9 +35,8 @@ class Worker:
         self.shutting_down = True
 
 
-@pytest.fixture
-def workers() -> tuple[Worker, ...]:
-    """Two workers after a run in which both take equally long for every test."""
+def scheduled() -> tuple[Any, tuple[Worker, Worker]]:
+    """A scheduler that has given two workers their first tests."""
     config = cast(
         pytest.Config, SimpleNamespace(getvalue=lambda _: ["popen"] * 2, option=SimpleNamespace(loadscopereorder=False))
     )
@@ -47,6 +46,13 @@ def workers() -> tuple[Worker, ...]:
         scheduler.add_node(worker)
         scheduler.add_node_collection(worker, TESTS)
     scheduler.schedule()
+    return scheduler, pair
+
+
+@pytest.fixture
+def workers() -> tuple[Worker, ...]:
+    """Two workers after a run in which both take equally long for every test."""
+    scheduler, pair = scheduled()
     while any(worker.pending for worker in pair):
         for worker in pair:
             if worker.pending:
@@ -74,3 +80,14 @@ def test_a_check_of_an_engine_stays_on_one_worker(workers: tuple[Worker, ...]) -
 def test_workers_begin_with_different_engines(workers: tuple[Worker, ...]) -> None:
     first = [next(test.partition("[")[2] for test in worker.done if "-case" in test) for worker in workers]
     assert len(set(first)) == 2
+
+
+def test_what_a_worker_died_of_is_not_run_again_and_all_else_is() -> None:
+    scheduler, (left, dies) = scheduled()
+    died_of = TESTS[dies.pending[0]]
+    assert scheduler.remove_node(dies) == died_of
+    while left.pending:
+        index = left.pending.pop(0)
+        left.done.append(TESTS[index])
+        scheduler.mark_test_complete(left, index)
+    assert sorted([*left.done, died_of]) == sorted(TESTS)

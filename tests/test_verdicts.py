@@ -83,7 +83,7 @@ def run(folder: Path, engines: tuple[str, ...], *arguments: str) -> Run:
 def fakes(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Every fake engine, judged in one run."""
     engines = tuple(f"fake_engines:{name}" for name in FAKES)
-    return run(tmp_path_factory.mktemp("fakes"), engines, "-n", "0", "--timeout", "6")
+    return run(tmp_path_factory.mktemp("fakes"), engines, "-n", "0", "--timeout", "4")
 
 
 def test_a_wrong_engine_fails_and_is_told_why(fakes: Run) -> None:
@@ -102,7 +102,7 @@ def test_a_crash_costs_its_case_and_leaves_last_words(fakes: Run) -> None:
 
 def test_a_hang_costs_its_case_and_is_killed(fakes: Run) -> None:
     assert fakes.verdicts["hangs"] == ["fail", "timeout", "fail"]
-    assert "no answer within 6 s; the process was killed" in fakes.message("hangs", "layer-tiny-latent")
+    assert "no answer within 4 s; the process was killed" in fakes.message("hangs", "layer-tiny-latent")
 
 
 @pytest.mark.parametrize(

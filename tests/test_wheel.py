@@ -97,7 +97,7 @@ def test_the_wheel_judges_the_reference_by_name_of_its_package(installed: dict[s
 def test_the_readmes_adapter_is_judged_without_touching_this_package(installed: dict[str, str], tmp_path: Path) -> None:
     assert 0 < len(README_ADAPTER.splitlines()) < 60
     (tmp_path / "my_engine.py").write_text(README_ADAPTER)
-    command = ["-m", "moe_conformance.cli", "run", "--engine", "my_engine:MyEngine", "-n", "0"]
+    command = ["-m", "moe_conformance.cli", "run", "--engine", "my_engine:MyEngine", "-n", "0", "--tier", "smoke"]
     done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=installed, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "my-engine" in done.stdout

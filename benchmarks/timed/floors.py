@@ -55,7 +55,7 @@ def works(kernel: str, model: Model, tokens: int, hit: float, block: int) -> lis
             return [Work((hidden + (columns if kernel == "pad" else hidden)) * tokens * S)]
         case "experts":  # align is left out: it is no part of what must be done
             return [work for part in ("gate_up", "down", "combine") for work in works(part, model, tokens, hit, block)]
-        case _:  # layer: the router's product first
-            logits = Work((tokens * hidden + experts * hidden + tokens * experts) * S, 2 * tokens * hidden * experts)
-            routing = works("route", model, tokens, hit, block)
-            return [logits, *routing, *works("experts", model, tokens, hit, block)]
+        case "logits":  # x and the router's weights in, a logit for each expert out
+            return [Work((tokens * hidden + experts * hidden + tokens * experts) * S, 2 * tokens * hidden * experts)]
+        case _:  # layer
+            return [work for part in ("logits", "route", "experts") for work in works(part, model, tokens, hit, block)]

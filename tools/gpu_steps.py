@@ -1,0 +1,112 @@
+"""The steps of tools/gpu_job.py, in the order of their worth: what a short loan of a GPU should answer first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and what it may cost.
+
+    command: words in which {python}, {out} (a folder for its results), {seconds} (that it should take), {jobs} (cores)
+    and {workers} (processes that share the GPU) are filled in. weight: its part of what is left of the budget, as to
+    those behind it. limit: seconds at which it is killed at the latest. least: with less left it is not begun.
+    needs: gpu, triton, transformers, idle (nobody else on the GPU), or a program on the PATH. memory: free GiB.
+    rehearsal: the command without a GPU, interpreted; empty for a step that has none.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    weight: float
+    limit: float
+    least: float = 20
+    needs: tuple[str, ...] = ("gpu", "triton")
+    memory: float = 2
+    rehearsal: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+# The step whose facts.json says what the others can have: it is part of every call.
+DEVICE = "device"
+PYTHON = "{python}"
+FACTS = (PYTHON, "tools/gpu_device.py", "--out", "{out}")
+TIMED = ("gpu", "triton", "idle")
+INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+# Each tensor in an allocation of its own, so that an access beside it is seen.
+SANITIZED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def conformance(*engines: str, tier: str = "core") -> tuple[str, ...]:
+    chosen = (word for engine in engines for word in ("--engine", engine))
+    known = ("--known", "ci/known_transformers.toml")
+    command = (PYTHON, "-m", "moe_conformance.cli", "run", "--tier", tier, *chosen, *known)
+    return (*command, "-n", "{workers}", "--out", "{out}")
+
+
+def pytest(*words: str) -> tuple[str, ...]:
+    return (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", "{out}/junit.xml", *words)
+
+
+def launches(*words: str) -> tuple[str, ...]:
+    return (PYTHON, "tools/twins.py", "--out", "{out}/twins.jsonl", "--seconds", "{seconds}", *words)
+
+
+def table(*words: str) -> tuple[str, ...]:
+    return (PYTHON, "benchmarks/kernels.py", *words, "--out", "{out}", "--seconds", "{seconds}")
+
+
+def sanitizer(tool: str) -> str:
+    return f"compute-sanitizer --tool {tool} --error-exitcode 9"
+
+
+TUNED = tuple(f"--model={name}" for name in ("gemma4", "qwen3", "deepseek-fp8", "gpt-oss"))
+BATCHES = tuple(f"--tokens={tokens}" for tokens in (64, 8, 4096, 1))
+TUNE = (PYTHON, "benchmarks/tune.py", "--out", "{out}/tuned", "--seconds", "{seconds}")
+# Weights are by worth more than by need: what an early step leaves goes to those behind it. In eight minutes the first
+# seven are meant to fit, by guesses for an H200 beside 16 cores, where none has been timed: 8, 60, 75, 120, 45, 60 s
+# and a minute of tuning. A limit is what a step may take where there is no budget.
+STEPS = (
+    Step(DEVICE, FACTS, 1, 60, 30, (), 0, FACTS),
+    Step("launches", launches("--jobs", "{jobs}"), 10, 240, rehearsal=launches("--jobs", "{jobs}")),
+    Step("targets", table("--targets"), 8, 240, 30, TIMED, 16, table("--targets")),
+    Step("triton", conformance("triton"), 10, 900, rehearsal=conformance("triton", tier="smoke")),
+    Step(
+        "reference", conformance("reference"), 3, 900, needs=("gpu",),
+        rehearsal=conformance("reference", tier="smoke"),
+    ),
+    Step(
+        "transformers", conformance("transformers"), 5, 900, needs=("gpu", "transformers"),
+        rehearsal=conformance("transformers", tier="smoke"),
+    ),
+    Step(
+        "tuning",
+        (*TUNE, *TUNED, *BATCHES, "--jobs", "{jobs}"), 5, 600, 60, TIMED, 48,
+        (*TUNE, "--model", "gemma4", "--dry-run"),
+    ),
+    Step("quick", table("--quick"), 1, 180, 30, TIMED, 16, table("--quick")),
+    Step("graphs", pytest("-n", "0", "tests/test_gpu.py"), 1, 180),
+    Step(
+        "memcheck", launches("--jobs", "{workers}", "--under", sanitizer("memcheck")), 1, 600, 30,
+        ("gpu", "triton", "compute-sanitizer"), environment=SANITIZED,
+    ),
+    Step(
+        "racecheck", launches("--jobs", "{workers}", "--under", sanitizer("racecheck")), 0.5, 600, 30,
+        ("gpu", "triton", "compute-sanitizer"),
+    ),
+    Step("table", table(), 1, 900, 60, TIMED, 16, table("--model", "nemotron-padded", "--tokens", "3")),
+    Step("twins", pytest("-n", "{workers}", "tests/kernel_twins"), 0.5, 900, 60, memory=16),
+    Step(
+        "memcheck-twins", (*sanitizer("memcheck").split(), *pytest("-n", "0", "tests/kernel_twins")), 0.2, 900, 60,
+        ("gpu", "triton", "compute-sanitizer"), 16, environment=SANITIZED,
+    ),
+    Step(
+        "interpreted", pytest("-n", "{jobs}", "tests/test_kernels.py", "tests/kernel_twins"),
+        0.2, 900, 60, ("triton",), 0, pytest("-n", "0", "tests/kernel_twins/test_padding.py"), INTERPRETED,
+    ),
+    Step(
+        "aot", (PYTHON, "tools/aot.py"), 0.2, 600, 60, ("triton",), 0,
+        (PYTHON, "tools/aot.py", "--only", "gate_up Gemma", "--target", "sm_90"), {"TRITON_INTERPRET": "0"},
+    ),
+)  # fmt: skip
