@@ -24,6 +24,9 @@ from moe_conformance.judging import inputs
 from moe_conformance.reference_impl.block import block as reference
 from moe_conformance.reference_impl.checkpoint.loading import load
 
+# On a push the family suite holds the same blocks against the oracle, and the checkpoints' tests the same loads.
+pytestmark = pytest.mark.nightly
+
 BATCH, LENGTH = 2, 5
 # Float32 on both sides, in another order of summation: sums of 32 and 20 products, and of at most 12 experts.
 RELATIVE = 1e-5
