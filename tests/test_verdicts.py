@@ -86,6 +86,7 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(tmp_path_factory.mktemp("fakes"), engines, "-n", "0", "--timeout", "4")
 
 
+@pytest.mark.nightly
 def test_a_wrong_engine_fails_and_is_told_why(fakes: Run) -> None:
     assert (fakes.code, fakes.verdicts["always-wrong"]) == (1, ["fail"] * 3)
     message = fakes.message("always-wrong", "layer-tiny-plain")
@@ -94,17 +95,20 @@ def test_a_wrong_engine_fails_and_is_told_why(fakes: Run) -> None:
     assert re.search(r"^always-wrong +0/3, 3 fail +unsupported", fakes.text, re.MULTILINE)
 
 
+@pytest.mark.nightly
 def test_a_crash_costs_its_case_and_leaves_last_words(fakes: Run) -> None:
     assert fakes.verdicts["crashes"] == ["fail", "crash", "fail"]
     message = fakes.message("crashes", "layer-tiny-latent")
     assert "SIGSEGV" in message and "about to read address 1" in message
 
 
+@pytest.mark.nightly
 def test_a_hang_costs_its_case_and_is_killed(fakes: Run) -> None:
     assert fakes.verdicts["hangs"] == ["fail", "timeout", "fail"]
     assert "no answer within 4 s; the process was killed" in fakes.message("hangs", "layer-tiny-latent")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -117,23 +121,27 @@ def test_an_adapter_that_is_not_what_it_says_is_an_error(fakes: Run, name: str, 
     assert words in fakes.message(name, "layer-tiny-plain")
 
 
+@pytest.mark.nightly
 def test_a_wrong_adapter_is_told_once_in_the_terminal_and_for_each_case_in_the_stream(fakes: Run) -> None:
     assert fakes.text.count("did you mean 'softmax'?") == 1
     assert fakes.verdicts["misspells"] == ["error"] * 3
 
 
+@pytest.mark.nightly
 def test_a_failed_probe_voids_its_stage_alone(fakes: Run) -> None:
     assert fakes.verdicts["claims-too-little"] == ["fail"] * 3
     assert fakes.lines["claims-too-little", ROUTE_CASE]["verdict"] == "error"
     assert "route: got an answer from a stage that is not declared" in fakes.message("claims-too-little", ROUTE_CASE)
 
 
+@pytest.mark.nightly
 def test_a_crash_in_a_probe_is_that_of_every_case_of_the_stage(fakes: Run) -> None:
     assert fakes.verdicts["dies-in-its-probe"] == ["crash"] * 3
     assert fakes.message("dies-in-its-probe", CASES[2]).count("in the probe of layer: the engine's process died") == 1
     assert fakes.lines["dies-in-its-probe", ROUTE_CASE]["verdict"] == "fail"
 
 
+@pytest.mark.nightly
 def test_refusals_are_listed_by_reason_apart_from_what_is_declared_away(fakes: Run) -> None:
     assert fakes.verdicts["declines"] == ["fail", "unsupported", "unsupported"]
     got = [
@@ -147,15 +155,18 @@ def test_refusals_are_listed_by_reason_apart_from_what_is_declared_away(fakes: R
         assert "declines, stages not offered: 1 results\n  1 stage route is not offered\n" in text
 
 
+@pytest.mark.nightly
 def test_an_engine_asked_for_that_cannot_start_fails_the_run(fakes: Run) -> None:
     assert fakes.verdicts["not-installed"] == ["unavailable"] * 3
     assert "pip install fake-engine" in fakes.message("not-installed", "layer-tiny-plain")
 
 
+@pytest.mark.nightly
 def test_what_an_engine_prints_is_not_taken_for_an_answer(fakes: Run) -> None:
     assert fakes.verdicts["noisy"] == ["fail"] * 3
 
 
+@pytest.mark.nightly
 def test_what_an_engine_shouts_leaves_stream_summary_and_terminal_whole(fakes: Run) -> None:
     assert fakes.verdicts["shouts"] == ["fail"] * 3
     message = fakes.message("shouts", CASES[0])
@@ -164,11 +175,13 @@ def test_what_an_engine_shouts_leaves_stream_summary_and_terminal_whole(fakes: R
     assert "`````text\npadding never reaches the output\nred \\ud800" in fakes.summary
 
 
+@pytest.mark.nightly
 def test_the_stream_ends_with_a_footer_that_counts_every_verdict(fakes: Run) -> None:
     assert sum(len(verdicts) for verdicts in fakes.verdicts.values()) == len(CASES) * len(FAKES)
     assert "4 unavailable" in fakes.text
 
 
+@pytest.mark.nightly
 def test_the_stream_says_by_which_protocol_and_at_which_level(fakes: Run) -> None:
     assert (fakes.header["protocol"], fakes.header["in_process"], fakes.header["strict"]) == (2, False, False)
     assert {line["level"] for line in fakes.lines.values()} == {"MUST"}

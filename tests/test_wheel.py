@@ -86,6 +86,7 @@ def test_the_wheel_has_every_module_of_every_package(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} - here == set()
 
 
+@pytest.mark.nightly
 def test_the_wheel_judges_the_reference_by_name_of_its_package(installed: dict[str, str], tmp_path: Path) -> None:
     command = ["-m", "pytest", "--pyargs", "moe_conformance.suites", "--moe-engine", "reference", "--moe-tier", "smoke"]
     done = subprocess.run([sys.executable, *command, "-q"], cwd=tmp_path, env=installed, text=True, capture_output=True)
@@ -94,6 +95,7 @@ def test_the_wheel_judges_the_reference_by_name_of_its_package(installed: dict[s
     assert str(ROOT) not in done.stdout
 
 
+@pytest.mark.nightly
 def test_the_readmes_adapter_is_judged_without_touching_this_package(installed: dict[str, str], tmp_path: Path) -> None:
     assert 0 < len(README_ADAPTER.splitlines()) < 60
     (tmp_path / "my_engine.py").write_text(README_ADAPTER)
@@ -103,6 +105,7 @@ def test_the_readmes_adapter_is_judged_without_touching_this_package(installed: 
     assert "my-engine" in done.stdout
 
 
+@pytest.mark.nightly
 def test_a_fault_in_the_readmes_adapter_is_noticed(installed: dict[str, str], tmp_path: Path) -> None:
     unpadded = "[..., :width]"
     assert README_ADAPTER.count(unpadded) == 1
