@@ -64,7 +64,7 @@ class Case:
     @cached_property
     def needs(self) -> frozenset[str]:
         """The features of the stage that this case takes."""
-        return needs(self.stage, self.recipe)
+        return needs(self.stage, self.clause, self.recipe)
 
     @property
     def level(self) -> Level:

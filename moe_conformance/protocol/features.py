@@ -308,8 +308,8 @@ def of_quant(spec: QuantSpec | None) -> set[str]:
     return {f"quantised:{spec.format}"} | ({"quantised_activations"} if spec.activations != "no" else set())
 
 
-def needs(stage: str, recipe: Mapping[str, Any]) -> frozenset[str]:
-    """The features that a case of this stage takes, from the specs and switches in its recipe.
+def needs(stage: str, clause: str, recipe: Mapping[str, Any]) -> frozenset[str]:
+    """The features that a case of this stage takes, from its clause and the specs and switches in its recipe.
 
     Specs count by their type, whatever key they stand under, and for what the stage has to do with; of the other keys,
     those listed here. Words that the recipe itself spells are all returned, for `Case` to refuse those unknown.
@@ -317,7 +317,7 @@ def needs(stage: str, recipe: Mapping[str, Any]) -> frozenset[str]:
     if isinstance(recipe.get("needs"), str):
         raise ValueError(f"needs: got {recipe['needs']!r}, want a set of words")
     found: set[str] = set()
-    spelled: set[str] = set()
+    spelled: set[str] = {*_OF_EVERY.get((stage, ""), ()), *_OF_EVERY.get((stage, clause), ())}
     for key, value in recipe.items():
         if isinstance(value, LayerSpec):
             found |= of_layer(value)
@@ -348,6 +348,16 @@ def _if(word: str) -> Any:
     return lambda value: {word} if value else set()
 
 
+# What every case of a stage takes, or every one of a clause of it.
+_OF_EVERY: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("block", "block.dropped"): ("dropped_ids",),
+    ("block", "block.no-expert"): ("expert_bounds",),
+    ("capture_shape", ""): ("worker", "reader"),
+    ("describe", "config.say-what-is-missing"): ("refusals",),
+    ("describe", "describe.layers"): ("layers",),
+    ("layer", "layer.traceable"): ("traceable",),
+    ("shard", "shard.out-of-range"): ("dropped_ids",),
+}
 # Keys of a recipe that stand for a feature, by stage-independent names.
 _SWITCHES: dict[str, Any] = {
     "padded_hidden": _if("padded_hidden"),
@@ -362,6 +372,9 @@ _SWITCHES: dict[str, Any] = {
     "outside": lambda value: {"expert_bounds"},
     "tp": lambda value: {"tensor_parallel"} if value > 1 else set(),
     "copies": _if("replicas"),
+    "change": lambda value: {"from_meta"} if value == "from-meta" else set(),
+    # The rank of each expert; ranks between may have none.
+    "owners": lambda value: {"expert_map", *(("idle_ranks",) * (len(set(value)) <= max(value)))} if value else set(),
 }
 # Keys whose values are features, or are made of them.
 _SPELLED: dict[str, Any] = {

@@ -175,10 +175,13 @@ EXPERTS_CASES = (
     ),
 )
 
-DROPPED: dict[str, Any] = {"routing": "dropped", "needs": ("dropped_ids",)}
 DROPPED_CASES = (
-    *(_case(slug, "dropped", "block.dropped", "full", **DROPPED) for slug in GROUPED),
-    *(_computed(slug, "dropped", "block.dropped", n, **DROPPED) for slug in SOME_GROUPED for n in IMPLEMENTATIONS),
+    *(_case(slug, "dropped", "block.dropped", "full", routing="dropped") for slug in GROUPED),
+    *(
+        _computed(slug, "dropped", "block.dropped", n, routing="dropped")
+        for slug in SOME_GROUPED
+        for n in IMPLEMENTATIONS
+    ),
 )
 
 # One of each layout, in each of the ways that an engine may have.
@@ -186,7 +189,7 @@ NO_EXPERT_CASES = tuple(
     case
     for slug in ("deepseek-v3", "gpt-oss", "mixtral")
     for kind, routing in (("no-expert", "minus-one"), ("id-beyond", "beyond"))
-    for recipe in ({"routing": routing, "native_ids": True, "needs": ("expert_bounds",)},)
+    for recipe in ({"routing": routing, "native_ids": True},)
     for case in (
         _case(slug, kind, "block.no-expert", "full", **recipe),
         *(_computed(slug, kind, "block.no-expert", n, **recipe) for n in IMPLEMENTATIONS),

@@ -27,7 +27,7 @@ SIDES: tuple[Literal["worker", "reader"], ...] = ("worker", "reader")
 def captured(slug: str, moe_layers: int, keys: Keys, config_class: str = "") -> Case:
     """moe_layers: how many of the layers have experts."""
     want = {"layers": LAYERS, "moe_layers": moe_layers, "top_k": TOP_K, "experts": EXPERTS}
-    recipe: dict[str, Any] = {"keys": keys, "want": want, "needs": SIDES}
+    recipe: dict[str, Any] = {"keys": keys, "want": want}
     recipe |= {"class": config_class} if config_class else {}
     tier = "smoke" if slug == "gemma4-hub" else "core"
     return Case(f"capture-shape-{slug}", "capture_shape", "capture-shape.both-sides", recipe, tier)
@@ -68,7 +68,7 @@ CAPTURED = (
 
 def refused(name: str, clause: str, keys: Keys, config_class: str) -> Case:
     # The names of what is missing are asked of the resolver; a capturer need only refuse on purpose.
-    recipe = {"keys": keys, "names": (), "class": config_class, "needs": SIDES}
+    recipe = {"keys": keys, "names": (), "class": config_class}
     return Case(f"capture-shape-{name}", "capture_shape", clause, recipe)
 
 

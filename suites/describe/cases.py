@@ -155,7 +155,7 @@ def layered(name: str, keys: Keys, config_class: str = "", lenient: str = "") ->
     recipe: dict[str, Any] = {"keys": keys} | ({"class": config_class} if config_class else {})
     case_id = f"config-layers-{name}"
     tier = "smoke" if case_id in SMOKE else "core"
-    return Case(case_id, "describe", "describe.layers", recipe | {"needs": ("layers",)}, tier, lenient)
+    return Case(case_id, "describe", "describe.layers", recipe, tier, lenient)
 
 
 def way(number: int) -> str:
@@ -204,9 +204,7 @@ NO_SUCH = "no published config has such a value, or a second spelling that diffe
 def refused(name: str, keys: Keys, *names: str, config_class: str = "", tier: str = "core", lenient: str = "") -> Case:
     recipe: dict[str, Any] = {"keys": keys, "names": names} | ({"class": config_class} if config_class else {})
     # A model library builds what a config says and leaves its values to the config class: it offers no refusals.
-    return Case(
-        f"config-{name}", "describe", "config.say-what-is-missing", recipe | {"needs": ("refusals",)}, tier, lenient
-    )
+    return Case(f"config-{name}", "describe", "config.say-what-is-missing", recipe, tier, lenient)
 
 
 GEMMA4 = flat_keys("gemma4")

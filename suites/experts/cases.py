@@ -54,13 +54,12 @@ def _case(name: str, clause: str, dims: dict[str, int] = TINY, tier: str = "core
     """
     recipe = {"function": "silu", "dropped": 0, "hot": None, "dtype": "float32", **recipe}
     mlp = replace(FUNCTIONS[recipe.pop("function")], width=dims["F"])
-    needs = ("expert_map",) if recipe.get("owners") else ()
     recipe = {"output_scale": 1.0, "identity_experts": 0, "owners": (), "rank": 0, "layout": "contiguous", **recipe}
     return Case(
         f"experts-{name}",
         stage="experts",
         clause=clause,
-        recipe={**dims, "mlp": mlp, **recipe, "needs": needs},
+        recipe={**dims, "mlp": mlp, **recipe},
         tier=tier,
     )
 

@@ -158,7 +158,7 @@ TRACE_CASES = tuple(
         case.id.replace("layer-", "trace-", 1),
         stage="layer",
         clause="layer.traceable",
-        recipe={**case.recipe, "needs": ("traceable",)},
+        recipe=case.recipe,
     )
     for case in VALUE_CASES
     if case.id.startswith(("layer-tiny-scale1", "layer-both"))

@@ -72,7 +72,6 @@ CLOSURE_CASES = tuple(
             "hidden": 24,
             "tensor": f"router.{tensor}",
             "change": change,
-            "needs": ("from_meta",) if change == "from-meta" else (),
         },
         tier=_tier(name, tensor, change),
     )

@@ -60,11 +60,8 @@ def _shard(
         "dtype": "float32",
         **recipe,
     }
-    needs = {
-        "uneven_width": dims["F"] % recipe["tp"] > 0,
-        "idle_ranks": len(set(recipe["owners"])) <= max(recipe["owners"]),
-    }
-    recipe["needs"] = (*(feature for feature, needed in needs.items() if needed), *recipe.get("needs", ()))
+    if dims["F"] % recipe["tp"]:
+        recipe["needs"] = ("uneven_width",)
     return Case(f"shard-{name}", stage="shard", clause=clause, recipe=recipe, tier=tier)
 
 
@@ -124,7 +121,7 @@ NOTHING = (
 # -2 and -11 would wrap to experts 9 and 0; 2^31 - 1 times a row's bytes lies far outside any buffer. The part is held
 # against that of the same batch with -1 in the id's place.
 OUT_OF_RANGE = tuple(
-    _shard(f"out-of-range-{name}", "shard.out-of-range", T=7, outside=outside, bias=True, needs=("dropped_ids",))
+    _shard(f"out-of-range-{name}", "shard.out-of-range", T=7, outside=outside, bias=True)
     for name, outside in (("e", 11), ("minus-2", -2), ("minus-e", -11), ("int32-max", 2**31 - 1))
 )
 
