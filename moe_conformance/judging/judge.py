@@ -158,7 +158,7 @@ class Judge:
             case BeyondLimits():
                 return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.LIMIT)
             case Unsupported():
-                return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.CALL)
+                return Outcome(Verdict.UNSUPPORTED, str(error) or "no reason given", refusal=Refusal.CALL)
             case Nonconformance():
                 return Outcome(Verdict.FAIL, str(error))
             case Broken():
