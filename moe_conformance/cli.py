@@ -150,8 +150,8 @@ class _Witness:
     saw_the_end = False
 
     def pytest_unconfigure(self, config: Any) -> None:
-        session = config.pluginmanager.get_plugin("moe_conformance_session")
-        self.saw_the_end = session is not None and session.report is not None and session.report.is_finished
+        accounts = config.pluginmanager.get_plugin("moe_conformance_accounts")
+        self.saw_the_end = accounts is not None and accounts.report.is_finished
 
 
 def engines(options: argparse.Namespace, _: list[str]) -> int:

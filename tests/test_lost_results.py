@@ -82,7 +82,7 @@ def test_what_another_plugin_runs_again_counts_once(tmp_path: Path) -> None:
     "plugin",
     [
         "def pytest_configure(): sys.exit(0)",
-        "def pytest_sessionfinish(session): session.config.pluginmanager.unregister(name='moe_conformance_session')",
+        "def pytest_sessionfinish(session): session.config.pluginmanager.unregister(name='moe_conformance_accounts')",
         "@pytest.hookimpl(tryfirst=True)\ndef pytest_terminal_summary(): sys.exit(0)",
     ],
 )

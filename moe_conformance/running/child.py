@@ -6,6 +6,7 @@ goes where its errors go, and its standard input is empty.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import math
@@ -28,6 +29,8 @@ LARGEST = 16 << 20
 # How often to look whether a child lives, where the system cannot tell by a descriptor.
 LOOK = 0.2
 PREFIX, LOCK = "moe-conformance-", "lock"
+# The variable that says who a child's parent is.
+PARENT = "MOE_CONFORMANCE_PARENT"
 # What a child that hangs gets to say where it was.
 LAST_WORDS = 2.0
 
@@ -65,7 +68,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,
                 stderr=self._errors,
-                env={**_caches(), **os.environ, "TMPDIR": str(self._folder.path), **environment},
+                env={**_caches(), **os.environ, **environment, **self._own()},
                 pass_fds=(theirs_to_read, theirs_to_write),
                 start_new_session=True,
             )
@@ -77,6 +80,9 @@ class Child:
         self._life: int | None = None
         with contextlib.suppress(AttributeError, OSError):
             self._life = os.pidfd_open(self._process.pid)
+
+    def _own(self) -> dict[str, str]:
+        return {"TMPDIR": str(self._folder.path), PARENT: str(os.getpid())}
 
     @property
     def pid(self) -> int:
@@ -213,16 +219,23 @@ def _sweep() -> None:
 
 
 def follow_parent() -> None:
-    """In a child: end, with all it started in its group, when its parent does, however that ends."""
-    parent = os.getppid()
+    """In a child: end, with all it started in its group, when its parent does, however that ends, and leave nothing.
+
+    The parent is known by the number that it gave: it may have ended before this is called.
+    """
+    parent = int(os.environ[PARENT])
+
+    def clean() -> None:
+        if os.getppid() != parent and (folder := Path(tempfile.gettempdir())).name.startswith(PREFIX):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(LOOK)
-        if (folder := Path(tempfile.gettempdir())).name.startswith(PREFIX):
-            shutil.rmtree(folder, ignore_errors=True)
+        clean()
         os.killpg(0, signal.SIGKILL)
 
+    atexit.register(clean)  # where its end comes before it is noticed
     threading.Thread(target=watch, daemon=True).start()
 
 

@@ -34,7 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if _runs_suites(config):
         from moe_conformance.running.session import Session
 
-        config.pluginmanager.register(Session(config), "moe_conformance_session")
+        session = Session(config)
+        config.pluginmanager.register(session, "moe_conformance_session")
+        if not session.is_worker:
+            from moe_conformance.running.accounts import Accounts
+
+            config.pluginmanager.register(Accounts(config, session), "moe_conformance_accounts")
 
 
 def _runs_suites(config: pytest.Config) -> bool:

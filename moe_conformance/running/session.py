@@ -7,7 +7,6 @@ import json
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from moe_conformance.judging.goldens import Amber, recorded
 from moe_conformance.judging.plain import plain
 from moe_conformance.judging.verdict import Outcome, Refusal, Result, Verdict, at_level
 from moe_conformance.reporting.explain import failure
-from moe_conformance.reporting.report import IN_PROCESS, Report
+from moe_conformance.reporting.report import IN_PROCESS
 from moe_conformance.running import known
 from moe_conformance.running.devices import gpu_count, pinned
 from moe_conformance.running.discovery import Target, registered, resolve
@@ -33,8 +32,9 @@ from moe_conformance.running.in_process import InProcess, at_the_check, refuse_u
 from moe_conformance.running.process import PROBING, Allowed, EngineProcess
 from moe_conformance.running.survey import Survey, here, named, surveys
 
-_SUITES = Path(moe_conformance.suites.__path__[0]).resolve()
-_PROPERTY = "moe_conformance"
+SUITES = Path(moe_conformance.suites.__path__[0]).resolve()
+# Under which results pass from a worker to the controller.
+PROPERTY = "moe_conformance"
 _SURVEYS = "moe_conformance_surveys"
 
 
@@ -54,16 +54,10 @@ class Session:
         # Snapshots are named by case id, which is the same for every test and engine; syrupy would rather not.
         config.addinivalue_line("filterwarnings", r"ignore:\s*Can not relate snapshot name:UserWarning")
         self.process: EngineProcess | InProcess | None = None
-        # What makes the run a bad one although no result is, a line each.
-        self.complaints: list[str] = []
         # The last case that was judged, whose engine may still die of it: target, case, check.
         self.last: tuple[Target, Case, str] | None = None
-        # Node ids of the suites' items that were collected, and of those of which something was heard.
-        self.collected: set[str] = set()
-        self.heard: set[str] = set()
         # What was wrong with a whole engine is told once, not for each of its cases; the stream has them all.
         self.told: set[tuple[str, str]] = set()
-        self.report = None if self.is_worker else Report(config, self.targets, self.away, len(self.cases))
 
     def _read_options(self, config: pytest.Config) -> None:
         classes = current("class", config.getoption("--moe-class"), BUG_CLASSES, aliases.CLASSES)
@@ -144,7 +138,7 @@ class Session:
         """Drop checks that nothing selected, and go engine by engine, whose process starts once."""
         items[:] = [item for item in items if not _is_empty(item)]
         order = {target.name: number for number, target in enumerate(self.targets)}
-        items.sort(key=lambda item: order.get(_engine_of(item), -1))
+        items.sort(key=lambda item: order.get(engine_of(item), -1))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
@@ -155,7 +149,7 @@ class Session:
         target: Target = params["engine"]
         cases: tuple[Case, ...] = params["case"]
         # A plug-in that runs an item again leaves what it said before.
-        pyfuncitem.user_properties[:] = [told for told in pyfuncitem.user_properties if told[0] != _PROPERTY]
+        pyfuncitem.user_properties[:] = [told for told in pyfuncitem.user_properties if told[0] != PROPERTY]
         if not self._offers(target, cases[0].stage):
             said = f"stage {cases[0].stage} is not offered"
             for case in cases:
@@ -163,7 +157,7 @@ class Session:
                 self._tell(pyfuncitem, self._result(target, case, _check(pyfuncitem), away))
             pytest.skip(f"unsupported: {said}")
         (case,) = cases
-        self._look_back(pyfuncitem)
+        self.look_back(pyfuncitem)
         started = time.perf_counter()
         asked = self._ask(target, pyfuncitem, case)
         asked = replace(asked, message=plain(asked.message))
@@ -205,7 +199,7 @@ class Session:
             else:
                 self.process = EngineProcess(target, survey, self.allowed, _shares())
         # By name from the suites' folder: pytest's own module name differs between checkout and wheel.
-        parts = item.path.resolve().relative_to(_SUITES).with_suffix("").parts
+        parts = item.path.resolve().relative_to(SUITES).with_suffix("").parts
         return self.process.run(".".join(("moe_conformance.suites", *parts)), item.obj, case)
 
     def _finally(self, target: Target, item: pytest.Function, case: Case, outcome: Outcome) -> Outcome:
@@ -232,7 +226,7 @@ class Session:
             refusal=outcome.refusal,
         )
 
-    def _look_back(self, item: pytest.Item | None) -> Result | None:
+    def look_back(self, item: pytest.Item | None) -> Result | None:
         """What became of the engine's process after its last answer is a result of its own, of that case."""
         later = self.process.after_the_last() if self.process is not None else None
         if later is None or self.last is None:
@@ -250,7 +244,7 @@ class Session:
         """Hand a result to the controller."""
         info = self.process.info if self.process and self.process.target.name == result.engine else None
         facts = {"version": plain(info.version), "device": plain(info.device)} if info else {}
-        item.user_properties.append((_PROPERTY, json.dumps([result.as_line(), facts])))
+        item.user_properties.append((PROPERTY, json.dumps([result.as_line(), facts])))
 
     def _known(self, target: Target, case: Case, check: str, outcome: Outcome) -> Outcome:
         failures = self.known.get(target.name)
@@ -271,73 +265,10 @@ class Session:
             self.process.close()
             self.process = None
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.collected = {item.nodeid for item in session.items if _engine_of(item)}
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        self.collected = {nodeid for nodeid in ids if "[" in nodeid and _in_suites(nodeid, self.config)}
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any) -> None:
-        """What a worker found when all its items had run."""
-        for line in getattr(node, "workeroutput", {}).get(_PROPERTY, ()):
-            assert self.report is not None
-            self.report.add(Result.from_line(line), {})
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if self.report is None or report.outcome == "rerun":  # type: ignore[comparison-overlap]
-            return
-        found = [json.loads(str(told)) for name, told in report.user_properties if name == _PROPERTY]
-        if report.when == "call" and found:
-            self.heard.add(report.nodeid)
-            for line, facts in found:
-                self.report.add(Result.from_line(line), facts)
-        elif report.failed and not found and "[" in report.nodeid and _in_suites(report.nodeid, self.config):
-            self.heard.add(report.nodeid)
-            self.report.lost(report.nodeid, str(report.longrepr))
-
-    @pytest.hookimpl(tryfirst=True)  # before the reporter, which takes the status as it is then
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        option = self.config.option
-        if (later := self._look_back(None)) is not None:
-            if self.is_worker:
-                self.config.workeroutput[_PROPERTY] = [later.as_line()]  # type: ignore[attr-defined]
-            elif self.report is not None:
-                self.report.add(later, {})
-        if self.report is None:
-            return
-        ran_through = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not option.maxfail
-        if ran_through and not option.collectonly:
-            for nodeid in sorted(self.collected - self.heard):
-                self.report.lost(nodeid, "it was selected, and no result came of it")
-            self.complaints += self._unjudged()
-        if ran_through and not (option.keyword or option.markexpr):
-            self.complaints += [stray for entry in self.known.values() for stray in entry.strays(self.report.results)]
-        # Whatever pytest made of the items: a bad verdict among the results is a bad run.
-        worst = 1 if self.strict else 2
-        is_bad = bool(self.complaints) or any(result.verdict.badness >= worst for result in self.report.results)
-        if is_bad and exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-    def _unjudged(self) -> list[str]:
-        """Engines asked for of which nothing was judged; where none was asked for by name, that none was."""
-        assert self.report is not None
-        by_engine: dict[str, list[Result]] = {}
-        for result in self.report.results:
-            by_engine.setdefault(result.engine, []).append(result)
-        unjudged = {
-            name: results for name, results in by_engine.items() if not any(r.verdict.was_judged for r in results)
-        }
-        if not self.is_chosen and len(unjudged) < len(by_engine):
-            return []
-        return [f"{name}: nothing was judged: {_most(results)}" for name, results in unjudged.items()]
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
-        if self.report is not None:
-            self.report.finish(terminalreporter, exitstatus)
-            for complaint in self.complaints:
-                terminalreporter.write_line(complaint, red=True)
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        if self.is_worker and (later := self.look_back(None)) is not None:
+            self.config.workeroutput[PROPERTY] = [later.as_line()]  # type: ignore[attr-defined]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
@@ -357,7 +288,7 @@ def _check(item: pytest.Function) -> str:
     return item.originalname.removeprefix("test_")
 
 
-def _engine_of(item: pytest.Item) -> str:
+def engine_of(item: pytest.Item) -> str:
     callspec = getattr(item, "callspec", None)
     target = callspec.params.get("engine") if callspec else None
     return target.name if isinstance(target, Target) else ""
@@ -365,19 +296,7 @@ def _engine_of(item: pytest.Item) -> str:
 
 def _is_empty(item: pytest.Item) -> bool:
     """Whether pytest made this item only to say that a check has no case in this run."""
-    return hasattr(getattr(item, "function", None), "moe_cases") and not _engine_of(item)
-
-
-def _in_suites(nodeid: str, config: pytest.Config) -> bool:
-    return _SUITES in (config.rootpath / nodeid.partition("::")[0]).resolve().parents
-
-
-def _most(results: list[Result]) -> str:
-    """For instance "40 unsupported, of which 31: stage layer is not offered"."""
-    counts = Counter((result.verdict, result.message.partition("\n")[0]) for result in results)
-    (verdict, reason), most = counts.most_common(1)[0]
-    same = sum(count for (other, _), count in counts.items() if other is verdict)
-    return f"{same} {verdict}, of which {most}: {reason}"
+    return hasattr(getattr(item, "function", None), "moe_cases") and not engine_of(item)
 
 
 def _allowed(config: pytest.Config) -> Allowed:

@@ -1,0 +1,105 @@
+"""What came of a run, on the controller: every selected result in one cell, and whether the run is a good one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from moe_conformance.errors import UsageError
+from moe_conformance.judging.verdict import Result
+from moe_conformance.reporting.report import Report
+from moe_conformance.running.session import PROPERTY, SUITES, Session, engine_of
+
+
+class Accounts:
+    """Registered beside the session, but on no worker."""
+
+    def __init__(self, config: pytest.Config, session: Session) -> None:
+        self.config = config
+        self.session = session
+        try:
+            self.report = Report(config, session.targets, session.away, len(session.cases))
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+        # What makes the run a bad one although no result is, a line each.
+        self.complaints: list[str] = []
+        # Node ids of the suites' items that were collected, and of those of which something was heard.
+        self.collected: set[str] = set()
+        self.heard: set[str] = set()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.collected = {item.nodeid for item in session.items if engine_of(item)}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.collected = {nodeid for nodeid in ids if "[" in nodeid and _in_suites(nodeid, self.config)}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """What a worker found when all its items had run."""
+        for line in getattr(node, "workeroutput", {}).get(PROPERTY, ()):
+            self.report.add(Result.from_line(line), {})
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.outcome == "rerun":  # type: ignore[comparison-overlap]
+            return
+        found = [json.loads(str(told)) for name, told in report.user_properties if name == PROPERTY]
+        if report.when == "call" and found:
+            self.heard.add(report.nodeid)
+            for line, facts in found:
+                self.report.add(Result.from_line(line), facts)
+        elif report.failed and not found and "[" in report.nodeid and _in_suites(report.nodeid, self.config):
+            self.heard.add(report.nodeid)
+            self.report.lost(report.nodeid, str(report.longrepr))
+
+    @pytest.hookimpl(tryfirst=True)  # before the reporter, which takes the status as it is then
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        option = self.config.option
+        if (later := self.session.look_back(None)) is not None:
+            self.report.add(later, {})
+        ran_through = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not option.maxfail
+        if ran_through and not option.collectonly:
+            for nodeid in sorted(self.collected - self.heard):
+                self.report.lost(nodeid, "it was selected, and no result came of it")
+            self.complaints += self._unjudged()
+        if ran_through and not (option.keyword or option.markexpr):
+            self.complaints += [
+                stray for entry in self.session.known.values() for stray in entry.strays(self.report.results)
+            ]
+        # Whatever pytest made of the items: a bad verdict among the results is a bad run.
+        worst = 1 if self.session.strict else 2
+        is_bad = bool(self.complaints) or any(result.verdict.badness >= worst for result in self.report.results)
+        if is_bad and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _unjudged(self) -> list[str]:
+        """Engines asked for of which nothing was judged; where none was asked for by name, that none was."""
+        by_engine: dict[str, list[Result]] = {}
+        for result in self.report.results:
+            by_engine.setdefault(result.engine, []).append(result)
+        unjudged = {
+            name: results for name, results in by_engine.items() if not any(r.verdict.was_judged for r in results)
+        }
+        if not self.session.is_chosen and len(unjudged) < len(by_engine):
+            return []
+        return [f"{name}: nothing was judged: {_most(results)}" for name, results in unjudged.items()]
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+        self.report.finish(terminalreporter, exitstatus)
+        for complaint in self.complaints:
+            terminalreporter.write_line(complaint, red=True)
+
+
+def _in_suites(nodeid: str, config: pytest.Config) -> bool:
+    return SUITES in (config.rootpath / nodeid.partition("::")[0]).resolve().parents
+
+
+def _most(results: list[Result]) -> str:
+    """For instance "40 unsupported, of which 31: stage layer is not offered"."""
+    counts = Counter((result.verdict, result.message.partition("\n")[0]) for result in results)
+    (verdict, reason), most = counts.most_common(1)[0]
+    same = sum(count for (other, _), count in counts.items() if other is verdict)
+    return f"{same} {verdict}, of which {most}: {reason}"
