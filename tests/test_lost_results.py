@@ -100,6 +100,7 @@ def pytest_runtest_setup(item):
 """
     done = run(tmp_path, kill, "-n", "2")
     assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent"))
+    assert " 0 deselected" not in done.text  # by -k, of which the workers tell
     assert "reference  2/3, 1 error" in done.text
 
 

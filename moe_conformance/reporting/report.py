@@ -92,10 +92,9 @@ class Report:
         bug_class, stage = (case.bug_class, case.stage) if case else ("?", "?")
         self.add(Result(engine, name, check, bug_class, stage, Verdict.ERROR, plain(message)), {})
 
-    def finish(self, terminal: pytest.TerminalReporter, exitstatus: int) -> None:
+    def finish(self, terminal: pytest.TerminalReporter, exitstatus: int, deselected: int) -> None:
         """Write the footer and files, and print the table. Runs last, whatever happened before."""
         counts = Counter(str(result.verdict) for result in self.results)
-        deselected = len(terminal.stats.get("deselected", []))
         self._write(kind="footer", exit=int(exitstatus), results=len(self.results), counts=dict(counts))
         if self._stream is not None:
             self._stream.close()

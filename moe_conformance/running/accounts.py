@@ -39,8 +39,10 @@ class Accounts:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """What a worker found when all its items had run."""
-        for line in getattr(node, "workeroutput", {}).get(PROPERTY, ()):
+        """What a worker found when all its items had run, and what it left out, as every worker does."""
+        lines, deselected = getattr(node, "workeroutput", {}).get(PROPERTY, ((), 0))
+        self.session.deselected = max(self.session.deselected, deselected)
+        for line in lines:
             self.report.add(Result.from_line(line), {})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -65,7 +67,7 @@ class Accounts:
             for nodeid in sorted(self.collected - self.heard):
                 self.report.lost(nodeid, "it was selected, and no result came of it")
             self.complaints += self._unjudged()
-        if ran_through and not (option.keyword or option.markexpr):
+        if ran_through and not self.session.deselected:
             self.complaints += [
                 stray for entry in self.session.known.values() for stray in entry.strays(self.report.results)
             ]
@@ -88,7 +90,7 @@ class Accounts:
         return [f"{name}: nothing was judged: {_most(results)}" for name, results in unjudged.items()]
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
-        self.report.finish(terminalreporter, exitstatus)
+        self.report.finish(terminalreporter, exitstatus, self.session.deselected)
         for complaint in self.complaints:
             terminalreporter.write_line(complaint, red=True)
 

@@ -21,12 +21,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
-from getpass import getuser
 from pathlib import Path
 
 # Bytes of a line; the largest answer of a correct engine has some thousand.
 LARGEST = 16 << 20
-# How often to look whether a child lives, where the system cannot tell by a descriptor.
+# How often to look whether a child that says nothing lives, and how large it is.
 LOOK = 0.2
 PREFIX, LOCK = "moe-conformance-", "lock"
 # The variable that says who a child's parent is.
@@ -72,21 +71,18 @@ class Child:
                 pass_fds=(theirs_to_read, theirs_to_write),
                 start_new_session=True,
             )
+        except BaseException:
+            os.close(self._questions)
+            os.close(self._answers)
+            self._folder.remove()
+            raise
         finally:
             os.close(theirs_to_read)
             os.close(theirs_to_write)
         os.set_blocking(self._answers, False)
-        # The end of a child is seen at the child: what it started may hold its end of a pipe open.
-        self._life: int | None = None
-        with contextlib.suppress(AttributeError, OSError):
-            self._life = os.pidfd_open(self._process.pid)
 
     def _own(self) -> dict[str, str]:
         return {"TMPDIR": str(self._folder.path), PARENT: str(os.getpid())}
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def say(self, line: str) -> None:
         """Raises Ended where nobody listens."""
@@ -99,15 +95,16 @@ class Child:
         """The next line. Raises Silent, Ended or TooLong."""
         deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
-            for descriptor in filter(None, (self._answers, self._life)):
-                selector.register(descriptor, selectors.EVENT_READ)
+            selector.register(self._answers, selectors.EVENT_READ)
             while b"\n" not in self._heard:
                 left = deadline - time.monotonic()
                 if len(self._heard) > LARGEST:
                     raise TooLong
                 if not selector.select(max(0.0, min(left, LOOK))) and (size := self._resident()) > self._memory:
                     raise Hungry(f"{size / 2**30:.1f} GiB, more than {self._memory / 2**30:.1f} GiB")
-                has_ended = self._process.poll() is not None  # before reading: what it said last may be whole
+                # Its end is seen at the child, for what it started may hold the pipe open; and asked for before
+                # reading, for what it said last may be whole.
+                has_ended = self._process.poll() is not None
                 if (has_more := self._read()) and b"\n" in self._heard:
                     break
                 if not has_more and (has_ended or self._is_closed):
@@ -178,8 +175,8 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        for descriptor in filter(None, (self._questions, self._answers, self._life)):
-            os.close(descriptor)
+        os.close(self._questions)
+        os.close(self._answers)
         self._errors.close()
         self._folder.remove()
 
@@ -201,8 +198,9 @@ class Folder:
 
 
 def _caches() -> dict[str, str]:
-    """What compilers keep from process to process stays where it is: torch keeps it among temporary files."""
-    return {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getuser()}"}
+    """What compilers keep for the next process does not go with this one: torch keeps it among temporary files. By
+    number, for a user in a container may have no name."""
+    return {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"}
 
 
 @cache

@@ -56,6 +56,8 @@ class Session:
         self.process: EngineProcess | InProcess | None = None
         # The last case that was judged, whose engine may still die of it: target, case, check.
         self.last: tuple[Target, Case, str] | None = None
+        # Items of the suites that options of pytest left out, as -k does.
+        self.deselected = 0
         # What was wrong with a whole engine is told once, not for each of its cases; the stream has them all.
         self.told: set[tuple[str, str]] = set()
 
@@ -265,10 +267,15 @@ class Session:
             self.process.close()
             self.process = None
 
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.deselected += sum(bool(engine_of(item)) for item in items)
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
-        if self.is_worker and (later := self.look_back(None)) is not None:
-            self.config.workeroutput[PROPERTY] = [later.as_line()]  # type: ignore[attr-defined]
+        if self.is_worker:
+            later = self.look_back(None)
+            lines = [] if later is None else [later.as_line()]
+            self.config.workeroutput[PROPERTY] = (lines, self.deselected)  # type: ignore[attr-defined]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -92,12 +93,12 @@ def survey_of(target: Target) -> Survey:
 def surveys(targets: Sequence[Target]) -> list[Survey]:
     """Of each target, all at once, each in a process of its own."""
     end = time.monotonic() + SECONDS
-    children = [Child(python(__name__, target.path), {}) for target in targets]
-    try:
+    with ExitStack() as ends:
+        children = []
+        for target in targets:
+            children.append(Child(python(__name__, target.path), {}))
+            ends.callback(children[-1].kill)
         return [_answer(target, child, end - time.monotonic()) for target, child in zip(targets, children, strict=True)]
-    finally:
-        for child in children:
-            child.kill()
 
 
 def named(targets: Sequence[Target], found: Sequence[Survey]) -> dict[Target, Survey]:
