@@ -174,6 +174,8 @@ class Child:
         """End it and all it started in its session's group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        # At once, for we may be killed, too, while we wait; and again for what was being written.
+        shutil.rmtree(self._folder.path, ignore_errors=True)
         self._process.wait()
         os.close(self._questions)
         os.close(self._answers)
