@@ -33,7 +33,7 @@ from moe_conformance.engine import (
     Routing,
     ShardInputs,
 )
-from moe_conformance.model.families.families import FAMILIES
+from moe_conformance.model.families.families import RECORDS
 from moe_conformance.protocol.features import words
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Reference(Engine):
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         """Every feature of every stage, and blocks of every family; a block has no second implementation here."""
         offered = {stage: frozenset(word for word in words(stage) if is_offered(word)) for stage in STAGES}
-        return offered | {"block": offered["block"] | frozenset(FAMILIES)}
+        return offered | {"block": offered["block"] | frozenset(RECORDS)}
 
     def describe(self, config: Any) -> MoESpec:
         from moe_conformance.model.families import describe as stage

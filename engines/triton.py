@@ -25,7 +25,7 @@ from moe_conformance.engine import (
 )
 from moe_conformance.engines.reference import is_offered
 from moe_conformance.errors import Unavailable
-from moe_conformance.model.families.families import FAMILIES
+from moe_conformance.model.families.families import RECORDS
 from moe_conformance.protocol.features import words
 from moe_conformance.running.devices import gpu_count
 
@@ -88,7 +88,7 @@ class Triton(Engine):
             stage: frozenset(word for word in words(stage) if is_offered(word)) - LACKS.get(stage, frozenset())
             for stage in HAS
         }
-        return offered | {"block": offered["block"] | (frozenset(FAMILIES) - NOT_BY_ROW)}
+        return offered | {"block": offered["block"] | (frozenset(RECORDS) - NOT_BY_ROW)}
 
     def route(self, inputs: RouteInputs) -> Routing:
         """inputs on the device of `info`."""

@@ -58,21 +58,75 @@ if TYPE_CHECKING:
         poisoned_allocations,
         windows,
     )
+    from moe_conformance.model.families.families import RECORDS
 
 # fmt: off
 __all__ = [
-    "PROTOCOL_VERSION", "STAGES", "Activation", "AlignInputs", "Aligned", "BlockInputs", "BlockOutput", "Capacity",
-    "CaptureReader", "CaptureSession", "CaptureShape", "CaptureSpec", "CaptureStore", "CheckpointError",
-    "CheckpointName", "ConfigError", "DenseModelError", "DenseSpec", "Engine", "EngineInfo", "ExpertMapSpec",
-    "ExpertsInputs", "FusedShared", "InputError", "LatentSpec", "LayerInputs", "LayerSpec", "Limits", "LogitsSpec",
-    "Lora", "LoraSpec", "MLPSpec", "MoEConformanceError", "MoESpec", "Precision", "QuantSpec", "ReplicateInputs",
-    "Replicated", "RouteInputs", "RouterHandle", "RouterSpec", "Routing", "RoutingSpec", "RowKind", "Rows", "Shape",
-    "ShardInputs", "SharedSpec", "Target", "Unavailable", "Unsupported", "bits", "called_by_engine", "distinct_logits",
-    "integers", "normal", "poison_", "poisoned_allocations", "windows",
+    "PROTOCOL_VERSION",
+    "RECORDS",
+    "STAGES",
+    "Activation",
+    "AlignInputs",
+    "Aligned",
+    "BlockInputs",
+    "BlockOutput",
+    "Capacity",
+    "CaptureReader",
+    "CaptureSession",
+    "CaptureShape",
+    "CaptureSpec",
+    "CaptureStore",
+    "CheckpointError",
+    "CheckpointName",
+    "ConfigError",
+    "DenseModelError",
+    "DenseSpec",
+    "Engine",
+    "EngineInfo",
+    "ExpertMapSpec",
+    "ExpertsInputs",
+    "FusedShared",
+    "InputError",
+    "LatentSpec",
+    "LayerInputs",
+    "LayerSpec",
+    "Limits",
+    "LogitsSpec",
+    "Lora",
+    "LoraSpec",
+    "MLPSpec",
+    "MoEConformanceError",
+    "MoESpec",
+    "Precision",
+    "QuantSpec",
+    "ReplicateInputs",
+    "Replicated",
+    "RouteInputs",
+    "RouterHandle",
+    "RouterSpec",
+    "Routing",
+    "RoutingSpec",
+    "RowKind",
+    "Rows",
+    "Shape",
+    "ShardInputs",
+    "SharedSpec",
+    "Target",
+    "Unavailable",
+    "Unsupported",
+    "bits",
+    "called_by_engine",
+    "distinct_logits",
+    "integers",
+    "normal",
+    "poison_",
+    "poisoned_allocations",
+    "windows",
 ]
 # fmt: on
 
-# Inputs that the suites are made of, for adapters' own tests; they take torch.
+# Inputs that the suites are made of, for adapters' own tests; they take torch. RECORDS: what is known of each model
+# family, by model type; reading them takes a moment.
 _INPUTS = ("poison_", "poisoned_allocations", "normal", "integers", "bits", "distinct_logits", "windows")
 
 # What the first protocol had, and what took its place (docs/migrating.md).
@@ -85,6 +139,8 @@ _GONE = {
 def __getattr__(name: str) -> Any:
     if name in _INPUTS:
         return getattr(importlib.import_module("moe_conformance.judging.inputs"), name)
+    if name == "RECORDS":
+        return importlib.import_module("moe_conformance.model.families.families").RECORDS
     if name in _GONE:
         raise ImportError(f"moe_conformance.engine.{name} is gone since protocol 2; use {_GONE[name]}")
     raise AttributeError(f"module 'moe_conformance.engine' has no attribute {name!r}")

@@ -33,8 +33,7 @@ from moe_conformance.engine import CheckpointName
 from moe_conformance.engines.reference import Reference
 from moe_conformance.errors import MoEConformanceError
 from moe_conformance.model.families.describe import describe, layer_of
-from moe_conformance.model.families.families import FAMILIES, NESTED, NESTED_LAST
-from moe_conformance.model.families.methods import METHODS, method_keys
+from moe_conformance.model.families.families import NESTED, NESTED_LAST, RECORDS
 from moe_conformance.reference_impl.checkpoint.files import CONFIG, INDEX, SINGLE
 from moe_conformance.reference_impl.checkpoint.places import Places
 from moe_conformance.reference_impl.checkpoint.remap import SUFFIXES
@@ -43,8 +42,7 @@ from moe_conformance.reference_impl.quantised import fp4, fp8, gptq, integers
 from moe_conformance.reference_impl.quantised.tiles import BLOCK_128, PER_CHANNEL, PER_TENSOR
 from moe_conformance.suites.block import configs as blocks
 from moe_conformance.suites.describe import cases as described
-from moe_conformance.suites.describe import methods as said
-from moe_conformance.suites.describe.families import PARENTS, flat_keys
+from moe_conformance.suites.describe.families import flat_keys, layer_keys, nested
 
 SECONDS = 2.0  # that one call may take
 MEMORY = 2 * 2**30
@@ -152,16 +150,14 @@ def _place(error: BaseException) -> str:
 def configs() -> dict[str, dict[str, Any]]:
     """Valid configs of every family: with every knob turned, in every way of its method, nested, and as on the hub."""
     found = {slug: family.config for slug, family in blocks.FAMILIES.items()}
-    types = {slug: config["model_type"] for slug, config in found.items()} | {"vitpose-backbone": "vitpose_backbone"}
-    found["vitpose-backbone"] = {"model_type": "vitpose_backbone", **flat_keys("vitpose-backbone")}
-    for slug, ways in said.METHODS.items():
-        for number in range(len(ways)):
-            found[f"{slug}/{number}"] = {"model_type": types[slug], **said.layer_keys(slug, number)}
-    for slug, (_, path, rest) in PARENTS.items():
-        nested: dict[str, Any] = {"model_type": types[slug], **flat_keys(slug)}
-        for name in reversed(path):
-            nested = {name: nested}
-        found[f"{slug}/nested"] = nested | rest | {"model_type": types[slug].removesuffix("_text")}
+    for record in RECORDS.values():
+        own = {"model_type": record.model_type}
+        found.setdefault(record.slug, own | flat_keys(record))
+        for number, way in enumerate(record.ways):
+            found[f"{record.slug}/{number}"] = own | layer_keys(record, way)
+        if record.wrapper:
+            outer = {"model_type": record.model_type.removesuffix("_text")}
+            found[f"{record.slug}/nested"] = nested(record, own | flat_keys(record)) | outer
     for case in described.CASES:
         if "class" not in case.recipe:
             found[case.id] = case["keys"]
@@ -180,8 +176,8 @@ def keys() -> tuple[str, ...]:
     found: set[str] = {"per_layer_config", "quantization_config", "num_nextn_predict_layers", "transformers_version"}
     for config in configs().values():
         found |= _keys_below(config)
-    for family in METHODS:
-        found.update(name for names in method_keys(family) for name in names)
+    for record in RECORDS.values():
+        found.update(name for names in record.method_keys for name in names)
     return tuple(sorted(found | {*NESTED, *NESTED_LAST}))
 
 
@@ -339,7 +335,7 @@ def _config_edit(rng: random.Random, config: dict[str, Any], python: bool = True
             key = rng.choice((rng.choice(keys()), rng.choice(paths)[-1]))
             return ["set", [*rng.choice(paths)[:-1], key], rng.choice(values_of(key) or (None,))]
         case 1:
-            return ["set", ["model_type"], rng.choice([rng.choice(sorted(FAMILIES)), _value(rng, python)])]
+            return ["set", ["model_type"], rng.choice([rng.choice(sorted(RECORDS)), _value(rng, python)])]
         case 2:
             return ["wrap", rng.choices((*NESTED, *NESTED_LAST), k=rng.choice((1, 1, 2, 3, 300)))]
         case 3:

@@ -12,14 +12,14 @@ import pytest
 
 from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.errors import ConfigError, DenseModelError
+from moe_conformance.model.families.configs import Keys
 from moe_conformance.model.families.describe import capture_shape, describe, layer_of
-from moe_conformance.model.families.families import FAMILIES, TOP_K, family_of, name_of
+from moe_conformance.model.families.families import RECORDS, record_of
 from moe_conformance.model.families.keys import keys_in
-from moe_conformance.model.families.methods import METHODS, dead_keys, method_keys
+from moe_conformance.model.families.record import TOP_K
 from moe_conformance.model.specs import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
-from moe_conformance.suites.describe import methods as said
 from moe_conformance.suites.describe.cases import CASES
-from moe_conformance.suites.describe.families import CLASSES, Keys, flat_keys
+from moe_conformance.suites.describe.families import BY_SLUG, flat_keys, layer_keys
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -123,10 +123,14 @@ def test_a_config_is_not_written_to() -> None:
 
 def test_every_plain_case_is_of_a_known_family() -> None:
     plain = [case for case in CASES if "class" not in case.recipe and case.clause != "config.refuse-dense"]
-    assert plain and all(family_of(case["keys"]["model_type"]) for case in plain)
-    assert len(FAMILIES) == 75
-    assert METHODS.keys() == FAMILIES.keys()
-    assert said.METHODS.keys() == CLASSES.keys() - {"vitpose-backbone"}
+    assert plain and all(record_of(case["keys"]["model_type"]) for case in plain)
+
+
+def test_a_record_of_layers_that_specs_can_say_has_all_its_parts() -> None:
+    for record in RECORDS.values():
+        said = not record.method.unsaid
+        parts = (record.names, record.block, record.ways)
+        assert all(bool(part) == said for part in parts), record.model_type
 
 
 QWEN = {**MIXTRAL, "model_type": "qwen3_moe", "moe_intermediate_size": 22}
@@ -316,19 +320,19 @@ def test_a_model_that_no_spec_can_say_is_refused_with_the_reason() -> None:
     "changed", [{"second_expert_policy": "random"}, {"router_dtype": "bfloat16"}, {"activation_function": "xielu"}]
 )
 def test_what_no_spec_can_say_leaves_the_layers_open(changed: Keys) -> None:
-    keys = flat_keys("nllb-moe") | {"model_type": "nllb-moe"}
+    keys = flat_keys(BY_SLUG["nllb-moe"]) | {"model_type": "nllb-moe"}
     assert describe(keys).layers and describe(keys | changed) == replace(describe(keys), layers=())
 
 
 def test_an_encoder_that_alone_has_experts_gives_its_own_layers() -> None:
-    keys = flat_keys("nllb-moe") | {"model_type": "nllb-moe", "decoder_sparse_step": 0, "encoder_ffn_dim": 26}
+    keys = flat_keys(BY_SLUG["nllb-moe"]) | {"model_type": "nllb-moe", "decoder_sparse_step": 0, "encoder_ffn_dim": 26}
     spec = describe(keys)
     assert (spec.moe_layers, spec.encoder_moe_layers, len(spec.layers)) == ((), (5, 11), 2)
     assert layer_of(keys, 11).experts.width == spec.moe_intermediate_size == 26
 
 
 def test_a_capacity_of_null_is_the_even_share() -> None:
-    keys = flat_keys("nllb-moe") | {"model_type": "nllb-moe"}
+    keys = flat_keys(BY_SLUG["nllb-moe"]) | {"model_type": "nllb-moe"}
     assert layer_of(keys, 2).routing.capacity == Capacity(64, 1.0, "batch")
     assert layer_of(keys | {"expert_capacity": None}, 2).routing.capacity == Capacity(None, 1.0, "batch")
 
@@ -341,7 +345,7 @@ def test_one_layers_own_values_are_found_under_a_padded_index() -> None:
 
 
 def test_the_decoder_of_an_identity_expert_model_counts_those_with_weights() -> None:
-    keys = flat_keys("longcat-flash") | {"model_type": "longcat_flash"}
+    keys = flat_keys(BY_SLUG["longcat-flash"]) | {"model_type": "longcat_flash"}
     layer = layer_of(keys, 0)
     assert (describe(keys).num_experts, layer.num_experts, layer.routing.identity_experts, layer.classes) == (
         17,
@@ -356,7 +360,11 @@ def test_the_decoder_of_an_identity_expert_model_counts_those_with_weights() -> 
 def configs() -> Mapping[str, Any]:
     """Slug -> a config of each class with a method, in its first way."""
     transformers = pytest.importorskip("transformers")
-    return {slug: getattr(transformers, CLASSES[slug])(**said.layer_keys(slug, 0)) for slug in said.METHODS}
+    return {
+        slug: getattr(transformers, record.config_class)(**layer_keys(record, record.ways[0]))
+        for slug, record in BY_SLUG.items()
+        if record.ways
+    }
 
 
 def of_the_method(config: Keys) -> Keys:
@@ -387,8 +395,7 @@ def flipped(key: str, value: Any) -> Any:
 def test_every_key_of_a_method_changes_its_layers(configs: Mapping[str, Any]) -> None:
     for slug, config in configs.items():
         saved = config.to_dict()
-        name = name_of(saved["model_type"])
-        for part in vars(METHODS[name]).values():
+        for part in vars(BY_SLUG[slug].method).values():
             for key in keys_in(part):
                 stored = next((alias for alias in key.names if alias in of_the_method(saved)), None)
                 assert stored is not None, f"{slug} has none of {key.names}"
@@ -401,17 +408,18 @@ def test_a_dead_key_changes_nothing(configs: Mapping[str, Any]) -> None:
     dead = 0
     for slug, config in configs.items():
         saved = config.to_dict()
-        for key in dead_keys(saved["model_type"]):
+        for key in BY_SLUG[slug].dead:
             value = of_the_method(saved)[key]
             assert describe(with_key(saved, key, flipped(key, value))) == describe(config), f"{slug}: {key}"
             dead += 1
-    assert dead == sum(map(len, (dead_keys(name) for name in FAMILIES)))
+    assert dead == sum(len(record.dead) for record in RECORDS.values())
 
 
 def test_a_key_left_out_is_the_default_of_the_config_class(configs: Mapping[str, Any]) -> None:
     for slug, config in configs.items():
-        keys = flat_keys(slug)
-        method = {alias for names in method_keys(name_of(config.model_type)) for alias in names}
+        record = BY_SLUG[slug]
+        keys = flat_keys(record)
+        method = {alias for names in record.method_keys for alias in names}
         keys = {key: value for key, value in keys.items() if key not in method or key == "n_shared_experts"}
         # 8 groups, where that is the default.
         keys |= {key: 16 for key in ("num_experts", "n_routed_experts") if key in keys}

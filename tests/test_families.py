@@ -17,7 +17,7 @@ from moe_conformance.model.specs import LayerSpec
 from moe_conformance.oracle.choice import choose
 from moe_conformance.oracle.layer import block_logits, block_routing, expected_block
 from moe_conformance.reference_impl.layer import layer
-from moe_conformance.suites.block.blocks import inputs_of, spec_of
+from moe_conformance.suites.block.blocks import inputs_of
 from moe_conformance.suites.block.cases import (
     BLOCK_CASES,
     EXPERTS_CASES,
@@ -26,6 +26,7 @@ from moe_conformance.suites.block.cases import (
     SHARED_CASES,
     VARIANTS,
 )
+from moe_conformance.suites.block.configs import spec_of
 from moe_conformance.suites.block.judging import answer, judge_output, judge_router, reported
 
 ROUTED = (*ROUTE_CASES, *NARROW_ROUTE_CASES)

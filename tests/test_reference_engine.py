@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moe_conformance.catalogue.case import catalogue
 from moe_conformance.engines.reference import Reference
-from moe_conformance.model.families.families import FAMILIES
+from moe_conformance.model.families.families import RECORDS
 from moe_conformance.protocol.features import complaints, words
 from moe_conformance.protocol.stages import STAGES
 
@@ -17,7 +17,7 @@ def test_every_feature_of_every_stage_is_offered() -> None:
     for stage in STAGES:
         stand_ins = {"MODEL_TYPE", "implementation:NAME"}
         assert words(stage).keys() - OFFERED[stage] <= stand_ins, stage
-    assert set(FAMILIES) <= OFFERED["block"]
+    assert set(RECORDS) <= OFFERED["block"]
 
 
 def test_no_case_asks_for_what_the_reference_does_not_offer() -> None:

@@ -13,50 +13,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from moe_conformance.judging import inputs
-from moe_conformance.reference_impl.checkpoint import names as checkpoint_names
-
-# The class that publishes checkpoints, where it is not the only ...ForCausalLM of its module.
-CLASSES = {
-    "aria_text": "AriaForConditionalGeneration",
-    "deepseek_ocr2_text": "DeepseekOcr2ForConditionalGeneration",
-    "diffusion_gemma_text": "DiffusionGemmaForBlockDiffusion",
-    "dots3_note_text": "Dots3NoteForConditionalGeneration",
-    "dots3_note_vision_encoder": "Dots3NoteVisionModel",
-    "ernie4_5_vl_moe_text": "Ernie4_5_VLMoeForConditionalGeneration",
-    "gemma4_text": "Gemma4ForConditionalGeneration",
-    "glm4v_moe_text": "Glm4vMoeForConditionalGeneration",
-    "glm5_next_text": "Glm5NextForConditionalGeneration",
-    "inkling2_text": "Inkling2ForConditionalGeneration",
-    "inkling_text": "InklingForConditionalGeneration",
-    "llama4_text": "Llama4ForConditionalGeneration",
-    "minimax_m3_vl_text": "MiniMaxM3SparseForConditionalGeneration",
-    "mistral_large4_text": "MistralLarge4ForConditionalGeneration",
-    "muse_spark_text": "MuseSparkForConditionalGeneration",
-    "nllb-moe": "NllbMoeForConditionalGeneration",
-    "openai_privacy_filter": "OpenAIPrivacyFilterForTokenClassification",
-    "qwen3_5_moe_text": "Qwen3_5MoeForConditionalGeneration",
-    "qwen3_omni_moe_talker_text": "Qwen3OmniMoeTalkerForConditionalGeneration",
-    "qwen3_omni_moe_text": "Qwen3OmniMoeThinkerForConditionalGeneration",
-    "qwen3_vl_moe_text": "Qwen3VLMoeForConditionalGeneration",
-    "qwen4_exp_text": "Qwen4ExpForConditionalGeneration",
-    "step3p5": "Step3p7ForConditionalGeneration",
-    "switch_transformers": "SwitchTransformersForConditionalGeneration",
-    "unlimited_ocr_text": "UnlimitedOcrForConditionalGeneration",
-    "vitpose_backbone": "VitPoseBackbone",
-}
-
-# The class of the text model alone, where it writes a checkpoint of its own.
-TEXT_ONLY = {
-    "aria_text": "AriaTextForCausalLM",
-    "dots3_note_text": "Dots3NoteForCausalLM",
-    "gemma4_text": "Gemma4ForCausalLM",
-    "inkling2_text": "Inkling2ForCausalLM",
-    "inkling_text": "InklingForCausalLM",
-    "llama4_text": "Llama4ForCausalLM",
-    "minimax_m3_vl_text": "MiniMaxM3VLForCausalLM",
-    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
-    "qwen4_exp_text": "Qwen4ExpForCausalLM",
-}
+from moe_conformance.model.families.configs import Size
+from moe_conformance.model.families.families import RECORDS
 
 # Sizes of the part with experts. 12 experts: two digits (names sort otherwise than numbers), no power of two.
 EXPERTS, TOP_K, HIDDEN, LAYERS = 12, 3, 32, 3
@@ -143,94 +101,11 @@ OTHER: dict[str, Any] = {
     "max_source_positions": 16,
 }
 
-# Where a family needs something of its own: dotted paths into its config.
-MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-ONE_DENSE = ["dense", "sparse", "sparse"]
-OWN: dict[str, dict[str, Any]] = {
-    "axk1": {"head_dim": 4},
-    "deepseek_v3": {"head_dim": 4},
-    "mimo_v2_flash": {"head_dim": 24, "layer_types": ["full_attention"] * LAYERS},
-    "glm4v_moe_text": {"text_config.rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
-    "beam": {"mlp_layer_types": ONE_DENSE},
-    "flint": {"mlp_only_layers": [0]},
-    "step3p5": {"text_config.mlp_layer_types": ONE_DENSE},
-    "dbrx": {
-        "attn_config.rope_theta": 1e4,
-        "attn_config.clip_qkv": 8.0,
-        "attn_config.kv_n_heads": 2,
-        "ffn_config.ffn_hidden_size": "F",
-    },
-    "deepseek_ocr2_text": {"text_config.mlp_layer_types": ONE_DENSE},
-    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "moe"]},
-    "doge": {"is_moe": True, "num_experts": 16},
-    "dots3_note_vision_encoder": {"mlp_layer_types": ONE_DENSE, "adapter_in_dim": 32, "adapter_out_dim": 32},
-    "dots3_note_text": {
-        "text_config.layer_types": ["indexed_attention"] * LAYERS,
-        "vision_config.mlp_layer_types": ["dense"],
-        "vision_config.adapter_in_dim": 32,
-        "vision_config.adapter_out_dim": 32,
-        "audio_config.adapter_input_size": 32,
-        "audio_config.adapter_output_size": 32,
-    },
-    "ernie4_5_vl_moe_text": {
-        "text_config.moe_intermediate_size": ["F", 12],
-        "text_config.mlp_layer_types": ONE_DENSE,
-        "text_config.rope_parameters": MROPE,
-    },
-    "glm5_next_text": {
-        "text_config.mlp_layer_types": ONE_DENSE,
-        "text_config.index_kpool": 4,
-        "text_config.qk_rope_head_dim": 0,
-    },
-    # As many layers as the vision tower has foldings; with fewer it wants scipy.
-    "inkling_text": {"vision_config.n_layers": 6},
-    "qwen3_omni_moe_talker_text": {"text_config.shared_expert_intermediate_size": 28, "spatial_merge_size": 2},
-    "gemma4_text": {
-        "text_config.enable_moe_block": True,
-        "text_config.hidden_size_per_layer_input": 0,
-        "text_config.global_head_dim": 8,
-    },
-    "diffusion_gemma_text": {"text_config.global_head_dim": 8},
-    "minimax_m3_vl_text": {"projector_hidden_size": 32, "merged_hidden_size": 32},
-    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention", "mamba"]},
-    "jamba": {"expert_layer_offset": 0, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
-    "longcat_flash": {"head_dim": 4, "ffn_hidden_size": 36, "expert_ffn_hidden_size": "F", "zero_expert_num": 4},
-    "muse_spark_text": {
-        "text_config.moe_hidden_size": 16,
-        "out_hidden_size": 32,
-        "projector_hidden_size": 32,
-        "audio_config.num_hidden_layers": 1,
-        "audio_config.depths": [1],
-        "audio_config.hidden_sizes": [8],
-        "audio_config.patch_sizes": [4],
-    },
-    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"], "moe_latent_size": 16},
-    "nllb-moe": {
-        "decoder_ffn_dim": "F",
-        "encoder_ffn_dim": "F",
-        "encoder_sparse_step": 1,
-        "decoder_sparse_step": 1,
-        "expert_capacity": 8,
-    },
-    "switch_transformers": {"d_ff": "F", "num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 3},
-    "unlimited_ocr_text": {"text_config.mlp_layer_types": ONE_DENSE},
-    "vitpose_backbone": {
-        "part_features": 8,
-        "mlp_ratio": 2,
-        "num_experts": 6,
-        "image_size": [16, 8],
-        "patch_size": [4, 4],
-    },
-    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-}
-
 
 def model_class(family: str) -> type[PreTrainedModel]:
     folder = CONFIG_MAPPING[family].__module__.split(".")[2]
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-    name = CLASSES.get(family) or next(name for name in vars(module) if name.endswith("ForCausalLM"))
-    found: type[PreTrainedModel] = getattr(module, name)
+    found: type[PreTrainedModel] = getattr(module, RECORDS[family].tiny.model_class)
     return found
 
 
@@ -239,7 +114,7 @@ def config(family: str, widths: str = "distinct", **own: Any) -> Any:
     cls = model_class(family).config_class
     width, dense = WIDTHS[widths]
     values = _shrunk(cls, TEXT | {"moe_intermediate_size": width, "intermediate_size": dense})
-    for path, value in (OWN.get(family, {}) | own).items():
+    for path, value in {**RECORDS[family].tiny.keys, **own}.items():
         *levels, key = path.split(".")
         functools.reduce(lambda level, name: level.setdefault(name, {}), levels, values)[key] = _sized(value, width)
     return cls(**values)
@@ -248,7 +123,7 @@ def config(family: str, widths: str = "distinct", **own: Any) -> Any:
 def _sized(value: Any, width: int) -> Any:
     if isinstance(value, list):
         return [_sized(entry, width) for entry in value]
-    return width if value == "F" else value
+    return width if value is Size.WIDTH else value
 
 
 def _shrunk(cls: Any, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -281,7 +156,10 @@ def build(family: str, widths: str = "distinct", text_only: bool = False, **own:
     torch.manual_seed(0)
     cls, values = model_class(family), config(family, widths, **own)
     if text_only:
-        cls, values = getattr(importlib.import_module(cls.__module__), TEXT_ONLY[family]), values.text_config
+        cls, values = (
+            getattr(importlib.import_module(cls.__module__), RECORDS[family].tiny.text_class),
+            values.text_config,
+        )
     model: PreTrainedModel = cls(values).eval()
     for block in blocks(model):
         parts = [block.module] if block.module is not block.layer else _gemma_parts(block.layer)
@@ -482,5 +360,6 @@ def _mlp(module: Any, prefix: str) -> dict[str, Tensor]:
     return down | {f"{prefix}.w13": torch.cat((own["gate_proj.weight"], own["up_proj.weight"]))}
 
 
-# vitpose_backbone has no router: the data set that an image is of names the expert.
-FAMILIES = tuple(checkpoint_names.FAMILIES)
+# Not of a family without a router: the data set that an image is of names the expert.
+FAMILIES = tuple(name for name, record in RECORDS.items() if record.names is not None)
+TEXT_ONLY = tuple(name for name in FAMILIES if RECORDS[name].tiny.text_class)

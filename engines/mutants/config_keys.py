@@ -12,10 +12,11 @@ from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.model.families import describe as stage
-from moe_conformance.model.families import families
-from moe_conformance.model.families import fields as config_fields
 from moe_conformance.model.families import keys as config_keys
-from moe_conformance.model.families import methods as config_methods
+from moe_conformance.model.families import words as config_words
+from moe_conformance.model.families.families import RECORDS
+from moe_conformance.model.families.record import Record
+from moe_conformance.model.families.records import deepseek_v4
 from moe_conformance.model.families.scope import Scope, plain
 from moe_conformance.model.specs import LayerSpec
 
@@ -56,14 +57,16 @@ class KnowsTwoTopKNames(Faulty):
     """The seed's fix, and no family further."""
 
     def capture_shape(self, config: Any, side: Side) -> CaptureShape:
-        with patch.object(families, "FAMILIES", _with_top_k(("num_experts_per_tok", "top_k_experts"))):
+        with patch.object(stage, "RECORDS", _with_top_k(("num_experts_per_tok", "top_k_experts"))):
             return super().capture_shape(config, side)
 
 
-def _with_top_k(keys: tuple[str, ...]) -> dict[str, families.Family]:
+def _with_top_k(keys: tuple[str, ...]) -> dict[str, Record]:
     return {
-        name: family if isinstance(family.top_k, int) else replace(family, top_k=keys)
-        for name, family in families.FAMILIES.items()
+        name: record
+        if isinstance(record.sizes.top_k, int)
+        else replace(record, sizes=replace(record.sizes, top_k=keys))
+        for name, record in RECORDS.items()
     }
 
 
@@ -285,7 +288,7 @@ _read = config_keys.Key.read
 
 
 def _read_hidden_act_only(key: config_keys.Key, scope: Scope, layer: int) -> Any:
-    return "silu" if key.of is config_fields.ACTIVATIONS and key.name != "hidden_act" else _read(key, scope, layer)
+    return "silu" if key.of is config_words.ACTIVATIONS and key.name != "hidden_act" else _read(key, scope, layer)
 
 
 class LimitsCountMoELayers(Faulty):
@@ -324,7 +327,7 @@ class HashedLayersAreNot(Faulty):
     """Every layer of DeepSeek-V4 chooses by its scores."""
 
     def describe(self, config: Any) -> MoESpec:
-        with patch.object(config_methods, "is_hashed", lambda scope, layer: False):
+        with patch.object(deepseek_v4, "is_hashed", lambda scope, layer: False):
             return super().describe(config)
 
 

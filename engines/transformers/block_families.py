@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_conformance.engine import RECORDS
+
 Tensors = Mapping[str, Tensor]
 # Canonical tensors and the block, a module of any family -> the value of one parameter.
 Source = Callable[[Tensors, Any], Tensor]
@@ -217,16 +219,5 @@ SEPARATE = {
 # Families whose block is nested in what also holds the shared experts: names without these prefixes.
 PREFIXES = ("block_sparse_moe.", "text_moe.")
 
-# Every family with routed experts but vitpose_backbone, whose router is the name of a data set.
-_NAMES = """
-    afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_ocr2_text deepseek_v2 deepseek_v3
-    deepseek_v32 deepseek_v4 diffusion_gemma_text doge dots1 dots3_note_text dots3_note_vision_encoder ernie4_5_moe
-    ernie4_5_vl_moe_text exaone_moe flex_olmo flint gemma4_text glm4_moe glm4_moe_lite glm4v_moe_text glm5_next_text
-    glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4
-    inkling2_text inkling_text jamba jetmoe kimi_linear kolibri1 laguna lfm2_moe llama4_text longcat_flash mellum
-    mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mistral4 mistral_large4_text mixtral muse_spark_text nemotron_h
-    nllb-moe olmoe openai_privacy_filter phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
-    qwen3_omni_moe_talker_text qwen3_omni_moe_text qwen3_vl_moe_text qwen4_exp_text solar_open step3p5
-    switch_transformers unlimited_ocr_text zaya
-"""
-MODEL_TYPES = frozenset(_NAMES.split())
+# Every family whose blocks a config describes.
+MODEL_TYPES = frozenset(name for name, record in RECORDS.items() if record.block is not None)

@@ -17,7 +17,7 @@ from moe_conformance.errors import UsageError
 LISTED = 40
 
 # Case ids are permanent; one that had to change stands here for good.
-CASES: Mapping[str, str] = {}
+CASES: Mapping[str, str] = {"config-vitpose-one-expert": "config-vitpose-backbone-one-expert"}
 CLASSES: Mapping[str, str] = {}
 # A clause begins with its stage, or with the subject that two stages share (capture, config, routing).
 CLAUSES: Mapping[str, str] = {

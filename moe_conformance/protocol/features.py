@@ -219,9 +219,9 @@ def unknown(stage: str, word: str) -> str:
 @cache
 def _spelled_out(stage: str) -> tuple[str, ...]:
     """The words of a stage, and in place of one in capitals those that it stands for."""
-    from moe_conformance.model.families.families import FAMILIES
+    from moe_conformance.model.families.families import RECORDS
 
-    return (*(word for word in words(stage) if word.islower()), *(FAMILIES if stage == "block" else ()))
+    return (*(word for word in words(stage) if word.islower()), *(RECORDS if stage == "block" else ()))
 
 
 def near(word: object, there: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_conformance.reference_impl.checkpoint.names import Op, Piece
+from moe_conformance.model.families.naming import Op, Piece
 
 
 class Sizes(NamedTuple):

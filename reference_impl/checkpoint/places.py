@@ -11,11 +11,12 @@ from moe_conformance.errors import CheckpointError
 from moe_conformance.model.description import MoESpec
 from moe_conformance.model.families.bounds import MOST_WIDTH
 from moe_conformance.model.families.describe import describe, layer_of
+from moe_conformance.model.families.naming import Piece, Stack
 from moe_conformance.model.families.scope import Scope
 from moe_conformance.model.specs import LayerSpec, Shape
 from moe_conformance.quote import few, quoted
 from moe_conformance.reference_impl.checkpoint.arrange import Sizes
-from moe_conformance.reference_impl.checkpoint.names import READ_PREFIXES, Piece, Stack, family_of, names_of
+from moe_conformance.reference_impl.checkpoint.names import READ_PREFIXES, family_of, names_of
 from moe_conformance.reference_impl.checkpoint.remap import SUFFIXES, index_of
 
 VISION = "vision."

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_conformance.errors import CheckpointError
+from moe_conformance.model.families.naming import Piece
 from moe_conformance.model.specs import Shape
 from moe_conformance.quote import few, plainly, quoted
 from moe_conformance.reference_impl.checkpoint.arrange import part, to_stored
 from moe_conformance.reference_impl.checkpoint.files import CONFIG, INDEX, SINGLE
-from moe_conformance.reference_impl.checkpoint.names import Piece
 from moe_conformance.reference_impl.checkpoint.places import Layer, Places
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -11,26 +11,18 @@ from torch import Tensor
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import BlockInputs, Routing
 from moe_conformance.judging.inputs import bits, integers, normal
-from moe_conformance.model.families.describe import describe
 from moe_conformance.model.specs import LayerSpec, Shape
-from moe_conformance.suites.block.cases import VARIANTS
+from moe_conformance.suites.block.configs import VARIANTS, spec_of
 
 # Spread of a selection bias: about that of the scores it is added to.
 BIAS_STD = {"softmax": 2.0**-4, "sigmoid": 2.0**-2, "sqrt_softplus": 2.0**-1}
-
-
-@cache
-def spec_of(slug: str) -> LayerSpec:
-    family = VARIANTS[slug]
-    found = describe(dict(family.config))
-    return found.layers[(found.moe_layers or found.encoder_moe_layers).index(family.layer)]
 
 
 def tensors_of(slug: str) -> dict[str, Tensor]:
     """Canonical tensors in float64, exact in every dtype; of one name and size the same in all families."""
     spec = spec_of(slug)
     found = {name: tensor(name, shape, spec.num_experts, bias_std(spec)) for name, shape in spec.tensors().items()}
-    if bias := VARIANTS[slug].bias:
+    if bias := VARIANTS[slug].block.bias:
         found["router.selection_bias"] = torch.tensor(bias, dtype=torch.float64)
     return found
 
@@ -62,7 +54,7 @@ def inputs_of(case: Case) -> BlockInputs:
     """The case's inputs, in its dtype, on the CPU."""
     family, spec, dtype = VARIANTS[case["family"]], spec_of(case["family"]), getattr(torch, case["dtype"])
     kept = {"router.selection_bias": torch.float32, "router.table": torch.int64}
-    state = spec.logits.takes_state and family.state
+    state = spec.logits.takes_state and family.block.state
     tensors, x = tensors_of(case["family"]), normal((*case["shape"], spec.hidden_size), f"family-{case['x']}")
     if case["sum"]:
         # A hidden dim that is 1 in all tokens, and the same in all rows of the projection, moves all logits alike.
@@ -70,10 +62,10 @@ def inputs_of(case: Case) -> BlockInputs:
         x[..., 0], tensors["router.proj"][:, 0] = 1.0, logit_of(case["sum"], spec)
     return BlockInputs(
         config=dict(family.config),
-        layer=family.layer,
+        layer=family.block.layer,
         tensors={name: t.to(kept.get(name, dtype)) for name, t in tensors.items()},
         x=x.to(dtype),
-        token_ids=integers(case["shape"], "family-tokens", spec.vocab_size) if family.token_ids else None,
+        token_ids=integers(case["shape"], "family-tokens", spec.vocab_size) if family.block.token_ids else None,
         state=normal((*case["shape"], spec.logits.width), "family-state", dtype) if state else None,
         routing=routing_of(case, spec),
         implementation=case["implementation"],

@@ -14,7 +14,8 @@ from moe_conformance.judging import compare
 from moe_conformance.oracle.layer import block_logits, block_routing, expected_block
 from moe_conformance.oracle.routing import judge_routing
 from moe_conformance.protocol.moving import to_device
-from moe_conformance.suites.block.blocks import inputs_of, spec_of
+from moe_conformance.suites.block.blocks import inputs_of
+from moe_conformance.suites.block.configs import spec_of
 
 
 def answer(engine: Any, inputs: BlockInputs) -> BlockOutput:

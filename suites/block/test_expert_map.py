@@ -10,8 +10,9 @@ from moe_conformance.catalogue.case import Case, check
 from moe_conformance.errors import Nonconformance, Unsupported
 from moe_conformance.judging import compare
 from moe_conformance.oracle.layer import expected_block
-from moe_conformance.suites.block.blocks import inputs_of, spec_of
+from moe_conformance.suites.block.blocks import inputs_of
 from moe_conformance.suites.block.cases import DROPPED_CASES, NO_EXPERT_CASES
+from moe_conformance.suites.block.configs import spec_of
 from moe_conformance.suites.block.judging import answer, judge_output
 
 

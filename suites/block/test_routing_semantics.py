@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from moe_conformance.catalogue.case import Case, check
-from moe_conformance.suites.block.blocks import inputs_of, spec_of
+from moe_conformance.suites.block.blocks import inputs_of
 from moe_conformance.suites.block.cases import NARROW_ROUTE_CASES, ROUTE_CASES
+from moe_conformance.suites.block.configs import spec_of
 from moe_conformance.suites.block.judging import answer, judge_router, reported
 
 

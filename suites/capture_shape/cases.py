@@ -8,62 +8,35 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.suites.describe.cases import GEMMA4, GEMMA4_HUB, LLAMA, ROOT_DIFFERS, TYPES, UNEVEN, flat
-from moe_conformance.suites.describe.families import (
-    CLASSES,
-    EXPERTS,
-    LAYERS,
-    LEADING_DENSE,
-    PARENTS,
-    TOP_K,
-    Keys,
-    flat_keys,
-    nested_keys,
-)
+from moe_conformance.model.families.configs import Keys
+from moe_conformance.model.families.describe import capture_shape, describe
+from moe_conformance.model.families.record import Record
+from moe_conformance.suites.describe.cases import LLAMA
+from moe_conformance.suites.describe.families import BY_SLUG, flat_keys, further, nested
 
 SIDES: tuple[Literal["worker", "reader"], ...] = ("worker", "reader")
 
 
-def captured(slug: str, moe_layers: int, keys: Keys, config_class: str = "") -> Case:
-    """moe_layers: how many of the layers have experts."""
-    want = {"layers": LAYERS, "moe_layers": moe_layers, "top_k": TOP_K, "experts": EXPERTS}
-    recipe: dict[str, Any] = {"keys": keys, "want": want}
-    recipe |= {"class": config_class} if config_class else {}
-    tier = "smoke" if slug == "gemma4-hub" else "core"
+def captured(record: Record, name: str) -> Case:
+    """name: of the config, as in `Record.captured`."""
+    config_class, keys = record.config_class, flat_keys(record)
+    if name == "nested":
+        config_class, keys = record.wrapper.config_class if record.wrapper else "", nested(record, keys)
+    elif name:
+        config_class, keys = further(record, next(config for config in record.configs if config.name == name))
+    said = {"model_type": record.model_type, **flat_keys(record)} if name in ("", "nested") else keys
+    if "model_type" not in said:
+        said = {"model_type": record.model_type, **said}
+    spec = describe(said)
+    layers, top_k, experts = capture_shape(said)
+    want = {"layers": layers, "moe_layers": len(spec.moe_layers), "top_k": top_k, "experts": experts}
+    recipe: dict[str, Any] = {"keys": keys, "want": want} | ({"class": config_class} if config_class else {})
+    slug = f"{record.slug}-{name}" if name else record.slug
+    tier = "smoke" if record.sample == "smoke" and name == "hub" else "core"
     return Case(f"capture-shape-{slug}", "capture_shape", "capture-shape.both-sides", recipe, tier)
 
 
-CAPTURED = (
-    *(
-        captured(slug, moe_layers, flat_keys(slug), CLASSES[slug])
-        for slug, moe_layers in (
-            ("dbrx", 9),
-            ("deepseek-v3", 5),
-            ("ernie4-5-moe", 2),
-            ("gemma4", 9),
-            ("gpt-oss", 9),
-            ("hunyuan-v1-moe", 9),
-            ("mixtral", 9),
-            ("nemotron-h", 4),
-            ("qwen3-moe", 3),
-        )
-    ),
-    *(
-        captured(f"{slug}-nested", moe_layers, nested_keys(slug), PARENTS[slug][0])
-        for slug, moe_layers in (
-            ("aria", 9),
-            ("gemma4", 9),
-            ("llama4", 2),
-            ("qwen3-omni-thinker", 3),
-            ("qwen3-vl-moe", 3),
-        )
-    ),
-    captured("hunyuan-v1-moe-top-k-list", 9, flat_keys("hunyuan-v1-moe") | {"moe_topk": UNEVEN}, "HunYuanMoEV1Config"),
-    captured("qwen3-vl-moe-root-differs", 3, ROOT_DIFFERS),
-    captured("gemma4-hub", 9, GEMMA4_HUB),
-    captured("qwen3-moe-hub", 3, flat("qwen3-moe", "qwen3_moe")),
-    captured("kimi-linear-hub", 5, flat("kimi-linear", "kimi_linear", TYPES, first_k_dense_replace=LEADING_DENSE)),
-)
+CAPTURED = tuple(captured(record, name) for record in BY_SLUG.values() for name in record.captured)
 
 
 def refused(name: str, clause: str, keys: Keys, config_class: str) -> Case:
@@ -72,12 +45,17 @@ def refused(name: str, clause: str, keys: Keys, config_class: str) -> Case:
     return Case(f"capture-shape-{name}", "capture_shape", clause, recipe)
 
 
+# The seed's own config, without the key that the capturer knew by another name; and a model without experts.
 REFUSED = (
-    refused(
-        "gemma4-without-top-k",
-        "config.say-what-is-missing",
-        GEMMA4 | {"top_k_experts": None},
-        "Gemma4TextConfig",
+    *(
+        refused(
+            f"{record.slug}-without-top-k",
+            "config.say-what-is-missing",
+            {**flat_keys(record), "top_k_experts": None},
+            record.config_class,
+        )
+        for record in BY_SLUG.values()
+        if record.sample and "top_k_experts" in record.config
     ),
     refused("llama-dense", "config.refuse-dense", LLAMA, "LlamaConfig"),
 )

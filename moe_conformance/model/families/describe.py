@@ -1,9 +1,9 @@
 """The config stage: what a model config says about its Mixture-of-Experts layers.
 
 A config arrives as a transformers object or as the plain dict of a config.json, flat or nested, in the spelling of
-the library or of the hub. Its sizes are read by the names of its model family (families.py, sizes.py)
-and by rules for its MoE layers (layers.py), what a layer computes by the family's method (methods.py);
-a model type that is not listed is read by its keys where they leave no doubt (unknown.py).
+the library or of the hub. The record of its model family says by which names its sizes are read (sizes.py), by which
+rule its MoE layers (layers.py), and what a layer computes (layer_spec.py); a model type without a record is read by its
+keys where they leave no doubt (unknown.py).
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.model.description import CaptureShape, MoESpec
 from moe_conformance.model.families.families import (
     EXPERTS,
-    FAMILIES,
     NESTED,
     NESTED_LAST,
-    TOP_K,
+    RECORDS,
     by_its_keys,
-    family_of,
     name_of,
 )
 from moe_conformance.model.families.keys import WHAT
 from moe_conformance.model.families.layer_spec import layer_specs
+from moe_conformance.model.families.record import TOP_K
 from moe_conformance.model.families.scope import Scope, levels, model_type_of, plain
 from moe_conformance.model.families.sizes import dense_error, sizes_of
 from moe_conformance.model.families.unknown import layers_by_keys
@@ -79,7 +78,7 @@ def _find(config: Any) -> tuple[Scope, str, MoESpec]:
     dense = None
     for scope, name in _candidates(values):
         try:
-            return scope, name, sizes_of(scope, family_of(name) or by_its_keys(scope))
+            return scope, name, sizes_of(scope, RECORDS[name].sizes if name else by_its_keys(scope))
         except DenseModelError as error:
             dense = dense or error
     raise dense or dense_error(Scope(values, "", _name(values)), f"no level has any of {', '.join((*EXPERTS, *TOP_K))}")
@@ -94,7 +93,7 @@ def _candidates(values: Mapping[str, Any]) -> Iterator[tuple[Scope, str]]:
             continue  # what lies below describes the model
         own = model_type_of(level)
         text = path.endswith("text_config") or not path
-        name = name_of(own or root) if text else own if own in FAMILIES else ""
+        name = name_of(own or root) if text else own if own in RECORDS else ""
         if name or any(level.get(key) is not None for key in (*EXPERTS, *TOP_K)):
             found = True
             yield Scope(level, path, root if own in ("", root) else f"{root} ({own})"), name
@@ -105,4 +104,4 @@ def _name(values: Mapping[str, Any]) -> str:
 
 
 def _layers(scope: Scope, name: str, spec: MoESpec) -> tuple[LayerSpec, ...]:
-    return layer_specs(scope, name, spec) if name else layers_by_keys(scope, spec)
+    return layer_specs(scope, RECORDS[name], spec) if name else layers_by_keys(scope, spec)

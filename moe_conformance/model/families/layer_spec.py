@@ -1,4 +1,4 @@
-"""From a family's method and a layer's sizes to its LayerSpec."""
+"""From a family's record and a layer's sizes to its LayerSpec."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from moe_conformance.model.description import MoESpec
-from moe_conformance.model.families.families import FAMILIES
-from moe_conformance.model.families.fields import Method
 from moe_conformance.model.families.keys import WHAT, is_of_each_layer, resolve
-from moe_conformance.model.families.methods import METHODS
+from moe_conformance.model.families.record import Method, Record
 from moe_conformance.model.families.scope import Scope
 from moe_conformance.model.families.sizes import identity_experts, routed_scope, spelled_out
 from moe_conformance.model.specs import (
@@ -38,16 +36,15 @@ class Sizes:
     latent: int | None
 
 
-def layer_specs(scope: Scope, name: str, spec: MoESpec) -> tuple[LayerSpec, ...]:
-    """What each MoE layer computes, by the name of its family; of the encoder, where that alone has experts.
+def layer_specs(scope: Scope, record: Record, spec: MoESpec) -> tuple[LayerSpec, ...]:
+    """What each MoE layer computes, by the record of its family; of the encoder, where that alone has experts.
 
     spec: the sizes. Raises ConfigError where a value has no meaning for the family.
     """
-    family = FAMILIES[name]
-    identity = identity_experts(scope, family)
-    routed = routed_scope(spelled_out(scope, family), family)
+    identity = identity_experts(scope, record.sizes)
+    routed = routed_scope(spelled_out(scope, record.sizes), record.sizes)
     said: dict[Sizes, LayerSpec] = {}  # of layers that only sizes tell apart
-    alike = not any(map(is_of_each_layer, vars(METHODS[name]).values()))
+    alike = not any(map(is_of_each_layer, vars(record.method).values()))
     found = []
     for place, layer in enumerate(spec.moe_layers or spec.encoder_moe_layers):
         experts, top_k, width = (
@@ -67,7 +64,7 @@ def layer_specs(scope: Scope, name: str, spec: MoESpec) -> tuple[LayerSpec, ...]
         is_own = not alike or bool(routed.own(layer))
         layer_says = None if is_own else said.get(sizes)
         if layer_says is None:
-            layer_says = layer_spec(routed.at(layer), METHODS[name], sizes, layer)
+            layer_says = layer_spec(routed.at(layer), record.method, sizes, layer)
         if not is_own:
             said[sizes] = layer_says
         found.append(layer_says)

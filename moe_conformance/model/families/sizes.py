@@ -8,13 +8,14 @@ from dataclasses import replace
 from moe_conformance.errors import DenseModelError
 from moe_conformance.model.description import MoESpec
 from moe_conformance.model.families.bounds import MOST_EXPERTS, MOST_LAYERS, MOST_SHARED, MOST_WIDTH
-from moe_conformance.model.families.families import EXPERTS, HIDDEN, TOP_K, Family
+from moe_conformance.model.families.families import EXPERTS, HIDDEN
 from moe_conformance.model.families.layers import block_types
+from moe_conformance.model.families.record import TOP_K, Sizes
 from moe_conformance.model.families.scope import Scope
 from moe_conformance.quote import plainly, quoted
 
 
-def sizes_of(scope: Scope, family: Family) -> MoESpec:
+def sizes_of(scope: Scope, family: Sizes) -> MoESpec:
     """All of a MoESpec but its layers. Raises DenseModelError, or ConfigError for a size that is missing or wrong."""
     if family.switch and not scope.flag("experts", family.switch):
         raise dense_error(scope, f"{family.switch} is {scope.get(family.switch)!r}")
@@ -66,7 +67,7 @@ def sizes_of(scope: Scope, family: Family) -> MoESpec:
     )
 
 
-def identity_experts(scope: Scope, family: Family) -> int:
+def identity_experts(scope: Scope, family: Sizes) -> int:
     """How many experts without weights the router also chooses among."""
     if family.extra_experts is None:
         return 0
@@ -75,7 +76,7 @@ def identity_experts(scope: Scope, family: Family) -> int:
     return scope.optional("experts without weights", key, default, most=MOST_EXPERTS)
 
 
-def routed_scope(scope: Scope, family: Family) -> Scope:
+def routed_scope(scope: Scope, family: Sizes) -> Scope:
     """The level of experts, top-k and width."""
     if not family.experts_under:
         return scope
@@ -84,7 +85,7 @@ def routed_scope(scope: Scope, family: Family) -> Scope:
     return scope.below("experts", family.experts_under)
 
 
-def spelled_out(scope: Scope, family: Family) -> Scope:
+def spelled_out(scope: Scope, family: Sizes) -> Scope:
     """The level itself, or with a legacy list of each layer's experts (-1: dense) written as its modern keys."""
     if not family.pyramid or scope.get(family.pyramid) is None:
         return scope
@@ -100,7 +101,7 @@ def spelled_out(scope: Scope, family: Family) -> Scope:
     return Scope({**scope.values, **modern}, scope.path, scope.model)
 
 
-def _width(scope: Scope, family: Family, layers: Sequence[int], total: int, hidden: int) -> tuple[int, ...]:
+def _width(scope: Scope, family: Sizes, layers: Sequence[int], total: int, hidden: int) -> tuple[int, ...]:
     if isinstance(family.width, int):
         return (family.width,) * len(layers)
     if family.width_of_hidden:
@@ -113,7 +114,7 @@ def _width(scope: Scope, family: Family, layers: Sequence[int], total: int, hidd
     return scope.each("expert width", family.width, layers, total, 1)
 
 
-def _shared(scope: Scope, family: Family, routed_width: int) -> tuple[int, int | None]:
+def _shared(scope: Scope, family: Sizes, routed_width: int) -> tuple[int, int | None]:
     """How many shared experts, and their summed width."""
     shared = family.shared
     if shared is None:
@@ -125,7 +126,7 @@ def _shared(scope: Scope, family: Family, routed_width: int) -> tuple[int, int |
     return (count, count * width) if count and width else (0, None)
 
 
-def _latent(scope: Scope, family: Family) -> int | None:
+def _latent(scope: Scope, family: Sizes) -> int | None:
     if not family.latent or (scope.get(family.latent) is None and not family.latent_required):
         return None
     return scope.integer("latent width", (family.latent,))

@@ -9,15 +9,15 @@ the keys of DeepSeek-V3 are also those of Mistral 4, which scores by softmax.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from moe_conformance.errors import ConfigError
 from moe_conformance.model.description import MoESpec
-from moe_conformance.model.families.families import EXPERTS, FAMILIES, SHARED_COUNT, TOP_K
+from moe_conformance.model.families.families import EXPERTS, RECORDS
 from moe_conformance.model.families.keys import WHAT
 from moe_conformance.model.families.layer_spec import layer_specs
-from moe_conformance.model.families.methods import DEAD, METHODS, method_keys
+from moe_conformance.model.families.record import SHARED_COUNT, TOP_K, Record
 from moe_conformance.model.families.scope import Scope
 from moe_conformance.model.families.sizes import sizes_of
 from moe_conformance.model.specs import LayerSpec
@@ -32,42 +32,45 @@ def layers_by_keys(scope: Scope, spec: MoESpec) -> tuple[LayerSpec, ...]:
 
     spec: the sizes as read by the keys.
     """
-    seen = {name for family in METHODS for name in _names(family) if name in scope.values}
-    candidates = [family for family in METHODS if _has_just(family, seen)]
+    seen = {name for record in RECORDS.values() for name in _names(record) if name in scope.values}
+    candidates = [record for record in RECORDS.values() if _has_just(record, seen)]
     said = dict(_said(scope, spec, candidates))
     layers, *others = said.values() or (None,)
     if layers is not None and all(other == layers for other in others):
         return layers
+    names = sorted(said or (record.model_type for record in candidates))
     raise scope.error(
         WHAT,
         f"unknown model type, keys: {', '.join(sorted(seen)) or 'none'}; families with these keys: "
-        f"{', '.join(sorted(said or candidates)) or 'none'}; set model_type to one that computes the same",
+        f"{', '.join(names) or 'none'}; set model_type to one that computes the same",
     )
 
 
-def _names(family: str) -> set[str]:
+def _names(record: Record) -> set[str]:
     """All keys by which a family may be told, the dead ones included: its configs carry them."""
-    return {*chain.from_iterable(method_keys(family)), *DEAD.get(family, ())} - ORDINARY
+    return {*chain.from_iterable(record.method_keys), *record.dead} - ORDINARY
 
 
-def _has_just(family: str, seen: set[str]) -> bool:
+def _has_just(record: Record, seen: set[str]) -> bool:
     """All keys that decide the family's method are seen, under one of their names, and none that it does not have."""
-    deciding = [names for names in method_keys(family) if not ORDINARY & set(names)]
-    return seen <= _names(family) and all(seen & set(names) for names in deciding)
+    deciding = [names for names in record.method_keys if not ORDINARY & set(names)]
+    return seen <= _names(record) and all(seen & set(names) for names in deciding)
 
 
-def _said(scope: Scope, spec: MoESpec, families: list[str]) -> Iterator[tuple[str, tuple[LayerSpec, ...] | None]]:
+def _said(
+    scope: Scope, spec: MoESpec, families: Iterable[Record]
+) -> Iterator[tuple[str, tuple[LayerSpec, ...] | None]]:
     """The layers as each family says, None where a size is not as it says; without those that do not know a value."""
-    for family in families:
+    for record in families:
         try:
-            layers = layer_specs(scope, family, spec)
+            layers = layer_specs(scope, record, spec)
         except ConfigError:
             continue
-        yield family, layers if _agrees(scope, family, spec) else None
+        yield record.model_type, layers if _agrees(scope, record, spec) else None
 
 
-def _agrees(scope: Scope, family: str, spec: MoESpec) -> bool:
+def _agrees(scope: Scope, record: Record, spec: MoESpec) -> bool:
     try:
-        return sizes_of(scope, FAMILIES[family]) == spec
+        return sizes_of(scope, record.sizes) == spec
     except ConfigError:
         return False

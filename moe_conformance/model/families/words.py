@@ -1,10 +1,9 @@
-"""The words in which methods.py says what a family computes: fields of spec.py, and keys that decide them."""
+"""The words in which records say what a layer computes: fields of specs.py, and keys that decide them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from moe_conformance.model.families.bounds import LEAST_EPSILON, MOST_EXPERTS, MOST_LAYERS
@@ -13,7 +12,7 @@ from moe_conformance.model.families.scope import Scope
 
 Fields = Mapping[str, Any]
 
-# transformers' names (ACT2FN) of the activations that spec.py knows.
+# transformers' names (ACT2FN) of the activations that specs.py knows.
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -29,27 +28,6 @@ ACTIVATIONS = {
 
 def activation(name: str = "hidden_act", default: str = "silu") -> Fields:
     return {"activation": Key(name, default, ACTIVATIONS)}
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a layer of one family computes. Sizes, and which layers have shared experts, are in families.py.
-
-    routing, logits, experts (an MLPSpec), layer, latent: fields of the specs. shared: of SharedSpec; shared_mlp: of its
-    MLP, where that is not as the experts are. dense: of DenseSpec; dense_mlp: of its MLP, width included.
-    unsaid: why spec.py has no words for its layer.
-    """
-
-    routing: Fields | Key = field(default_factory=dict)
-    logits: Fields = field(default_factory=dict)
-    experts: Fields = field(default_factory=activation)
-    shared: Fields = field(default_factory=dict)
-    shared_mlp: Fields = field(default_factory=dict)
-    latent: Fields = field(default_factory=dict)
-    dense: Fields | None = None
-    dense_mlp: Fields = field(default_factory=dict)
-    layer: Fields = field(default_factory=dict)
-    unsaid: str = ""
 
 
 def flag(name: str, default: bool, yes: Any = True, no: Any = False) -> Key:

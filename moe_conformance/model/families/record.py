@@ -1,0 +1,223 @@
+"""One model family: all that this project knows of it. records/ has one file a family; every table comes of them.
+
+A record says what its model's own code computes. Where transformers, the code that was published with the model, and
+the paper disagree, `authority` says which one it follows and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moe_conformance.model.families.configs import Keys
+from moe_conformance.model.families.keys import keys_in
+from moe_conformance.model.families.layers import Rule, every_layer
+from moe_conformance.model.families.naming import Names
+from moe_conformance.model.families.words import Fields, activation
+
+# Names that several families have. A family may use any of them, and those that its config uses must agree.
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+LAYERS = ("num_hidden_layers", "n_layers")
+WIDTH = ("moe_intermediate_size",)
+DENSE_WIDTH = ("intermediate_size",)
+SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """count: keys of how many there are, or the number. width: keys of the width of one, () for a routed one's."""
+
+    count: tuple[str, ...] | int = SHARED_COUNT
+    width: tuple[str, ...] = ()
+
+
+COUNTED = Shared()
+ONE_AS_WIDE = Shared(1)
+ONE_OF_ITS_OWN_WIDTH = Shared(1, ("shared_expert_intermediate_size",))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a family spells its sizes.
+
+    layers: rule for the MoE layers. num_layers: keys of the number of layers, () where the list of blocks gives it.
+    experts_under: key of the level that holds experts, top-k and width. top_k: keys, or the number the model fixes.
+    width: keys of an expert's width, or that width. width_of_hidden: key of the ratio of width to hidden_size.
+    width_entry: which entry to take of a width that is a list of something else than layers. extra_experts: key and
+    default of further experts without weights that the router also chooses among. latent: key of the width that the
+    experts work in, latent_required: whether it must be set. switch: key that must be true. least_experts: fewer is a
+    dense model. encoder: rule, layer keys and width keys of an encoder. pyramid: legacy key with the experts of each
+    layer.
+    """
+
+    layers: Rule = every_layer
+    num_layers: tuple[str, ...] = LAYERS
+    experts_under: str = ""
+    top_k: tuple[str, ...] | int = TOP_K
+    width: tuple[str, ...] | int = WIDTH
+    width_of_hidden: str = ""
+    width_entry: int | None = None
+    shared: Shared | None = None
+    extra_experts: tuple[str, int] | None = None
+    latent: str = ""
+    latent_required: bool = False
+    switch: str = ""
+    least_experts: int = 0
+    encoder: tuple[Rule, tuple[str, ...], tuple[str, ...]] | None = None
+    pyramid: str = ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a layer computes: fields of specs.py that are not at their defaults. A `Key` is what a config says.
+
+    routing, logits, experts (an MLPSpec), layer, latent: fields of the specs. shared: of SharedSpec; shared_mlp: of its
+    MLP, where that is not as the experts are. dense: of DenseSpec; dense_mlp: of its MLP, width included.
+    unsaid: why specs.py has no words for the layer.
+    """
+
+    routing: Any = field(default_factory=dict)
+    logits: Fields = field(default_factory=dict)
+    experts: Fields = field(default_factory=activation)
+    shared: Fields = field(default_factory=dict)
+    shared_mlp: Fields = field(default_factory=dict)
+    latent: Fields = field(default_factory=dict)
+    dense: Fields | None = None
+    dense_mlp: Fields = field(default_factory=dict)
+    layer: Fields = field(default_factory=dict)
+    unsaid: str = ""
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """The model around the family's text model, whose config has the family's below `path`.
+
+    config_class: transformers'. rest: what else that class insists on. typed: its text config must say its model type
+    (transformers 4 builds it only then).
+    """
+
+    config_class: str
+    rest: Keys = field(default_factory=dict)
+    path: tuple[str, ...] = ("text_config",)
+    typed: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """The config of a block that is judged: the record's, of two layers, with every knob turned.
+
+    keys: what differs from the record's config, None for a key that is dropped. layer: the decoder layer. grouped: the
+    family reads experts_implementation. given: takes a routing instead of its router's. token_ids, state: its router
+    needs them. bias: its selection bias, where hashed values would not do. only: the config as it stands.
+    """
+
+    keys: Keys = field(default_factory=dict)
+    layer: int = 1
+    grouped: bool = True
+    given: bool = True
+    token_ids: bool = False
+    state: bool = False
+    bias: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another setting of a block's config: keys that are changed, and fields of Block that are not as they were."""
+
+    keys: Keys = field(default_factory=dict)
+    layer: int | None = None
+    token_ids: bool | None = None
+    bias: tuple[float, ...] | None = None
+    state: bool | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """A further config of the family, beside those that every family has.
+
+    kind: it is judged by the "sizes" or the "layers" it says, or is "refused" with the keys in `names`, or "dense".
+    keys, dropped: what differs from the record's config. bare: the sizes of a model without experts alone.
+    form: arguments of the record's "class", or of the wrapper's ("nested"), or a "plain" config.json: of the record's
+    model type, or of `model_type`, with the record's level `below` and `top` beside it. untyped: without the level's
+    own model type. lenient: why an engine that says otherwise breaks no more than a SHOULD.
+    """
+
+    name: str
+    kind: Literal["sizes", "layers", "refused", "dense"] = "sizes"
+    keys: Keys = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    bare: bool = False
+    form: Literal["class", "nested", "plain"] = "class"
+    model_type: str = ""
+    below: str = "text_config"
+    top: Keys = field(default_factory=dict)
+    untyped: bool = False
+    names: tuple[str, ...] = ()
+    lenient: str = ""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """The real model in small.
+
+    model_class: transformers' class that publishes checkpoints; text_class: that of the text model alone, where it
+    writes checkpoints of its own. keys: by dotted path, what the sizes by name leave open.
+    """
+
+    model_class: str
+    text_class: str = ""
+    keys: Keys = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One model family.
+
+    model_type: of the config level that describes the experts. also: further model types of that level, and of
+    wrappers that are not called as it is without "_text". slug: how cases call it. config_class: transformers'.
+    dead: keys that a config carries and its MoE layers do not read, or in training alone.
+    names: None where no canonical tensor could hold what its layers have.
+    config: nine layers, in which no two roles share a number and none is a default. beside: keys that published
+    config.json files carry to say what the model does anyway; few classes read them, and some engines insist on them.
+    ways: what a config may say of how its layers compute: flags and choices on, off, otherwise; numbers that no class
+    has by default. block: None where nothing routes. variants: other settings of its switches.
+    configs: further ones. captured: those of which a capturer is asked the sizes: "" for the record's own, "nested" for
+    that of its wrapper, or the name of a further one. sample: it is one of the few that stand for a way to route, to
+    compute an expert or to combine, or of the fewer that stand for these.
+    """
+
+    model_type: str
+    config_class: str
+    sizes: Sizes
+    method: Method
+    config: Keys
+    tiny: Tiny
+    names: Names | None = None
+    also: tuple[str, ...] = ()
+    slug: str = ""
+    wrapper: Wrapper | None = None
+    dead: tuple[str, ...] = ()
+    beside: Keys = field(default_factory=dict)
+    ways: tuple[Keys, ...] = ()
+    block: Block | None = Block()
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    configs: tuple[Config, ...] = ()
+    captured: tuple[str, ...] = ()
+    sample: Literal["", "core", "smoke"] = ""
+    authority: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("also", "dead", "ways", "configs", "captured"):
+            if not isinstance(getattr(self, name), tuple):
+                raise TypeError(
+                    f"record of {self.model_type}: {name}: got {getattr(self, name)!r}, want a tuple; a comma makes one"
+                )
+        if not self.slug:
+            object.__setattr__(self, "slug", self.model_type.removesuffix("_text").replace("_", "-"))
+
+    @property
+    def method_keys(self) -> tuple[tuple[str, ...], ...]:
+        """The names of each key that decides the method of the family's layers; sizes and rules of layers apart."""
+        found = [key.names for part in vars(self.method).values() for key in keys_in(part)]
+        return tuple(dict.fromkeys(found))

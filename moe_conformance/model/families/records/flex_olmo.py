@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from moe_conformance.model.families.configs import MODEL, NO_NORM, NORM, NORM_OR_NOT, NUM_EXPERTS, PLAIN_WIDTH
+from moe_conformance.model.families.naming import EACH, PACKED, ROUTER, Names
+from moe_conformance.model.families.record import DENSE_WIDTH, Block, Method, Record, Sizes, Tiny, Variant
+from moe_conformance.model.families.words import norm
+
+RECORD = Record(
+    model_type="flex_olmo",
+    config_class="FlexOlmoConfig",
+    sizes=Sizes(width=DENSE_WIDTH),
+    method=Method(norm(False)),
+    names=Names(EACH + ROUTER, PACKED),
+    config=MODEL | NUM_EXPERTS | PLAIN_WIDTH,
+    ways=NORM_OR_NOT,
+    block=Block(NORM),
+    variants={"no-norm": Variant(NO_NORM)},
+    tiny=Tiny("FlexOlmoForCausalLM"),
+)

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from moe_conformance.model.families.configs import KNOBS, MODEL, N_ROUTED, NO_NORM, NOAUX, NOAUX_TC, OWN_WIDTH, TYPES
+from moe_conformance.model.families.layers import leading_dense, typed
+from moe_conformance.model.families.naming import BIAS, EACH, PACKED, ROUTER, Names
+from moe_conformance.model.families.record import Block, Method, Record, Sizes, Tiny, Variant
+from moe_conformance.model.families.words import FLOAT32, noaux
+
+RECORD = Record(
+    model_type="mimo_v2_flash",
+    config_class="MiMoV2FlashConfig",
+    sizes=Sizes(layers=typed(leading_dense(1))),
+    method=Method(noaux(1.0), FLOAT32),
+    names=Names(EACH + ROUTER + BIAS, PACKED),
+    config=MODEL | N_ROUTED | OWN_WIDTH | TYPES,
+    beside=NOAUX_TC,
+    ways=NOAUX,
+    block=Block(KNOBS),
+    variants={"no-norm": Variant(NO_NORM)},
+    tiny=Tiny("MiMoV2FlashForCausalLM", keys={"head_dim": 24, "layer_types": ["full_attention"] * 3}),
+)

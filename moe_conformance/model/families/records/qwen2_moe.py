@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from moe_conformance.model.families.configs import (
+    MODEL,
+    NO_NORM,
+    NORM,
+    NORM_OR_NOT,
+    NUM_EXPERTS,
+    ONE_SHARED,
+    OWN_WIDTH,
+    SECOND_OF_TWO,
+)
+from moe_conformance.model.families.layers import sparse_step
+from moe_conformance.model.families.naming import EACH, PACKED, ROUTER, SHARED_GATED, Names
+from moe_conformance.model.families.record import (
+    ONE_OF_ITS_OWN_WIDTH,
+    Block,
+    Config,
+    Method,
+    Record,
+    Sizes,
+    Tiny,
+    Variant,
+)
+from moe_conformance.model.families.words import norm
+
+RECORD = Record(
+    model_type="qwen2_moe",
+    config_class="Qwen2MoeConfig",
+    sizes=Sizes(layers=sparse_step(), least_experts=1, shared=ONE_OF_ITS_OWN_WIDTH),
+    method=Method(norm(False), shared={"gate": True}),
+    names=Names(EACH + ROUTER + SHARED_GATED, PACKED),
+    config=MODEL | NUM_EXPERTS | OWN_WIDTH | ONE_SHARED | SECOND_OF_TWO,
+    ways=NORM_OR_NOT,
+    block=Block(NORM),
+    variants={"no-norm": Variant(NO_NORM)},
+    configs=(
+        Config("every-layer", keys={"decoder_sparse_step": 1}),
+        Config("every-layer-dense", kind="dense", keys={"mlp_only_layers": [1, 3, 5, 7]}),
+    ),
+    tiny=Tiny("Qwen2MoeForCausalLM"),
+    sample="smoke",
+)
