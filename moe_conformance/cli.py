@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "--in-process", action="store_true", help="run checks in pytest's own process, for --pdb, coverage, profilers"
     )
     add("engines", engines, "List the engines that are registered, and whether they can start here.")
+    add("doctor", doctor, "Say what is installed, which engines can start here, and which model families are covered.")
     this = add("features", features, "List the optional features of each stage: what capabilities() may declare.")
     this.add_argument("stage", nargs="*", help="only of these stages")
     this = add("cases", cases, "List the cases: id, tier, level, stage, bug class.")
@@ -163,6 +164,31 @@ def engines(options: argparse.Namespace, _: list[str]) -> int:
         sorted(found.items()), surveys([found[name] for name in sorted(found)]), strict=True
     ):
         print(f"{name:14} {target.path:55} {survey.why or 'available'}")
+    return 0
+
+
+def doctor(options: argparse.Namespace, _: list[str]) -> int:
+    """What is installed, which engines start, and which model families are covered."""
+    from moe_conformance.model.families.families import RECORDS
+    from moe_conformance.model.families.installed import installed
+    from moe_conformance.reporting.report import run_facts
+
+    facts = run_facts()
+    print(f"moe-conformance {moe_conformance.__version__} on Python {facts.pop('python')}, {facts.pop('platform')}")
+    print(f"GPUs: {facts.pop('gpus')}; " + ", ".join(f"{name} {found or 'missing'}" for name, found in facts.items()))
+    print("\nengines")
+    engines(options, [])
+    there = installed()
+    print(f"\nfamilies: {len(RECORDS)} have a record; all are judged where an engine has them")
+    for record in RECORDS.values():
+        away = "" if there is None or record.model_type in there.all else f"; not in transformers {there.version}"
+        print(f"  {record.slug:24} {record.model_type:28} {record.covers}{away}")
+    if there is None:
+        print("  transformers is not installed: whether it has others cannot be said")
+    elif there.without_record:
+        print(f"\nfamilies of transformers {there.version} without a record, of which nothing is judged")
+        for name in there.without_record:
+            print(f"  {name:53} {there.experts[name]}")
     return 0
 
 

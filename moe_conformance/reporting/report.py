@@ -19,6 +19,7 @@ from moe_conformance.catalogue.clauses import BUG_CLASSES, Level
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.plain import fence, plain
 from moe_conformance.judging.verdict import Result, Verdict
+from moe_conformance.model.families.installed import installed
 from moe_conformance.protocol.stages import PROTOCOL_VERSION
 from moe_conformance.reporting.refusals import listed
 from moe_conformance.running.devices import gpu_count
@@ -51,6 +52,7 @@ class Report:
         self.strict = bool(config.getoption("--moe-strict"))
         self.results: list[Result] = []
         self.is_finished = False
+        self.strangers = strangers()
         self.engines: dict[str, Mapping[str, str]] = {}
         self.folder = Path(config.getoption("--moe-out")) if config.getoption("--moe-out") else None
         self._stream: TextIO | None = None
@@ -99,7 +101,7 @@ class Report:
         if self._stream is not None:
             self._stream.close()
         rows = table(self.results, self.targets)
-        below = [_not_run(self.results, deselected), *_marks(self.in_process, self.strict)]
+        below = [_not_run(self.results, deselected), *_marks(self.in_process, self.strict), *self.strangers]
         terminal.section("conformance", sep="=")
         for line in [*_aligned(rows), *below, *listed(self.results, REASONS_SHOWN)]:
             terminal.write_line(line)
@@ -157,6 +159,17 @@ def _not_run(results: Sequence[Result], deselected: int) -> str:
 def _marks(in_process: bool, strict: bool) -> list[str]:
     """What was not as in a usual run."""
     return [IN_PROCESS] * in_process + ["strict: a broken SHOULD fails the run"] * strict
+
+
+def strangers() -> list[str]:
+    """A line about families of the installed transformers that no case is of: silence would read as a pass."""
+    found = installed()
+    if found is None or not found.without_record:
+        return []
+    return [
+        f"nothing was judged of {len(found.without_record)} families with experts that transformers {found.version} has "
+        f"and no record describes: {', '.join(found.without_record)}"
+    ]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

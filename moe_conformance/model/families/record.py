@@ -217,6 +217,13 @@ class Record:
             object.__setattr__(self, "slug", self.model_type.removesuffix("_text").replace("_", "-"))
 
     @property
+    def covers(self) -> str:
+        """How far it goes, in words."""
+        if self.method.unsaid:
+            return f"config alone: {self.method.unsaid}"
+        return "config, layers, block, checkpoint" if self.names else "config, layers, block"
+
+    @property
     def method_keys(self) -> tuple[tuple[str, ...], ...]:
         """The names of each key that decides the method of the family's layers; sizes and rules of layers apart."""
         found = [key.names for part in vars(self.method).values() for key in keys_in(part)]

@@ -1,0 +1,72 @@
+"""Which families with experts the installed transformers has, read off its source: nothing of it is imported.
+
+A config class has experts where one of its attributes is named after a number of them. That the class is never read
+is no reason to leave it out: a family that nobody names reads as a pass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from moe_conformance.model.families.families import RECORDS, name_of
+
+_CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
+_MODEL_TYPE = re.compile(r"^    model_type(?:: *\w+)? *= *[\"']([^\"']+)[\"']", re.MULTILINE)
+# An attribute, an argument, or one of the constructor's own.
+_EXPERTS = re.compile(
+    r"^ +(?:self\.)?(?:\w*num_(?:\w+_)?experts|n_(?:routed|shared)_experts|pyramid_num_routed)\b *[:=]", re.M
+)
+
+
+@dataclass(frozen=True)
+class Installed:
+    """version: of transformers. all: every model type that it has. experts: those with experts, each its config class."""
+
+    version: str
+    all: frozenset[str]
+    experts: Mapping[str, str]
+
+    @property
+    def without_record(self) -> tuple[str, ...]:
+        """Model types with experts that no record describes."""
+        return tuple(sorted(name for name in self.experts if not name_of(name)))
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Model types of records that the installed transformers does not have."""
+        return tuple(sorted(name for name in RECORDS if name not in self.all))
+
+
+def installed() -> Installed | None:
+    """What the installed transformers has; None without one."""
+    found = find_spec("transformers")
+    if found is None or not found.submodule_search_locations:
+        return None
+    try:
+        which = version("transformers")
+    except PackageNotFoundError:
+        which = "of unknown version"
+    folder = Path(next(iter(found.submodule_search_locations))) / "models"
+    return read(which, (path.read_text("utf-8", "replace") for path in sorted(folder.glob("*/configuration_*.py"))))
+
+
+def read(which: str, sources: Iterable[str]) -> Installed:
+    """which: the version. sources: of the configuration files."""
+    every: set[str] = set()
+    experts: dict[str, str] = {}
+    for source in sources:
+        every.update(_MODEL_TYPE.findall(source))
+        if "experts" not in source:
+            continue
+        starts = [match.start() for match in _CLASS.finditer(source)]
+        classes = [source[start:end] for start, end in zip(starts, [*starts[1:], len(source)], strict=True)]
+        typed = [(found[1], text) for text in classes if (found := _MODEL_TYPE.search(text))]
+        # Of a class without a model type, which is part of a config: whatever the file describes has its experts.
+        part = any(_EXPERTS.search(text) and not _MODEL_TYPE.search(text) for text in classes)
+        experts |= {name: _CLASS.match(text)[1] for name, text in typed if part or _EXPERTS.search(text)}  # type: ignore[index]
+    return Installed(which, frozenset(every), experts)
