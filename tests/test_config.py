@@ -14,7 +14,7 @@ from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.model.families.configs import Keys
 from moe_conformance.model.families.describe import capture_shape, describe, layer_of
-from moe_conformance.model.families.families import RECORDS, record_of
+from moe_conformance.model.families.families import RECORDS
 from moe_conformance.model.families.keys import keys_in
 from moe_conformance.model.families.record import TOP_K
 from moe_conformance.model.specs import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
@@ -123,7 +123,7 @@ def test_a_config_is_not_written_to() -> None:
 
 def test_every_plain_case_is_of_a_known_family() -> None:
     plain = [case for case in CASES if "class" not in case.recipe and case.clause != "config.refuse-dense"]
-    assert plain and all(record_of(case["keys"]["model_type"]) for case in plain)
+    assert plain and all(RECORDS.record_of(case["keys"]["model_type"]) for case in plain)
 
 
 def test_a_record_of_layers_that_specs_can_say_has_all_its_parts() -> None:

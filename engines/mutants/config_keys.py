@@ -14,8 +14,7 @@ from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.model.families import describe as stage
 from moe_conformance.model.families import keys as config_keys
 from moe_conformance.model.families import words as config_words
-from moe_conformance.model.families.families import RECORDS
-from moe_conformance.model.families.record import Record
+from moe_conformance.model.families.families import RECORDS, Families
 from moe_conformance.model.families.records import deepseek_v4
 from moe_conformance.model.families.scope import Scope, plain
 from moe_conformance.model.specs import LayerSpec
@@ -61,13 +60,11 @@ class KnowsTwoTopKNames(Faulty):
             return super().capture_shape(config, side)
 
 
-def _with_top_k(keys: tuple[str, ...]) -> dict[str, Record]:
-    return {
-        name: record
-        if isinstance(record.sizes.top_k, int)
-        else replace(record, sizes=replace(record.sizes, top_k=keys))
-        for name, record in RECORDS.items()
-    }
+def _with_top_k(keys: tuple[str, ...]) -> Families:
+    return Families(
+        record if isinstance(record.sizes.top_k, int) else replace(record, sizes=replace(record.sizes, top_k=keys))
+        for record in RECORDS.values()
+    )
 
 
 class ReaderLooksAtTheTopLevelOnly(Faulty):

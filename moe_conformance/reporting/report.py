@@ -167,8 +167,8 @@ def strangers() -> list[str]:
     if found is None or not found.without_record:
         return []
     return [
-        f"nothing was judged of {len(found.without_record)} families with experts that transformers {found.version} has "
-        f"and no record describes: {', '.join(found.without_record)}"
+        f"nothing was judged of {len(found.without_record)} families with experts that transformers {found.version} "
+        f"has and no record describes: {', '.join(found.without_record)}"
     ]
 
 

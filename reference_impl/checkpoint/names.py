@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_conformance.errors import ConfigError
-from moe_conformance.model.families.families import NESTED, NESTED_LAST, RECORDS, record_of
+from moe_conformance.model.families.families import NESTED, NESTED_LAST, RECORDS, Families
 from moe_conformance.model.families.naming import Names
 from moe_conformance.model.families.record import Record
 from moe_conformance.model.families.scope import Scope, levels, model_type_of, plain
@@ -23,12 +23,12 @@ READ_PREFIXES = tuple(
 )
 
 
-def family_of(config: Mapping[str, Any]) -> tuple[Record, Scope]:
+def family_of(config: Mapping[str, Any], families: Families = RECORDS) -> tuple[Record, Scope]:
     """The record of a config.json whose checkpoint names are known, and the level that describes the experts."""
     root = model_type_of(plain(config))
     for path, level in [*levels(config, NESTED), *levels(config, NESTED_LAST)]:
         own = model_type_of(level) or root
-        record = record_of(own)
+        record = families.record_of(own)
         if record is not None and record.names is not None:
             return record, Scope(level, path, root or own)
     raise ConfigError(
@@ -37,11 +37,12 @@ def family_of(config: Mapping[str, Any]) -> tuple[Record, Scope]:
     )
 
 
-def names_of(config: Mapping[str, Any]) -> Names:
+def names_of(config: Mapping[str, Any], families: Families = RECORDS) -> Names:
     """How a model of this config.json writes its tensors."""
     model_type = model_type_of(plain(config))
-    record, _ = family_of(config)
-    found = NAMED[record.model_type]
+    record, _ = family_of(config, families)
+    found = record.names
+    assert found is not None  # as family_of says
     if found.alone_as_modules and model_type == record.model_type:
         renamed = {piece.target for piece in found.read}
         kept = tuple(piece for piece in found.written if piece.target not in renamed)

@@ -11,6 +11,7 @@ from moe_conformance.errors import CheckpointError
 from moe_conformance.model.description import MoESpec
 from moe_conformance.model.families.bounds import MOST_WIDTH
 from moe_conformance.model.families.describe import describe, layer_of
+from moe_conformance.model.families.families import RECORDS, Families
 from moe_conformance.model.families.naming import Piece, Stack
 from moe_conformance.model.families.scope import Scope
 from moe_conformance.model.specs import LayerSpec, Shape
@@ -46,13 +47,13 @@ class Places:
     wanted, sizes: shape, and counts of its layer, of every canonical tensor of the model.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], families: Families = RECORDS) -> None:
         """Raises ConfigError for a config that is not of a known MoE model."""
-        self.names = names_of(config)
-        _, level = family_of(config)
-        spec = describe(config)
+        self.names = names_of(config, families)
+        _, level = family_of(config, families)
+        spec = describe(config, families)
         if not spec.layers:
-            layer_of(config, (spec.moe_layers or spec.encoder_moe_layers)[0])  # raises, and says why
+            layer_of(config, (spec.moe_layers or spec.encoder_moe_layers)[0], families)  # raises, and says why
         self._layers = {
             (stack, index): self._layer(stack, index, layer, level)
             for stack in self.names.stacks

@@ -19,12 +19,12 @@ from moe_conformance.model.families.families import (
     NESTED,
     NESTED_LAST,
     RECORDS,
+    Families,
     by_its_keys,
-    name_of,
 )
 from moe_conformance.model.families.keys import WHAT
 from moe_conformance.model.families.layer_spec import layer_specs
-from moe_conformance.model.families.record import TOP_K
+from moe_conformance.model.families.record import TOP_K, Record
 from moe_conformance.model.families.scope import Scope, levels, model_type_of, plain
 from moe_conformance.model.families.sizes import dense_error, sizes_of
 from moe_conformance.model.families.unknown import layers_by_keys
@@ -32,7 +32,7 @@ from moe_conformance.model.specs import LayerSpec
 from moe_conformance.quote import few, quoted
 
 
-def describe(config: Any) -> MoESpec:
+def describe(config: Any, families: Families = RECORDS) -> MoESpec:
     """Read experts, top-k, MoE layers, shared experts and widths from a config, and what each MoE layer computes.
 
     config: a transformers config or its plain dict, flat or nested (text_config, ffn_config, thinker_config, ...;
@@ -45,47 +45,47 @@ def describe(config: Any) -> MoESpec:
         -> MoESpec(num_layers=2, moe_layers=(0, 1), num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=96,
                    layers=(LayerSpec(...), LayerSpec(...)))
     """
-    scope, name, spec = _find(config)
+    scope, record, spec = _find(config, families)
     try:
-        return replace(spec, layers=_layers(scope, name, spec))
+        return replace(spec, layers=_layers(scope, record, spec))
     except ConfigError:
         return spec
 
 
-def layer_of(config: Any, layer: int) -> LayerSpec:
+def layer_of(config: Any, layer: int, families: Families = RECORDS) -> LayerSpec:
     """What one MoE layer computes.
 
     layer: decoder layer (of the encoder, where that alone has experts).
     Raises as `describe` does, and ConfigError where the layer has no experts, a key of its method is wrong, or its
     model type is unknown and its keys are not those of one method alone: the message names keys and candidates.
     """
-    scope, name, spec = _find(config)
+    scope, record, spec = _find(config, families)
     moe_layers = spec.moe_layers or spec.encoder_moe_layers
     if layer not in moe_layers:
         raise scope.error(WHAT, f"layer {quoted(layer)} has no experts; want one of {few(moe_layers)}")
-    return _layers(scope, name, spec)[moe_layers.index(layer)]
+    return _layers(scope, record, spec)[moe_layers.index(layer)]
 
 
 def capture_shape(config: Any) -> CaptureShape:
     """The sizes of a routed-experts buffer, for every side that needs them: all layers, the largest top-k and E."""
-    spec = _find(config)[2]
+    spec = _find(config, RECORDS)[2]
     return CaptureShape(spec.num_layers, spec.max_top_k, spec.max_experts)
 
 
-def _find(config: Any) -> tuple[Scope, str, MoESpec]:
-    """The level that describes the MoE, the name of its family ("" if unknown), and the sizes."""
+def _find(config: Any, families: Families) -> tuple[Scope, Record | None, MoESpec]:
+    """The level that describes the MoE, the record of its family, if there is one, and the sizes."""
     values = plain(config)
     dense = None
-    for scope, name in _candidates(values):
+    for scope, record in _candidates(values, families):
         try:
-            return scope, name, sizes_of(scope, RECORDS[name].sizes if name else by_its_keys(scope))
+            return scope, record, sizes_of(scope, record.sizes if record else by_its_keys(scope))
         except DenseModelError as error:
             dense = dense or error
     raise dense or dense_error(Scope(values, "", _name(values)), f"no level has any of {', '.join((*EXPERTS, *TOP_K))}")
 
 
-def _candidates(values: Mapping[str, Any]) -> Iterator[tuple[Scope, str]]:
-    """The levels that may describe the MoE, innermost first, each with the family that says how to read it."""
+def _candidates(values: Mapping[str, Any], families: Families) -> Iterator[tuple[Scope, Record | None]]:
+    """The levels that may describe the MoE, innermost first, each with the record that says how to read it."""
     root = _name(values)
     found = False
     for path, level in [*levels(values, NESTED), *levels(values, NESTED_LAST)]:
@@ -93,15 +93,15 @@ def _candidates(values: Mapping[str, Any]) -> Iterator[tuple[Scope, str]]:
             continue  # what lies below describes the model
         own = model_type_of(level)
         text = path.endswith("text_config") or not path
-        name = name_of(own or root) if text else own if own in RECORDS else ""
-        if name or any(level.get(key) is not None for key in (*EXPERTS, *TOP_K)):
+        record = families.record_of(own or root) if text else families.get(own)
+        if record or any(level.get(key) is not None for key in (*EXPERTS, *TOP_K)):
             found = True
-            yield Scope(level, path, root if own in ("", root) else f"{root} ({own})"), name
+            yield Scope(level, path, root if own in ("", root) else f"{root} ({own})"), record
 
 
 def _name(values: Mapping[str, Any]) -> str:
     return model_type_of(values) or "model without model_type"
 
 
-def _layers(scope: Scope, name: str, spec: MoESpec) -> tuple[LayerSpec, ...]:
-    return layer_specs(scope, RECORDS[name], spec) if name else layers_by_keys(scope, spec)
+def _layers(scope: Scope, record: Record | None, spec: MoESpec) -> tuple[LayerSpec, ...]:
+    return layer_specs(scope, record, spec) if record else layers_by_keys(scope, spec)

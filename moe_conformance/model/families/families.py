@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable, Iterator, Mapping
 
 from moe_conformance.model.families import records
 from moe_conformance.model.families.bounds import MOST_SHARED
@@ -30,47 +29,53 @@ NESTED = ("text_config", "language_config", "llm_config", "thinker_config", "tal
 NESTED_LAST = ("vision_config",)
 
 
-def indexed(found: Iterable[Record]) -> tuple[Mapping[str, Record], Mapping[str, str]]:
-    """The records by their own model type, and that type by every model type which is read as theirs.
+class Families(Mapping[str, Record]):
+    """Records by their own model type, in the order of their slugs.
 
     A wrapper is called as the text model is, without "_text", or is among the record's `also`.
     Raises ValueError where two records claim one model type or one slug.
     """
-    ordered = sorted(found, key=lambda record: record.slug)
-    by_type: dict[str, Record] = {}
-    names: dict[str, str] = {}
-    slugs: dict[str, str] = {}
-    for record in ordered:
-        claims = [(slugs, record.slug), *((names, name) for name in (record.model_type, *record.also))]
-        if record.model_type.endswith("_text"):
-            claims.append((names, record.model_type.removesuffix("_text")))
-        for table, name in claims:
-            if name in table:
-                raise ValueError(
-                    f"record of {record.model_type}: {name!r} is that of {table[name]} too, want one record for each "
-                    "model type and slug; remove one of them or rename it"
-                )
-            table[name] = record.model_type
-        by_type[record.model_type] = record
-    return MappingProxyType(by_type), MappingProxyType(names)
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._records: dict[str, Record] = {}
+        self._names: dict[str, str] = {}
+        slugs: dict[str, str] = {}
+        for record in sorted(records, key=lambda record: record.slug):
+            claims = [(slugs, record.slug), *((self._names, name) for name in (record.model_type, *record.also))]
+            if record.model_type.endswith("_text"):
+                claims.append((self._names, record.model_type.removesuffix("_text")))
+            for table, name in claims:
+                if name in table:
+                    raise ValueError(
+                        f"record of {record.model_type}: got {name!r}, which is that of {table[name]} too, want one "
+                        "record for each model type and slug; remove one of them or rename it"
+                    )
+                table[name] = record.model_type
+            self._records[record.model_type] = record
+
+    def __getitem__(self, model_type: str) -> Record:
+        return self._records[model_type]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def name_of(self, model_type: str) -> str:
+        """The model type of the record that this one is read by; "" if there is none."""
+        return self._names.get(model_type, "")
+
+    def record_of(self, model_type: str) -> Record | None:
+        return self._records.get(self.name_of(model_type))
 
 
-def _written() -> Iterable[Record]:
+def _written() -> Iterator[Record]:
     for module in pkgutil.iter_modules(records.__path__):
         yield importlib.import_module(f"{records.__name__}.{module.name}").RECORD
 
 
-# In the order of their slugs.
-RECORDS, _NAMES = indexed(_written())
-
-
-def name_of(model_type: str) -> str:
-    """Under which name RECORDS knows a model type; "" if it does not."""
-    return _NAMES.get(model_type, "")
-
-
-def record_of(model_type: str) -> Record | None:
-    return RECORDS.get(name_of(model_type))
+RECORDS = Families(_written())
 
 
 def by_its_keys(scope: Scope) -> Sizes:

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from moe_conformance.model.families.families import RECORDS, name_of
+from moe_conformance.model.families.families import RECORDS
 
 _CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
 _MODEL_TYPE = re.compile(r"^    model_type(?:: *\w+)? *= *[\"']([^\"']+)[\"']", re.MULTILINE)
@@ -25,7 +25,7 @@ _EXPERTS = re.compile(
 
 @dataclass(frozen=True)
 class Installed:
-    """version: of transformers. all: every model type that it has. experts: those with experts, each its config class."""
+    """version: of transformers. all: every model type it has. experts: those with experts, and their config class."""
 
     version: str
     all: frozenset[str]
@@ -34,7 +34,7 @@ class Installed:
     @property
     def without_record(self) -> tuple[str, ...]:
         """Model types with experts that no record describes."""
-        return tuple(sorted(name for name in self.experts if not name_of(name)))
+        return tuple(sorted(name for name in self.experts if not RECORDS.name_of(name)))
 
     @property
     def absent(self) -> tuple[str, ...]:
