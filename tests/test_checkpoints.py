@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytest.importorskip("transformers", minversion="5.23", reason="the families here are those of transformers 5.23")
+import record_facts
 import tiny_models
+import written_out
 from tiny_models import FAMILIES
 
 from moe_conformance.errors import CheckpointError, ConfigError
@@ -90,6 +92,13 @@ def test_a_load_gives_the_parameters_of_the_real_modules(family: str, widths: st
     folder = written(family, widths)
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert_same(load(folder), tiny_models.canonical(tiny_models.build(family, widths)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_real_model_writes_the_names_that_are_written_out(family: str) -> None:
+    """Those against which the records' names are held, wherever transformers is not at hand."""
+    found = list(written_out.real_names(written(family), written(family, original=False)))
+    assert found == record_facts.lines(RECORDS[family])[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

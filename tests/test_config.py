@@ -9,15 +9,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from record_facts import bare_configs, spelled
 
 from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.model.families.configs import Keys
 from moe_conformance.model.families.describe import capture_shape, describe, layer_of
-from moe_conformance.model.families.families import RECORDS
+from moe_conformance.model.families.families import EXPERTS, RECORDS
 from moe_conformance.model.families.keys import keys_in
-from moe_conformance.model.families.record import TOP_K
+from moe_conformance.model.families.record import SHARED_COUNT, TOP_K
+from moe_conformance.model.families.words import ACTIVATIONS
 from moe_conformance.model.specs import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
+from moe_conformance.oracle import activation as oracle
 from moe_conformance.suites.describe.cases import CASES
 from moe_conformance.suites.describe.families import BY_SLUG, flat_keys, layer_keys
 
@@ -378,7 +381,7 @@ def with_key(config: Keys, key: str, value: Any) -> Keys:
     return config | {"ffn_config": level} if config["model_type"] == "dbrx" else level
 
 
-FLIPS = {"n_group": 6, "num_expert_group": 6, "topk_group": 1, "n_shared_experts": 3}
+FLIPS = {"n_group": 6, "num_expert_group": 6, "topk_group": 1, "n_shared_experts": 4}
 
 
 def flipped(key: str, value: Any) -> Any:
@@ -418,13 +421,66 @@ def test_a_dead_key_changes_nothing(configs: Mapping[str, Any]) -> None:
 def test_a_key_left_out_is_the_default_of_the_config_class(configs: Mapping[str, Any]) -> None:
     for slug, config in configs.items():
         record = BY_SLUG[slug]
-        keys = flat_keys(record)
-        method = {alias for names in record.method_keys for alias in names}
-        keys = {key: value for key, value in keys.items() if key not in method or key == "n_shared_experts"}
-        # 8 groups, where that is the default.
-        keys |= {key: 16 for key in ("num_experts", "n_routed_experts") if key in keys}
-        plain = describe({"model_type": config.model_type, **keys})
-        assert plain.layers and plain == describe(type(config)(**keys)), slug
+        own = {"model_type": config.model_type}
+        for keys in bare_configs(record, flat_keys(record)):
+            said = describe(own | dict(keys))
+            assert said.layers and said == describe(type(config)(**keys)), f"{slug}: {keys}"
+
+
+def test_each_name_of_a_key_means_the_same_to_the_config_class(configs: Mapping[str, Any]) -> None:
+    several = 0
+    for slug, config in configs.items():
+        record = BY_SLUG[slug]
+        own = {"model_type": config.model_type}
+        for keys in spelled(record, flat_keys(record), meaningless=False):
+            assert describe(own | dict(keys)) == describe(type(config)(**keys)), f"{slug}: {keys}"
+            several += 1
+    assert several > 10
+
+
+def test_a_value_that_a_method_does_not_know_is_refused_by_the_name_of_its_key() -> None:
+    """In the way to choose a method that reads the key."""
+    for record in RECORDS.values():
+        level = {"model_type": record.model_type, **flat_keys(record)}
+        for names in record.method_keys if not record.sizes.experts_under else ():
+            if names != ("n_shared_experts",):
+                configs = [dict(keys) | {names[0]: ["no such value"]} for keys in bare_configs(record, level)]
+                assert any(f"{names[0]}: got ['no such value']" in refusals(keys) for keys in configs), names
+
+
+def refusals(config: Keys) -> str:
+    """What is said of the layers of a config that cannot be described."""
+    spec, said = describe(config), []
+    for layer in spec.moe_layers or spec.encoder_moe_layers:
+        try:
+            layer_of(config, layer)
+        except ConfigError as error:
+            said.append(str(error))
+    return "\n".join(said)
+
+
+@pytest.mark.parametrize("name", [*TOP_K, *EXPERTS, *SHARED_COUNT])
+def test_each_common_name_of_a_size_is_read(name: str) -> None:
+    keys = {**DEEPSEEK, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    common = next(names for names in (TOP_K, EXPERTS, SHARED_COUNT) if name in names)
+    read = {TOP_K: lambda spec: spec.top_k, EXPERTS: lambda spec: spec.num_experts}
+    said = describe({key: value for key, value in keys.items() if key not in common} | {name: 5})
+    assert read.get(common, lambda spec: spec.shared_experts)(said) == 5
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layers"])
+def test_each_common_name_of_the_number_of_layers_is_read(name: str) -> None:
+    assert describe(without("num_hidden_layers", **{name: 4})).num_layers == 4
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_name_of_an_activation_means_what_it_does_to_transformers(name: str) -> None:
+    pytest.importorskip("transformers")
+    import torch
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-4, 4, 41, dtype=torch.float64)
+    torch.testing.assert_close(oracle.ACTIVATIONS[ACTIVATIONS[name]](x), ACT2FN[name](x), rtol=1e-12, atol=1e-12)
 
 
 def test_a_limit_of_none_is_no_limit() -> None:

@@ -89,7 +89,7 @@ class Places:
             second = replace(spec, experts=replace(spec.experts, width=width), shared=None).tensors()
             tensors |= {VISION + name: shape for name, shape in second.items()}
         shared = spec.shared.count if spec.shared else 1
-        identity = spec.routing.identity_experts if self.names.unread else 0
+        identity = spec.routing.identity_experts if self.names.identity_written else 0
         return Layer(tensors, Sizes(spec.num_experts, shared, identity), f"{stack.canonical}.{index}.")
 
     def layers(self) -> Iterator[tuple[str, Layer]]:

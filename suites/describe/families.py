@@ -52,7 +52,7 @@ def further(record: Record, config: Config) -> tuple[str, dict[str, Any]]:
     if not config.untyped:
         level = {"model_type": record.model_type, **level}
     if config.model_type:
-        return "", {"model_type": config.model_type, config.below: level, **config.top}
+        return "", {"model_type": config.model_type, config.below or "text_config": level, **config.top}
     return "", level
 
 

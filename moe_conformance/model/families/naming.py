@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 # How the part of a canonical tensor is laid out in the file; arrange.py says what each means.
 Op = Literal["transposed", "interleaved", "stacked", "row", "padded", "apart", "apart_columns", "apart_interleaved"]
+
+# Which numbers an expert's tensors have.
+Numbered = Literal["routed", "second", "identity"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,18 @@ class Piece:
     target: str
     half: int | None = None
     ops: tuple[Op, ...] = ()
-    experts: Literal["routed", "second", "identity"] = "routed"
+    experts: Numbered = "routed"
     row: int = 0
     rows: int = 1
+
+    def __post_init__(self) -> None:
+        strangers = [op for op in self.ops if op not in get_args(Op)]
+        if strangers or self.experts not in get_args(Numbered):
+            got = strangers[0] if strangers else self.experts
+            raise ValueError(
+                f"{self.pattern}: got {got!r}, want ops of {', '.join(get_args(Op))}, and experts of "
+                f"{', '.join(get_args(Numbered))}"
+            )
 
 
 Pieces = tuple[Piece, ...]
@@ -52,7 +64,7 @@ class Stack:
 @dataclass(frozen=True)
 class Names:
     """written: as `save_pretrained` writes them. read: spellings that are read as well, the modules' own included.
-    prefix: before the path of the stack. unread: config key of how many identity experts have tensors all the same.
+    prefix: before the path of the stack. identity_written: identity experts have tensors all the same.
     second_width: config key of a list whose entry 1 is the width of a second set of experts. once_transposed: packed
     experts lie transposed where transformers 4 wrote them. prefixes: by model type of a wrapper, what stands before the
     stack there. alone_as_modules: the text model by itself writes its modules' own names.
@@ -62,7 +74,7 @@ class Names:
     read: Pieces = ()
     prefix: str = "model."
     stacks: tuple[Stack, ...] = (Stack(),)
-    unread: str = ""
+    identity_written: bool = False
     second_width: str = ""
     once_transposed: bool = False
     prefixes: Mapping[str, str] = field(default_factory=dict)

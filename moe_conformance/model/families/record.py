@@ -67,6 +67,14 @@ class Sizes:
     encoder: tuple[Rule, tuple[str, ...], tuple[str, ...]] | None = None
     pyramid: str = ""
 
+    def __post_init__(self) -> None:
+        if bool(self.width) == bool(self.width_of_hidden):
+            raise ValueError(
+                f"sizes: got width {self.width!r} and width_of_hidden {self.width_of_hidden!r}, want one of them"
+            )
+        if self.width_entry is not None and (not self.width or isinstance(self.width, int)):
+            raise ValueError(f"sizes: got width_entry with width {self.width!r}, want keys of a list of widths")
+
 
 @dataclass(frozen=True)
 class Method:
@@ -132,6 +140,10 @@ class Variant:
     state: bool | None = None
 
 
+KINDS = ("sizes", "layers", "refused", "dense")
+FORMS = ("class", "nested", "plain")
+
+
 @dataclass(frozen=True)
 class Config:
     """A further config of the family, beside those that every family has.
@@ -139,8 +151,8 @@ class Config:
     kind: it is judged by the "sizes" or the "layers" it says, or is "refused" with the keys in `names`, or "dense".
     keys, dropped: what differs from the record's config. bare: the sizes of a model without experts alone.
     form: arguments of the record's "class", or of the wrapper's ("nested"), or a "plain" config.json: of the record's
-    model type, or of `model_type`, with the record's level `below` and `top` beside it. untyped: without the level's
-    own model type. lenient: why an engine that says otherwise breaks no more than a SHOULD.
+    model type, or of `model_type`, with the record's level `below` (text_config) and `top` beside it. untyped: without
+    the level's own model type. lenient: why an engine that says otherwise breaks no more than a SHOULD.
     """
 
     name: str
@@ -150,11 +162,21 @@ class Config:
     bare: bool = False
     form: Literal["class", "nested", "plain"] = "class"
     model_type: str = ""
-    below: str = "text_config"
+    below: str = ""
     top: Keys = field(default_factory=dict)
     untyped: bool = False
     names: tuple[str, ...] = ()
     lenient: str = ""
+
+    def __post_init__(self) -> None:
+        for what, value, known in (("kind", self.kind, KINDS), ("form", self.form, FORMS)):
+            if value not in known:
+                raise ValueError(f"config {self.name}: {what}: got {value!r}, want one of {', '.join(known)}")
+        if (self.model_type or self.top or self.untyped) and self.form != "plain":
+            raise ValueError(
+                f"config {self.name}: got model_type, top or untyped with form {self.form!r}, want form 'plain'; "
+                "arguments of a class have neither"
+            )
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,7 @@ SOFTMAX_PAIRS = {**groups(), **PAIRS, "group_mask": 0.0, "epsilon": 1e-20, **sca
 SWIGLU_OAI = {**clamped(7.0), "alpha": Key("swiglu_alpha", 1.702), "up_offset": 1.0}
 
 
-def noaux(factor: float, many: int = 1, top: int = 1, normed: bool = True) -> Fields:
-    """DeepSeek-V3: sigmoid and a bias for the choice, the best groups, renormalised by key, scaled."""
-    return {**SIGMOID_EPS, **norm(normed), **groups(many, top), **PAIRS, **scale(factor)}
+def noaux(factor: float | None, many: int = 1, top: int = 1, normed: bool = True) -> Fields:
+    """DeepSeek-V3: sigmoid and a bias for the choice, the best groups, renormalised by key, scaled but for a None."""
+    scaled = {} if factor is None else scale(factor)
+    return {**SIGMOID_EPS, **norm(normed), **groups(many, top), **PAIRS, **scaled}

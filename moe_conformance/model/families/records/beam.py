@@ -19,9 +19,7 @@ RECORD = Record(
     model_type="beam",
     config_class="BeamConfig",
     sizes=Sizes(layers=typed(leading_dense(3))),
-    method=Method(
-        {**noaux(2.5, 8, 4), "scale": 1.0}, FLOAT32, {**activation(), "dtype": "float32"}, layer=output_scale(2.5)
-    ),
+    method=Method(noaux(None, 8, 4), FLOAT32, {**activation(), "dtype": "float32"}, layer=output_scale(2.5)),
     names=Names(EACH + ROUTER + BIAS, PACKED),
     config=MODEL | NUM_EXPERTS | OWN_WIDTH | ONE_GROUP | TYPES,
     ways=(NOAUX[0] | {"num_experts": 12}, NOAUX[1] | {"num_experts": 12}),

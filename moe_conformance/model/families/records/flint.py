@@ -12,7 +12,16 @@ from moe_conformance.model.families.configs import (
 )
 from moe_conformance.model.families.layers import sparse_step
 from moe_conformance.model.families.naming import EACH, PACKED, ROUTER, Names, shared
-from moe_conformance.model.families.record import ONE_OF_ITS_OWN_WIDTH, Block, Method, Record, Sizes, Tiny, Variant
+from moe_conformance.model.families.record import (
+    ONE_OF_ITS_OWN_WIDTH,
+    Block,
+    Config,
+    Method,
+    Record,
+    Sizes,
+    Tiny,
+    Variant,
+)
 from moe_conformance.model.families.words import FLOAT32, norm
 
 RECORD = Record(
@@ -25,5 +34,6 @@ RECORD = Record(
     ways=NORM_OR_NOT,
     block=Block(NORM),
     variants={"no-norm": Variant(NO_NORM)},
+    configs=(Config("no-experts", kind="dense", keys={"num_experts": 0}),),
     tiny=Tiny("FlintForCausalLM", keys={"mlp_only_layers": [0]}),
 )

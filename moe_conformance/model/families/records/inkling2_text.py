@@ -30,7 +30,7 @@ RECORD = Record(
         + ROUTER
         + one("mlp.gate.bias", "router.selection_bias"),
         PACKED + BIAS,
-        prefixes={"inkling2": "model.llm.", "inkling2_text": "model.llm."},
+        prefix="model.llm.",
     ),
     config=MODEL | N_ROUTED | MOE_WIDTH,
     ways=({"route_scale": 3.5, "scoring_func": "sqrtsoftplus", "mlp_gate_softcap": 3.0, "mlp_up_softcap": 9.0} | GELU,),

@@ -45,7 +45,7 @@ RECORD = Record(
         alone_as_modules=True,
     ),
     config=MODEL | N_ROUTED | OWN_WIDTH | TYPES | N_SHARED,
-    ways=({"route_scale": 3.5, "shared_expert_sink": False} | GELU,),
+    ways=({"route_scale": 3.5, "shared_expert_sink": False, "n_shared_experts": 3} | GELU,),
     block=Block({"route_scale": SCALE}),
     configs=(Config("hub", keys={"dense_mlp_idx": 4}, dropped=("mlp_layer_types",), form="plain"),),
     # As many layers as the vision tower has foldings; with fewer it wants scipy.

@@ -29,7 +29,7 @@ RECORD = Record(
         + one("mlp.router.classifier.weight", "router.proj")
         + one("mlp.router.e_score_correction_bias", "router.selection_bias"),
         (replace(PACKED[0], ops=("padded",)), PACKED[1]),
-        unread="zero_expert_num",
+        identity_written=True,
     ),
     config=MODEL_LAYERS_DERIVED
     | {"n_routed_experts": EXPERTS, "moe_topk": TOP_K}

@@ -16,7 +16,7 @@ from moe_conformance.model.families.configs import (
 from moe_conformance.model.families.keys import Key
 from moe_conformance.model.families.layers import every_layer, typed
 from moe_conformance.model.families.naming import BIAS, PACKED, ROUTER, Names, one
-from moe_conformance.model.families.record import Block, Method, Record, Sizes, Tiny, Wrapper
+from moe_conformance.model.families.record import Block, Config, Method, Record, Sizes, Tiny, Wrapper
 from moe_conformance.model.families.words import FLOAT32, SIGMOID, activation, epsilon, norm_eps, scale
 
 RECORD = Record(
@@ -43,6 +43,15 @@ RECORD = Record(
     config=MODEL | NUM_LOCAL | OWN_WIDTH | TYPES | {"moe_hidden_size": LATENT},
     ways=({"output_multiplier": 0.75, "post_norm_eps": 3e-07} | RESCALED | NORM_EPS | GELU,),
     block=Block(SCALED | {"output_multiplier": 1.5, "rms_norm_eps": EPS, "post_norm_eps": 0.125}),
+    configs=(
+        Config(
+            "hub-without-latent",
+            kind="refused",
+            keys={"moe_hidden_size": None},
+            form="plain",
+            names=("moe_hidden_size",),
+        ),
+    ),
     tiny=Tiny(
         "MuseSparkForConditionalGeneration",
         keys={

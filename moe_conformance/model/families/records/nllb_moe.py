@@ -86,7 +86,10 @@ RECORD = Record(
         "before": Variant({"normalize_router_prob_before_dropping": True}),
         "by-weight": Variant({"batch_prioritized_routing": True}),
     },
-    configs=(Config("dense-encoder", keys={"encoder_sparse_step": 0}),),
+    configs=(
+        Config("dense-encoder", keys={"encoder_sparse_step": 0}),
+        Config("dense-decoder", keys={"decoder_sparse_step": 0, "encoder_ffn_dim": 26}),
+    ),
     tiny=Tiny(
         "NllbMoeForConditionalGeneration",
         keys={

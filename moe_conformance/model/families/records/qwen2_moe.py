@@ -35,6 +35,7 @@ RECORD = Record(
     block=Block(NORM),
     variants={"no-norm": Variant(NO_NORM)},
     configs=(
+        Config("no-experts", kind="dense", keys={"num_experts": 0}),
         Config("every-layer", keys={"decoder_sparse_step": 1}),
         Config("every-layer-dense", kind="dense", keys={"mlp_only_layers": [1, 3, 5, 7]}),
     ),

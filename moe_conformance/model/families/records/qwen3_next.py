@@ -34,6 +34,9 @@ RECORD = Record(
     ways=NORM_OR_NOT,
     block=Block(NORM),
     variants={"no-norm": Variant(NO_NORM)},
-    configs=(Config("hub", kind="layers", form="plain"),),
+    configs=(
+        Config("no-experts", kind="dense", keys={"num_experts": 0}),
+        Config("hub", kind="layers", form="plain"),
+    ),
     tiny=Tiny("Qwen3NextForCausalLM"),
 )

@@ -11,7 +11,7 @@ from moe_conformance.model.families.configs import (
 )
 from moe_conformance.model.families.layers import sparse_step
 from moe_conformance.model.families.naming import EACH, PACKED, ROUTER, Names
-from moe_conformance.model.families.record import Block, Method, Record, Sizes, Tiny, Variant, Wrapper
+from moe_conformance.model.families.record import Block, Config, Method, Record, Sizes, Tiny, Variant, Wrapper
 from moe_conformance.model.families.words import norm
 
 RECORD = Record(
@@ -28,5 +28,6 @@ RECORD = Record(
     block=Block(NORM),
     variants={"no-norm": Variant(NO_NORM)},
     captured=("nested",),
+    configs=(Config("no-experts", kind="dense", keys={"num_experts": 0}),),
     tiny=Tiny("Qwen3OmniMoeThinkerForConditionalGeneration"),
 )

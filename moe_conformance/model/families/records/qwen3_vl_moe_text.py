@@ -25,6 +25,7 @@ RECORD = Record(
     ways=ONLY_ACT,
     variants={"square": Variant(SQUARE), "narrow": Variant(NARROW)},
     configs=(
+        Config("no-experts", kind="dense", keys={"num_experts": 0}),
         Config(
             "root-differs",
             untyped=True,

@@ -55,7 +55,10 @@ RECORD = Record(
         },
         grouped=False,
     ),
-    configs=(Config("every-layer", keys={"num_sparse_decoder_layers": 9}),),
+    configs=(
+        Config("every-layer", keys={"num_sparse_decoder_layers": 9}),
+        Config("dense-decoder", keys={"num_sparse_decoder_layers": 10}),
+    ),
     tiny=Tiny(
         "SwitchTransformersForConditionalGeneration",
         keys={"d_ff": WIDTH, "num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 3},

@@ -7,8 +7,8 @@ RECORD = Record(
     model_type="vitpose_backbone",
     config_class="VitPoseBackboneConfig",
     # The router is the index of the data set: one expert a sample, in every layer.
-    sizes=Sizes(top_k=1, width_of_hidden="mlp_ratio", least_experts=2),
-    method=Method(unsaid="the data set of a sample, not a router, chooses its expert"),
+    sizes=Sizes(top_k=1, width=(), width_of_hidden="mlp_ratio", least_experts=2),
+    method=Method(experts={}, unsaid="the data set of a sample, not a router, chooses its expert"),
     config=MODEL
     | {
         "num_hidden_layers": LAYERS,
