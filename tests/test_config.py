@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,9 +16,9 @@ from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.model.families.configs import Keys
 from moe_conformance.model.families.describe import capture_shape, describe, layer_of
-from moe_conformance.model.families.families import EXPERTS, RECORDS
+from moe_conformance.model.families.families import EXPERTS, HIDDEN, RECORDS
 from moe_conformance.model.families.keys import keys_in
-from moe_conformance.model.families.record import SHARED_COUNT, TOP_K
+from moe_conformance.model.families.record import DENSE_WIDTH, LAYERS, SHARED_COUNT, TOP_K, WIDTH
 from moe_conformance.model.families.words import ACTIVATIONS
 from moe_conformance.model.specs import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
 from moe_conformance.oracle import activation as oracle
@@ -416,6 +417,29 @@ def test_a_dead_key_changes_nothing(configs: Mapping[str, Any]) -> None:
             assert describe(with_key(saved, key, flipped(key, value))) == describe(config), f"{slug}: {key}"
             dead += 1
     assert dead == sum(len(record.dead) for record in RECORDS.values())
+
+
+# Keys that sound of experts and have to do with training, or with another part of the model.
+ELSEWHERE = {
+    *("output_router_logits", "router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef"),
+    *("router_ignore_padding_tokens", "final_logit_softcapping", "kda_safe_gate"),
+    *("index_topk", "index_topk_blocks", "n_groups", "mamba_n_groups", "mamba_hidden_act"),
+}
+SOUNDS = re.compile(r"expert|rout|moe|top_?k|n_group|scor|swiglu|_gate$|aux_loss|norm_topk|mlp_bias|act$|softcap")
+
+
+def test_a_key_that_sounds_of_experts_is_read_or_known_to_be_dead() -> None:
+    """A record that leaves one out knows less of its model than the model's config class."""
+    transformers = pytest.importorskip("transformers")
+    common = {*TOP_K, *EXPERTS, *HIDDEN, *LAYERS, *WIDTH, *DENSE_WIDTH, *SHARED_COUNT, *ELSEWHERE}
+    for record in RECORDS.values():
+        if record.method.unsaid:
+            continue
+        keys = getattr(transformers, record.config_class)(**flat_keys(record)).to_dict()
+        method = {name for names in record.method_keys for name in names}
+        also = {key for config in record.configs for key in config.keys}
+        known = common | method | also | {*record.dead, *record.config, *record.beside}
+        assert {key for key in keys if SOUNDS.search(key)} - known == set(), record.model_type
 
 
 def test_a_key_left_out_is_the_default_of_the_config_class(configs: Mapping[str, Any]) -> None:

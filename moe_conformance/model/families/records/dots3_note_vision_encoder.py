@@ -12,6 +12,8 @@ RECORD = Record(
     config_class="Dots3NoteVisionConfig",
     sizes=Sizes(layers=typed(None), pyramid="pyramid_num_routed"),
     method=Method({**SIGMOID_EPS, **scale(1.0, "router_scaling_factor", "router_scale")}, FLOAT32),
+    # True is refused where a layer has experts.
+    dead=("mlp_bias",),
     names=Names(
         each("mlp.experts", "fc1", "fc3", "fc2")
         + one("mlp.gate_weight", "router.proj")
