@@ -31,7 +31,8 @@ _ELSEWHERE = re.compile(r"audio|vision_(?:tower|model|encoder)|visual|\bvit\b|at
 def said(record: Record) -> Iterator[str]:
     """Every config that is judged, as cases have it; what the record says beside them."""
     yield f"model types: {', '.join((record.model_type, *record.also))}"
-    yield f"checkpoints are of: {record.tiny.model_class}{record.tiny.text_class and f', {record.tiny.text_class}'}"
+    classes = filter(None, (record.tiny.model_class, record.tiny.text_class, record.published_config_class))
+    yield f"checkpoints are of: {', '.join(classes)}"
     if record.sample:
         yield f"sample: {record.sample}"
     if record.names is not None:

@@ -16,88 +16,96 @@ from torch import Tensor
 from moe_conformance.engine import RECORDS
 
 Tensors = Mapping[str, Tensor]
-# Canonical tensors and the block, a module of any family -> the value of one parameter.
-Source = Callable[[Tensors, Any], Tensor]
+# A canonical tensor, or a half of it, or a parameter, and the block, which is a module of any family.
+Form = Callable[[Tensor, Any], Tensor]
+
+
+def _as_it_is(tensor: Tensor, block: Any) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True)
-class Whole:
-    """The canonical tensor of this name as it is."""
+class Source:
+    """What one parameter is made of, and how it is laid out.
+
+    name: the canonical tensor. half: its gate rows (0) or its up rows (1), None for all. forth: from that to the
+    parameter; back: from the parameter to that.
+    """
 
     name: str
+    forth: Form = _as_it_is
+    back: Form = _as_it_is
+    half: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameter is the canonical tensor as it is."""
+        return self.half is None and self.forth is _as_it_is
+
+    @property
+    def dim(self) -> int:
+        """Of the rows that the halves are of."""
+        return 1 if self.name.startswith("experts.") else 0
 
     def __call__(self, tensors: Tensors, block: Any) -> Tensor:
-        return tensors[self.name]
+        tensor = tensors[self.name]
+        if self.is_whole:
+            return tensor
+        if self.half is not None:
+            tensor = tensor.chunk(2, self.dim)[self.half]
+        return self.forth(tensor, block).contiguous()
 
 
-def transposed(name: str) -> Source:
-    return lambda tensors, block: tensors[name].transpose(1, 2).contiguous()
+def turned(tensor: Tensor, block: Any) -> Tensor:
+    return tensor.mT
+
+
+def interleaved(tensor: Tensor, block: Any) -> Tensor:
+    """Rows, or a bias, as gate, up, gate, up: gpt-oss alone."""
+    return torch.stack(tensor.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+
+def apart(tensor: Tensor, block: Any) -> Tensor:
+    return torch.cat((tensor[:, 0::2], tensor[:, 1::2]), dim=1)
+
+
+def below(tensor: Tensor, block: Any) -> Tensor:
+    """dbrx: the experts below each other, [E F, H]."""
+    return tensor.flatten(0, 1)
+
+
+def by_expert(tensor: Tensor, block: Any) -> Tensor:
+    return tensor.unflatten(0, (block.router.layer.weight.shape[0], -1))
+
+
+def with_identity_rows(tensor: Tensor, block: Any) -> Tensor:
+    """longcat_flash has rows for its identity experts too, which nothing may read."""
+    return torch.cat((tensor, tensor.new_full((block.experts.zero_expert_num, *tensor.shape[1:]), float("nan"))))
+
+
+def side_by_side(tensor: Tensor, block: Any) -> Tensor:
+    """inkling: each shared expert's gate or up rows, [n, F, H]."""
+    return tensor.unflatten(0, (block.shared_experts.n_shared_experts, -1))
+
+
+def side_by_side_columns(tensor: Tensor, block: Any) -> Tensor:
+    return tensor.unflatten(1, (block.shared_experts.n_shared_experts, -1)).transpose(0, 1)  # [H, n, F] -> [n, H, F]
+
+
+def whole(name: str) -> Source:
+    return Source(name)
 
 
 def half(name: str, which: int) -> Source:
-    """The gate rows (0) or the up rows (1) of a w13."""
-    return lambda tensors, block: tensors[name].chunk(2)[which].contiguous()
+    return Source(name, half=which)
 
 
-def interleaved(name: str) -> Source:
-    """Rows, or a bias, as gate, up, gate, up: gpt-oss alone."""
-    return lambda tensors, block: torch.stack(tensors[name].chunk(2, dim=1), dim=2).flatten(1, 2)
-
-
-def interleaved_columns(name: str) -> Source:
-    return lambda tensors, block: interleaved(name)(tensors, block).transpose(1, 2).contiguous()
-
-
-def row(name: str) -> Source:
-    return lambda tensors, block: tensors[name].unsqueeze(0)
-
-
-def stacked_half(which: int) -> Source:
-    """dbrx: the experts' gate (0) or up (1) rows below each other, [E F, H]."""
-    return lambda tensors, block: (
-        tensors["experts.w13"].chunk(2, dim=1)[which].reshape(-1, tensors["experts.w2"].shape[1])
-    )
-
-
-def stacked_down(tensors: Tensors, block: Any) -> Tensor:
-    return tensors["experts.w2"].transpose(1, 2).flatten(0, 1)
-
-
-def with_identity_rows(tensors: Tensors, block: Any) -> Tensor:
-    """longcat_flash has rows for its identity experts too, which nothing may read."""
-    w13 = tensors["experts.w13"]
-    unread = w13.new_full((block.experts.zero_expert_num, *w13.shape[1:]), float("nan"))
-    return torch.cat((w13, unread))
-
-
-def side_by_side_half(which: int) -> Source:
-    """inkling: each shared expert's gate or up rows, [n, F, H]."""
-
-    def source(tensors: Tensors, block: Any) -> Tensor:
-        rows = tensors["shared.w13"].chunk(2)[which]
-        return rows.reshape(block.shared_experts.n_shared_experts, -1, rows.shape[1])
-
-    return source
-
-
-def side_by_side_down(tensors: Tensors, block: Any) -> Tensor:
-    down = tensors["shared.w2"]
-    columns = down.reshape(down.shape[0], block.shared_experts.n_shared_experts, -1)  # [H, n, F]
-    return columns.transpose(0, 1).contiguous()
-
-
-def shared_up(kind: str) -> Source:
-    """nemotron_h's shared expert has no gate."""
-
-    def source(tensors: Tensors, block: Any) -> Tensor:
-        alone = f"shared.{kind}1"
-        return tensors[alone] if alone in tensors else half(f"shared.{kind}13", 1)(tensors, block)
-
-    return source
+def transposed(name: str) -> Source:
+    return Source(name, turned, turned)
 
 
 def squeezed(name: str, dim: int) -> Source:
-    return lambda tensors, block: tensors[name].squeeze(dim)
+    return Source(name, lambda tensor, _: tensor.squeeze(dim), lambda tensor, _: tensor.unsqueeze(dim))
 
 
 PROJECTIONS = (
@@ -121,74 +129,80 @@ SELECTION_BIASES = (
 SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 
 SOURCES: dict[str, Source] = {
-    **dict.fromkeys(PROJECTIONS, Whole("router.proj")),
-    **dict.fromkeys(SELECTION_BIASES, Whole("router.selection_bias")),
-    "gate.moe_statics.e_score_correction_bias": row("router.selection_bias"),
-    "router.bias": Whole("router.bias"),
-    "router.classifier.bias": Whole("router.bias"),
-    "router.scale": Whole("router.scale"),
-    "router.per_expert_scale": Whole("router.per_expert_scale"),
-    "gate.global_scale": Whole("router.global_scale"),
-    "gate.tid2eid": Whole("router.table"),
+    **dict.fromkeys(PROJECTIONS, whole("router.proj")),
+    **dict.fromkeys(SELECTION_BIASES, whole("router.selection_bias")),
+    "gate.moe_statics.e_score_correction_bias": Source(
+        "router.selection_bias", lambda bias, _: bias[None], lambda rows, _: rows[0]
+    ),
+    "router.bias": whole("router.bias"),
+    "router.classifier.bias": whole("router.bias"),
+    "router.scale": whole("router.scale"),
+    "router.per_expert_scale": whole("router.per_expert_scale"),
+    "gate.global_scale": whole("router.global_scale"),
+    "gate.tid2eid": whole("router.table"),
     # zaya
-    "gate.down_proj.weight": Whole("router.down.weight"),
-    "gate.down_proj.bias": Whole("router.down.bias"),
-    "gate.router_states_scale": Whole("router.state_scale"),
-    "gate.router_mlp.norm.weight": Whole("router.norm"),
+    "gate.down_proj.weight": whole("router.down.weight"),
+    "gate.down_proj.bias": whole("router.down.bias"),
+    "gate.router_states_scale": whole("router.state_scale"),
+    "gate.router_mlp.norm.weight": whole("router.norm"),
     **{
-        f"gate.router_mlp.{fc}.{kind}": Whole(f"router.{fc}.{kind}")
+        f"gate.router_mlp.{fc}.{kind}": whole(f"router.{fc}.{kind}")
         for fc in ("fc1", "fc2")
         for kind in ("weight", "bias")
     },
     # routed experts
-    "experts.gate_up_proj": Whole("experts.w13"),
-    "experts.gate_up_proj_bias": Whole("experts.b13"),
-    "experts.up_proj": Whole("experts.w1"),
-    "experts.down_proj": Whole("experts.w2"),
-    "experts.down_proj_bias": Whole("experts.b2"),
-    "experts.post_expert_norm.weight": Whole("experts.output_norm"),
-    "experts.mlp.w1": stacked_half(0),
-    "experts.mlp.v1": stacked_half(1),
-    "experts.mlp.w2": stacked_down,
-    "input_linear.weight": Whole("experts.w13"),
-    "output_linear.weight": Whole("experts.w2"),
+    "experts.gate_up_proj": whole("experts.w13"),
+    "experts.gate_up_proj_bias": whole("experts.b13"),
+    "experts.up_proj": whole("experts.w1"),
+    "experts.down_proj": whole("experts.w2"),
+    "experts.down_proj_bias": whole("experts.b2"),
+    "experts.post_expert_norm.weight": whole("experts.output_norm"),
+    "experts.mlp.w1": Source("experts.w13", below, by_expert, 0),
+    "experts.mlp.v1": Source("experts.w13", below, by_expert, 1),
+    "experts.mlp.w2": Source(
+        "experts.w2", lambda w2, _: below(w2.mT, _), lambda rows, block: by_expert(rows, block).mT
+    ),
+    "input_linear.weight": whole("experts.w13"),
+    "output_linear.weight": whole("experts.w2"),
     "down_embed.weight": squeezed("experts.w1", 1),
     "up_embed.weight": squeezed("experts.w2", 2),
     # shared experts
     **{f"{name}.gate_proj.weight": half("shared.w13", 0) for name in SHARED},
-    **{f"{name}.up_proj.weight": shared_up("w") for name in SHARED},
-    **{f"{name}.down_proj.weight": Whole("shared.w2") for name in SHARED},
+    **{f"{name}.up_proj.weight": half("shared.w13", 1) for name in SHARED},
+    **{f"{name}.down_proj.weight": whole("shared.w2") for name in SHARED},
     **{f"{name}.gate_proj.bias": half("shared.b13", 0) for name in SHARED},
-    **{f"{name}.up_proj.bias": shared_up("b") for name in SHARED},
-    **{f"{name}.down_proj.bias": Whole("shared.b2") for name in SHARED},
-    "shared_experts.gate_up_proj.weight": Whole("shared.w13"),
-    "shared_mlp.input_linear.weight": Whole("shared.w13"),
-    "shared_mlp.output_linear.weight": Whole("shared.w2"),
-    "shared_expert_gate.weight": Whole("shared.gate"),
-    "shared_experts.gate_proj": side_by_side_half(0),
-    "shared_experts.up_proj": side_by_side_half(1),
-    "shared_experts.down_proj": side_by_side_down,
+    **{f"{name}.up_proj.bias": half("shared.b13", 1) for name in SHARED},
+    **{f"{name}.down_proj.bias": whole("shared.b2") for name in SHARED},
+    "shared_experts.gate_up_proj.weight": whole("shared.w13"),
+    "shared_mlp.input_linear.weight": whole("shared.w13"),
+    "shared_mlp.output_linear.weight": whole("shared.w2"),
+    "shared_expert_gate.weight": whole("shared.gate"),
+    "shared_experts.gate_proj": Source("shared.w13", side_by_side, lambda rows, _: rows.flatten(0, 1), 0),
+    "shared_experts.up_proj": Source("shared.w13", side_by_side, lambda rows, _: rows.flatten(0, 1), 1),
+    "shared_experts.down_proj": Source(
+        "shared.w2", side_by_side_columns, lambda columns, _: columns.transpose(0, 1).flatten(1, 2)
+    ),
     # latent width
-    "fc1_latent_proj.bias": Whole("latent.in_bias"),
-    "fc2_latent_proj.bias": Whole("latent.out_bias"),
-    "fc1_latent_proj.weight": Whole("latent.in"),
-    "fc2_latent_proj.weight": Whole("latent.out"),
-    "pre_expert_proj.weight": Whole("latent.in"),
-    "pre_expert_norm.weight": Whole("latent.norm"),
-    "post_expert_proj.weight": Whole("latent.out"),
+    "fc1_latent_proj.bias": whole("latent.in_bias"),
+    "fc2_latent_proj.bias": whole("latent.out_bias"),
+    "fc1_latent_proj.weight": whole("latent.in"),
+    "fc2_latent_proj.weight": whole("latent.out"),
+    "pre_expert_proj.weight": whole("latent.in"),
+    "pre_expert_norm.weight": whole("latent.norm"),
+    "post_expert_proj.weight": whole("latent.out"),
     # a dense MLP beside the experts, and the end of the block
     **{f"{prefix}gate_proj.weight": half("dense.w13", 0) for prefix in ("mlp.", "")},
     **{f"{prefix}up_proj.weight": half("dense.w13", 1) for prefix in ("mlp.", "")},
-    **{f"{prefix}down_proj.weight": Whole("dense.w2") for prefix in ("mlp.", "")},
+    **{f"{prefix}down_proj.weight": whole("dense.w2") for prefix in ("mlp.", "")},
     "gate_proj.bias": half("dense.b13", 0),
     "up_proj.bias": half("dense.b13", 1),
-    "down_proj.bias": Whole("dense.b2"),
-    "pre_feedforward_layernorm.weight": Whole("dense.norm"),
-    "post_feedforward_layernorm_1.weight": Whole("dense.sum_norm"),
-    "pre_feedforward_layernorm_2.weight": Whole("experts.norm"),
-    "post_feedforward_layernorm_2.weight": Whole("experts.sum_norm"),
-    "post_mlp_layernorm.weight": Whole("output.norm"),
-    "bias": Whole("output.bias"),
+    "down_proj.bias": whole("dense.b2"),
+    "pre_feedforward_layernorm.weight": whole("dense.norm"),
+    "post_feedforward_layernorm_1.weight": whole("dense.sum_norm"),
+    "pre_feedforward_layernorm_2.weight": whole("experts.norm"),
+    "post_feedforward_layernorm_2.weight": whole("experts.sum_norm"),
+    "post_mlp_layernorm.weight": whole("output.norm"),
+    "bias": whole("output.bias"),
 }
 
 COLUMNS: dict[str, Source] = {
@@ -202,10 +216,20 @@ OWN_LAYOUTS: dict[str, dict[str, Source]] = {
     "OpenAIPrivacyFilterExperts": COLUMNS,
     "GptOssExperts": COLUMNS
     | {
-        "experts.gate_up_proj": interleaved_columns("experts.w13"),
-        "experts.gate_up_proj_bias": interleaved("experts.b13"),
+        "experts.gate_up_proj": Source(
+            "experts.w13", lambda w13, _: interleaved(w13, _).mT, lambda columns, _: apart(columns.mT, _)
+        ),
+        "experts.gate_up_proj_bias": Source("experts.b13", interleaved, apart),
     },
-    "LongcatFlashExperts": {"experts.gate_up_proj": with_identity_rows},
+    "LongcatFlashExperts": {
+        "experts.gate_up_proj": Source(
+            "experts.w13", with_identity_rows, lambda rows, block: rows[: len(block.experts.down_proj)]
+        )
+    },
+}
+# Where shared experts have no gate.
+UNGATED: dict[str, Source] = {
+    f"{name}.up_proj.{kind}": whole(f"shared.{to}1") for name in SHARED for kind, to in (("weight", "w"), ("bias", "b"))
 }
 # Experts that are modules of their own: what follows "experts.expert_N." -> canonical name, whose row N it is.
 SEPARATE = {

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_conformance.engines.transformers.block_families import OWN_LAYOUTS, PREFIXES, SEPARATE, SOURCES, Source
+from moe_conformance.engines.transformers.block_families import (
+    OWN_LAYOUTS,
+    PREFIXES,
+    SEPARATE,
+    SOURCES,
+    UNGATED,
+    Source,
+)
 from moe_conformance.errors import InputError, Unsupported
 
 
@@ -66,9 +73,34 @@ def source(moe: Any, name: str) -> Source:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     own = OWN_LAYOUTS.get(type(getattr(moe, "experts", None)).__name__, {})
-    if found := own.get(name) or SOURCES.get(name):
+    shared = getattr(moe, name.partition(".")[0], None)
+    ungated = UNGATED if isinstance(shared, nn.Module) and not hasattr(shared, "gate_proj") else {}
+    if found := own.get(name) or ungated.get(name) or SOURCES.get(name):
         return found
     if match := re.fullmatch(r"experts\.expert_(\d+)\.(.+)", name):
-        canonical, number = SEPARATE[match[2]], int(match[1])
-        return lambda tensors, _: tensors[canonical][number]
+        number = int(match[1])
+        return Source(SEPARATE[match[2]], lambda tensor, _: tensor[number])
     raise Unsupported(f"block: no canonical tensor is known for {name} of {type(moe).__name__}")
+
+
+def canonical(moe: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The canonical tensors that the parameters of a block are made of; those of nothing that is known are left out."""
+    whole: dict[str, Tensor] = {}
+    halves: dict[str, dict[int, Tensor]] = {}
+    experts: dict[str, list[Tensor]] = {}
+    dims: dict[str, int] = {}
+    for name, parameter in parameters.items():
+        try:
+            made_of = source(moe, name)
+        except Unsupported:
+            continue
+        if re.search(r"experts\.expert_\d+\.", name):  # in the order of their numbers
+            experts.setdefault(made_of.name, []).append(parameter)
+        elif made_of.half is None:
+            whole[made_of.name] = made_of.back(parameter, moe)
+        else:
+            halves.setdefault(made_of.name, {})[made_of.half] = made_of.back(parameter, moe)
+            dims[made_of.name] = made_of.dim
+    found = {name: torch.stack(rows) for name, rows in experts.items()}
+    found |= {name: torch.cat([both[0], both[1]], dims[name]) for name, both in halves.items()}
+    return whole | found

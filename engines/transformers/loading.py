@@ -1,49 +1,110 @@
-"""from_pretrained on a checkpoint folder, and what then lies in the modules."""
+"""from_pretrained on a checkpoint folder, and what then lies in the modules; the names that a load gives to tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import json
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from moe_conformance.engines.transformers.block import model_types
+from moe_conformance.engines.transformers.describe import decoders, is_moe, layer_lists
+from moe_conformance.engines.transformers.filling import canonical
 from moe_conformance.errors import CheckpointError
-
-# Module name below a Gemma 4 decoder layer -> canonical name.
-CANONICAL = {
-    "experts.gate_up_proj": "experts.w13",
-    "experts.down_proj": "experts.w2",
-    "router.proj.weight": "router.proj",
-    "router.scale": "router.scale",
-    "router.per_expert_scale": "router.per_expert_scale",
-}
 
 
 def styles() -> frozenset[str]:
-    """Gemma 4's classes name tensors as the packed checkpoints do; there is no conversion from other styles."""
-    return frozenset({"packed", "multimodal"}) if "gemma4_text" in model_types() else frozenset()
+    """Every family as its own checkpoints name tensors, and of Gemma 4's styles those that its classes have."""
+    gemma4 = {"packed", "multimodal"} if "gemma4_text" in model_types() else set()
+    return frozenset(model_types() | gemma4)
 
 
 def load(folder: Path) -> Mapping[str, Tensor]:
-    """The model's experts and routers by canonical name, as loaded, in the checkpoint's dtype.
+    """The model's MoE layers by canonical name, as loaded, in the checkpoint's dtype.
 
-    Raises CheckpointError where transformers reports a parameter left unwritten, a key unused or a shape that differs
-    (it initialises or ignores those, and only warns); whatever else from_pretrained raises comes out as it is.
+    Raises CheckpointError where transformers reports a parameter of them left unwritten, a key unused or a shape that
+    differs (it initialises or ignores those, and only warns); whatever else from_pretrained raises comes out as it is.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it writes to the standard error of whoever runs a suite
-    answer: Any = AutoModelForCausalLM.from_pretrained(
+    answer: Any = _class_of(folder).from_pretrained(
         folder, dtype="auto", local_files_only=True, output_loading_info=True
     )
     model, report = answer
+    found: dict[str, Tensor] = {}
+    roots: list[str] = []
+    for block in blocks(model):
+        named = {**dict(block.root.named_parameters()), **dict(block.root.named_buffers())}
+        own = canonical(block.moe, {name: tensor.detach() for name, tensor in named.items()})
+        found |= {block.prefix + name: tensor for name, tensor in own.items()}
+        roots += [f"{block.path}.{name}" for name in named]
+    # What lies outside the MoE layers need not be in the folder.
+    report["missing_keys"] = set(report["missing_keys"]) & set(roots)
     faults = [f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind, keys in report.items() if keys]
     if faults:
         raise CheckpointError(f"{folder.name}: transformers loaded it in part; {'; '.join(faults)}")
-    found: dict[str, Tensor] = {}
-    for index, layer in enumerate(model.get_decoder().layers):
-        tensors = dict(layer.named_parameters())
-        found |= {f"layers.{index}.{to}": tensors[name].detach() for name, to in CANONICAL.items() if name in tensors}
     return found
+
+
+def _class_of(folder: Path) -> Any:
+    """The class that config.json names, or the one that generates text."""
+    config = json.loads((folder / "config.json").read_text())
+    for name in config.get("architectures") or ():
+        if found := getattr(transformers, name, None):
+            return found
+        module = type(AutoConfig.from_pretrained(folder)).__module__.replace("configuration_", "modeling_")
+        if found := getattr(importlib.import_module(module), name, None):
+            return found
+    return AutoModelForCausalLM
+
+
+class LoadedBlock(NamedTuple):
+    """prefix: of its canonical names. path: of `root`, which has all its parameters, in the model."""
+
+    prefix: str
+    path: str
+    root: nn.Module
+    moe: nn.Module
+
+
+def blocks(model: nn.Module) -> Iterator[LoadedBlock]:
+    """Every MoE block of a whole model; of an encoder-decoder both, of layers with experts for images those too."""
+    stacks = dict(layer_lists(model))
+    two = {name for name in stacks if re.search(r"(^|\.)encoder\.", name)} if _has_decoder(stacks) else set()
+    seen: set[int] = set()
+    for stack in sorted(stacks, key=lambda name: name in two):
+        for index, layer in enumerate(stacks[stack]):
+            for path, moe in layer.named_modules():
+                if "attention" in path or not is_moe(moe):
+                    continue
+                held = set(map(id, moe.parameters()))
+                if held & seen:  # an encoder that shares the decoder's parameters
+                    continue
+                seen |= held
+                prefix = f"{'encoder.' * (stack in two)}layers.{index}."
+                where, root = _root(f"{stack}.{index}", layer, path, moe)
+                if not path.endswith("vision_moe"):
+                    yield LoadedBlock(prefix, where, root, moe)
+                else:
+                    yield LoadedBlock(f"{prefix}vision.", f"{stack}.{index}.{path}", moe, moe)
+
+
+def _has_decoder(stacks: Mapping[str, Any]) -> bool:
+    return decoders([name.removeprefix("model.") for name in stacks]) != [
+        name.removeprefix("model.") for name in stacks
+    ]
+
+
+def _root(where: str, layer: nn.Module, path: str, moe: nn.Module) -> tuple[str, nn.Module]:
+    """The module that has all of a block: the layer itself where parts of it stand beside the experts."""
+    if moe is layer or isinstance(getattr(layer, "shared_mlp", None), nn.Module):
+        return where, layer
+    if path.endswith(".text_moe"):
+        path = path.rpartition(".")[0]
+    return f"{where}.{path}", layer.get_submodule(path)

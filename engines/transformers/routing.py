@@ -23,7 +23,6 @@ from moe_conformance.engine import (
     poison_,
 )
 from moe_conformance.engines.transformers.block import Block, block_of
-from moe_conformance.engines.transformers.block_families import Whole
 from moe_conformance.engines.transformers.block_routing import Tap
 from moe_conformance.engines.transformers.filling import fill, source
 from moe_conformance.engines.transformers.matching import config_of, for_router, for_router_module
@@ -134,7 +133,7 @@ def router_module(spec: RouterSpec) -> RouterHandle:
     wanted, found = spec.tensors(), {}
     for name, tensor in router.state_dict().items():
         made_of = source(block.moe, f"{path}.{name}")
-        if not isinstance(made_of, Whole):
+        if not made_of.is_whole:
             raise Unsupported(f"router_module: {type(router).__name__} stores {name} in another shape")
         tensor = router.get_parameter(name) if name in dict(router.named_parameters()) else router.get_buffer(name)
         if tensor.is_floating_point():

@@ -184,11 +184,13 @@ class Tiny:
     """The real model in small.
 
     model_class: transformers' class that publishes checkpoints; text_class: that of the text model alone, where it
-    writes checkpoints of its own. keys: by dotted path, what the sizes by name leave open.
+    writes checkpoints of its own. config_class: of model_class, where that is neither the wrapper's nor the record's.
+    keys: by dotted path, what the sizes by name leave open.
     """
 
     model_class: str
     text_class: str = ""
+    config_class: str = ""
     keys: Keys = field(default_factory=dict)
 
 
@@ -237,6 +239,11 @@ class Record:
                 )
         if not self.slug:
             object.__setattr__(self, "slug", self.model_type.removesuffix("_text").replace("_", "-"))
+
+    @property
+    def published_config_class(self) -> str:
+        """The config class of what the family's checkpoints are of."""
+        return self.tiny.config_class or (self.wrapper.config_class if self.wrapper else self.config_class)
 
     @property
     def covers(self) -> str:

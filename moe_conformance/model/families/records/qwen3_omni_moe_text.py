@@ -29,5 +29,5 @@ RECORD = Record(
     variants={"no-norm": Variant(NO_NORM)},
     captured=("nested",),
     configs=(Config("no-experts", kind="dense", keys={"num_experts": 0}),),
-    tiny=Tiny("Qwen3OmniMoeThinkerForConditionalGeneration"),
+    tiny=Tiny("Qwen3OmniMoeThinkerForConditionalGeneration", config_class="Qwen3OmniMoeThinkerConfig"),
 )
