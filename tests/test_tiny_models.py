@@ -34,7 +34,7 @@ RELATIVE = 1e-5
 NO_TOKENS = ("dots3_note_vision_encoder",)
 FAMILIES = [family for family in tiny_models.FAMILIES if family not in NO_TOKENS]
 # Families whose modules compute something else than their model says, in this release.
-WRONG = {"nllb-moe": "transformers 5.23 takes a mask for a list of ids: see findings/transformers_nllb_moe_experts.py"}
+WRONG = {"nllb-moe": "transformers 5.24 takes a mask for a list of ids: see findings/transformers_nllb_moe_experts.py"}
 
 
 class Watch:
@@ -77,6 +77,8 @@ def forward(model: Any, token_ids: Tensor) -> None:
         with torch.no_grad():
             model(inputs_embeds=inputs.normal((BATCH, LENGTH, tiny_models.HIDDEN), "embeds"), use_cache=False)
         return
+    if type(model).__name__ == "Llama4ForConditionalGeneration":  # see findings/transformers_llama4_forward.py
+        model = model.language_model
     extra = {"decoder_input_ids": token_ids.flip(1)} if "decoder_input_ids" in takes else {}
     with torch.no_grad():
         model(input_ids=token_ids, use_cache=False, **extra)
