@@ -69,6 +69,11 @@ def test_a_dense_model_is_refused_by_name() -> None:
         Transformers().describe({"model_type": "gemma3", "text_config": {"num_hidden_layers": 2}})
 
 
+def test_a_model_type_that_the_release_does_not_have_is_unsupported() -> None:
+    with pytest.raises(Unsupported, match="has no model type of_next_year"):
+        Transformers().describe({"model_type": "of_next_year", "num_experts": 8})
+
+
 def _sized(family: Family) -> LayerSpec:
     """The family's layer with every field that a key decides at a value that acts, no two sizes alike."""
     values: dict[str, Any] = {"hidden_size": 40, "num_experts": 12, "routing.top_k": 5, "experts.width": 24}

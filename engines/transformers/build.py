@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedModel, __version__
 
 from moe_conformance.errors import ConfigError, Unsupported
 
@@ -20,12 +20,17 @@ except ImportError:  # before 5.0
 
 
 def as_config(config: Any) -> Any:
-    """A transformers config object; a plain dict goes through AutoConfig by its model_type."""
+    """A transformers config object; a plain dict goes through AutoConfig by its model_type.
+
+    Raises Unsupported for a model type that the installed transformers does not have.
+    """
     if isinstance(config, Mapping):
         if "model_type" not in config:
             raise ConfigError(
                 f"config: a dict needs the key 'model_type' to name its family; got keys {', '.join(sorted(config))}"
             )
+        if config["model_type"] not in CONFIG_MAPPING:  # as of a family younger than this release
+            raise Unsupported(f"transformers {__version__} has no model type {config['model_type']}")
         return AutoConfig.for_model(**copy.deepcopy(dict(config)))
     if not hasattr(config, "get_text_config"):
         raise ConfigError(f"config: got {type(config).__name__}, want a transformers config or its dict")
