@@ -507,6 +507,23 @@ def test_a_name_of_an_activation_means_what_it_does_to_transformers(name: str) -
     torch.testing.assert_close(oracle.ACTIVATIONS[ACTIVATIONS[name]](x), ACT2FN[name](x), rtol=1e-12, atol=1e-12)
 
 
+RULE_KEYS = {
+    *("mlp_layer_types", "first_k_dense_replace", "num_dense_layers", "decoder_sparse_step", "mlp_only_layers"),
+    *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "interleave_moe_layer_step"),
+    *("expert_layer_period", "expert_layer_offset", "encoder_sparse_step"),
+    *("num_sparse_encoder_layers", "num_sparse_decoder_layers"),
+}
+
+
+def test_layers_that_a_config_leaves_open_are_those_of_its_class(configs: Mapping[str, Any]) -> None:
+    for slug, config in configs.items():
+        keys = {key: value for key, value in flat_keys(slug).items() if key not in RULE_KEYS}
+        if slug == "deepseek-ocr2":  # its layers have no default
+            continue
+        said, of_class = describe({"model_type": config.model_type, **keys}), describe(type(config)(**keys))
+        assert (said.moe_layers, said.encoder_moe_layers) == (of_class.moe_layers, of_class.encoder_moe_layers), slug
+
+
 def test_a_limit_of_none_is_no_limit() -> None:
     assert layer_of(STEP, 8).experts == MLPSpec(24)
     limited = layer_of(STEP | {"swiglu_limits": [0] * 8 + [4.5, 5.5]}, 8).experts
