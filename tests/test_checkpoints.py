@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-pytest.importorskip("transformers", minversion="5.23", reason="the families here are those of transformers 5.23")
+pytest.importorskip("transformers", minversion="5.24", reason="the families here are those of transformers 5.24")
 import record_facts
 import tiny_models
 import written_out

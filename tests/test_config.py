@@ -25,6 +25,7 @@ from moe_conformance.oracle import activation as oracle
 from moe_conformance.suites.describe.cases import CASES
 from moe_conformance.suites.describe.families import BY_SLUG, flat_keys, layer_keys
 
+RECORDED = "the families here are those of transformers 5.24"
 MIXTRAL = {
     "model_type": "mixtral",
     "num_hidden_layers": 9,
@@ -363,7 +364,7 @@ def test_the_decoder_of_an_identity_expert_model_counts_those_with_weights() -> 
 @pytest.fixture(scope="module")
 def configs() -> Mapping[str, Any]:
     """Slug -> a config of each class with a method, in its first way."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5.24", reason=RECORDED)
     return {
         slug: getattr(transformers, record.config_class)(**layer_keys(record, record.ways[0]))
         for slug, record in BY_SLUG.items()
@@ -430,7 +431,7 @@ SOUNDS = re.compile(r"expert|rout|moe|top_?k|n_group|scor|swiglu|_gate$|aux_loss
 
 def test_a_key_that_sounds_of_experts_is_read_or_known_to_be_dead() -> None:
     """A record that leaves one out knows less of its model than the model's config class."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5.24", reason=RECORDED)
     common = {*TOP_K, *EXPERTS, *HIDDEN, *LAYERS, *WIDTH, *DENSE_WIDTH, *SHARED_COUNT, *ELSEWHERE}
     for record in RECORDS.values():
         if record.method.unsaid:

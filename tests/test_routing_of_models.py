@@ -17,7 +17,7 @@ from moe_conformance.model.specs import Capacity, LogitsSpec, RoutingSpec
 from moe_conformance.reference_impl.router import router_logits
 from moe_conformance.reference_impl.routing import Routed, route_logits
 
-pytest.importorskip("transformers", minversion="5.23", reason="the families here are those of transformers 5.23")
+pytest.importorskip("transformers", minversion="5.24", reason="the families here are those of transformers 5.24")
 
 BATCH, LENGTH, HIDDEN, EXPERTS, TOP_K, VOCABULARY = 3, 7, 8, 12, 3, 11
 
@@ -195,6 +195,7 @@ def nllb_with(tokens: int | None, fraction: float, before: bool, by_weight: bool
 MODELS = (
     Model("mixtral:MixtralTopKRouter", SUM),
     Model("qwen3_moe:Qwen3MoeTopKRouter", SUM),
+    Model("lara_mini:LaraMiniTopKRouter", SUM, FLOAT32),
     Model("qwen3_moe:Qwen3MoeTopKRouter", SOFTMAX, config={"norm_topk_prob": False}),
     Model("jamba:JambaTopKRouter", SOFTMAX),
     Model("hunyuan_v1_moe:HunYuanMoEV1Gate", SUM, FLOAT32),

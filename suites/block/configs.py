@@ -36,9 +36,10 @@ def varied(family: Family, variant: Variant) -> Family:
     changed = {
         item.name: value
         for item in fields(Variant)
-        if item.name != "keys" and (value := getattr(variant, item.name)) is not None
+        if item.name not in ("keys", "dropped") and (value := getattr(variant, item.name)) is not None
     }
-    return Family(family.record, {**family.config, **variant.keys}, replace(family.block, **changed))
+    kept = {key: value for key, value in family.config.items() if key not in variant.dropped}
+    return Family(family.record, {**kept, **variant.keys}, replace(family.block, **changed))
 
 
 # By slug, and by slug and setting.

@@ -131,9 +131,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Variant:
-    """Another setting of a block's config: keys that are changed, and fields of Block that are not as they were."""
+    """Another setting of a block's config: keys that are changed or dropped, and fields of Block that are otherwise."""
 
     keys: Keys = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
     layer: int | None = None
     token_ids: bool | None = None
     bias: tuple[float, ...] | None = None

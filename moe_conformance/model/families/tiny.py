@@ -102,8 +102,11 @@ OTHER: dict[str, Any] = {
 
 def model_class(record: Record) -> Any:
     """transformers' class that publishes checkpoints of the family; importing it takes a moment."""
+    import transformers
     from transformers import CONFIG_MAPPING
 
+    if hasattr(transformers, record.tiny.model_class):
+        return getattr(transformers, record.tiny.model_class)
     folder = CONFIG_MAPPING[record.model_type].__module__.split(".")[2]
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     return getattr(module, record.tiny.model_class)
