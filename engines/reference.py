@@ -55,7 +55,12 @@ class Reference(Engine):
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         """Every feature of every stage, and blocks of every family; a block has no second implementation here."""
         offered = {stage: frozenset(word for word in words(stage) if is_offered(word)) for stage in STAGES}
-        return offered | {"block": offered["block"] | frozenset(RECORDS)}
+        named = frozenset(name for name, record in RECORDS.items() if record.names is not None)
+        return offered | {
+            "block": offered["block"] | frozenset(RECORDS),
+            "load": offered["load"] | named,
+            "remap": offered["remap"] | named,
+        }
 
     def describe(self, config: Any) -> MoESpec:
         from moe_conformance.model.families import describe as stage

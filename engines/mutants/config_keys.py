@@ -67,6 +67,13 @@ def _with_top_k(keys: tuple[str, ...]) -> Families:
     )
 
 
+class KeepsOneRowALayer(Faulty):
+    """A layer that runs again overwrites what it chose before."""
+
+    def capture_shape(self, config: Any, side: Side) -> CaptureShape:
+        return super().capture_shape(config, side)._replace(layers=self.describe(config).num_layers)
+
+
 class ReaderLooksAtTheTopLevelOnly(Faulty):
     def capture_shape(self, config: Any, side: Side) -> CaptureShape:
         if side == "worker":
@@ -341,6 +348,7 @@ MUTANTS = (
     _mutant(
         ReaderLooksAtTheTopLevelOnly, "the reader opens no text_config", "capture-shape-llama4-nested", _BOTH_SIDES
     ),
+    _mutant(KeepsOneRowALayer, "one row for a layer that runs again", "capture-shape-inkling2-loop", _BOTH_SIDES),
     _mutant(ThinkerIsNotOpened, "thinker_config is not opened", "config-qwen3-omni-thinker-nested", _DESCRIBED),
     _mutant(DenseLayersAreOffByOne, "one leading dense layer too many", "config-deepseek-v3", _DESCRIBED),
     _mutant(StepStartsAtLayerZero, "the sparse step counts from layer 0", "config-qwen3-moe", _DESCRIBED),

@@ -87,7 +87,16 @@ def _described(spelled: Spelled) -> MoESpec:
         shared_intermediate_size=first.shared_intermediate or None,
         latent_size=first.width if first.width != first.hidden else None,
         encoder_moe_layers=tuple(blocks[encoder]) if encoder else (),
+        layer_runs=_runs(config, len(lists[decoder])),
     )
+
+
+def _runs(config: Any, layers: int) -> tuple[int, ...]:
+    """The layer of each run of a model whose forward runs some again: by the numbers that it takes from its config."""
+    if not hasattr(config, "loop_num_passes"):
+        return ()
+    start, end = config.loop_layer_index_start, config.loop_layer_index_end
+    return (*range(start), *list(range(start, end)) * config.loop_num_passes, *range(end, layers))
 
 
 def _one_or_each(values: list[int]) -> int | tuple[int, ...]:

@@ -83,17 +83,23 @@ def source(moe: Any, name: str) -> Source:
     raise Unsupported(f"block: no canonical tensor is known for {name} of {type(moe).__name__}")
 
 
+def is_made(moe: Any, name: str) -> bool:
+    """Whether a parameter is made of a canonical tensor, and has not to do with another part of the layer."""
+    try:
+        source(moe, name)
+    except Unsupported:
+        return False
+    return True
+
+
 def canonical(moe: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The canonical tensors that the parameters of a block are made of; those of nothing that is known are left out."""
+    """The canonical tensors that the parameters of a block are made of."""
     whole: dict[str, Tensor] = {}
     halves: dict[str, dict[int, Tensor]] = {}
     experts: dict[str, list[Tensor]] = {}
     dims: dict[str, int] = {}
     for name, parameter in parameters.items():
-        try:
-            made_of = source(moe, name)
-        except Unsupported:
-            continue
+        made_of = source(moe, name)
         if re.search(r"experts\.expert_\d+\.", name):  # in the order of their numbers
             experts.setdefault(made_of.name, []).append(parameter)
         elif made_of.half is None:

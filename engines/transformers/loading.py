@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from moe_conformance.engines.transformers.block import model_types
 from moe_conformance.engines.transformers.describe import decoders, is_moe, layer_lists
-from moe_conformance.engines.transformers.filling import canonical
+from moe_conformance.engines.transformers.filling import canonical, is_made
 from moe_conformance.errors import CheckpointError
 
 
@@ -40,8 +40,9 @@ def load(folder: Path) -> Mapping[str, Tensor]:
     found: dict[str, Tensor] = {}
     roots: list[str] = []
     for block in blocks(model):
-        named = {**dict(block.root.named_parameters()), **dict(block.root.named_buffers())}
-        own = canonical(block.moe, {name: tensor.detach() for name, tensor in named.items()})
+        every = {**dict(block.root.named_parameters()), **dict(block.root.named_buffers())}
+        named = {name: tensor.detach() for name, tensor in every.items() if is_made(block.moe, name)}
+        own = canonical(block.moe, named)
         found |= {block.prefix + name: tensor for name, tensor in own.items()}
         roots += [f"{block.path}.{name}" for name in named]
     # What lies outside the MoE layers need not be in the folder.

@@ -18,6 +18,8 @@ class MoESpec:
     shared_experts: how many always-on experts a layer has (0: none). shared_intermediate_size: the summed
     width of the shared experts. latent_size: width the routed experts work in when it is not hidden_size.
     encoder_moe_layers: as moe_layers, for the encoder of an encoder-decoder.
+    layer_runs: the decoder layer of each run, in the order of execution, where a forward pass runs some layers more
+    than once; empty where it runs each once. A layer has one index and one set of weights in all its runs.
     layers: what each layer computes, one entry for each of moe_layers (for an encoder with experts alone, of
     encoder_moe_layers); empty where the engine does not say.
     """
@@ -32,7 +34,13 @@ class MoESpec:
     shared_intermediate_size: int | None = None
     latent_size: int | None = None
     encoder_moe_layers: tuple[int, ...] = ()
+    layer_runs: tuple[int, ...] = ()
     layers: tuple[LayerSpec, ...] = ()
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """The layer of each run, also where each layer runs once."""
+        return self.layer_runs or tuple(range(self.num_layers))
 
     @property
     def max_top_k(self) -> int:
@@ -48,6 +56,8 @@ class MoESpec:
 class CaptureShape(NamedTuple):
     """Sizes of a routed-experts buffer as one side of an engine derives them from a config.
 
+    layers: one for each run of a decoder layer, or of an MoE layer. A layer that a forward pass runs more than once
+    routes anew each time, so that a buffer with one row for it keeps the last run alone.
     experts is None where the engine does not use it.
     """
 

@@ -138,7 +138,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(("layer",), "padded_hidden", "the expert kernel runs at a wider hidden dim", "such kernels"),
     Feature(("layer",), "padded_intermediate", "the expert kernel runs at a wider intermediate dim", "such kernels"),
     Feature(("layer",), "traceable", "`layer` can be traced; one that builds modules cannot", "fake tensors, compile"),
-    Feature(("block",), "MODEL_TYPE", "the block of this model type", "this model"),
+    Feature(("block", "remap", "load"), "MODEL_TYPE", "models of this type", "this model"),
     Feature(("block",), "implementation:NAME", "NAME computes the experts where it is asked for", "this way"),
     *(
         Feature(("capture_session",), word, f"ids come as {meaning}", "this layout")
@@ -221,7 +221,7 @@ def _spelled_out(stage: str) -> tuple[str, ...]:
     """The words of a stage, and in place of one in capitals those that it stands for."""
     from moe_conformance.model.families.families import RECORDS
 
-    return (*(word for word in words(stage) if word.islower()), *(RECORDS if stage == "block" else ()))
+    return (*(word for word in words(stage) if word.islower()), *(RECORDS if "MODEL_TYPE" in words(stage) else ()))
 
 
 def near(word: object, there: Iterable[str]) -> str:

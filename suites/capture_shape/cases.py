@@ -29,7 +29,12 @@ def captured(record: Record, name: str) -> Case:
         said = {"model_type": record.model_type, **said}
     spec = describe(said)
     layers, top_k, experts = capture_shape(said)
-    want = {"layers": layers, "moe_layers": len(spec.moe_layers), "top_k": top_k, "experts": experts}
+    want = {
+        "layers": layers,
+        "moe_layers": sum(layer in spec.moe_layers for layer in spec.runs),
+        "top_k": top_k,
+        "experts": experts,
+    }
     recipe: dict[str, Any] = {"keys": keys, "want": want} | ({"class": config_class} if config_class else {})
     slug = f"{record.slug}-{name}" if name else record.slug
     tier = "smoke" if record.sample == "smoke" and name == "hub" else "core"

@@ -65,6 +65,8 @@ def _facts(spec: MoESpec) -> dict[str, Any]:
         facts["shared"] = f"{spec.shared_experts} of summed width {spec.shared_intermediate_size}"
     if spec.latent_size is not None:
         facts["latent"] = spec.latent_size
+    if spec.layer_runs:
+        facts["runs"] = " ".join(map(str, spec.layer_runs))
     if spec.encoder_moe_layers:
         facts["encoder_moe_layers"] = _ranges(spec.encoder_moe_layers)
     return facts

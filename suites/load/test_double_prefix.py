@@ -7,8 +7,9 @@ from pathlib import Path
 
 from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import Engine
-from moe_conformance.suites.load import checkpoint
-from moe_conformance.suites.load.cases import LOAD, LOAD_TWICE
+from moe_conformance.errors import Unsupported
+from moe_conformance.suites.load import checkpoint, families
+from moe_conformance.suites.load.cases import LOAD, LOAD_TWICE, OF_FAMILIES
 from moe_conformance.suites.load.loaded import loads_whole
 
 
@@ -29,3 +30,16 @@ def test_each_load_gives_its_own_checkpoint(engine: Engine, case: Case) -> None:
         }
         for folder in (Path(first), Path(second), Path(first)):
             loads_whole(engine, folder, want[folder])
+
+
+@check(OF_FAMILIES)
+def test_a_load_gives_every_tensor_of_every_family(engine: Engine, case: Case) -> None:
+    """The names of modules are judged where those of the hub load."""
+    if case["form"] != "hub":
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                loads_whole(engine, Path(folder), families.write(Path(folder), case["family"], "hub"))
+            except Exception as error:
+                raise Unsupported(f"the same tensors under the hub's names do not load: {error}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        loads_whole(engine, Path(folder), families.write(Path(folder), case["family"], case["form"]))

@@ -67,9 +67,9 @@ def layer_of(config: Any, layer: int, families: Families = RECORDS) -> LayerSpec
 
 
 def capture_shape(config: Any) -> CaptureShape:
-    """The sizes of a routed-experts buffer, for every side that needs them: all layers, the largest top-k and E."""
+    """The sizes of a routed-experts buffer, for every side that needs them: all runs of layers, the largest K and E."""
     spec = _find(config, RECORDS)[2]
-    return CaptureShape(spec.num_layers, spec.max_top_k, spec.max_experts)
+    return CaptureShape(len(spec.runs), spec.max_top_k, spec.max_experts)
 
 
 def _find(config: Any, families: Families) -> tuple[Scope, Record | None, MoESpec]:

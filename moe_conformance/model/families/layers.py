@@ -151,6 +151,21 @@ def step_from_one(step_key: str, count_key: str) -> Rule:
     return rule
 
 
+def looped(scope: Scope, total: int) -> tuple[int, ...]:
+    """The layer of each run: those from a start to an end run in turn, as often as there are passes (Inkling 2)."""
+    older = scope.below(WHAT, "loop_config")  # where it is there, it counts
+    start = older.optional(WHAT, "core_start", scope.optional(WHAT, "loop_layer_index_start", 6))
+    end = older.optional(WHAT, "core_end", scope.optional(WHAT, "loop_layer_index_end", 18))
+    passes = older.optional(WHAT, "num_passes", scope.optional(WHAT, "loop_num_passes", 3, least=1), least=1)
+    if not start <= end <= total or passes * (end - start) > MOST_LAYERS:
+        raise scope.error(
+            WHAT,
+            f"got {passes} passes of the layers from {start} to {end}, want some of the {total} layers, "
+            f"and at most {MOST_LAYERS} runs",
+        )
+    return (*range(start), *(layer for _ in range(passes) for layer in range(start, end)), *range(end, total))
+
+
 def step_to_last(step_key: str) -> Rule:
     """Every step-th layer, none for 0 (NLLB-MoE)."""
 

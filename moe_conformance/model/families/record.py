@@ -48,7 +48,7 @@ class Sizes:
     default of further experts without weights that the router also chooses among. latent: key of the width that the
     experts work in, latent_required: whether it must be set. switch: key that must be true. least_experts: fewer is a
     dense model. encoder: rule, layer keys and width keys of an encoder. pyramid: legacy key with the experts of each
-    layer.
+    layer. runs: rule for the layer of each run, where a forward pass runs some more than once.
     """
 
     layers: Rule = every_layer
@@ -66,6 +66,7 @@ class Sizes:
     least_experts: int = 0
     encoder: tuple[Rule, tuple[str, ...], tuple[str, ...]] | None = None
     pyramid: str = ""
+    runs: Rule | None = None
 
     def __post_init__(self) -> None:
         if bool(self.width) == bool(self.width_of_hidden):

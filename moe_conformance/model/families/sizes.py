@@ -64,6 +64,7 @@ def sizes_of(scope: Scope, family: Sizes) -> MoESpec:
         shared_intermediate_size=shared_width,
         latent_size=_latent(scope, family),
         encoder_moe_layers=encoder_moe_layers,
+        layer_runs=family.runs(scope, total) if family.runs else (),
     )
 
 

@@ -4,6 +4,7 @@ import math
 
 from moe_conformance.model.families.configs import HIDDEN, LIMIT, MODEL, MOE_WIDTH, N_ROUTED, SCALE
 from moe_conformance.model.families.keys import Key
+from moe_conformance.model.families.layers import looped
 from moe_conformance.model.families.naming import BIAS, PACKED, ROUTER, Names, one
 from moe_conformance.model.families.record import Block, Config, Method, Record, Sizes, Tiny, Wrapper
 from moe_conformance.model.families.words import FLOAT32, SIGMOID_EPS, scale, score
@@ -12,7 +13,7 @@ RECORD = Record(
     model_type="inkling2_loop_text",
     config_class="Inkling2LoopTextConfig",
     wrapper=Wrapper("Inkling2LoopConfig", {"vision_config": {"text_hidden_size": HIDDEN}}),
-    sizes=Sizes(),
+    sizes=Sizes(runs=looped),
     method=Method(
         {**SIGMOID_EPS, **score("sigmoid"), **scale(8.0, "route_scale", "routed_scaling_factor")},
         FLOAT32,
@@ -66,6 +67,7 @@ RECORD = Record(
             top={"vision_config": {"text_hidden_size": 40}},
         ),
     ),
+    captured=("",),
     tiny=Tiny(
         "Inkling2LoopForConditionalGeneration",
         text_class="Inkling2LoopForCausalLM",

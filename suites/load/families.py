@@ -1,0 +1,66 @@
+"""Writes the MoE layers of a tiny model of any family, as its published checkpoints have them, and nothing else.
+
+The folder has a config.json, that of the class that publishes them, and two shards. Every tensor is float32 with hashed
+values: engines keep some routers in float32 whatever the model's dtype is.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe_conformance.errors import Broken, Unsupported
+from moe_conformance.judging.inputs import bits, normal
+from moe_conformance.model.families.families import RECORDS
+from moe_conformance.model.families.record import Record
+from moe_conformance.model.families.tiny import tiny_config
+from moe_conformance.oracle.naming import Form, Layer, entries, layers
+from moe_conformance.oracle.stored import tensor_of
+from moe_conformance.suites.load.checkpoint import save
+
+
+def config_of(record: Record) -> dict[str, Any]:
+    """The content of config.json."""
+    try:
+        import transformers
+
+        if not hasattr(transformers, record.published_config_class):
+            raise Unsupported(f"transformers {transformers.__version__} has no {record.published_config_class}")
+        config = tiny_config(record)
+        found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    except Unsupported:
+        raise
+    except Exception as error:
+        raise Broken(f"{record.published_config_class}: got {type(error).__name__}: {error}") from error
+    return {**found, "architectures": [record.tiny.model_class], "dtype": "float32"}
+
+
+def canonical(record: Record, config: dict[str, Any], seed: str) -> dict[str, Tensor]:
+    """What a load must give."""
+    return {
+        layer.prefix + name: _values(layer, name, shape, f"{seed} {layer.prefix}{name}")
+        for layer in layers(record, config)
+        for name, shape in layer.tensors.items()
+    }
+
+
+def _values(layer: Layer, name: str, shape: tuple[int, ...], seed: str) -> Tensor:
+    if name == "router.table":  # K different experts for each token id
+        return bits((shape[0], layer.spec.num_experts), seed).argsort(-1)[:, : shape[1]]
+    found = normal(shape, seed, std=0.125)
+    if name == "router.selection_bias" and layer.spec.routing.skip_expert:
+        found[-1] = -1.0  # of the class that skips, as published
+    return found
+
+
+def write(folder: Path, slug: str, form: Form, seed: str = "checkpoint") -> dict[str, Tensor]:
+    """Write the folder, and return what a load of it must give."""
+    record = next(record for record in RECORDS.values() if record.slug == slug)
+    config = config_of(record)
+    want = canonical(record, config, seed)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    save(folder, {entry.name: tensor_of(entry, want) for entry in entries(record, config, form)}, shards=2)
+    return want
