@@ -35,8 +35,7 @@ from moe_conformance.errors import MoEConformanceError
 from moe_conformance.model.families.describe import describe, layer_of
 from moe_conformance.model.families.families import NESTED, NESTED_LAST, RECORDS
 from moe_conformance.reference_impl.checkpoint.files import CONFIG, INDEX, SINGLE
-from moe_conformance.reference_impl.checkpoint.places import Places
-from moe_conformance.reference_impl.checkpoint.remap import SUFFIXES
+from moe_conformance.reference_impl.checkpoint.places import SUFFIXES, Places
 from moe_conformance.reference_impl.checkpoint.saving import save
 from moe_conformance.reference_impl.quantised import fp4, fp8, gptq, integers
 from moe_conformance.reference_impl.quantised.tiles import BLOCK_128, PER_CHANNEL, PER_TENSOR

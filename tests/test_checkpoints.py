@@ -24,6 +24,8 @@ from tiny_models import FAMILIES
 
 from moe_conformance.errors import CheckpointError, ConfigError
 from moe_conformance.model.families.families import RECORDS
+from moe_conformance.oracle.naming import entries
+from moe_conformance.oracle.stored import tensor_of
 from moe_conformance.reference_impl.checkpoint.files import open_shards
 from moe_conformance.reference_impl.checkpoint.loading import load
 from moe_conformance.reference_impl.checkpoint.names import READ_PREFIXES
@@ -99,6 +101,21 @@ def test_the_real_model_writes_the_names_that_are_written_out(family: str) -> No
     """Those against which the records' names are held, wherever transformers is not at hand."""
     found = list(written_out.real_names(written(family), written(family, original=False)))
     assert found == record_facts.lines(RECORDS[family])[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_suites_checkpoints_are_those_of_the_real_model(family: str) -> None:
+    """Name for name and value for value; of experts that compute nothing, the names alone."""
+    real, held = written(family), tiny_models.canonical(tiny_models.build(family))
+    theirs = tensors(real)
+    found = {entry.name: entry for entry in entries(RECORDS[family], config(real), "hub")}
+    assert found.keys() <= theirs.keys()
+    ours = {name: tensor_of(entry, held) for name, entry in found.items() if entry.parts}
+    padded = [name for name, entry in found.items() if any("padded" in piece.ops for piece in entry.pieces)]
+    assert ours and not padded
+    assert_same(ours, {name: theirs[name] for name in ours})
+    locate = Places(config(real)).locate
+    assert {name for name in theirs if locate(name)} == ours.keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

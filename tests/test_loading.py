@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from moe_conformance.engine import CheckpointName
 from moe_conformance.errors import CheckpointError, ConfigError, DenseModelError
+from moe_conformance.model.families.describe import describe
 from moe_conformance.reference_impl.checkpoint import loading, remap, saving
+from moe_conformance.reference_impl.checkpoint.places import Places
+from moe_conformance.suites.describe.families import BY_SLUG, flat_keys, layer_keys
 from moe_conformance.suites.load import checkpoint
 
 RECIPE = {"style": "plain", "widths": "distinct", "shards": 2, "shuffled": False}
@@ -76,13 +79,11 @@ def test_the_checkpoint_has_the_names_and_shapes_of_transformers(widths: str) ->
         ("model.layers.1.moe.experts.10.up_proj.g_idx", "layers.1.experts.10.up_proj.g_idx"),
         ("model.language_model.layers.0.moe.experts.7.down_proj.qzeros", "layers.0.experts.7.down_proj.qzeros"),
         ("language_model.model.layers.0.experts.7.down_proj.bias", "layers.0.experts.7.down_proj.bias"),
-        ("model.layers.0.experts.7.down_proj", "layers.0.experts.7.down_proj.weight"),
         ("model.layers.0.router.proj.weight", "layers.0.router.proj"),
         ("model.language_model.layers.0.router.scale", "layers.0.router.scale"),
         ("model.layers.0.moe.per_expert_scale", "layers.0.router.per_expert_scale"),
         # Outside the MoE block: left alone.
         ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
-        ("model.layers.0.mlp.experts.0.gate_proj.weight", "model.layers.0.mlp.experts.0.gate_proj.weight"),
         ("model.layers.0.experts_norm.weight", "model.layers.0.experts_norm.weight"),
         (
             "model.vision_tower.layers.0.experts.0.up_proj.weight",
@@ -121,6 +122,7 @@ def test_a_packed_name_reaches_every_expert(block: str, end: str) -> None:
         f"experts.{'9' * 5000}.gate_proj.weight",
         "experts.0.gate_proj.weight\n",
         "experts",
+        "mlp.experts.0.gate_proj.weight",
         "router.bias",
         "moe.router.scale",
     ],
@@ -438,3 +440,24 @@ def test_a_save_of_a_config_that_json_has_no_words_for_is_refused(folder: Path) 
     (folder / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         saving.save(folder / "file" / "saved", config, tensors)
+
+
+@pytest.mark.parametrize("slug", ["afmoe", "lfm2-moe", "zaya"])
+def test_a_model_type_without_a_record_has_the_names_of_the_only_family_with_its_keys(slug: str) -> None:
+    record = BY_SLUG[slug]
+    keys = {"model_type": "never_heard_of", **layer_keys(record, record.ways[0])}
+    assert Places(keys).names == record.names
+
+
+def test_a_model_type_whose_keys_are_of_several_families_is_refused_with_those_and_the_near_names() -> None:
+    record = BY_SLUG["deepseek-v3"]
+    keys = {"model_type": "my_deepseek_v3", **layer_keys(record, record.ways[0])}
+    with pytest.raises(ConfigError, match=r"families with these keys: .*axk1, deepseek_v3.*as deepseek_v3"):
+        Places(keys)
+    assert "families with these keys: axk1, deepseek_v3" in describe(keys).undetermined
+
+
+def test_what_a_config_leaves_open_is_said_by_its_key() -> None:
+    record = BY_SLUG["deepseek-v3"]
+    spec = describe({"model_type": "deepseek_v3", **flat_keys(record), "routed_scaling_factor": "2.5"})
+    assert spec.layers == () and "routed_scaling_factor: got '2.5', want a number" in spec.undetermined

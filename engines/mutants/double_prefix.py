@@ -6,6 +6,7 @@ Faults of `remap` rename what the reference returns; faults of `load` act on the
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -196,13 +197,13 @@ class RouterScaleDefaults(Faulty):
 class ExtraExpertIgnored(Faulty):
     def load(self, folder: Path) -> Loaded:
         from moe_conformance.reference_impl.checkpoint import loading
-        from moe_conformance.reference_impl.checkpoint.remap import parse
 
         plan = loading._plan
 
         def tolerant(places: Any, stored: Sequence[Any]) -> Any:
             experts = max(sizes.experts for sizes in places.sizes.values())
-            kept = [s for s in stored if (p := parse(s.name)) is None or (p.expert or 0) < experts]
+            numbers = {entry: re.search(r"experts\.(\d+)\.", entry.name) for entry in stored}
+            kept = [entry for entry in stored if not (found := numbers[entry]) or int(found[1]) < experts]
             return plan(places, kept)
 
         with patch.object(loading, "_plan", tolerant):
@@ -258,6 +259,52 @@ class FirstLoadStays(Faulty):
         return {key: self._loaded.setdefault(key, tensor) for key, tensor in super().load(folder).items()}
 
 
+class ModulesAreAnotherLayer(_Renamed):
+    """Counts the layers of names as the modules have them from the first one with experts."""
+
+    def rename(self, name: str, target: str) -> str:
+        if not re.search(r"\.experts\.(gate_up_proj|down_proj)$", name):
+            return target
+        return re.sub(r"layers\.(\d+)\.", lambda found: f"layers.{int(found[1]) - 1}.", target)
+
+
+class SharedExpertsAreRouted(_Renamed):
+    """Takes a shared expert's tensors for those of expert 0."""
+
+    def rename(self, name: str, target: str) -> str:
+        return re.sub(r"shared\.(w13|w2)$", r"experts.0.\1", target)
+
+    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
+        mapped = super().remap(config, names)
+        parts = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
+        whole = re.compile(r"experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+        return {
+            name: tuple(whole.sub(lambda found: f"experts.{found[1]}.{parts[found[2]]}", t) for t in targets)
+            for name, targets in mapped.items()
+        }
+
+
+class RowsAreNotInterleaved(Faulty):
+    """Takes gate, up, gate, up for all gates above all ups."""
+
+    def load(self, folder: Path) -> Loaded:
+        from moe_conformance.reference_impl.checkpoint import arrange
+
+        with patch.dict(arrange.OPS, {"interleaved": (arrange.OPS["row"][0], lambda tensor, _: tensor)}):
+            return super().load(folder)
+
+
+class SharedExpertsAreDealtOut(Faulty):
+    """Shared experts' columns of w2 in the order of the files, which have them by expert."""
+
+    def load(self, folder: Path) -> Loaded:
+        from moe_conformance.reference_impl.checkpoint import arrange
+
+        turned = lambda tensor, _: tensor.permute(1, 2, 0).flatten(1)  # noqa: E731
+        with patch.dict(arrange.OPS, {"apart_columns": (arrange.OPS["apart_columns"][0], turned)}):
+            return super().load(folder)
+
+
 def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
     bug_class = "weight-coverage" if check == "a_broken_checkpoint_is_refused" else "double-prefix"
     return Mutant(engine, bug_class, fault, (case, check))
@@ -274,7 +321,16 @@ _LOAD, _EACH, _BROKEN = (
     "a_broken_checkpoint_is_refused",
 )
 
+_FAMILY_LOAD, _FAMILY_NAMES = (
+    "a_load_gives_every_tensor_of_every_family",
+    "every_tensor_of_every_family_has_its_target",
+)
+
 MUTANTS = (
+    _mutant(RowsAreNotInterleaved, "takes interleaved rows as they lie", "load-gpt-oss-hub", _FAMILY_LOAD),
+    _mutant(SharedExpertsAreDealtOut, "deals out the shared experts' columns", "load-inkling-hub", _FAMILY_LOAD),
+    _mutant(ModulesAreAnotherLayer, "counts layers of modules from another", "remap-qwen3-moe-modules", _FAMILY_NAMES),
+    _mutant(SharedExpertsAreRouted, "shared experts land on expert 0", "remap-deepseek-v3-hub", _FAMILY_NAMES),
     _mutant(PrefixTwice, "adds .moe to names that have it", "remap-gemma4-moe-weight", _REACHES),
     _mutant(PrefixTwicePacked, "adds .moe to packed names that have it", "remap-gemma4-moe-packed", _REACHES),
     _mutant(RootTwice, "puts its own root before names that have it", "remap-gemma4-twice-plain", _TWICE),

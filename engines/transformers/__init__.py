@@ -1,12 +1,11 @@
 """transformers as an engine: its own routers, experts, blocks and loader are what is judged.
 
-Importing this package imports neither transformers nor torch. Not offered: capture (transformers has no capturer)
-and remap (its renaming happens inside the load).
+Importing this package imports neither transformers nor torch. Not offered: capture (transformers has no capturer).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moe_conformance.engine import (
     BlockInputs,
     BlockOutput,
+    CheckpointName,
     Engine,
     EngineInfo,
     ExpertsInputs,
@@ -58,7 +58,7 @@ class Transformers(Engine):
         from moe_conformance.engines.transformers.offered import offered
 
         found = {stage: offered(stage) for stage in ("route", "router_module", "experts", "layer")}
-        found |= {"block": block.features(), "load": loading.styles()}
+        found |= {"block": block.features(), "load": loading.styles(), "remap": block.model_types()}
         return {"describe": frozenset(), **{stage: words for stage, words in found.items() if words}}
 
     def limits(self) -> Mapping[str, Limits]:
@@ -95,6 +95,11 @@ class Transformers(Engine):
         from moe_conformance.engines.transformers import block as stage
 
         return stage.block(inputs, self.experts_implementation)
+
+    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
+        from moe_conformance.engines.transformers import remapping as stage
+
+        return stage.remap(config, names)
 
     def load(self, folder: Path) -> Mapping[str, Tensor]:
         from moe_conformance.engines.transformers import loading as stage

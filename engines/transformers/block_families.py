@@ -71,11 +71,13 @@ def apart(tensor: Tensor, block: Any) -> Tensor:
 
 def below(tensor: Tensor, block: Any) -> Tensor:
     """dbrx: the experts below each other, [E F, H]."""
-    return tensor.flatten(0, 1)
+    found: Tensor = tensor.flatten(0, 1)
+    return found
 
 
 def by_expert(tensor: Tensor, block: Any) -> Tensor:
-    return tensor.unflatten(0, (block.router.layer.weight.shape[0], -1))
+    found: Tensor = tensor.unflatten(0, (block.router.layer.weight.shape[0], -1))
+    return found
 
 
 def with_identity_rows(tensor: Tensor, block: Any) -> Tensor:
@@ -85,11 +87,13 @@ def with_identity_rows(tensor: Tensor, block: Any) -> Tensor:
 
 def side_by_side(tensor: Tensor, block: Any) -> Tensor:
     """inkling: each shared expert's gate or up rows, [n, F, H]."""
-    return tensor.unflatten(0, (block.shared_experts.n_shared_experts, -1))
+    found: Tensor = tensor.unflatten(0, (block.shared_experts.n_shared_experts, -1))
+    return found
 
 
 def side_by_side_columns(tensor: Tensor, block: Any) -> Tensor:
-    return tensor.unflatten(1, (block.shared_experts.n_shared_experts, -1)).transpose(0, 1)  # [H, n, F] -> [n, H, F]
+    found: Tensor = tensor.unflatten(1, (block.shared_experts.n_shared_experts, -1)).transpose(0, 1)
+    return found  # [H, n, F] -> [n, H, F]
 
 
 def whole(name: str) -> Source:

@@ -1,11 +1,11 @@
-"""from_pretrained on a checkpoint folder, and what then lies in the modules; the names that a load gives to tensors."""
+"""from_pretrained on a checkpoint folder, and what then lies in the modules"""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,11 +55,16 @@ def load(folder: Path) -> Mapping[str, Tensor]:
 
 def _class_of(folder: Path) -> Any:
     """The class that config.json names, or the one that generates text."""
-    config = json.loads((folder / "config.json").read_text())
-    for name in config.get("architectures") or ():
+    names = json.loads((folder / "config.json").read_text()).get("architectures") or ()
+    return class_of(names, lambda: AutoConfig.from_pretrained(folder))
+
+
+def class_of(names: Sequence[str], config: Callable[[], Any]) -> Any:
+    """The first of these classes that transformers has, by itself or in the module of the config's model."""
+    for name in names:
         if found := getattr(transformers, name, None):
             return found
-        module = type(AutoConfig.from_pretrained(folder)).__module__.replace("configuration_", "modeling_")
+        module = type(config()).__module__.replace("configuration_", "modeling_")
         if found := getattr(importlib.import_module(module), name, None):
             return found
     return AutoModelForCausalLM

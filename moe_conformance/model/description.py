@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from moe_conformance.model.specs import LayerSpec
@@ -22,6 +22,7 @@ class MoESpec:
     than once; empty where it runs each once. A layer has one index and one set of weights in all its runs.
     layers: what each layer computes, one entry for each of moe_layers (for an encoder with experts alone, of
     encoder_moe_layers); empty where the engine does not say.
+    undetermined: where `layers` is empty because the config leaves them open, which value does, by its key.
     """
 
     num_layers: int
@@ -36,6 +37,7 @@ class MoESpec:
     encoder_moe_layers: tuple[int, ...] = ()
     layer_runs: tuple[int, ...] = ()
     layers: tuple[LayerSpec, ...] = ()
+    undetermined: str = field(default="", compare=False)
 
     @property
     def runs(self) -> tuple[int, ...]:

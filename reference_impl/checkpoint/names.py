@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from moe_conformance.errors import ConfigError
+from moe_conformance.model.families.describe import find
 from moe_conformance.model.families.families import NESTED, NESTED_LAST, RECORDS, Families
 from moe_conformance.model.families.naming import Names
 from moe_conformance.model.families.record import Record
 from moe_conformance.model.families.scope import Scope, levels, model_type_of, plain
+from moe_conformance.model.families.unknown import like
 from moe_conformance.quote import plainly
 
 NAMED: Mapping[str, Names] = {name: record.names for name, record in RECORDS.items() if record.names is not None}
@@ -24,16 +27,34 @@ READ_PREFIXES = tuple(
 
 
 def family_of(config: Mapping[str, Any], families: Families = RECORDS) -> tuple[Record, Scope]:
-    """The record of a config.json whose checkpoint names are known, and the level that describes the experts."""
+    """The record whose names the checkpoint of a config.json has, and the level that describes the experts.
+
+    A model type without a record has the names of the families that its keys are of, where these leave no doubt.
+    """
     root = model_type_of(plain(config))
     for path, level in [*levels(config, NESTED), *levels(config, NESTED_LAST)]:
         own = model_type_of(level) or root
         record = families.record_of(own)
         if record is not None and record.names is not None:
             return record, Scope(level, path, root or own)
-    raise ConfigError(
-        f"model_type: got {plainly(root) or 'none'}, whose checkpoint names are not known, "
-        f"want one of {', '.join(NAMED)}"
+        if record is not None:
+            raise _unknown(root, f"{record.model_type} among them: {record.method.unsaid}")
+    try:
+        scope, _, spec = find(config, families)
+        alike = [record for record in like(scope, spec) if record.names is not None]
+    except ConfigError as error:
+        raise _unknown(root, str(error)) from error
+    if not alike or any(record.names != alike[0].names for record in alike):
+        names = ", ".join(record.model_type for record in alike)
+        raise _unknown(root, f"by its keys it may be any of {names}, whose checkpoints name tensors otherwise")
+    return alike[0], scope
+
+
+def _unknown(model_type: str, why: str) -> ConfigError:
+    nearest = ", ".join(get_close_matches(model_type, NAMED, n=3, cutoff=0.5))
+    return ConfigError(
+        f"model_type: got {plainly(model_type) or 'none'}, whose checkpoint names are not known ({why}); set it to "
+        f"that of a family that is laid out alike{f', as {nearest} may be' if nearest else ''}"
     )
 
 

@@ -18,9 +18,26 @@ from moe_conformance.model.specs import LayerSpec, Shape
 from moe_conformance.quote import few, quoted
 from moe_conformance.reference_impl.checkpoint.arrange import Sizes
 from moe_conformance.reference_impl.checkpoint.names import READ_PREFIXES, family_of, names_of
-from moe_conformance.reference_impl.checkpoint.remap import SUFFIXES, index_of
 
 VISION = "vision."
+# Unquantised, FP8 and ModelOpt NVFP4, compressed-tensors, GPTQ and AWQ.
+SUFFIXES = (
+    "weight",
+    "bias",
+    "weight_scale",
+    "weight_scale_2",
+    "weight_scale_inv",
+    "input_scale",
+    "weight_packed",
+    "weight_global_scale",
+    "input_global_scale",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+)
+# At most six digits: a longer number is not an index but an attack on int().
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 _NUMBERED = re.compile(r"(experts\.(?:expert_)?)([0-9]+)(?=\.)")
 
 
@@ -75,7 +92,9 @@ class Places:
         self._roots = tuple({f"{piece.pattern.split('.')[0]}." for piece in self.names.pieces})
         prefixes = "|".join(re.escape(prefix) for prefix in {*READ_PREFIXES, self.names.prefix})
         self._stacks = {
-            stack: re.compile(rf"(?:{prefixes}){re.escape(stack.path)}\.([0-9]+)\.{re.escape(stack.inner)}(.+)")
+            stack: re.compile(
+                rf"(?:{prefixes}){re.escape(stack.path)}\.([0-9]+)\.{re.escape(stack.inner)}(.+)", re.DOTALL
+            )
             for stack in self.names.stacks
         }
 
@@ -112,7 +131,7 @@ class Places:
         numbered = _NUMBERED.search(rest)
         generic = _NUMBERED.sub(r"\1{e}", rest, count=1)
         pieces, suffix = self._find(generic)
-        if not pieces and not rest.startswith(self._roots):
+        if not pieces and not f"{rest}.".startswith(self._roots):
             return []
         index = index_of(name, "layer", layer_digits)
         layer = self._layers.get((stack, index))
@@ -160,6 +179,15 @@ class Places:
                 yield Place(layer.prefix + piece.target, piece, None, suffix)
             elif (piece.experts == "routed" and expert < experts) or (piece.experts == "second" and expert >= experts):
                 yield Place(layer.prefix + piece.target, piece, expert % experts, suffix)
+
+
+def index_of(name: str, what: str, digits: str) -> int:
+    if not _NUMBER.fullmatch(digits):
+        raise CheckpointError(
+            f"{quoted(name)}: got {what} {digits[:20]!r}, want a number without leading zeros and of at most six "
+            "digits; rename the tensor"
+        )
+    return int(digits)
 
 
 def _layers_of(stack: Stack, spec: MoESpec, level: Scope) -> Iterator[tuple[int, LayerSpec]]:

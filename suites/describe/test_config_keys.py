@@ -76,7 +76,8 @@ def _layer_facts(spec: MoESpec) -> dict[str, Any]:
     """What layers compute, those that compute the same together; raises unless there is one for each MoE layer."""
     indices = spec.moe_layers or spec.encoder_moe_layers
     if len(spec.layers) != len(indices):
-        raise Nonconformance(f"layers: got {len(spec.layers)}, want one for each of the {len(indices)} MoE layers")
+        why = f" ({spec.undetermined})" if spec.undetermined else ""
+        raise Nonconformance(f"layers: got {len(spec.layers)}{why}, want one for each of the {len(indices)} MoE layers")
     same_as: dict[LayerSpec, list[int]] = {}
     for index, layer in zip(indices, spec.layers, strict=True):
         same_as.setdefault(layer, []).append(index)

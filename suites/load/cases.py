@@ -6,8 +6,7 @@ Styles are those of `remap`.
 from __future__ import annotations
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.model.families.families import RECORDS
-from moe_conformance.oracle.naming import Form, pieces_of
+from moe_conformance.suites.of_families import of_families
 
 # H and F. 2F = H makes gate_up_proj square, F = H down_proj: no layout can be told from such a shape. 2F < H, as most
 # models have it: a layout guessed from the larger dim is the other one.
@@ -83,27 +82,6 @@ BROKEN = (
     _broken("packed", "missing-shard"),
     _broken("plain", "truncated-shard"),
 )
-
-
-def of_families(stage: str, clause: str) -> tuple[Case, ...]:
-    """One case for each spelling of each family: as on the hub, and as the modules are called where that is otherwise.
-
-    form: see oracle/naming.py. Those that stand for the others are tried in core.
-    """
-    forms: tuple[Form, ...] = ("hub", "modules")
-    return tuple(
-        Case(
-            f"{stage}-{record.slug}-{form}",
-            stage,
-            clause,
-            {"family": record.slug, "model_type": record.model_type, "form": form},
-            "core" if record.sample and form == "hub" else "full",
-        )
-        for record in RECORDS.values()
-        for form in forms
-        if pieces_of(record, form)
-    )
-
 
 OF_FAMILIES = of_families("load", "load.whole")
 

@@ -1,4 +1,4 @@
-"""Cases of `remap`: the names of Gemma 4's tensors in the styles that published checkpoints use.
+"""Cases of `remap`: Gemma 4's tensors in the styles that published checkpoints use, and every family's own names.
 
 A style is a few words: "plain" (one tensor an expert), "moe" (the block named `moe`), "packed" (all experts in one
 tensor), "multimodal" (prefix `model.language_model.`). An engine declares the words it offers.
@@ -7,6 +7,7 @@ tensor), "multimodal" (prefix `model.language_model.`). An engine declares the w
 from __future__ import annotations
 
 from moe_conformance.catalogue.case import Case
+from moe_conformance.suites.of_families import of_families
 
 # Unquantised, FP8 and ModelOpt NVFP4, compressed-tensors, GPTQ and AWQ.
 SUFFIXES = (
@@ -76,4 +77,6 @@ IDEMPOTENT = tuple(
     for style in ("plain", "moe", "packed", "moe-packed", "multimodal-moe", "multimodal-packed")
 )
 
-CASES = (*ONE_TARGET, *IDEMPOTENT)
+OF_FAMILIES = of_families("remap", "remap.one-target")
+
+CASES = (*ONE_TARGET, *IDEMPOTENT, *OF_FAMILIES)

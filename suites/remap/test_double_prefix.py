@@ -9,7 +9,8 @@ from moe_conformance.engine import CheckpointName, Engine, Target
 from moe_conformance.errors import CheckpointError, Nonconformance, Unsupported
 from moe_conformance.judging import compare
 from moe_conformance.suites.load import checkpoint
-from moe_conformance.suites.remap.cases import IDEMPOTENT, ONE_TARGET
+from moe_conformance.suites.remap import families
+from moe_conformance.suites.remap.cases import IDEMPOTENT, OF_FAMILIES, ONE_TARGET
 from moe_conformance.suites.remap.names import (
     EXPERTS,
     Targets,
@@ -120,3 +121,19 @@ def test_mapping_twice_equals_mapping_once(engine: Engine, case: Case) -> None:
     for name in own:
         if name in again:
             compare.same(f"{name} mapped again", again[name], (name,))
+
+
+@check(OF_FAMILIES)
+def test_every_tensor_of_every_family_has_its_target(engine: Engine, case: Case) -> None:
+    """The names of modules are judged where those of the hub are right."""
+    hub = families.placed(engine, case["family"], "hub")
+    if case["form"] == "hub":
+        families.each_has_its_own(hub)
+        return
+    try:
+        families.each_has_its_own(hub)
+    except Nonconformance as error:
+        raise Unsupported(f"the hub's names of the same tensors are not right: {error}") from error
+    modules = families.placed(engine, case["family"], case["form"])
+    families.each_has_its_own(modules)
+    families.reaches_the_same(modules, hub)

@@ -37,7 +37,7 @@ def describe(config: Any, families: Families = RECORDS) -> MoESpec:
 
     config: a transformers config or its plain dict, flat or nested (text_config, ffn_config, thinker_config, ...;
     vision_config only where nothing else has experts).
-    `layers` is empty where the config leaves it open what a layer computes; `layer_of` says why.
+    `layers` is empty where the config leaves it open what a layer computes; `undetermined` says why, and `layer_of`.
     Raises DenseModelError for a model without routed experts, ConfigError for a size that is missing or wrong.
 
         describe({"model_type": "mixtral", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96,
@@ -45,11 +45,11 @@ def describe(config: Any, families: Families = RECORDS) -> MoESpec:
         -> MoESpec(num_layers=2, moe_layers=(0, 1), num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=96,
                    layers=(LayerSpec(...), LayerSpec(...)))
     """
-    scope, record, spec = _find(config, families)
+    scope, record, spec = find(config, families)
     try:
         return replace(spec, layers=_layers(scope, record, spec))
-    except ConfigError:
-        return spec
+    except ConfigError as error:
+        return replace(spec, undetermined=str(error))
 
 
 def layer_of(config: Any, layer: int, families: Families = RECORDS) -> LayerSpec:
@@ -59,7 +59,7 @@ def layer_of(config: Any, layer: int, families: Families = RECORDS) -> LayerSpec
     Raises as `describe` does, and ConfigError where the layer has no experts, a key of its method is wrong, or its
     model type is unknown and its keys are not those of one method alone: the message names keys and candidates.
     """
-    scope, record, spec = _find(config, families)
+    scope, record, spec = find(config, families)
     moe_layers = spec.moe_layers or spec.encoder_moe_layers
     if layer not in moe_layers:
         raise scope.error(WHAT, f"layer {quoted(layer)} has no experts; want one of {few(moe_layers)}")
@@ -68,11 +68,11 @@ def layer_of(config: Any, layer: int, families: Families = RECORDS) -> LayerSpec
 
 def capture_shape(config: Any) -> CaptureShape:
     """The sizes of a routed-experts buffer, for every side that needs them: all runs of layers, the largest K and E."""
-    spec = _find(config, RECORDS)[2]
+    spec = find(config, RECORDS)[2]
     return CaptureShape(len(spec.runs), spec.max_top_k, spec.max_experts)
 
 
-def _find(config: Any, families: Families) -> tuple[Scope, Record | None, MoESpec]:
+def find(config: Any, families: Families = RECORDS) -> tuple[Scope, Record | None, MoESpec]:
     """The level that describes the MoE, the record of its family, if there is one, and the sizes."""
     values = plain(config)
     dense = None

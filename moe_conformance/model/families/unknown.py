@@ -28,16 +28,21 @@ ORDINARY = SIZES | ACTIVATIONS | {"mlp_bias", "use_bias", "rms_norm_eps"}
 
 
 def layers_by_keys(scope: Scope, spec: MoESpec) -> tuple[LayerSpec, ...]:
-    """The layers, or ConfigError with the keys that were seen and the families that have them.
+    """The layers, or ConfigError with the keys that were seen and the families that have them. spec: the sizes."""
+    return layer_specs(scope, like(scope, spec)[0], spec)
+
+
+def like(scope: Scope, spec: MoESpec) -> tuple[Record, ...]:
+    """The records that the config may be of, which say the same of its layers; ConfigError where they do not.
 
     spec: the sizes as read by the keys.
     """
     seen = {name for record in RECORDS.values() for name in _names(record) if name in scope.values}
-    candidates = [record for record in RECORDS.values() if _has_just(record, seen)]
+    candidates = [record for record in RECORDS.values() if _has_just(record, seen) and _says(record, scope)]
     said = dict(_said(scope, spec, candidates))
     layers, *others = said.values() or (None,)
     if layers is not None and all(other == layers for other in others):
-        return layers
+        return tuple(RECORDS[name] for name in said)
     names = sorted(said or (record.model_type for record in candidates))
     raise scope.error(
         WHAT,
@@ -47,14 +52,19 @@ def layers_by_keys(scope: Scope, spec: MoESpec) -> tuple[LayerSpec, ...]:
 
 
 def _names(record: Record) -> set[str]:
-    """All keys by which a family may be told, the dead ones included: its configs carry them."""
-    return {*chain.from_iterable(record.method_keys), *record.dead} - ORDINARY
+    """All keys by which a family may be told, those included that its configs carry and nothing reads."""
+    return {*chain.from_iterable(record.method_keys), *record.dead, *record.beside} - ORDINARY
 
 
 def _has_just(record: Record, seen: set[str]) -> bool:
     """All keys that decide the family's method are seen, under one of their names, and none that it does not have."""
     deciding = [names for names in record.method_keys if not ORDINARY & set(names)]
     return seen <= _names(record) and all(seen & set(names) for names in deciding)
+
+
+def _says(record: Record, scope: Scope) -> bool:
+    """What its configs say beside, where the config says it too."""
+    return all(scope.values.get(key, value) == value for key, value in record.beside.items())
 
 
 def _said(

@@ -27,11 +27,18 @@ RECORD = Record(
     configs=(
         Config("no-experts", kind="dense", keys={"num_experts": 0}),
         Config(
+            # Sizes at the top that the model does not read, beside those of its text_config.
             "root-differs",
             untyped=True,
             form="plain",
             model_type="qwen3_vl_moe",
             top={"num_experts": 13, "num_experts_per_tok": 5, "num_hidden_layers": 11},
+        ),
+        Config(
+            "root-width",
+            form="plain",
+            model_type="qwen3_vl_moe",
+            top={"hidden_size": 48, "intermediate_size": 72, "moe_intermediate_size": 30},
         ),
         Config("hub", untyped=True, form="plain", model_type="qwen3_vl_moe"),
     ),

@@ -1,0 +1,27 @@
+"""Cases of every family for the two stages that read checkpoints. No torch here."""
+
+from __future__ import annotations
+
+from moe_conformance.catalogue.case import Case
+from moe_conformance.model.families.families import RECORDS
+from moe_conformance.oracle.naming import Form, pieces_of
+
+
+def of_families(stage: str, clause: str) -> tuple[Case, ...]:
+    """One case for each spelling of each family: as on the hub, and as the modules are called where that is otherwise.
+
+    form: see oracle/naming.py. The few that stand for the others are tried in core.
+    """
+    forms: tuple[Form, ...] = ("hub", "modules")
+    return tuple(
+        Case(
+            f"{stage}-{record.slug}-{form}",
+            stage,
+            clause,
+            {"family": record.slug, "model_type": record.model_type, "form": form},
+            "core" if record.sample == "smoke" and form == "hub" else "full",
+        )
+        for record in RECORDS.values()
+        for form in forms
+        if pieces_of(record, form)
+    )
