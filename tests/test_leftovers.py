@@ -90,19 +90,21 @@ def processes(tag: str) -> list[str]:
 
 @contextmanager
 def another_program(tag: str) -> Iterator[None]:
-    """A process and two segments that are not the engine's, one of which it opens, come after it and stay."""
+    """A process and two segments, one of which the engine opens, that came after the engine, and stay."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"other-{tag}"])
-    segments = [shared_memory.SharedMemory(name, create=True, size=64) for name in others(tag)]
+    opened, closed = others(tag)
+    held = shared_memory.SharedMemory(opened, create=True, size=64)
+    Path("/dev/shm", closed).touch()
     try:
         yield
         assert (process.poll(), there(others(tag))) == (None, others(tag))
     finally:
         process.kill()
         process.wait()
-        for segment in segments:
-            segment.close()
-            with suppress(FileNotFoundError):
-                segment.unlink()
+        held.close()
+        with suppress(FileNotFoundError):
+            held.unlink()
+        Path("/dev/shm", closed).unlink(missing_ok=True)
 
 
 def others(tag: str) -> list[str]:
