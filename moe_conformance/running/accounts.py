@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -57,8 +58,19 @@ class Accounts:
             self.heard.add(report.nodeid)
             self.report.lost(report.nodeid, str(report.longrepr))
 
-    @pytest.hookimpl(tryfirst=True)  # before the reporter, which takes the status as it is then
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+    @pytest.hookimpl(wrapper=True, trylast=True)  # within the reporter, which prints the table after it
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Generator[None, object, object]:
+        self._close(session, exitstatus)
+        try:
+            return (yield)
+        except OSError as error:  # of pytest's own files, as junit.xml is
+            self.complaints.append(f"at the end of the run: {error}; free space, and run again")
+            session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
+            return None
+
+    def _close(self, session: pytest.Session, exitstatus: int) -> None:
+        """Judge the run as a whole."""
+        self.pytest_session = session
         option = self.config.option
         if (later := self.session.look_back(None)) is not None:
             self.report.add(later, {})
@@ -89,9 +101,12 @@ class Accounts:
             return []
         return [f"{name}: nothing was judged: {_most(results)}" for name, results in unjudged.items()]
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        exitstatus = self.pytest_session.exitstatus  # as it is now; the reporter's is that of before
         self.report.finish(terminalreporter, exitstatus, self.session.deselected)
-        for complaint in self.complaints:
+        if self.report.troubles:
+            self.pytest_session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
+        for complaint in [*self.complaints, *self.report.troubles]:
             terminalreporter.write_line(complaint, red=True)
 
 

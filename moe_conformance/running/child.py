@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -52,36 +53,42 @@ class Hungry(Exception):
     """It, and what it started, have more memory than they may. The message says how much."""
 
 
+class Unstarted(Exception):
+    """The machine gives no process: no descriptor, memory or disk is left, or a variable is none."""
+
+
 class Child:
-    """Runs at once. command: without the two descriptors, which come last: what to read from, and what to write to.
-    memory: resident bytes that it and what it started may have together, looked at while it is listened to."""
+    """Runs at once. Raises Unstarted.
+
+    command: without the two descriptors, which come last: what to read from, and what to write to. memory: resident
+    bytes that it and what it started may have together, looked at while it is listened to.
+    """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], memory: float = math.inf) -> None:
         self._memory = memory
-        theirs_to_read, self._questions = os.pipe()
-        self._answers, theirs_to_write = os.pipe()
         self._heard = b""
-        self._errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115, see kill()
-        self._folder = Folder()
-        self._segments = Segments(self._folder.path)
-        try:
-            self._process = subprocess.Popen(
-                [*command, str(theirs_to_read), str(theirs_to_write)],
-                stdin=subprocess.DEVNULL,
-                stdout=self._errors,
-                stderr=self._errors,
-                env={**_caches(), **os.environ, **environment, **self._own()},
-                pass_fds=(theirs_to_read, theirs_to_write),
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(self._questions)
-            os.close(self._answers)
-            self._folder.remove()
-            raise
-        finally:
-            os.close(theirs_to_read)
-            os.close(theirs_to_write)
+        with ExitStack() as undo:
+            try:
+                theirs_to_read, self._questions = _pipe(undo)
+                self._answers, theirs_to_write = _pipe(undo)
+                self._errors = undo.enter_context(tempfile.TemporaryFile("w+b"))
+                self._folder = Folder()
+                undo.callback(self._folder.remove)
+                self._segments = Segments(self._folder.path)
+                self._process = subprocess.Popen(
+                    [*command, str(theirs_to_read), str(theirs_to_write)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._errors,
+                    stderr=self._errors,
+                    env={**_caches(), **os.environ, **environment, **self._own()},
+                    pass_fds=(theirs_to_read, theirs_to_write),
+                    start_new_session=True,
+                )
+            except (OSError, ValueError) as error:
+                raise Unstarted(f"cannot start a process: {error}") from error
+            undo.pop_all()
+        os.close(theirs_to_read)
+        os.close(theirs_to_write)
         os.set_blocking(self._answers, False)
 
     def _own(self) -> dict[str, str]:
@@ -184,6 +191,13 @@ class Child:
         os.close(self._answers)
         self._errors.close()
         self._folder.remove()
+
+
+def _pipe(undo: ExitStack) -> tuple[int, int]:
+    read, write = os.pipe()
+    undo.callback(os.close, read)
+    undo.callback(os.close, write)
+    return read, write
 
 
 class Folder:

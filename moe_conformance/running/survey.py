@@ -20,7 +20,7 @@ from moe_conformance.engine import STAGES, Engine
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.verdict import Outcome, Verdict
 from moe_conformance.protocol.features import near
-from moe_conformance.running.child import Child, Ended, Silent, TooLong, follow_parent, python
+from moe_conformance.running.child import Child, Ended, Silent, TooLong, Unstarted, follow_parent, python
 from moe_conformance.running.discovery import Target, extend_path, registered
 
 # What else an adapter's class has.
@@ -94,10 +94,13 @@ def surveys(targets: Sequence[Target]) -> list[Survey]:
     """Of each target, all at once, each in a process of its own."""
     end = time.monotonic() + SECONDS
     with ExitStack() as ends:
-        children = []
+        children: list[Child | Unstarted] = []
         for target in targets:
-            children.append(Child(python(__name__, target.path), {}))
-            ends.callback(children[-1].kill)
+            try:
+                children.append(child := Child(python(__name__, target.path), {}))
+                ends.callback(child.kill)
+            except Unstarted as error:
+                children.append(error)
         return [_answer(target, child, end - time.monotonic()) for target, child in zip(targets, children, strict=True)]
 
 
@@ -123,8 +126,10 @@ def named(targets: Sequence[Target], found: Sequence[Survey]) -> dict[Target, Su
     return surveyed
 
 
-def _answer(target: Target, child: Child, seconds: float) -> Survey:
+def _answer(target: Target, child: Child | Unstarted, seconds: float) -> Survey:
     name = target.path.rpartition(":")[2]
+    if isinstance(child, Unstarted):
+        return Survey(name, trouble=("error", str(child)))
     about = f"while its module {target.path.partition(':')[0]} was imported"
     try:
         return Survey.decode(child.hear(seconds))
