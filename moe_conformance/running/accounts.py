@@ -27,6 +27,7 @@ class Accounts:
             raise pytest.UsageError(str(error)) from error
         # What makes the run a bad one although no result is, a line each.
         self.complaints: list[str] = []
+        self.was_interrupted = False
         # Node ids of the suites' items that were collected, and of those of which something was heard.
         self.collected: set[str] = set()
         self.heard: set[str] = set()
@@ -60,17 +61,34 @@ class Accounts:
 
     @pytest.hookimpl(wrapper=True, trylast=True)  # within the reporter, which prints the table after it
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Generator[None, object, object]:
-        self._close(session, exitstatus)
+        self.pytest_session = session
         try:
+            self._close(exitstatus)
             return (yield)
+        except KeyboardInterrupt:  # again, and still with a table
+            self._interrupt()
         except OSError as error:  # of pytest's own files, as junit.xml is
             self.complaints.append(f"at the end of the run: {error}; free space, and run again")
-            session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
-            return None
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+        return None
 
-    def _close(self, session: pytest.Session, exitstatus: int) -> None:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_keyboard_interrupt(self) -> None:
+        """A second Ctrl-C may come before pytest knows of the first."""
+        self.was_interrupted = True
+
+    def _interrupt(self) -> None:
+        self.was_interrupted = True
+        self.pytest_session.exitstatus = pytest.ExitCode.INTERRUPTED
+        left = len(self.collected - self.heard)
+        if left and not any("were not run" in line for line in self.complaints):
+            self.complaints.append(f"interrupted: {left} of {len(self.collected)} selected items were not run")
+
+    def _close(self, exitstatus: int) -> None:
         """Judge the run as a whole."""
-        self.pytest_session = session
+        if self.was_interrupted or exitstatus == pytest.ExitCode.INTERRUPTED:
+            self._interrupt()
+            return
         option = self.config.option
         if (later := self.session.look_back(None)) is not None:
             self.report.add(later, {})
@@ -87,7 +105,7 @@ class Accounts:
         worst = 1 if self.session.strict else 2
         is_bad = bool(self.complaints) or any(result.verdict.badness >= worst for result in self.report.results)
         if is_bad and exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            self.pytest_session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _unjudged(self) -> list[str]:
         """Engines asked for of which nothing was judged; where none was asked for by name, that none was."""

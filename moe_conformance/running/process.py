@@ -173,7 +173,7 @@ class EngineProcess:
         return Outcome(Verdict.CRASH, message)
 
     def close(self) -> None:
-        """End the process and all it started."""
-        if self._child is not None:
-            self._child.kill()
-            self._child = None
+        """End the process and all it started. Of one that is being ended nothing more is asked, even if a Ctrl-C comes."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
