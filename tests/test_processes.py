@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -17,7 +20,7 @@ from moe_conformance.running import child
 from moe_conformance.running.discovery import Target
 from moe_conformance.running.messages import Answer, Check, Hello, Message, Probe, Unstartable, decode, encode
 from moe_conformance.running.process import Allowed, EngineProcess
-from moe_conformance.running.survey import Survey
+from moe_conformance.running.survey import Survey, surveys
 
 CASE = Case("a-case", stage="align", clause="align.whole-blocks")
 HELLO = encode(Hello("scripted", "1", "cpu"))
@@ -209,6 +212,24 @@ def test_an_engine_that_eats_memory_costs_its_case() -> None:
     outcome = process.run("module", a_check, CASE)
     assert (outcome.verdict, process._child) == (Verdict.CRASH, None)
     assert "GiB of memory, and was killed" in outcome.message
+
+
+def test_a_process_that_the_machine_does_not_give_is_an_error_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of no other: there may be one for the next."""
+
+    def is_full(**_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    process, descriptors = Scripted(*FIRST, encode(Answer(2, PASS))), len(os.listdir("/dev/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", is_full)
+        outcome = process.run("module", a_check, CASE)
+        assert (outcome.verdict, outcome.message[:24]) == (Verdict.ERROR, "cannot start a process: ")
+        (survey,) = surveys([process.target])
+        assert survey.trouble == ("error", outcome.message)
+    assert len(os.listdir("/dev/fd")) == descriptors
+    assert process.run("module", a_check, CASE) == PASS
+    process.close()
 
 
 def test_an_engine_has_a_time_for_all_its_cases() -> None:
