@@ -185,6 +185,27 @@ def test_an_object_whose_dict_is_none_is_refused() -> None:
         describe(SimpleNamespace(to_dict=lambda: ["no", "map"]))
 
 
+class Mute(Exception):
+    """Raises even when it is asked what was wrong."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+    __repr__ = __str__
+
+
+def _raises(self: object, *_: object) -> Any:
+    raise Mute
+
+
+@pytest.mark.parametrize("name", ["to_dict", "__getattribute__", "__class__", "__dict__"])
+def test_a_config_that_raises_when_read_is_one_error_of_ours(name: str) -> None:
+    body = {name: _raises if name in ("to_dict", "__getattribute__") else property(_raises)}
+    config = type("Broken", (), body)()
+    with pytest.raises(ConfigError, match=r"config: Broken raised <Mute instance at .* when read; pass its dict"):
+        describe(config)
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [

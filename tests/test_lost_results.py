@@ -147,6 +147,14 @@ def test_a_full_disk_costs_files_and_no_verdict(tmp_path: Path) -> None:
     assert "at the end of the run: [Errno 27] File too large; free space, and run again" in done.text
 
 
+@pytest.mark.nightly
+def test_a_summary_that_cannot_be_written_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.md").symlink_to("/dev/full")
+    done = run(tmp_path, "", "--in-process")
+    assert (done.code, done.verdicts) == (1, with_error("none"))
+
+
 def test_a_place_that_takes_nothing_is_refused_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "verdicts.jsonl").symlink_to("/dev/full")

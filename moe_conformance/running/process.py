@@ -173,7 +173,7 @@ class EngineProcess:
         return Outcome(Verdict.CRASH, message)
 
     def close(self) -> None:
-        """End the process and all it started. Of one that is being ended nothing more is asked, even if a Ctrl-C comes."""
+        """End the process and all it started. Nothing more is asked of it, even if a Ctrl-C comes meanwhile."""
         child, self._child = self._child, None
         if child is not None:
             child.kill()
