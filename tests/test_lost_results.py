@@ -111,12 +111,13 @@ AT_ONCE, AT_THE_END = (
 )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "again",
     [
-        pytest.param("", marks=pytest.mark.nightly, id="once"),
-        pytest.param(AT_ONCE, marks=pytest.mark.nightly, id="again-at-once"),
-        pytest.param(AT_THE_END, marks=pytest.mark.nightly, id="again-at-the-end"),
+        pytest.param("", id="once"),
+        pytest.param(AT_ONCE, id="again-at-once"),
+        pytest.param(AT_THE_END, id="again-at-the-end"),
         pytest.param(AT_ONCE + AT_THE_END, id="three-times"),
     ],
 )
@@ -131,12 +132,22 @@ def test_what_a_ctrl_c_kept_from_running_is_no_error_of_its_case(tmp_path: Path,
 LITTLE_DISK = """
 import resource
 def pytest_runtest_setup(item):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1200, 1200))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 """
 
 
+def test_what_a_full_disk_and_a_ctrl_c_leave_is_said(tmp_path: Path) -> None:
+    done = run(tmp_path, f"{LITTLE_DISK}    {OF_ONE} raise KeyboardInterrupt\n{AT_ONCE}", "--in-process")
+    assert (done.code, done.verdicts) == (130, [])
+    assert "reference  1/1\n" in done.text and "Traceback" not in done.text
+    assert done.text.count("interrupted: 2 of 3 selected items were not run\n") == 1
+    assert "out: [Errno 27] File too large; free space, or name another folder\n" in done.text
+    assert "at the end of the run: [Errno 27] File too large; free space, and run again\n" in done.text
+
+
+@pytest.mark.nightly
 def test_a_full_disk_costs_files_and_no_verdict(tmp_path: Path) -> None:
-    """The stream breaks off among its results, and neither the summary nor junit.xml can be written."""
+    """The stream breaks off before its results, and neither the summary nor junit.xml can be written."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "summary.md").symlink_to("/dev/full")
     done = run(tmp_path, LITTLE_DISK, "--in-process")

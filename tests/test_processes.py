@@ -133,26 +133,27 @@ def test_a_process_that_cannot_start_is_not_tried_again() -> None:
 FIRST = (HELLO, encode(Answer(1, PASS)))  # it starts, and its probe passes
 
 
-@pytest.mark.parametrize(
-    ("does", "verdict", "words"),
-    [
-        ("os._exit(0)", Verdict.CRASH, "the engine's process died: exit code 0"),
-        ("os.kill(os.getpid(), 11)", Verdict.CRASH, "the engine's process died: signal SIGSEGV"),
-        ("print('no memory'); sys.exit(3)", Verdict.CRASH, "exit code 3; its last words:\n  no memory"),
-        # What it started holds the pipe open, and would for a minute.
-        ("time.sleep(60) if os.fork() == 0 else os._exit(4)", Verdict.CRASH, "exit code 4"),
-        ("os.close(write); time.sleep(60)", Verdict.ERROR, "closed what it answers through"),
-        ("os.write(write, b'{' * 100); os._exit(0)", Verdict.CRASH, "exit code 0"),
-        ("os.write(write, b'{'); time.sleep(60)", Verdict.TIMEOUT, "no answer within 0.5 s"),
-        ("time.sleep(60)", Verdict.TIMEOUT, "no answer within 0.5 s"),
-        ("import faulthandler; faulthandler.enable(); time.sleep(60)", Verdict.TIMEOUT, 'File "<string>", line'),
-        ("while True: os.write(write, b'x'); time.sleep(0.01)", Verdict.TIMEOUT, "no answer within 0.5 s"),
-        ("os.write(write, b'\\xff\\xfe\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
-        ("os.write(write, b'NaN\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
-        ("os.write(write, b'\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
-        ("os.write(write, b'[' * 100000 + b'\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
-    ],
+# What the process does with its second question, and what the case comes to.
+DOES = (
+    ("os._exit(0)", Verdict.CRASH, "the engine's process died: exit code 0"),
+    ("os.kill(os.getpid(), 11)", Verdict.CRASH, "the engine's process died: signal SIGSEGV"),
+    ("print('no memory'); sys.exit(3)", Verdict.CRASH, "exit code 3; its last words:\n  no memory"),
+    # What it started holds the pipe open, and would for a minute.
+    ("time.sleep(60) if os.fork() == 0 else os._exit(4)", Verdict.CRASH, "exit code 4"),
+    ("os.close(write); time.sleep(60)", Verdict.ERROR, "closed what it answers through"),
+    ("os.write(write, b'{' * 100); os._exit(0)", Verdict.CRASH, "exit code 0"),
+    ("os.write(write, b'{'); time.sleep(60)", Verdict.TIMEOUT, "no answer within 0.5 s"),
+    ("time.sleep(60)", Verdict.TIMEOUT, "no answer within 0.5 s"),
+    ("import faulthandler; faulthandler.enable(); time.sleep(60)", Verdict.TIMEOUT, 'File "<string>", line'),
+    ("while True: os.write(write, b'x'); time.sleep(0.01)", Verdict.TIMEOUT, "no answer within 0.5 s"),
+    ("os.write(write, b'\\xff\\xfe\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
+    ("os.write(write, b'NaN\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
+    ("os.write(write, b'\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
+    ("os.write(write, b'[' * 100000 + b'\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
 )
+
+
+@pytest.mark.parametrize(("does", "verdict", "words"), DOES)
 def test_what_becomes_of_a_case_is_seen_in_time(does: str, verdict: Verdict, words: str) -> None:
     process = Scripted(*FIRST, f"do {does}", seconds=0.5)
     started = time.monotonic()

@@ -75,7 +75,7 @@ def survey_of(target: Target) -> Survey:
     if not isinstance(name, str):
         raise TypeError(f"name: got {name!r}, want a string")
     said: Any = getattr(cls, "environment", dict)()
-    if not isinstance(said, dict) or not all(isinstance(text, str) for pair in said.items() for text in pair):
+    if not isinstance(said, dict) or not all(map(_is_variable, said.items())):
         raise TypeError(f"environment(): got {said!r}, want a map of strings to strings")
     missing = getattr(cls, "missing", None)
     reason = missing() if missing else None
@@ -88,6 +88,11 @@ def survey_of(target: Target) -> Survey:
             f"some of {', '.join(STAGES)}{guess}"
         )
     return Survey(name, None if reason is None else str(reason), said, stages)
+
+
+def _is_variable(pair: tuple[Any, Any]) -> bool:
+    name, value = pair
+    return isinstance(name, str) and isinstance(value, str) and "\0" not in name + value and "=" not in name
 
 
 def surveys(targets: Sequence[Target]) -> list[Survey]:
