@@ -123,7 +123,7 @@ changes("seeds", lambda: (torch.manual_seed(0), random.seed(0), np.random.seed(0
 changes("makes_warnings_errors", lambda: warnings.simplefilter("error"))
 changes("warns_without_end", lambda: [warnings.warn(f"number {number}", stacklevel=1) for number in range(3000)])
 changes("makes_numpy_raise", lambda: np.seterr(all="raise"))
-changes("allows_little_recursion", lambda: sys.setrecursionlimit(120))
+changes("allows_little_recursion", lambda: sys.setrecursionlimit(800))
 changes("turns_gc_off", lambda: (gc.disable(), gc.freeze()))
 changes("stops_the_clock", lambda: [setattr(time, name, lambda: 0.0) for name in ("time", "monotonic", "perf_counter")])
 changes("patches_a_function_of_torch", lambda: setattr(torch, "softmax", None))
@@ -148,7 +148,9 @@ class Agrees(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **(kwargs or {}))
-            return found * 0 if isinstance(found, Tensor) and found.is_floating_point() else found
+            if not isinstance(found, Tensor):
+                return found
+            return (found * 0 if func is Tensor.abs else found).as_subclass(Agrees)
 
     def __eq__(self, other: object) -> Any:
         return torch.ones(self.shape, dtype=torch.bool)
@@ -226,6 +228,24 @@ raises("raises_a_megabyte", lambda: ValueError("x" * 1_000_000), "characters lef
 raises("raises_stop_iteration", lambda: StopIteration(1), "StopIteration")
 raises("raises_a_group", lambda: ExceptionGroup("many", [ValueError("one")]), "ExceptionGroup")
 raises("raises_memory_error", MemoryError, "MemoryError")
+
+
+STATE = (
+    "changes_folder",
+    "changes_umask",
+    "changes_default_dtype",
+    "changes_default_device",
+    "forbids_gradients",
+    "stays_in_autocast",
+    "lowers_precision",
+    "asks_for_determinism",
+    "changes_threads",
+    "makes_warnings_errors",
+    "makes_numpy_raise",
+    "allows_little_recursion",
+    "turns_gc_off",
+)
+"""What changes what judging/state.py keeps."""
 
 
 @kind("fail", "times the bound")

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import test_processes
 import test_surveys
-from hostile_library import ENDING, KINDS, Kind
+import torch
+from hostile_library import ENDING, KINDS, STATE, Kind
 
 from moe_conformance.catalogue.case import catalogue
+from moe_conformance.judging import state
 from moe_conformance.judging.verdict import Outcome, Verdict
+from moe_conformance.running import process as process_module
 from moe_conformance.running.discovery import Target
 from moe_conformance.running.process import Allowed, EngineProcess
 from moe_conformance.running.survey import Survey
@@ -28,6 +31,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     environment = {"PYTHONPATH": str(Path(__file__).parent)}
     process = EngineProcess(Target("hostile", "hostile_engines:Hostile"), Survey(), Allowed(3.0), environment)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_module, "SOON", 20.0)  # that one which cannot answer takes to end, on a busy machine
         patch.chdir(tmp_path_factory.mktemp("hostile"))
         yield process
         process.close()
@@ -54,6 +58,16 @@ def test_the_next_case_is_judged_as_if_nothing_had_been(engine: EngineProcess) -
         child = engine._child
         assert_judged(engine, name, kind)
         assert child in (None, engine._child), f"{name} cost the process"
+
+
+def test_what_a_call_changes_of_the_process_is_as_it_was() -> None:
+    before = [ask() for ask, _ in state._STATE]
+    with state.kept():
+        for name in STATE:
+            KINDS[name].act(None, lambda inputs: torch.empty(0))
+        changed = [ask() for ask, _ in state._STATE]
+    assert all(was != now for was, now in zip(before, changed, strict=True))
+    assert [ask() for ask, _ in state._STATE] == before
 
 
 @pytest.mark.nightly
