@@ -114,8 +114,7 @@ class Child:
                     raise TooLong
                 if not selector.select(max(0.0, min(left, LOOK))):
                     self._segments.look(self._process.pid)
-                    if (size := self._resident()) > self._memory:
-                        raise Hungry(f"{size / 2**30:.1f} GiB, more than {self._memory / 2**30:.1f} GiB")
+                    self._weigh()
                 # Its end is seen at the child, for what it started may hold the pipe open; and asked for before
                 # reading, for what it said last may be whole.
                 has_ended = self._process.poll() is not None
@@ -130,11 +129,18 @@ class Child:
         line, _, self._heard = self._heard.partition(b"\n")
         return line.decode(errors="replace")
 
-    def _resident(self) -> float:
-        """Resident bytes of it and of what it started; 0 where the system does not tell."""
-        if self._memory == math.inf:
-            return 0
-        return sum(process.pages for process in family(self._process.pid)) * os.sysconf("SC_PAGE_SIZE")
+    _next_weighing = 0.0
+
+    def _weigh(self) -> None:
+        """Raise Hungry where it and what it started are too large, as far as the system tells. Takes a hundredth of the
+        time at most, for there may be many processes to look through."""
+        began = time.monotonic()
+        if self._memory < math.inf and began >= self._next_weighing:
+            size = sum(process.pages for process in family(self._process.pid)) * os.sysconf("SC_PAGE_SIZE")
+            if size > self._memory:
+                raise Hungry(f"{size / 2**30:.1f} GiB, more than {self._memory / 2**30:.1f} GiB")
+            now = time.monotonic()
+            self._next_weighing = now + 100 * (now - began)
 
     def unasked(self) -> bytes:
         """What it has said beyond the lines that were heard."""
