@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from moe_conformance.errors import Nonconformance, Unsupported
 from moe_conformance.oracle.bounds import Bound
@@ -37,9 +37,15 @@ def _values(what: str, got: Any, want: Tensor, integer: bool | None = None) -> T
     shape_and_type(what, got, want.shape, integer)
     if type(got) is not Tensor and type(got).__torch_dispatch__ is Tensor.__torch_dispatch__:
         got = Tensor.as_subclass(got, Tensor)
-    if got.is_meta or isinstance(got, FakeTensor) or got.layout is not torch.strided:
+    if got.is_meta or _is_fake(got) or got.layout is not torch.strided:
         raise Nonconformance(f"{what}: got a {type(got).__name__}, {got.layout} on {got.device}, want numbers")
     return got.detach().cpu()  # type: ignore[no-any-return]
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    """Asked of the module where there is one, for importing it takes long."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
 
 
 def equal(what: str, got: Tensor, want: Tensor) -> None:
