@@ -204,6 +204,21 @@ def test_an_exception_while_it_listens_closes_the_process(monkeypatch: pytest.Mo
     assert process._child is None
 
 
+def test_a_process_that_a_ctrl_c_met_while_it_was_ended_did_not_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Scripted(*FIRST, encode(Answer(2, PASS)))
+    assert process.run("module", a_check, CASE) == PASS
+    assert (ended := process._child) is not None
+
+    def interrupted(_: child.Child) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(child.Child, "kill", interrupted)
+        process.close()
+    assert process.after_the_last() is None
+    ended.kill()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_engine_that_eats_memory_costs_its_case() -> None:
     """Together with what it started."""
