@@ -207,9 +207,12 @@ def test_an_exception_while_it_listens_closes_the_process(monkeypatch: pytest.Mo
 def test_a_process_that_a_ctrl_c_met_while_it_was_ended_did_not_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     process = Scripted(*FIRST, encode(Answer(2, PASS)))
     assert process.run("module", a_check, CASE) == PASS
-    assert (ended := process._child) is not None
+    ended = process._child
+    assert ended is not None
 
-    def interrupted(_: child.Child) -> None:
+    def interrupted(found: child.Child) -> None:
+        found._process.kill()
+        found._process.wait()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
