@@ -194,6 +194,27 @@ def test_an_object_whose_dict_is_none_is_refused() -> None:
         describe(SimpleNamespace(to_dict=lambda: ["no", "map"]))
 
 
+class Mute(Exception):
+    """Raises even when it is asked what was wrong."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+    __repr__ = __str__
+
+
+def _raises(self: object, *_: object) -> Any:
+    raise Mute
+
+
+@pytest.mark.parametrize("name", ["to_dict", "__getattribute__", "__class__", "__dict__"])
+def test_a_config_that_raises_when_read_is_one_error_of_ours(name: str) -> None:
+    body = {name: _raises if name in ("to_dict", "__getattribute__") else property(_raises)}
+    config = type("Broken", (), body)()
+    with pytest.raises(ConfigError, match=r"config: Broken raised <Mute instance at .* when read; pass its dict"):
+        describe(config)
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -252,9 +273,10 @@ def test_an_unknown_model_type_computes_as_the_one_family_with_its_keys() -> Non
         (unknown({k: v for k, v in LAGUNA.items() if k != "moe_router_logit_softcapping"}), "with these keys: none"),
         (unknown(LAGUNA, norm_topk_prob=True), "families with these keys: none"),
         (unknown(LAGUNA, shared_expert_intermediate_size=None), "families with these keys: laguna"),
-        # The value is none that the family with these keys knows.
+        # A value that says which families it may be of, though none of them reads it; and one that says: of none.
+        (unknown(DEEPSEEK, topk_method="noaux_tc"), "topk_method; families with these keys: axk1, deepseek_v3, "),
         (
-            unknown(DEEPSEEK, topk_method="noaux_tc"),
+            unknown(DEEPSEEK, topk_method="fastest"),
             "topk_group, topk_method; families with these keys: deepseek_v2; set model_type",
         ),
     ],

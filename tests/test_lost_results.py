@@ -38,7 +38,8 @@ def run(folder: Path, plugin: str, *arguments: str, engine: str = "reference") -
         capture_output=True,
     )
     stream = folder / "out" / "verdicts.jsonl"
-    lines = [json.loads(line) for line in stream.read_text().splitlines()] if stream.exists() else []
+    whole = stream.read_text().rpartition("\n")[0].splitlines() if stream.is_file() else []
+    lines = [json.loads(line) for line in whole]
     verdicts = sorted((line["case"], line["verdict"]) for line in lines if line["kind"] == "result")
     return Run(done.returncode, verdicts, done.stdout + done.stderr)
 
@@ -102,6 +103,75 @@ def pytest_runtest_setup(item):
     assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent"))
     assert " 0 deselected" not in done.text  # by -k, of which the workers tell
     assert "reference  2/3, 1 error" in done.text
+
+
+AT_ONE = f"def pytest_runtest_setup(item):\n    {OF_ONE} raise KeyboardInterrupt\n"
+AT_ONCE, AT_THE_END = (
+    f"def pytest_{hook}(): raise KeyboardInterrupt\n" for hook in ("keyboard_interrupt", "sessionfinish")
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "again",
+    [
+        pytest.param("", id="once"),
+        pytest.param(AT_ONCE, id="again-at-once"),
+        pytest.param(AT_THE_END, id="again-at-the-end"),
+        pytest.param(AT_ONCE + AT_THE_END, id="three-times"),
+    ],
+)
+def test_what_a_ctrl_c_kept_from_running_is_no_error_of_its_case(tmp_path: Path, again: str) -> None:
+    done = run(tmp_path, AT_ONE + again, "--in-process")
+    (judged,) = done.verdicts
+    assert (done.code, judged) == (130, ("layer-tiny-plain", "pass"))
+    assert "reference  1/1\n" in done.text and "Traceback" not in done.text
+    assert done.text.count("interrupted: 2 of 3 selected items were not run") == 1
+
+
+LITTLE_DISK = """
+import resource
+def pytest_runtest_setup(item):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+"""
+
+
+def test_what_a_full_disk_and_a_ctrl_c_leave_is_said(tmp_path: Path) -> None:
+    done = run(tmp_path, f"{LITTLE_DISK}    {OF_ONE} raise KeyboardInterrupt\n{AT_ONCE}", "--in-process")
+    assert (done.code, done.verdicts) == (130, [])
+    assert "reference  1/1\n" in done.text and "Traceback" not in done.text
+    assert done.text.count("interrupted: 2 of 3 selected items were not run\n") == 1
+    assert "out: [Errno 27] File too large; free space, or name another folder\n" in done.text
+    assert "at the end of the run: [Errno 27] File too large; free space, and run again\n" in done.text
+
+
+@pytest.mark.nightly
+def test_a_full_disk_costs_files_and_no_verdict(tmp_path: Path) -> None:
+    """The stream breaks off before its results, and neither the summary nor junit.xml can be written."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.md").symlink_to("/dev/full")
+    done = run(tmp_path, LITTLE_DISK, "--in-process")
+    assert done.code == 1 and len(done.verdicts) < 3
+    assert "reference  3/3\n" in done.text and "Traceback" not in done.text
+    for trouble in ("[Errno 27] File too large", "[Errno 28] No space left on device"):
+        assert f"out: {trouble}; free space, or name another folder\n" in done.text
+    assert "at the end of the run: [Errno 27] File too large; free space, and run again" in done.text
+
+
+@pytest.mark.nightly
+def test_a_summary_that_cannot_be_written_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.md").symlink_to("/dev/full")
+    done = run(tmp_path, "", "--in-process")
+    assert (done.code, done.verdicts) == (1, with_error("none"))
+
+
+def test_a_place_that_takes_nothing_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "verdicts.jsonl").symlink_to("/dev/full")
+    done = run(tmp_path, "", "--in-process")
+    assert done.code == 2 and "Traceback" not in done.text
+    assert "ERROR: --out: cannot write to" in done.text and "No space left on device" in done.text
 
 
 def test_a_missing_golden_is_an_error_and_not_the_engines_fail(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -17,7 +20,7 @@ from moe_conformance.running import child
 from moe_conformance.running.discovery import Target
 from moe_conformance.running.messages import Answer, Check, Hello, Message, Probe, Unstartable, decode, encode
 from moe_conformance.running.process import Allowed, EngineProcess
-from moe_conformance.running.survey import Survey
+from moe_conformance.running.survey import Survey, surveys
 
 CASE = Case("a-case", stage="align", clause="align.whole-blocks")
 HELLO = encode(Hello("scripted", "1", "cpu"))
@@ -130,26 +133,27 @@ def test_a_process_that_cannot_start_is_not_tried_again() -> None:
 FIRST = (HELLO, encode(Answer(1, PASS)))  # it starts, and its probe passes
 
 
-@pytest.mark.parametrize(
-    ("does", "verdict", "words"),
-    [
-        ("os._exit(0)", Verdict.CRASH, "the engine's process died: exit code 0"),
-        ("os.kill(os.getpid(), 11)", Verdict.CRASH, "the engine's process died: signal SIGSEGV"),
-        ("print('no memory'); sys.exit(3)", Verdict.CRASH, "exit code 3; its last words:\n  no memory"),
-        # What it started holds the pipe open, and would for a minute.
-        ("time.sleep(60) if os.fork() == 0 else os._exit(4)", Verdict.CRASH, "exit code 4"),
-        ("os.close(write); time.sleep(60)", Verdict.ERROR, "closed what it answers through"),
-        ("os.write(write, b'{' * 100); os._exit(0)", Verdict.CRASH, "exit code 0"),
-        ("os.write(write, b'{'); time.sleep(60)", Verdict.TIMEOUT, "no answer within 0.5 s"),
-        ("time.sleep(60)", Verdict.TIMEOUT, "no answer within 0.5 s"),
-        ("import faulthandler; faulthandler.enable(); time.sleep(60)", Verdict.TIMEOUT, 'File "<string>", line'),
-        ("while True: os.write(write, b'x'); time.sleep(0.01)", Verdict.TIMEOUT, "no answer within 0.5 s"),
-        ("os.write(write, b'\\xff\\xfe\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
-        ("os.write(write, b'NaN\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
-        ("os.write(write, b'\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
-        ("os.write(write, b'[' * 100000 + b'\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
-    ],
+# What the process does with its second question, and what the case comes to.
+DOES = (
+    ("os._exit(0)", Verdict.CRASH, "the engine's process died: exit code 0"),
+    ("os.kill(os.getpid(), 11)", Verdict.CRASH, "the engine's process died: signal SIGSEGV"),
+    ("print('no memory'); sys.exit(3)", Verdict.CRASH, "exit code 3; its last words:\n  no memory"),
+    # What it started holds the pipe open, and would for a minute.
+    ("time.sleep(60) if os.fork() == 0 else os._exit(4)", Verdict.CRASH, "exit code 4"),
+    ("os.close(write); time.sleep(60)", Verdict.ERROR, "closed what it answers through"),
+    ("os.write(write, b'{' * 100); os._exit(0)", Verdict.CRASH, "exit code 0"),
+    ("os.write(write, b'{'); time.sleep(60)", Verdict.TIMEOUT, "no answer within 0.5 s"),
+    ("time.sleep(60)", Verdict.TIMEOUT, "no answer within 0.5 s"),
+    ("import faulthandler; faulthandler.enable(); time.sleep(60)", Verdict.TIMEOUT, 'File "<string>", line'),
+    ("while True: os.write(write, b'x'); time.sleep(0.01)", Verdict.TIMEOUT, "no answer within 0.5 s"),
+    ("os.write(write, b'\\xff\\xfe\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
+    ("os.write(write, b'NaN\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
+    ("os.write(write, b'\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
+    ("os.write(write, b'[' * 100000 + b'\\n'); time.sleep(60)", Verdict.ERROR, "want a line of messages.py"),
 )
+
+
+@pytest.mark.parametrize(("does", "verdict", "words"), DOES)
 def test_what_becomes_of_a_case_is_seen_in_time(does: str, verdict: Verdict, words: str) -> None:
     process = Scripted(*FIRST, f"do {does}", seconds=0.5)
     started = time.monotonic()
@@ -200,6 +204,24 @@ def test_an_exception_while_it_listens_closes_the_process(monkeypatch: pytest.Mo
     assert process._child is None
 
 
+def test_a_process_that_a_ctrl_c_met_while_it_was_ended_did_not_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Scripted(*FIRST, encode(Answer(2, PASS)))
+    assert process.run("module", a_check, CASE) == PASS
+    ended = process._child
+    assert ended is not None
+
+    def interrupted(found: child.Child) -> None:
+        found._process.kill()
+        found._process.wait()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(child.Child, "kill", interrupted)
+        process.close()
+    assert process.after_the_last() is None
+    ended.kill()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_engine_that_eats_memory_costs_its_case() -> None:
     """Together with what it started."""
@@ -209,6 +231,24 @@ def test_an_engine_that_eats_memory_costs_its_case() -> None:
     outcome = process.run("module", a_check, CASE)
     assert (outcome.verdict, process._child) == (Verdict.CRASH, None)
     assert "GiB of memory, and was killed" in outcome.message
+
+
+def test_a_process_that_the_machine_does_not_give_is_an_error_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of no other: there may be one for the next."""
+
+    def is_full(**_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    process, descriptors = Scripted(*FIRST, encode(Answer(2, PASS))), len(os.listdir("/dev/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", is_full)
+        outcome = process.run("module", a_check, CASE)
+        assert (outcome.verdict, outcome.message[:24]) == (Verdict.ERROR, "cannot start a process: ")
+        (survey,) = surveys([process.target])
+        assert survey.trouble == ("error", outcome.message)
+    assert len(os.listdir("/dev/fd")) == descriptors
+    assert process.run("module", a_check, CASE) == PASS
+    process.close()
 
 
 def test_an_engine_has_a_time_for_all_its_cases() -> None:

@@ -42,6 +42,18 @@ HOSTILE = {
     "environment-exits": (CLASS + "    def environment(): raise SystemExit(0)", "crash", "exit code 0"),
     "environment-is-a-list": (CLASS + "    def environment(): return ['A=1']", "error", "want a map of strings"),
     "environment-of-numbers": (CLASS + "    def environment(): return {'A': 1}", "error", "want a map of strings"),
+    "environment-has-a-null": (CLASS + "    def environment(): return {'A': '\\0'}", "error", "want a map of strings"),
+    "environment-has-no-name": (CLASS + "    def environment(): return {'A=B': ''}", "error", "want a map of strings"),
+    "class-raises-when-asked": (
+        "class Meta(type):\n    def __getattribute__(cls, name): raise OSError(name)\nclass Mine(metaclass=Meta): ...",
+        "error",
+        "OSError: name",
+    ),
+    "raises-without-words": (
+        "class Mute(Exception):\n    def __str__(self): raise RuntimeError('no words')\nraise Mute",
+        "error",
+        "<exception str() failed>",
+    ),
     "missing-raises": (CLASS + "    def missing(): return 1 / 0", "error", "ZeroDivisionError"),
     "name-is-a-number": ("class Mine: name = 7", "error", "name: got 7, want a string"),
     "hangs": ("import time\nwhile True: time.sleep(1)", "timeout", "no end within"),
@@ -55,6 +67,12 @@ HARMLESS = {
     "never-ends": (CLASS + "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()"),
     "closes-its-output": (CLASS + "import sys; sys.stdout.close(); sys.stderr.close()"),
     "changes-folder": (CLASS + "import os; os.chdir('/')"),
+    "answers-twice": ("import os; os.fork()\n" + CLASS),
+    "environment-is-slow": (CLASS + "    def environment():\n        import time; time.sleep(0.5); return {}"),
+    "hangs-at-its-end": (CLASS + "import atexit, time; atexit.register(time.sleep, 60)"),
+    "says-another-thing-each-time": (
+        CLASS + "    def missing(said=[]): said.append(1); return None if len(said) < 2 else 'x'"
+    ),
     "ignores-signals": (CLASS + "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"),
 }
 

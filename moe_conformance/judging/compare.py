@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,19 +23,34 @@ def _where(flat_index: int, shape: Sequence[int]) -> str:
 
 def shape_and_type(what: str, got: Any, shape: Sequence[int], integer: bool | None = None) -> Tensor:
     """`got` must be a tensor of this shape; integer says whether its dtype must be one (None: either)."""
-    if not isinstance(got, Tensor):
+    if not issubclass(type(got), Tensor):  # isinstance would ask the answer itself
         raise Nonconformance(f"{what}: got {type(got).__name__}, want a tensor")
     if tuple(got.shape) != tuple(shape):
         raise Nonconformance(f"{what}: got shape {list(got.shape)}, want {list(shape)}")
     if integer is not None and integer == (got.is_floating_point() or got.is_complex()):
         raise Nonconformance(f"{what}: got {got.dtype}, want {'an integer' if integer else 'a float'} dtype")
-    return got
+    return got  # type: ignore[no-any-return]
+
+
+def _values(what: str, got: Any, want: Tensor, integer: bool | None = None) -> Tensor:
+    """The numbers in an answer of this shape, on the CPU, whatever its class makes of functions."""
+    shape_and_type(what, got, want.shape, integer)
+    if type(got) is not Tensor and type(got).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        got = Tensor.as_subclass(got, Tensor)
+    if got.is_meta or _is_fake(got) or got.layout is not torch.strided:
+        raise Nonconformance(f"{what}: got a {type(got).__name__}, {got.layout} on {got.device}, want numbers")
+    return got.detach().cpu()  # type: ignore[no-any-return]
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    """Asked of the module where there is one, for importing it takes long."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
 
 
 def equal(what: str, got: Tensor, want: Tensor) -> None:
     """Same shape and same values; integer dtypes may differ in width, NaN equals NaN."""
-    shape_and_type(what, got, want.shape)
-    got, want = got.detach().cpu(), want.detach().cpu()
+    got, want = _values(what, got, want), want.detach().cpu()
     if want.is_floating_point():
         bad = ~((got.double() == want.double()) | (got.isnan() & want.isnan()))
     else:
@@ -44,8 +60,7 @@ def equal(what: str, got: Tensor, want: Tensor) -> None:
 
 def close(what: str, got: Tensor, want: Tensor, bound: Bound) -> None:
     """|got - want| <= bound, element by element; NaN or infinity in `got` fails."""
-    shape_and_type(what, got, want.shape, integer=False)
-    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    got, want = _values(what, got, want, integer=False).double(), want.detach().cpu().double()
     error, limit = (got - want).abs(), bound.limit.cpu()
     bad = ~(error <= limit)
     worst = (error / limit)[bad]

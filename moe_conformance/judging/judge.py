@@ -18,6 +18,7 @@ from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import PROTOCOL_VERSION, STAGES, Engine, EngineInfo, Limits
 from moe_conformance.errors import BeyondLimits, Broken, Nonconformance, Unavailable, Unsupported, UsageError
 from moe_conformance.judging.probe import probe
+from moe_conformance.judging.state import kept
 from moe_conformance.judging.verdict import Outcome, Refusal, Verdict
 from moe_conformance.protocol import features, limits
 from moe_conformance.protocol.engine import is_called_by_engine, is_signature_of_marked
@@ -68,7 +69,8 @@ class Judged:
             if args:
                 self.within(name, args[0])
             before = [(where, tensor, tensor._version, _copy(tensor)) for where, tensor in _tensors(args, name)]
-            result = method(*args)
+            with kept():
+                result = method(*args)
             for where, tensor, version, copy in before:
                 if tensor._version != version or (copy is not None and not _same_bytes(tensor, copy)):
                     raise Nonconformance(f"{where}: the engine wrote into its input; it must be left unchanged")
@@ -126,7 +128,8 @@ class Judge:
     def probe(self, stage: str) -> Outcome:
         """Whether the stage is what the adapter declares; where it is not, no case of the stage is judged."""
         try:
-            probe(cast(Engine, self.engine), stage, self.capabilities.get(stage), self.engine.limits.get(stage))
+            with kept():
+                probe(cast(Engine, self.engine), stage, self.capabilities.get(stage), self.engine.limits.get(stage))
         except Unsupported:
             return Outcome(Verdict.PASS)  # refused in its own words, which each case will report
         except Exception as error:
@@ -147,7 +150,8 @@ class Judge:
             said = f"{case.stage} without {', '.join(sorted(lacking))}"
             return Outcome(Verdict.UNSUPPORTED, said, refusal=Refusal.FEATURE)
         try:
-            facts = check(self.engine, case)
+            with kept():
+                facts = check(self.engine, case)
         except Exception as error:
             self.raised = error
             return self._outcome(error)
@@ -227,4 +231,11 @@ def _describe(error: BaseException) -> str:
     """Type, message and the last frames."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     trace = "\n".join(f"  {Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}" for f in frames)
-    return f"{type(error).__name__}: {error}\n{trace}"
+    return f"{type(error).__name__}: {_said(error)}\n{trace}"
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as another:
+        return f"(no words: its __str__ raises {type(another).__name__})"

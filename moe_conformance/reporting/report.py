@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,6 +54,8 @@ class Report:
         self.results: list[Result] = []
         self.is_finished = False
         self.strangers = strangers()
+        # What could not be written, a line each.
+        self.troubles: list[str] = []
         self.engines: dict[str, Mapping[str, str]] = {}
         self.folder = Path(config.getoption("--moe-out")) if config.getoption("--moe-out") else None
         self._stream: TextIO | None = None
@@ -73,11 +76,25 @@ class Report:
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             **run_facts(),
         )
+        if self.troubles:
+            raise UsageError(self.troubles[0])
 
     def _write(self, **line: Any) -> None:
+        """After a line that could not be written none is, so that the stream has no footer and is not whole."""
         if self._stream is not None:
-            self._stream.write(json.dumps(line) + "\n")
-            self._stream.flush()
+            with self._told():
+                self._stream.write(json.dumps(line) + "\n")
+                self._stream.flush()
+            if self.troubles:
+                self._stream = None
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """A full disk costs files, and no verdict."""
+        try:
+            yield
+        except OSError as error:
+            self.troubles.append(f"--out: cannot write to {self.folder}: {error}; free space, or name another folder")
 
     def add(self, result: Result, facts: Mapping[str, str]) -> None:
         if facts and result.engine not in self.engines:
@@ -98,8 +115,6 @@ class Report:
         """Write the footer and files, and print the table. Runs last, whatever happened before."""
         counts = Counter(str(result.verdict) for result in self.results)
         self._write(kind="footer", exit=int(exitstatus), results=len(self.results), counts=dict(counts))
-        if self._stream is not None:
-            self._stream.close()
         rows = table(self.results, self.targets)
         below = [_not_run(self.results, deselected), *_marks(self.in_process, self.strict), *self.strangers]
         terminal.section("conformance", sep="=")
@@ -109,7 +124,8 @@ class Report:
             terminal.write_line(f"not judged: {name} ({plain(reason)})")
         if self.folder is not None:
             text = markdown(self.results, rows, below, self.engines)
-            (self.folder / "summary.md").write_text(text, encoding="utf-8")
+            with self._told():
+                (self.folder / "summary.md").write_text(text, encoding="utf-8")
         self.is_finished = True
 
 

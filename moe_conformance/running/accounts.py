@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ class Accounts:
             raise pytest.UsageError(str(error)) from error
         # What makes the run a bad one although no result is, a line each.
         self.complaints: list[str] = []
+        self.was_interrupted = False
         # Node ids of the suites' items that were collected, and of those of which something was heard.
         self.collected: set[str] = set()
         self.heard: set[str] = set()
@@ -57,8 +59,36 @@ class Accounts:
             self.heard.add(report.nodeid)
             self.report.lost(report.nodeid, str(report.longrepr))
 
-    @pytest.hookimpl(tryfirst=True)  # before the reporter, which takes the status as it is then
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+    @pytest.hookimpl(wrapper=True, trylast=True)  # within the reporter, which prints the table after it
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Generator[None, object, object]:
+        self.pytest_session = session
+        try:
+            self._close(exitstatus)
+            return (yield)
+        except KeyboardInterrupt:  # again, and still with a table
+            self._interrupt()
+        except OSError as error:  # of pytest's own files, as junit.xml is
+            self.complaints.append(f"at the end of the run: {error}; free space, and run again")
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+        return None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_keyboard_interrupt(self) -> None:
+        """A second Ctrl-C may come before pytest knows of the first."""
+        self.was_interrupted = True
+
+    def _interrupt(self) -> None:
+        self.was_interrupted = True
+        self.pytest_session.exitstatus = pytest.ExitCode.INTERRUPTED
+        left = len(self.collected - self.heard)
+        if left and not any("were not run" in line for line in self.complaints):
+            self.complaints.append(f"interrupted: {left} of {len(self.collected)} selected items were not run")
+
+    def _close(self, exitstatus: int) -> None:
+        """Judge the run as a whole."""
+        if self.was_interrupted or exitstatus == pytest.ExitCode.INTERRUPTED:
+            self._interrupt()
+            return
         option = self.config.option
         if (later := self.session.look_back(None)) is not None:
             self.report.add(later, {})
@@ -75,7 +105,7 @@ class Accounts:
         worst = 1 if self.session.strict else 2
         is_bad = bool(self.complaints) or any(result.verdict.badness >= worst for result in self.report.results)
         if is_bad and exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            self.pytest_session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _unjudged(self) -> list[str]:
         """Engines asked for of which nothing was judged; where none was asked for by name, that none was."""
@@ -89,9 +119,12 @@ class Accounts:
             return []
         return [f"{name}: nothing was judged: {_most(results)}" for name, results in unjudged.items()]
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        exitstatus = self.pytest_session.exitstatus  # as it is now; the reporter's is that of before
         self.report.finish(terminalreporter, exitstatus, self.session.deselected)
-        for complaint in self.complaints:
+        if self.report.troubles:
+            self.pytest_session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
+        for complaint in [*self.complaints, *self.report.troubles]:
             terminalreporter.write_line(complaint, red=True)
 
 

@@ -20,8 +20,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+
+from moe_conformance.running.leftovers import MARK, Segments, clear, family
 
 # Bytes of a line; the largest answer of a correct engine has some thousand.
 LARGEST = 16 << 20
@@ -50,39 +53,48 @@ class Hungry(Exception):
     """It, and what it started, have more memory than they may. The message says how much."""
 
 
+class Unstarted(Exception):
+    """The machine gives no process: no descriptor, memory or disk is left, or a variable is none."""
+
+
 class Child:
-    """Runs at once. command: without the two descriptors, which come last: what to read from, and what to write to.
-    memory: resident bytes that it and its group may have together, looked at while it is listened to."""
+    """Runs at once. Raises Unstarted.
+
+    command: without the two descriptors, which come last: what to read from, and what to write to. memory: resident
+    bytes that it and what it started may have together, looked at while it is listened to.
+    """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], memory: float = math.inf) -> None:
         self._memory = memory
-        theirs_to_read, self._questions = os.pipe()
-        self._answers, theirs_to_write = os.pipe()
         self._heard = b""
-        self._errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115, see kill()
-        self._folder = Folder()
-        try:
-            self._process = subprocess.Popen(
-                [*command, str(theirs_to_read), str(theirs_to_write)],
-                stdin=subprocess.DEVNULL,
-                stdout=self._errors,
-                stderr=self._errors,
-                env={**_caches(), **os.environ, **environment, **self._own()},
-                pass_fds=(theirs_to_read, theirs_to_write),
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(self._questions)
-            os.close(self._answers)
-            self._folder.remove()
-            raise
-        finally:
-            os.close(theirs_to_read)
-            os.close(theirs_to_write)
+        with ExitStack() as undo:
+            try:
+                theirs_to_read, self._questions = _pipe(undo)
+                self._answers, theirs_to_write = _pipe(undo)
+                self._errors = undo.enter_context(tempfile.TemporaryFile("w+b"))
+                self._folder = Folder()
+                undo.callback(self._folder.remove)
+                self._segments = Segments(self._folder.path)
+                self._process = subprocess.Popen(
+                    [*command, str(theirs_to_read), str(theirs_to_write)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._errors,
+                    stderr=self._errors,
+                    env={**_caches(), **os.environ, **environment, **self._own()},
+                    pass_fds=(theirs_to_read, theirs_to_write),
+                    start_new_session=True,
+                )
+            except (OSError, ValueError) as error:
+                raise Unstarted(f"cannot start a process: {error}") from error
+            undo.pop_all()
+        os.close(theirs_to_read)
+        os.close(theirs_to_write)
         os.set_blocking(self._answers, False)
 
     def _own(self) -> dict[str, str]:
-        return {"TMPDIR": str(self._folder.path), PARENT: str(os.getpid())}
+        # setproctitle, which vLLM calls, would write its title over the mark.
+        marks = {MARK: str(self._folder.path), PARENT: str(os.getpid()), "SPT_NOENV": "1"}
+        return {"TMPDIR": str(self._folder.path), **marks}
 
     def say(self, line: str) -> None:
         """Raises Ended where nobody listens."""
@@ -100,8 +112,9 @@ class Child:
                 left = deadline - time.monotonic()
                 if len(self._heard) > LARGEST:
                     raise TooLong
-                if not selector.select(max(0.0, min(left, LOOK))) and (size := self._resident()) > self._memory:
-                    raise Hungry(f"{size / 2**30:.1f} GiB, more than {self._memory / 2**30:.1f} GiB")
+                if not selector.select(max(0.0, min(left, LOOK))):
+                    self._segments.look(self._process.pid)
+                    self._weigh()
                 # Its end is seen at the child, for what it started may hold the pipe open; and asked for before
                 # reading, for what it said last may be whole.
                 has_ended = self._process.poll() is not None
@@ -112,17 +125,22 @@ class Child:
                 # What had come in time is read to its end; what goes on for ever is not.
                 if left <= 0 and (not has_more or left < -LOOK):
                     raise Silent
+        self._segments.look(self._process.pid)
         line, _, self._heard = self._heard.partition(b"\n")
         return line.decode(errors="replace")
 
-    def _resident(self) -> float:
-        """Resident bytes of all processes in its session; 0 where the system does not tell."""
-        pages = 0
-        for stat in Path("/proc").glob("[0-9]*/stat") if self._memory < math.inf else ():
-            with contextlib.suppress(OSError):
-                values = stat.read_text(errors="replace").rpartition(")")[2].split()
-                pages += int(values[21]) if int(values[3]) == self._process.pid else 0
-        return pages * os.sysconf("SC_PAGE_SIZE")
+    _next_weighing = 0.0
+
+    def _weigh(self) -> None:
+        """Raise Hungry where it and what it started are too large, as far as the system tells. Takes a hundredth of the
+        time at most, for there may be many processes to look through."""
+        began = time.monotonic()
+        if self._memory < math.inf and began >= self._next_weighing:
+            size = sum(process.pages for process in family(self._process.pid)) * os.sysconf("SC_PAGE_SIZE")
+            if size > self._memory:
+                raise Hungry(f"{size / 2**30:.1f} GiB, more than {self._memory / 2**30:.1f} GiB")
+            now = time.monotonic()
+            self._next_weighing = now + 100 * (now - began)
 
     def unasked(self) -> bytes:
         """What it has said beyond the lines that were heard."""
@@ -171,16 +189,21 @@ class Child:
         return "; its last words:\n" + "\n".join(f"  {line}" for line in tail) if tail else ""
 
     def kill(self) -> None:
-        """End it and all it started in its session's group."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        # At once, for we may be killed, too, while we wait; and again for what was being written.
-        shutil.rmtree(self._folder.path, ignore_errors=True)
+        """End it and all it started, and remove what they left."""
+        self._segments.look(self._process.pid)
+        clear(self._folder.path, self._process.pid)
         self._process.wait()
         os.close(self._questions)
         os.close(self._answers)
         self._errors.close()
         self._folder.remove()
+
+
+def _pipe(undo: ExitStack) -> tuple[int, int]:
+    read, write = os.pipe()
+    undo.callback(os.close, read)
+    undo.callback(os.close, write)
+    return read, write
 
 
 class Folder:
@@ -195,7 +218,7 @@ class Folder:
         made.rename(self.path / LOCK)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)  # again, for what was being written
         os.close(self._lock)
 
 
@@ -207,33 +230,33 @@ def _caches() -> dict[str, str]:
 
 @cache
 def _sweep() -> None:
-    """Remove folders whose owner is no more; once a process."""
+    """Remove folders whose owner is no more, and end what is left of their children; once a process."""
     for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
         with contextlib.suppress(OSError):
             descriptor = os.open(lock, os.O_RDWR)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent, ignore_errors=True)
+                clear(lock.parent)
             finally:
                 os.close(descriptor)
 
 
 def follow_parent() -> None:
-    """In a child: end, with all it started in its group, when its parent does, however that ends, and leave nothing.
+    """In a child: end, with all it started, when its parent does, however that ends, and leave nothing.
 
     The parent is known by the number that it gave: it may have ended before this is called.
     """
-    parent = int(os.environ[PARENT])
+    parent, folder = int(os.environ[PARENT]), Path(os.environ[MARK])
 
     def clean() -> None:
-        if os.getppid() != parent and (folder := Path(tempfile.gettempdir())).name.startswith(PREFIX):
-            shutil.rmtree(folder, ignore_errors=True)
+        if os.getppid() != parent:
+            clear(folder, os.getpid(), patience=0)
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(LOOK)
         clean()
-        os.killpg(0, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     atexit.register(clean)  # where its end comes before it is noticed
     threading.Thread(target=watch, daemon=True).start()

@@ -11,7 +11,7 @@ from typing import Any
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import EngineInfo
 from moe_conformance.judging.verdict import Outcome, Verdict
-from moe_conformance.running.child import LARGEST, Child, Ended, Hungry, Silent, TooLong, python
+from moe_conformance.running.child import LARGEST, Child, Ended, Hungry, Silent, TooLong, Unstarted, python
 from moe_conformance.running.discovery import Target
 from moe_conformance.running.messages import Answer, Check, Hello, Message, Probe, Unstartable, decode, encode
 from moe_conformance.running.survey import Survey
@@ -55,6 +55,12 @@ class EngineProcess:
 
     def run(self, module: str, check: Callable[..., Any], case: Case) -> Outcome:
         """Ask for one check. A lost process is a verdict, not an exception."""
+        try:
+            return self._run(module, check, case)
+        except Unstarted as error:
+            return Outcome(Verdict.ERROR, str(error))
+
+    def _run(self, module: str, check: Callable[..., Any], case: Case) -> Outcome:
         if self._spent > self.allowed.engine_seconds:
             self.close()
             said = f"the {self.allowed.engine_seconds:g} s were over that the whole engine has, in each pytest worker"
@@ -167,7 +173,7 @@ class EngineProcess:
         return Outcome(Verdict.CRASH, message)
 
     def close(self) -> None:
-        """End the process and all it started."""
-        if self._child is not None:
-            self._child.kill()
-            self._child = None
+        """End the process and all it started. Nothing more is asked of it, even if a Ctrl-C comes meanwhile."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()

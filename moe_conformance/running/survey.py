@@ -20,7 +20,7 @@ from moe_conformance.engine import STAGES, Engine
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.verdict import Outcome, Verdict
 from moe_conformance.protocol.features import near
-from moe_conformance.running.child import Child, Ended, Silent, TooLong, follow_parent, python
+from moe_conformance.running.child import Child, Ended, Silent, TooLong, Unstarted, follow_parent, python
 from moe_conformance.running.discovery import Target, extend_path, registered
 
 # What else an adapter's class has.
@@ -75,7 +75,7 @@ def survey_of(target: Target) -> Survey:
     if not isinstance(name, str):
         raise TypeError(f"name: got {name!r}, want a string")
     said: Any = getattr(cls, "environment", dict)()
-    if not isinstance(said, dict) or not all(isinstance(text, str) for pair in said.items() for text in pair):
+    if not isinstance(said, dict) or not all(map(_is_variable, said.items())):
         raise TypeError(f"environment(): got {said!r}, want a map of strings to strings")
     missing = getattr(cls, "missing", None)
     reason = missing() if missing else None
@@ -90,14 +90,22 @@ def survey_of(target: Target) -> Survey:
     return Survey(name, None if reason is None else str(reason), said, stages)
 
 
+def _is_variable(pair: tuple[Any, Any]) -> bool:
+    name, value = pair
+    return isinstance(name, str) and isinstance(value, str) and "\0" not in name + value and "=" not in name
+
+
 def surveys(targets: Sequence[Target]) -> list[Survey]:
     """Of each target, all at once, each in a process of its own."""
     end = time.monotonic() + SECONDS
     with ExitStack() as ends:
-        children = []
+        children: list[Child | Unstarted] = []
         for target in targets:
-            children.append(Child(python(__name__, target.path), {}))
-            ends.callback(children[-1].kill)
+            try:
+                children.append(child := Child(python(__name__, target.path), {}))
+                ends.callback(child.kill)
+            except Unstarted as error:
+                children.append(error)
         return [_answer(target, child, end - time.monotonic()) for target, child in zip(targets, children, strict=True)]
 
 
@@ -123,8 +131,10 @@ def named(targets: Sequence[Target], found: Sequence[Survey]) -> dict[Target, Su
     return surveyed
 
 
-def _answer(target: Target, child: Child, seconds: float) -> Survey:
+def _answer(target: Target, child: Child | Unstarted, seconds: float) -> Survey:
     name = target.path.rpartition(":")[2]
+    if isinstance(child, Unstarted):
+        return Survey(name, trouble=("error", str(child)))
     about = f"while its module {target.path.partition(':')[0]} was imported"
     try:
         return Survey.decode(child.hear(seconds))

@@ -167,15 +167,20 @@ def _equal(value: Any, other: Any) -> bool:
 
 def plain(config: Any) -> Mapping[str, Any]:
     """A config as nested plain data: a mapping as it is, an object by its `to_dict`, else by its attributes."""
-    if isinstance(config, Mapping):
-        return config
-    if hasattr(config, "to_dict"):
-        converted = config.to_dict()
-        if not isinstance(converted, Mapping):
-            raise ConfigError(f"config: got {quoted(converted)} from to_dict, want a map; pass the config's own dict")
-        return converted
-    if hasattr(config, "__dict__"):
-        return {key: value for key, value in vars(config).items() if not key.startswith("_")}
+    try:
+        if isinstance(config, Mapping):
+            return config
+        if hasattr(config, "to_dict"):
+            found = config.to_dict()
+            if not isinstance(found, Mapping):
+                raise ConfigError(f"config: got {quoted(found)} from to_dict, want a map; pass the config's own dict")
+            return found
+        if hasattr(config, "__dict__"):
+            return {key: value for key, value in vars(config).items() if not key.startswith("_")}
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"config: {type(config).__name__} raised {quoted(error)} when read; pass its dict") from error
     raise ConfigError(f"config: got {type(config).__name__}, want a transformers config or its dict; pass the config")
 
 

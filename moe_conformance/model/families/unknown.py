@@ -63,8 +63,9 @@ def _has_just(record: Record, seen: set[str]) -> bool:
 
 
 def _says(record: Record, scope: Scope) -> bool:
-    """What its configs say beside, where the config says it too."""
-    return all(scope.values.get(key, value) == value for key, value in record.beside.items())
+    """What its configs say beside and nothing reads, where the config says it too."""
+    read = {name for names in record.method_keys for name in names}
+    return all(scope.values.get(key, value) == value for key, value in record.beside.items() if key not in read)
 
 
 def _said(
