@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from moe_conformance.engines.transformers.block import model_types
 from moe_conformance.errors import CheckpointError
 
 # Module name below a Gemma 4 decoder layer -> canonical name.
@@ -25,7 +24,7 @@ CANONICAL = {
 
 def styles() -> frozenset[str]:
     """Gemma 4's classes name tensors as the packed checkpoints do; there is no conversion from other styles."""
-    return frozenset({"packed", "multimodal"}) if "gemma4_text" in model_types() else frozenset()
+    return frozenset({"packed", "multimodal"})
 
 
 def load(folder: Path) -> Mapping[str, Tensor]:

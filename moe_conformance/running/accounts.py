@@ -101,7 +101,12 @@ def _in_suites(nodeid: str, config: pytest.Config) -> bool:
 
 def _most(results: list[Result]) -> str:
     """For instance "40 unsupported, of which 31: stage layer is not offered"."""
-    counts = Counter((result.verdict, result.message.partition("\n")[0]) for result in results)
+    counts = Counter((result.verdict, _reason(result)) for result in results)
     (verdict, reason), most = counts.most_common(1)[0]
     same = sum(count for (other, _), count in counts.items() if other is verdict)
     return f"{same} {verdict}, of which {most}: {reason}"
+
+
+def _reason(result: Result) -> str:
+    """The first line of the message behind the check, with which that of a bad verdict begins."""
+    return result.message.removeprefix(f"{result.check.replace('_', ' ')}\n").partition("\n")[0]
