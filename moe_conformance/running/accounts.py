@@ -46,7 +46,8 @@ class Accounts:
             self.report.add(Result.from_line(line), {})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.outcome == "rerun":  # type: ignore[comparison-overlap]
+        # Of what a plug-in runs again each attempt says the same: see session.py.
+        if report.outcome == "rerun" or report.nodeid in self.heard:  # type: ignore[comparison-overlap]
             return
         found = [json.loads(str(told)) for name, told in report.user_properties if name == PROPERTY]
         if report.when == "call" and found:
@@ -60,7 +61,7 @@ class Accounts:
     @pytest.hookimpl(tryfirst=True)  # before the reporter, which takes the status as it is then
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         option = self.config.option
-        if (later := self.session.look_back(None)) is not None:
+        if (later := self.session.look_back()) is not None:
             self.report.add(later, {})
         ran_through = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not option.maxfail
         if ran_through and not option.collectonly:
