@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 # The first whose classes this adapter reads as they are meant. Before 5.19 gpt-oss reads no limit from its config,
-# before 5.17 Switch's router answers in another order, before 5.0 experts are no modules.
+# before 5.18 Switch's router answers in another order, before 5.0 experts are no modules.
 OLDEST = Version("5.20")
 
 
