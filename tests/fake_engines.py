@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -190,6 +192,33 @@ class WritesIntoWeights(Reference):
         output = super().layer(inputs)
         inputs.tensors["experts.w2"].zero_()
         return output
+
+
+class RightAtLast(Reference):
+    """Adds 1 to the first answer of its process behind the probe's, and is right in all that follow."""
+
+    name = "right-at-last"
+
+    def __init__(self) -> None:
+        self.is_right = False
+
+    def layer(self, inputs: LayerInputs) -> Any:
+        output = super().layer(inputs)
+        if inputs.x.shape[-1] == PROBE_WIDTH:
+            return output
+        was_right, self.is_right = self.is_right, True
+        return output if was_right else output + 1
+
+
+class DiesLater(_Fake):
+    """Wrong, and dead a moment after its first answer, which the next item of the process finds."""
+
+    name = "dies-later"
+
+    def layer(self, inputs: LayerInputs) -> Any:
+        if inputs.x.shape[-1] != PROBE_WIDTH:
+            threading.Timer(0.3, os._exit, (5,)).start()
+        return inputs.x + 1
 
 
 class CallsBack(_Fake):

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ def run(folder: Path, plugin: str, *arguments: str, engine: str = "reference") -
             *(*options, "-k", "padding_never", "--out", str(folder / "out"), *arguments),
         ],
         cwd=folder,
-        env={**clean, "PYTHONPATH": str(folder)},
+        env={**clean, "PYTHONPATH": f"{folder}{os.pathsep}{Path(__file__).parent}"},
         text=True,
         capture_output=True,
     )
@@ -76,6 +77,13 @@ def pytest_runtest_protocol(item):
 def test_what_another_plugin_runs_again_counts_once(tmp_path: Path) -> None:
     done = run(tmp_path, RERUN, "--in-process")
     assert (done.code, done.verdicts) == (0, with_error("none"))
+
+
+def test_what_another_plugin_runs_again_keeps_its_first_answer(tmp_path: Path) -> None:
+    """tests/test_beside_plugins.py tries the real packages."""
+    done = run(tmp_path, RERUN, "--in-process", engine="fake_engines:RightAtLast")
+    assert done.code == 1
+    assert Counter(verdict for _, verdict in done.verdicts) == {"fail": 1, "pass": 2}
 
 
 @pytest.mark.nightly

@@ -52,6 +52,18 @@ def test_the_adapter_imports_neither_torch_nor_transformers() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_release_that_the_adapter_misreads_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_conformance.engines.transformers.version", lambda name: "5.19.0")
+    assert Transformers.missing() == "got transformers 5.19.0, want 5.20 or later: pip install 'transformers>=5.20'"
+    monkeypatch.setattr("moe_conformance.engines.transformers.version", lambda name: "5.20.0")
+    assert Transformers.missing() is None
+
+
+def test_a_model_type_that_transformers_does_not_have_is_not_judged() -> None:
+    with pytest.raises(Unsupported, match=r"transformers .* has no model type 'of-tomorrow'"):
+        Transformers().describe({"model_type": "of-tomorrow"})
+
+
 def test_top_k_is_what_the_forward_does_and_not_what_the_config_says() -> None:
     """PhiMoE's sparsemixer picks two experts whatever num_experts_per_tok is."""
     config = {"model_type": "phimoe", "num_hidden_layers": 2, "num_local_experts": 6, "num_experts_per_tok": 3}
@@ -70,7 +82,7 @@ def test_a_dense_model_is_refused_by_name() -> None:
 
 
 def test_a_model_type_that_the_release_does_not_have_is_unsupported() -> None:
-    with pytest.raises(Unsupported, match="has no model type of_next_year"):
+    with pytest.raises(Unsupported, match="has no model type 'of_next_year'"):
         Transformers().describe({"model_type": "of_next_year", "num_experts": 8})
 
 

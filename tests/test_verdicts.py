@@ -194,6 +194,12 @@ def test_an_engine_of_which_nothing_was_judged_is_a_bad_run_that_says_why(tmp_pa
     assert "unsupported" in done.text and "100% of 4 results" in done.text
 
 
+def test_an_engine_that_is_away_is_a_bad_run_that_says_what_to_install(tmp_path: Path) -> None:
+    done = run(tmp_path, ("fake_engines:NotInstalled",), "--in-process")
+    assert done.code == 1
+    assert "of which 4: no package fake-engine; pip install fake-engine" in done.text
+
+
 def test_a_broken_should_is_a_verdict_of_its_own_that_fails_a_strict_run_only(tmp_path: Path) -> None:
     cases = tuple({"case": f'"{case}"'} for case in CASES[1:])
     file = write_known(tmp_path / "known.toml", "always-wrong", *cases)

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
+
 from moe_conformance.engine import (
     BlockInputs,
     BlockOutput,
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# The first whose classes this adapter reads as they are meant. Before 5.19 gpt-oss reads no limit from its config,
+# before 5.18 Switch's router answers in another order, before 5.0 experts are no modules.
+OLDEST = Version("5.20")
+
+
 class Transformers(Engine):
     """Stages are offered as far as the installed transformers has the classes that stand behind them."""
 
@@ -46,8 +53,11 @@ class Transformers(Engine):
 
     @classmethod
     def missing(cls) -> str | None:
-        absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
-        return f"not installed: {', '.join(absent)}" if absent else None
+        if absent := [name for name in ("torch", "transformers") if find_spec(name) is None]:
+            return f"not installed: {', '.join(absent)}"
+        if Version(found := version("transformers")) < OLDEST:
+            return f"got transformers {found}, want {OLDEST} or later: pip install 'transformers>={OLDEST}'"
+        return None
 
     @property
     def info(self) -> EngineInfo:
@@ -59,7 +69,7 @@ class Transformers(Engine):
 
         found = {stage: offered(stage) for stage in ("route", "router_module", "experts", "layer")}
         found |= {"block": block.features(), "load": loading.styles(), "remap": block.model_types()}
-        return {"describe": frozenset(), **{stage: words for stage, words in found.items() if words}}
+        return {"describe": frozenset(), **found}
 
     def limits(self) -> Mapping[str, Limits]:
         from moe_conformance.engines.transformers.offered import limits

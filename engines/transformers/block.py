@@ -10,7 +10,6 @@ import inspect
 import json
 import re
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,15 +29,13 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
 def model_types() -> frozenset[str]:
-    """Those that the installed transformers has; none before 5.0, where experts are modules of their own."""
-    if find_spec("transformers.integrations.moe") is None:
-        return frozenset()
+    """Those that the installed transformers has."""
     return MODEL_TYPES & set(CONFIG_MAPPING.keys())
 
 
 def features() -> frozenset[str]:
     offered = {"dropped_ids", "expert_bounds", "same_bits", *(f"implementation:{name}" for name in IMPLEMENTATIONS)}
-    return frozenset(model_types() | offered) if model_types() else frozenset()
+    return model_types() | offered
 
 
 def block(inputs: BlockInputs, default_implementation: str) -> BlockOutput:

@@ -9,14 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedModel, __version__
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from moe_conformance.errors import ConfigError, Unsupported
-
-try:
-    from transformers.initialization import no_init_weights
-except ImportError:  # before 5.0
-    from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined,no-redef]
 
 
 def as_config(config: Any) -> Any:
@@ -30,7 +27,7 @@ def as_config(config: Any) -> Any:
                 f"config: a dict needs the key 'model_type' to name its family; got keys {', '.join(sorted(config))}"
             )
         if config["model_type"] not in CONFIG_MAPPING:  # as of a family younger than this release
-            raise Unsupported(f"transformers {__version__} has no model type {config['model_type']}")
+            raise Unsupported(f"transformers {transformers.__version__} has no model type {config['model_type']!r}")
         return AutoConfig.for_model(**copy.deepcopy(dict(config)))
     if not hasattr(config, "get_text_config"):
         raise ConfigError(f"config: got {type(config).__name__}, want a transformers config or its dict")

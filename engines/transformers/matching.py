@@ -32,7 +32,7 @@ _BY_LAYER = ("swiglu_limits",)
 
 @cache
 def available() -> tuple[Family, ...]:
-    """The rows whose model type the installed transformers has; none before 5.0, whose blocks are built otherwise."""
+    """The rows whose model type the installed transformers has."""
     from moe_conformance.engines.transformers.block import model_types
 
     return tuple(family for family in FAMILIES if family.model_type in model_types())

@@ -40,7 +40,7 @@ def offered(stage: str) -> frozenset[str]:
                 found |= features.of_layer(layer)
             if layer.routing.identity_experts:
                 found.add("identity_experts")
-    return frozenset(found & features.words(stage).keys()) if available() else frozenset()
+    return frozenset(found & features.words(stage).keys())
 
 
 def _layers(family: Family) -> Iterator[LayerSpec]:

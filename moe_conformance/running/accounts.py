@@ -48,7 +48,8 @@ class Accounts:
             self.report.add(Result.from_line(line), {})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.outcome == "rerun":  # type: ignore[comparison-overlap]
+        # Of what a plug-in runs again each attempt says the same: see session.py.
+        if report.outcome == "rerun" or report.nodeid in self.heard:  # type: ignore[comparison-overlap]
             return
         found = [json.loads(str(told)) for name, told in report.user_properties if name == PROPERTY]
         if report.when == "call" and found:
@@ -90,7 +91,7 @@ class Accounts:
             self._interrupt()
             return
         option = self.config.option
-        if (later := self.session.look_back(None)) is not None:
+        if (later := self.session.look_back()) is not None:
             self.report.add(later, {})
         ran_through = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not option.maxfail
         if ran_through and not option.collectonly:
@@ -134,7 +135,12 @@ def _in_suites(nodeid: str, config: pytest.Config) -> bool:
 
 def _most(results: list[Result]) -> str:
     """For instance "40 unsupported, of which 31: stage layer is not offered"."""
-    counts = Counter((result.verdict, result.message.partition("\n")[0]) for result in results)
+    counts = Counter((result.verdict, _reason(result)) for result in results)
     (verdict, reason), most = counts.most_common(1)[0]
     same = sum(count for (other, _), count in counts.items() if other is verdict)
     return f"{same} {verdict}, of which {most}: {reason}"
+
+
+def _reason(result: Result) -> str:
+    """The first line of the message behind the check, with which that of a bad verdict begins."""
+    return result.message.removeprefix(f"{result.check.replace('_', ' ')}\n").partition("\n")[0]

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,17 @@ PROPERTY = "moe_conformance"
 _SURVEYS = "moe_conformance_surveys"
 
 
+@dataclass(frozen=True)
+class _Answered:
+    """told: what the controller is to hear, among the item's properties. asked: the answer before goldens and known
+    failures were looked at, outcome: after."""
+
+    nodeid: str
+    told: list[tuple[str, str]]
+    asked: Outcome
+    outcome: Outcome
+
+
 class Session:
     """Registered for sessions that include our suites, on the controller and on every xdist worker."""
 
@@ -58,8 +69,11 @@ class Session:
         self.last: tuple[Target, Case, str] | None = None
         # Items of the suites that options of pytest left out, as -k does.
         self.deselected = 0
-        # What was wrong with a whole engine is told once, not for each of its cases; the stream has them all.
-        self.told: set[tuple[str, str]] = set()
+        # What came of the last item that was judged.
+        self.answered: _Answered | None = None
+        # What was wrong with a whole engine is told once, not for each of its cases, by the item of this node id; the
+        # stream has them all.
+        self.told: dict[tuple[str, str], str] = {}
 
     def _read_options(self, config: pytest.Config) -> None:
         classes = current("class", config.getoption("--moe-class"), BUG_CLASSES, aliases.CLASSES)
@@ -156,21 +170,19 @@ class Session:
             said = f"stage {cases[0].stage} is not offered"
             for case in cases:
                 away = Outcome(Verdict.UNSUPPORTED, f"stage {case.stage} is not offered", refusal=Refusal.STAGE)
-                self._tell(pyfuncitem, self._result(target, case, _check(pyfuncitem), away))
+                pyfuncitem.user_properties.append(self._told(self._result(target, case, _check(pyfuncitem), away)))
             pytest.skip(f"unsupported: {said}")
         (case,) = cases
-        self.look_back(pyfuncitem)
-        started = time.perf_counter()
-        asked = self._ask(target, pyfuncitem, case)
-        asked = replace(asked, message=plain(asked.message))
-        outcome = self._finally(target, pyfuncitem, case, asked)
-        self.last = target, case, _check(pyfuncitem)
-        self._tell(pyfuncitem, self._result(*self.last, outcome, time.perf_counter() - started))
+        # A plug-in that runs an item again is given the first answer: no engine is asked until it is right.
+        if self.answered is None or self.answered.nodeid != pyfuncitem.nodeid:
+            self.answered = self._judge(pyfuncitem, target, case)
+        pyfuncitem.user_properties += self.answered.told
+        asked, outcome = self.answered.asked, self.answered.outcome
         is_of_many = asked.verdict in (Verdict.UNAVAILABLE, Verdict.ERROR) or asked.message.startswith(PROBING)
         if is_of_many and outcome.verdict.is_bad:
-            if (target.name, asked.message) in self.told:
+            told_by = self.told.setdefault((target.name, asked.message), pyfuncitem.nodeid)
+            if told_by != pyfuncitem.nodeid:
                 pytest.skip(f"{asked.verdict}, as told before")
-            self.told.add((target.name, asked.message))
         match outcome.verdict:
             case Verdict.UNSUPPORTED:
                 pytest.skip(f"unsupported: {outcome.message}")
@@ -186,6 +198,17 @@ class Session:
             self.process.raised.add_note(said)
             raise at_the_check(self.process.raised)
         pytest.fail(said, pytrace=False)
+
+    def _judge(self, item: pytest.Function, target: Target, case: Case) -> _Answered:
+        later = self.look_back()
+        started = time.perf_counter()
+        asked = self._ask(target, item, case)
+        asked = replace(asked, message=plain(asked.message))
+        outcome = self._finally(target, item, case, asked)
+        self.last = target, case, _check(item)
+        result = self._result(*self.last, outcome, time.perf_counter() - started)
+        told = [self._told(each) for each in (later, result) if each is not None]
+        return _Answered(item.nodeid, told, asked, outcome)
 
     def _offers(self, target: Target, stage: str) -> bool:
         """Whether to ask the engine's process: it must say itself why it cannot start."""
@@ -228,25 +251,22 @@ class Session:
             refusal=outcome.refusal,
         )
 
-    def look_back(self, item: pytest.Item | None) -> Result | None:
+    def look_back(self) -> Result | None:
         """What became of the engine's process after its last answer is a result of its own, of that case."""
         later = self.process.after_the_last() if self.process is not None else None
         if later is None or self.last is None:
             return None
         later = replace(later, message=plain(later.message))
         target, case, check = self.last
-        result = self._result(
+        return self._result(
             target, case, check, replace(later, message=failure(target.asked_as, case, check, later.message))
         )
-        if item is not None:
-            self._tell(item, result)
-        return result
 
-    def _tell(self, item: pytest.Item, result: Result) -> None:
-        """Hand a result to the controller."""
+    def _told(self, result: Result) -> tuple[str, str]:
+        """A result as it passes to the controller, among the properties of an item."""
         info = self.process.info if self.process and self.process.target.name == result.engine else None
         facts = {"version": plain(info.version), "device": plain(info.device)} if info else {}
-        item.user_properties.append((PROPERTY, json.dumps([result.as_line(), facts])))
+        return PROPERTY, json.dumps([result.as_line(), facts])
 
     def _known(self, target: Target, case: Case, check: str, outcome: Outcome) -> Outcome:
         failures = self.known.get(target.name)
@@ -273,7 +293,7 @@ class Session:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
         if self.is_worker:
-            later = self.look_back(None)
+            later = self.look_back()
             lines = [] if later is None else [later.as_line()]
             self.config.workeroutput[PROPERTY] = (lines, self.deselected)  # type: ignore[attr-defined]
 
