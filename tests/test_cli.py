@@ -94,7 +94,7 @@ def test_explain_says_why_a_case_is_lenient_and_what_a_model_type_means() -> Non
     case = Case("a-case", "block", "block.combine", {"model_type": "mixtral"}, lenient="no published config has it")
     text = explain(case, {})
     assert "level:    SHOULD, for no published config has it\n" in text
-    assert "  mixtral: the block of this model type\n" in text
+    assert "  mixtral: models of this type\n" in text
     assert "needs:    nothing beyond the stage\n" in explain(Case("b", "align", "align.whole-blocks"), {})
 
 

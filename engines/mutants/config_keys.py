@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -72,6 +73,16 @@ class KeepsOneRowALayer(Faulty):
 
     def capture_shape(self, config: Any, side: Side) -> CaptureShape:
         return super().capture_shape(config, side)._replace(layers=self.describe(config).num_layers)
+
+
+class RemembersAModelType(Faulty):
+    """Resolves a model type once a process."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, MoESpec] = {}
+
+    def describe(self, config: Any) -> MoESpec:
+        return self._known.setdefault(json.dumps(plain(config).get("model_type")), super().describe(config))
 
 
 class ReaderLooksAtTheTopLevelOnly(Faulty):
@@ -349,6 +360,12 @@ MUTANTS = (
         ReaderLooksAtTheTopLevelOnly, "the reader opens no text_config", "capture-shape-llama4-nested", _BOTH_SIDES
     ),
     _mutant(KeepsOneRowALayer, "one row for a layer that runs again", "capture-shape-inkling2-loop", _BOTH_SIDES),
+    _mutant(
+        RemembersAModelType,
+        "keeps the first config of a model type",
+        "config-mixtral-again",
+        "each_config_of_a_model_type_gives_its_own_answer",
+    ),
     _mutant(ThinkerIsNotOpened, "thinker_config is not opened", "config-qwen3-omni-thinker-nested", _DESCRIBED),
     _mutant(DenseLayersAreOffByOne, "one leading dense layer too many", "config-deepseek-v3", _DESCRIBED),
     _mutant(StepStartsAtLayerZero, "the sparse step counts from layer 0", "config-qwen3-moe", _DESCRIBED),

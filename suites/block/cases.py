@@ -26,9 +26,20 @@ def _case(slug: str, kind: str, clause: str, tier: str, **recipe: Any) -> Case:
     return Case(f"family-{slug}-{kind}", stage="block", clause=clause, recipe=found | recipe, tier=tier)
 
 
+# One family for each setting of a switch that another config may have: of several the first that stands for others.
+SWITCHED = {
+    name: f"{slug}-{name}"
+    for slug in sorted(FAMILIES, key=lambda slug: slug in SOME)
+    for name in FAMILIES[slug].record.variants
+    if name not in ("square", "narrow")
+}
+
+
 def _tier(slug: str, core: Iterable[str] = FAMILIES) -> str:
-    """Every family once in core; its other settings, and parts of the block by themselves, in the full sweep."""
-    return "smoke" if slug in SMOKE else "core" if slug in core else "full"
+    """Every family once in core, and every switch at both positions; what else there is in the full sweep."""
+    if slug in SMOKE:
+        return "smoke"
+    return "core" if slug in core or slug in SWITCHED.values() else "full"
 
 
 def _core_or_full(slug: str) -> str:

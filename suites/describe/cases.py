@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.model.families.configs import MODEL, TO_READ, Keys, filled
+from moe_conformance.model.families.configs import MODEL, TO_COMPUTE, TO_READ, Keys, filled
 from moe_conformance.model.families.record import Record
 from moe_conformance.suites.describe.families import BY_SLUG, flat_keys, further, is_published, layer_keys, nested
 
@@ -67,6 +67,12 @@ def of(record: Record) -> Iterator[tuple[str, Case]]:
             yield "layers", case("layers", f"{name}-published", said, record.config_class)
 
 
+def as_block(record: Record) -> Keys:
+    """What the config of the family's block says otherwise."""
+    found: Keys = filled(record.block.keys, TO_COMPUTE) if record.block else {}
+    return found
+
+
 # A model without experts, of a family that has none.
 LLAMA: Keys = filled(MODEL, TO_READ) | {"intermediate_size": 24}
 OF_NO_FAMILY = (
@@ -74,6 +80,13 @@ OF_NO_FAMILY = (
     ("dense", case("dense", "llama-dense-hub", {"model_type": "llama", **LLAMA}, names=("llama",))),
 )
 _ALL = (*(found for record in BY_SLUG.values() for found in of(record)), *OF_NO_FAMILY)
+# Two configs of one model type, of which an engine that remembers one gives the other's answer.
+TWICE = tuple(
+    case("sizes", f"{record.slug}-again", {"model_type": record.model_type, **flat_keys(record)}, other=other)
+    for record in BY_SLUG.values()
+    if record.sample
+    for other in ({"model_type": record.model_type, **filled(record.config, TO_COMPUTE), **as_block(record)},)
+)
 DESCRIBED, LAYERED, REFUSED, DENSE = (
     tuple(found for kind, found in _ALL if kind == wanted) for wanted in ("sizes", "layers", "refused", "dense")
 )
@@ -81,4 +94,4 @@ DESCRIBED, LAYERED, REFUSED, DENSE = (
 SAVED = tuple(
     found for found in DESCRIBED + LAYERED if found.recipe.get("class") not in (None, "Qwen3OmniMoeTalkerConfig")
 )
-CASES = DESCRIBED + LAYERED + REFUSED + DENSE
+CASES = DESCRIBED + TWICE + LAYERED + REFUSED + DENSE

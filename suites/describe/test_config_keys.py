@@ -12,8 +12,9 @@ from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import Engine, MoESpec
 from moe_conformance.errors import Nonconformance
 from moe_conformance.judging.compare import same
+from moe_conformance.model.families.describe import describe
 from moe_conformance.model.specs import LayerSpec
-from moe_conformance.suites.describe.cases import DENSE, DESCRIBED, LAYERED, REFUSED, SAVED
+from moe_conformance.suites.describe.cases import DENSE, DESCRIBED, LAYERED, REFUSED, SAVED, TWICE
 from moe_conformance.suites.describe.configs import config_of, refused_on_purpose
 
 
@@ -21,6 +22,14 @@ from moe_conformance.suites.describe.configs import config_of, refused_on_purpos
 def test_a_config_says_what_the_model_is(engine: Engine, case: Case) -> dict[str, Any]:
     """As an object, and the same in the form in which it is saved."""
     return _said(engine, case, _facts)
+
+
+@check(TWICE)
+def test_each_config_of_a_model_type_gives_its_own_answer(engine: Engine, case: Case) -> None:
+    """One, another, and the first again: nothing of an earlier config is left."""
+    first, other = case["keys"], case["other"]
+    for keys in (first, other, first):
+        same("sizes", _facts(engine.describe(json.loads(json.dumps(keys)))), _facts(describe(keys)))
 
 
 @check(LAYERED)
