@@ -26,7 +26,7 @@ def _case(slug: str, kind: str, clause: str, tier: str, **recipe: Any) -> Case:
     return Case(f"family-{slug}-{kind}", stage="block", clause=clause, recipe=found | recipe, tier=tier)
 
 
-# One family for each setting of a switch that another config may have: of several the first that stands for others.
+# One family for each setting of a switch that another config may have: of several one that stands for others.
 SWITCHED = {
     name: f"{slug}-{name}"
     for slug in sorted(FAMILIES, key=lambda slug: slug in SOME)
@@ -35,11 +35,20 @@ SWITCHED = {
 }
 
 
+def _switches_routing(slug: str) -> bool:
+    """Whether a setting is one of the router, or of what changes nothing; otherwise it is one of the rest of the layer."""
+    name = next(name for name, switched in SWITCHED.items() if switched == slug)
+    spec, plain = spec_of(slug), spec_of(slug.removesuffix(f"-{name}"))
+    return spec == plain or (spec.routing, spec.logits) != (plain.routing, plain.logits)
+
+
+SWITCHED_ROUTERS = tuple(slug for slug in SWITCHED.values() if _switches_routing(slug))
+SWITCHED_LAYERS = tuple(slug for slug in SWITCHED.values() if slug not in SWITCHED_ROUTERS)
+
+
 def _tier(slug: str, core: Iterable[str] = FAMILIES) -> str:
     """Every family once in core, and every switch at both positions; what else there is in the full sweep."""
-    if slug in SMOKE:
-        return "smoke"
-    return "core" if slug in core or slug in SWITCHED.values() else "full"
+    return "smoke" if slug in SMOKE else "core" if slug in core else "full"
 
 
 def _core_or_full(slug: str) -> str:
@@ -50,7 +59,7 @@ def _core_or_full(slug: str) -> str:
 ROUTED = tuple(slug for slug in VARIANTS if VARIANTS[slug].block.given)
 GIVEN = tuple(slug for slug in FAMILIES if FAMILIES[slug].block.given)
 NARROW = tuple(f"{slug}-narrow" for slug in PACKED)
-CORE = (*FAMILIES, *NARROW)
+CORE = (*FAMILIES, *NARROW, *SWITCHED_LAYERS)
 GROUPED = tuple(slug for slug in FAMILIES if FAMILIES[slug].block.grouped)
 
 
@@ -74,7 +83,7 @@ ALONE = tuple(
 )
 
 ROUTE_CASES = (
-    *(_case(slug, "route", "block.routing", _tier(slug)) for slug in ROUTED),
+    *(_case(slug, "route", "block.routing", _tier(slug, (*FAMILIES, *SWITCHED_ROUTERS))) for slug in ROUTED),
     *(_case(slug, f"route-{token}", "block.routing", "core", shape=(1, 1), x=token) for slug, token in ALONE),
     *(_case(slug, "route-tiny-sum", "block.routing", _tier(slug, SOME), sum=s) for slug, s in TINY_SUMS.items()),
 )
