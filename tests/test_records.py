@@ -171,6 +171,8 @@ EQUIVALENT = {
 def is_left_out(record: Record, path: str) -> bool:
     if path.endswith(WORDS) or path.startswith(".tiny.keys") or (record.slug, path) in EQUIVALENT:
         return True
+    if path.startswith(".disputed[") and not path.endswith("dropped"):
+        return True
     if record.method.unsaid and path.startswith(".method."):
         return True
     said = re.fullmatch(r"\.ways\[(\d+)\]\['(\w+)'\] dropped", path)

@@ -403,6 +403,6 @@ MUTANTS = (
     _mutant(KnowsOnlyHiddenAct, "knows one key of the activation", "config-layers-gemma4-published", _LAYERS),
     _mutant(LimitsCountMoELayers, "takes the clamp limit of another layer", "config-layers-step3p7-published", _LAYERS),
     _mutant(AbsentGroupsAreOne, "forgets the default of n_group", "config-layers-deepseek-v3-hub", _LAYERS),
-    _mutant(DeadNormFlagIsRead, "reads a key that the model does not", "config-layers-deepseek-v2-published", _LAYERS),
+    _mutant(DeadNormFlagIsRead, "reads a key that the model does not", "config-layers-deepseek-v2", _LAYERS),
     _mutant(HashedLayersAreNot, "does not know layers that hash", "config-layers-deepseek-v4-published", _LAYERS),
 )

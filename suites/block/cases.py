@@ -23,7 +23,14 @@ def _case(slug: str, kind: str, clause: str, tier: str, **recipe: Any) -> Case:
     found: dict[str, Any] = {"family": slug, "model_type": VARIANTS[slug].record.model_type}
     found |= {"shape": (2, 11), "x": "x", "sum": 0.0, "dtype": "float32"}
     found |= {"routing": "", "native_ids": False, "implementation": None}
-    return Case(f"family-{slug}-{kind}", stage="block", clause=clause, recipe=found | recipe, tier=tier)
+    return Case(
+        f"family-{slug}-{kind}",
+        stage="block",
+        clause=clause,
+        recipe=found | recipe,
+        tier=tier,
+        lenient=VARIANTS[slug].lenient,
+    )
 
 
 # One family for each setting of a switch that another config may have: of several one that stands for others.
@@ -36,7 +43,7 @@ SWITCHED = {
 
 
 def _switches_routing(slug: str) -> bool:
-    """Whether a setting is one of the router, or of what changes nothing; otherwise it is one of the rest of the layer."""
+    """Whether a setting is one of the router, or of what changes nothing; else it is one of the rest of the layer."""
     name = next(name for name, switched in SWITCHED.items() if switched == slug)
     spec, plain = spec_of(slug), spec_of(slug.removesuffix(f"-{name}"))
     return spec == plain or (spec.routing, spec.logits) != (plain.routing, plain.logits)

@@ -19,11 +19,12 @@ from moe_conformance.model.specs import LayerSpec
 
 @dataclass(frozen=True)
 class Family:
-    """The config of a block in full, and what its record says of the block. record: of the family."""
+    """The config of a block in full, and what its record says of the block. lenient: why it breaks a SHOULD alone."""
 
     record: Record
     config: dict[str, Any]
     block: Block
+    lenient: str = ""
 
 
 def plain(record: Record, block: Block) -> Family:
@@ -36,10 +37,10 @@ def varied(family: Family, variant: Variant) -> Family:
     changed = {
         item.name: value
         for item in fields(Variant)
-        if item.name not in ("keys", "dropped") and (value := getattr(variant, item.name)) is not None
+        if item.name not in ("keys", "dropped", "lenient") and (value := getattr(variant, item.name)) is not None
     }
     kept = {key: value for key, value in family.config.items() if key not in variant.dropped}
-    return Family(family.record, {**kept, **variant.keys}, replace(family.block, **changed))
+    return Family(family.record, {**kept, **variant.keys}, replace(family.block, **changed), variant.lenient)
 
 
 # By slug, and by slug and setting.

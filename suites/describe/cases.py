@@ -59,7 +59,7 @@ def of(record: Record) -> Iterator[tuple[str, Case]]:
         yield config.kind, case(config.kind, name, said, config_class, config.lenient, **named)
     for way, tail in zip(record.ways, WAYS, strict=False):
         # A way with keys that no published config sets is a SHOULD, and without them a case of its own.
-        usual = is_published(way)
+        usual = is_published(record, way)
         name = f"{slug}{tail}"
         yield "layers", case("layers", name, layer_keys(record, way), record.config_class, "" if usual else UNUSUAL)
         if not usual:

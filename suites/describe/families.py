@@ -28,15 +28,15 @@ def nested(record: Record, level: Keys) -> dict[str, Any]:
     return {**found, **filled(wrapper.rest, TO_READ)}
 
 
-def is_published(way: Keys) -> bool:
+def is_published(record: Record, way: Keys) -> bool:
     """Whether this way says nothing that no published config says."""
-    return not way.keys() & UNPUBLISHED
+    return not way.keys() & UNPUBLISHED and not any(way.get(key) for key in record.disputed)
 
 
 def layer_keys(record: Record, way: Keys, published: bool = False) -> dict[str, Any]:
     """The record's config with the method keys of one way, or only with those that published configs set."""
     keys = flat_keys(record)
-    more = {key: value for key, value in way.items() if not published or key not in UNPUBLISHED}
+    more = {key: value for key, value in way.items() if not published or is_published(record, {key: value})}
     below = record.sizes.experts_under
     return {**keys, below: {**keys[below], **more}} if below else {**keys, **more}
 

@@ -132,10 +132,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Variant:
-    """Another setting of a block's config: keys that are changed or dropped, and fields of Block that are otherwise."""
+    """Another setting of a block's config: keys that are changed or dropped, and fields of Block that are otherwise.
+
+    lenient: why an engine that computes otherwise breaks no more than a SHOULD.
+    """
 
     keys: Keys = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    lenient: str = ""
     layer: int | None = None
     token_ids: bool | None = None
     bias: tuple[float, ...] | None = None
@@ -202,7 +206,8 @@ class Record:
 
     model_type: of the config level that describes the experts. also: further model types of that level, and of
     wrappers that are not called as it is without "_text". slug: how cases call it. config_class: transformers'.
-    dead: keys that a config carries and its MoE layers do not read, or in training alone.
+    dead: keys that a config carries and its MoE layers do not read, or in training alone. disputed: those of them that
+    another authority reads where they are true, which no published config says, each with the reason to be lenient.
     names: None where no canonical tensor could hold what its layers have.
     config: nine layers, in which no two roles share a number and none is a default. beside: keys that published
     config.json files carry to say what the model does anyway; few classes read them, and some engines insist on them.
@@ -224,6 +229,7 @@ class Record:
     slug: str = ""
     wrapper: Wrapper | None = None
     dead: tuple[str, ...] = ()
+    disputed: Keys = field(default_factory=dict)
     beside: Keys = field(default_factory=dict)
     ways: tuple[Keys, ...] = ()
     block: Block | None = Block()

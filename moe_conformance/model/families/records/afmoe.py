@@ -23,4 +23,8 @@ RECORD = Record(
     ways=({"route_scale": 3.5} | GELU,),
     block=Block({"route_scale": SCALE}),
     tiny=Tiny("AfmoeForCausalLM"),
+    authority=(
+        "transformers, which reads neither route_norm, score_func nor groups: what published configs say "
+        "there it takes for granted"
+    ),
 )

@@ -54,4 +54,7 @@ RECORD = Record(
     configs=(Config("hub", keys={"first_k_dense_replace": 4}, dropped=("mlp_layer_types",), form="plain"),),
     tiny=Tiny("Cohere2MoeForCausalLM"),
     sample="core",
+    authority=(
+        "transformers: scores in the dtype of the model, where engines take float32; either is within the bounds"
+    ),
 )

@@ -21,6 +21,8 @@ from moe_conformance.model.families.naming import EACH, PACKED, ROUTER, SHARED_E
 from moe_conformance.model.families.record import COUNTED, Block, Config, Method, Record, Sizes, Tiny, Variant
 from moe_conformance.model.families.words import FLOAT32, bias, groups, scale
 
+_NO_PUBLISHED = "DeepSeek's own code renormalises here, and no published config says so"
+
 RECORD = Record(
     model_type="deepseek_v2",
     config_class="DeepseekV2Config",
@@ -38,11 +40,19 @@ RECORD = Record(
     names=Names(EACH + ROUTER + SHARED_EXPERTS, PACKED),
     config=MODEL | N_ROUTED | OWN_WIDTH | FIRST_K | N_SHARED,
     beside=GREEDY_SOFTMAX,
+    disputed={"norm_topk_prob": _NO_PUBLISHED},
     ways=(LIMITED | NORM, GREEDY | NO_NORM),
     block=Block(GROUPS | SCALED | {"topk_method": "group_limited_greedy"}),
-    variants={"greedy": Variant(NO_GROUPS | {"topk_method": "greedy"}), "dead-norm": Variant(NORM)},
+    variants={
+        "greedy": Variant(NO_GROUPS | {"topk_method": "greedy"}),
+        "dead-norm": Variant(NORM, lenient=_NO_PUBLISHED),
+    },
     configs=(
         Config("without-top-k", kind="refused", keys={"num_experts_per_tok": None}, names=("num_experts_per_tok",)),
     ),
     tiny=Tiny("DeepseekV2ForCausalLM"),
+    authority=(
+        "transformers, which leaves norm_topk_prob unread; DeepSeek's own code renormalises where it is true, "
+        "which no published config says"
+    ),
 )

@@ -83,4 +83,7 @@ RECORD = Record(
     ),
     tiny=Tiny("DeepseekV4ForCausalLM", keys={"mlp_layer_types": ["hash_moe", "moe", "moe"]}),
     sample="core",
+    authority=(
+        "transformers: scores in the dtype of the model, where engines take float32; either is within the bounds"
+    ),
 )

@@ -18,4 +18,7 @@ RECORD = Record(
     ways=(NOAUX[0] | {"swiglu_limit": 6.5}, NOAUX[1] | {"swiglu_limit": 2.5}),
     block=Block(KNOBS | {"swiglu_limit": LIMIT}),
     tiny=Tiny("HYV4ForCausalLM"),
+    authority=(
+        "the modeling file, which clamps at any swiglu_limit; its documentation says that one of 0 or less is none"
+    ),
 )

@@ -25,4 +25,7 @@ RECORD = Record(
             "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
         },
     ),
+    authority=(
+        "the modeling file, which clamps at any swiglu_limit; its documentation says that one of 0 or less is none"
+    ),
 )

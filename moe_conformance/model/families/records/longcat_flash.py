@@ -48,4 +48,5 @@ RECORD = Record(
         keys={"head_dim": 4, "ffn_hidden_size": 36, "expert_ffn_hidden_size": WIDTH, "zero_expert_num": 4},
     ),
     sample="core",
+    authority=("the modeling file, which makes a bias of the classifier and never adds it"),
 )

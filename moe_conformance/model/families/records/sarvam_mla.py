@@ -36,6 +36,9 @@ RECORD = Record(
         Config("hub", kind="layers", keys=_AS_PUBLISHED, dropped=_NOT_NAMED, form="plain"),
     ),
     tiny=Tiny("DeepseekV3ForCausalLM", config_class="SarvamMLAConfig", keys={"head_dim": 4}),
-    authority="transformers, whose class says one group: vLLM's author of the model says the same (vllm#56034, flat "
-    "top-8 of 128); by a public study the first remote code takes experts // 8 groups where the config names none",
+    authority=(
+        "transformers, whose class says one group: vLLM's author of the model says the same (vllm#56034, flat "
+        "top-8 of 128); by a public study the first remote code takes experts // 8 groups where the config "
+        "names none"
+    ),
 )

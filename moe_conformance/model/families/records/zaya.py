@@ -40,4 +40,8 @@ RECORD = Record(
     variants={"first": Variant(layer=0, state=False)},
     tiny=Tiny("ZayaForCausalLM", keys={"num_experts_per_tok": 1, "router_hidden_size": 16}),
     sample="core",
+    authority=(
+        "transformers, which adds nothing for the class that skips; by a public port the model's own code "
+        "adds the input times the weight"
+    ),
 )
