@@ -52,7 +52,8 @@ def said(record: Record) -> Iterator[str]:
         blocks = {"": whole} | {f"-{name}": varied(whole, variant) for name, variant in record.variants.items()}
         for name, family in blocks.items():
             block = {key: value for key, value in vars(family.block).items() if key != "keys"}
-            yield f"family-{record.slug}{name}{' lenient' * bool(family.lenient)} {_json(block)}: {_json(family.config)}"
+            lenient = " lenient" if family.lenient else ""
+            yield f"family-{record.slug}{name}{lenient} {_json(block)}: {_json(family.config)}"
 
 
 def _json(value: Any) -> str:

@@ -181,8 +181,9 @@ class Engine:
     def load(self, folder: Path) -> Mapping[str, Tensor]:
         """Load a checkpoint folder (config.json, safetensors with an index) and return what now lies in the model.
 
-        Keys: layers.I.experts.w13 [E, 2F, H] with gate above up, layers.I.experts.w2 [E, H, F],
-        layers.I.router.proj [E, H], layers.I.router.scale [H], layers.I.router.per_expert_scale [E].
-        Raises if a parameter is left unwritten or a key unconsumed, naming which.
+        Keys: layers.I.NAME for each name of the layer's `LayerSpec.tensors`: layers.I.experts.w13 [E, 2F, H] with gate
+        above up, layers.I.experts.w2 [E, H, F], layers.I.router.proj [E, H] and so on; encoder.layers.I.NAME of an
+        encoder. A folder may have the MoE layers of a model alone.
+        Raises if a parameter of them is left unwritten or a key unconsumed, naming which.
         """
         raise _not_offered("load")

@@ -84,7 +84,7 @@ _ALL = (*(found for record in BY_SLUG.values() for found in of(record)), *OF_NO_
 TWICE = tuple(
     case("sizes", f"{record.slug}-again", {"model_type": record.model_type, **flat_keys(record)}, other=other)
     for record in BY_SLUG.values()
-    if record.sample
+    if record.sample == "smoke"
     for other in ({"model_type": record.model_type, **filled(record.config, TO_COMPUTE), **as_block(record)},)
 )
 DESCRIBED, LAYERED, REFUSED, DENSE = (

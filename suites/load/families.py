@@ -1,4 +1,4 @@
-"""Writes the MoE layers of a tiny model of any family, as its published checkpoints have them, and nothing else.
+"""Writes the MoE layers of a tiny model of any family, as its published checkpoints have them, and no other tensor.
 
 The folder has a config.json, that of the class that publishes them, and two shards. Every tensor is float32 with hashed
 values: engines keep some routers in float32 whatever the model's dtype is.
