@@ -21,30 +21,31 @@ import record_facts
 import tiny_models
 import written_out
 from tiny_models import FAMILIES
+from transformers import AutoConfig
 
+from moe_conformance.engine import CheckpointName
+from moe_conformance.engines.transformers import remapping
 from moe_conformance.errors import CheckpointError, ConfigError
 from moe_conformance.model.families.families import RECORDS
 from moe_conformance.oracle.naming import entries
 from moe_conformance.oracle.stored import tensor_of
 from moe_conformance.reference_impl.checkpoint.files import open_shards
 from moe_conformance.reference_impl.checkpoint.loading import load
-from moe_conformance.reference_impl.checkpoint.names import READ_PREFIXES
+from moe_conformance.reference_impl.checkpoint.names import READ_PREFIXES, names_of
 from moe_conformance.reference_impl.checkpoint.places import Places
 from moe_conformance.reference_impl.checkpoint.saving import save
 
-# Families whose files lie otherwise than the canonical tensors: there a shape that is the same both ways would hide it.
-LAID_OUT = (
-    "aria_text",
-    "dbrx",
-    "ernie4_5_vl_moe_text",
-    "gpt_oss",
-    "inkling2_text",
-    "inkling_text",
-    "llama4_text",
-    "openai_privacy_filter",
-    "qwen3_vl_moe_text",
-    "step3p5",
-)
+
+def is_laid_out(family: str) -> bool:
+    """Whether its files lie otherwise than the canonical tensors: a shape that is the same both ways would hide it."""
+    names = RECORDS[family].names
+    assert names is not None
+    packed = [piece for piece in names.written if "{e}" not in piece.pattern and "experts." in piece.target]
+    halves = any(piece.half is not None for piece in packed)
+    return halves or names.once_transposed or any(set(piece.ops) - {"row"} for piece in names.written)
+
+
+LAID_OUT = tuple(filter(is_laid_out, FAMILIES))
 SQUARE = [(family, widths) for family in LAID_OUT for widths in ("square-gate-up", "square-down")]
 MODELS = [*((family, "distinct") for family in FAMILIES), *SQUARE]
 
@@ -310,3 +311,22 @@ def test_a_save_refuses_other_tensors_than_the_models(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=said):
             save(tmp_path / "none", config(real), wrong)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "before"),
+    [
+        ("kimi_k25", "Kimi_K25ForConditionalGeneration", "model.language_model."),
+        ("qwen3_omni_moe", "Qwen3OmniMoeForConditionalGeneration", "thinker.model.language_model."),
+    ],
+)
+def test_a_wrapper_of_which_no_tiny_model_is_made_has_its_layers_where_the_record_says(
+    model_type: str, architecture: str, before: str
+) -> None:
+    config = AutoConfig.for_model(model_type).to_dict() | {"architectures": [architecture]}
+    if "talker_config" in config:  # which its class leaves out, and its model asks for
+        config["talker_config"]["text_config"]["shared_expert_intermediate_size"] = 28
+        config["talker_config"]["spatial_merge_size"] = 2
+    named = f"{names_of({'model_type': model_type}).prefix}layers.5.mlp.gate.weight"
+    assert remapping.remap(config, [CheckpointName(named)]) == {named: (f"{before}layers.5.mlp.gate.weight",)}

@@ -68,6 +68,18 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
         describe(config)
 
 
+class Evasive:
+    """An object that raises whatever it is asked for, its class included."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError("not telling")
+
+
+def test_an_object_below_the_top_that_raises_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Evasive raised .*not telling.* when read"):
+        describe({"model_type": "llava", "text_config": Evasive()})
+
+
 def test_an_unknown_model_type_is_read_by_its_keys() -> None:
     assert describe(OTHER) == MIXTRAL_SIZES
     leading = {**OTHER, "first_k_dense_replace": 4, "moe_intermediate_size": 22}

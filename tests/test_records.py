@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any
@@ -19,6 +21,7 @@ import pytest
 import written_out
 from record_facts import derived, facts, lines
 
+from moe_conformance.catalogue.case import catalogue
 from moe_conformance.model.families.configs import Size
 from moe_conformance.model.families.families import RECORDS, Families
 from moe_conformance.model.families.keys import Key
@@ -38,6 +41,32 @@ def test_what_is_derived_of_a_record_is_as_written_out(slug: str) -> None:
 
 def test_nothing_is_written_out_of_a_family_without_a_record() -> None:
     assert {path.stem for path in written_out.FOLDER.iterdir()} == set(SLUGS)
+
+
+WITHOUT = """
+import pkgutil, sys
+
+every = pkgutil.iter_modules
+pkgutil.iter_modules = lambda *where: (found for found in every(*where) if found.name != sys.argv[1])
+from moe_conformance.catalogue.case import catalogue
+from moe_conformance.engines.reference import Reference
+
+print(*catalogue(), *(word for words in Reference().capabilities().values() for word in words))
+"""
+
+
+@pytest.mark.parametrize("slug", ["solar-open", "mixtral", "jamba", "qwen3-omni-thinker"])
+def test_a_family_without_its_record_is_nowhere(slug: str) -> None:
+    """No case and no engine of ours has it, and everything else is there."""
+    record = SLUGS[slug]
+    module = record.model_type.replace("-", "_")
+    done = subprocess.run([sys.executable, "-c", WITHOUT, module], capture_output=True, text=True, check=True)
+    left, whole = set(done.stdout.split()), {*catalogue(), *RECORDS}
+    assert record.model_type not in left
+    gone = {case for case in whole - left if case in catalogue()}
+    named = {name: case.recipe.get("family", slug) for name, case in catalogue().items() if slug in name}
+    assert gone == {name for name, family in named.items() if family == slug or family.startswith(f"{slug}-")}
+    assert len(gone) > 5
 
 
 MIXTRAL_LIKE = next(record for record in RECORDS.values() if record.sample == "smoke" and not record.wrapper)

@@ -21,6 +21,7 @@ import tiny_models
 from moe_conformance.engine import BlockInputs, Routing
 from moe_conformance.engines.transformers.block_routing import Tap
 from moe_conformance.judging import inputs
+from moe_conformance.model.families.tiny import HIDDEN
 from moe_conformance.reference_impl.block import block as reference
 from moe_conformance.reference_impl.checkpoint.loading import load
 
@@ -81,7 +82,7 @@ def forward(model: Any, token_ids: Tensor) -> None:
     takes = inspect.signature(model.forward).parameters
     if "trailing_text_hidden" in takes:  # qwen3_omni's talker: the thinker's hidden states come instead of tokens
         with torch.no_grad():
-            model(inputs_embeds=inputs.normal((BATCH, LENGTH, tiny_models.HIDDEN), "embeds"), use_cache=False)
+            model(inputs_embeds=inputs.normal((BATCH, LENGTH, HIDDEN), "embeds"), use_cache=False)
         return
     if type(model).__name__ == "Llama4ForConditionalGeneration":  # see findings/transformers_llama4_forward.py
         model = model.language_model

@@ -28,7 +28,7 @@ class Family:
 
 
 def plain(record: Record, block: Block) -> Family:
-    keys = {"model_type": record.model_type, **filled({**record.config, **block.keys}, TO_COMPUTE)}
+    keys = {"model_type": record.model_type, **filled({**record.beside, **record.config, **block.keys}, TO_COMPUTE)}
     return Family(record, keys, block)
 
 

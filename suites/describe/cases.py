@@ -68,8 +68,8 @@ def of(record: Record) -> Iterator[tuple[str, Case]]:
 
 
 def as_block(record: Record) -> Keys:
-    """What the config of the family's block says otherwise."""
-    found: Keys = filled(record.block.keys, TO_COMPUTE) if record.block else {}
+    """The config of the family's block."""
+    found: Keys = filled({**record.beside, **record.config, **(record.block.keys if record.block else {})}, TO_COMPUTE)
     return found
 
 
@@ -85,7 +85,9 @@ TWICE = tuple(
     case("sizes", f"{record.slug}-again", {"model_type": record.model_type, **flat_keys(record)}, other=other)
     for record in BY_SLUG.values()
     if record.sample == "smoke"
-    for other in ({"model_type": record.model_type, **filled(record.config, TO_COMPUTE), **as_block(record)},)
+    for other in (
+        {"model_type": record.model_type, **filled({**record.beside, **record.config}, TO_COMPUTE), **as_block(record)},
+    )
 )
 DESCRIBED, LAYERED, REFUSED, DENSE = (
     tuple(found for kind, found in _ALL if kind == wanted) for wanted in ("sizes", "layers", "refused", "dense")

@@ -198,7 +198,8 @@ def levels(
     """A config's levels, each with its path: what lies under `children` (in their order), then the level itself."""
     for key in children:
         child = values.get(key)
-        if child is not None and not isinstance(child, str | int | list | tuple):
+        # By its type: an object may raise when it is asked for its class.
+        if child is not None and not issubclass(type(child), (str, int, list, tuple)):
             if depth == DEEPEST:
                 raise ConfigError(f"{path}: got a level below it, want at most {DEEPEST} levels below the top")
             yield from levels(plain(child), children, f"{path}.{key}".lstrip("."), depth + 1)
