@@ -179,7 +179,7 @@ def doctor(options: argparse.Namespace, _: list[str]) -> int:
     print("\nengines")
     engines(options, [])
     there = installed()
-    print(f"\nfamilies: {len(RECORDS)} have a record; all are judged where an engine has them")
+    print(f"\nfamilies: {len(RECORDS)} have a record, and are judged so far where an engine has them")
     for record in RECORDS.values():
         away = "" if there is None or record.model_type in there.all else f"; not in transformers {there.version}"
         print(f"  {record.slug:24} {record.model_type:28} {record.covers}{away}")

@@ -16,14 +16,14 @@ from moe_conformance.engine import CaptureShape, MoESpec
 from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.model.families.configs import Keys
 from moe_conformance.model.families.describe import capture_shape, describe, layer_of
-from moe_conformance.model.families.families import EXPERTS, HIDDEN, RECORDS
+from moe_conformance.model.families.families import BY_SLUG, EXPERTS, HIDDEN, RECORDS
 from moe_conformance.model.families.keys import keys_in
 from moe_conformance.model.families.record import DENSE_WIDTH, LAYERS, SHARED_COUNT, TOP_K, WIDTH
 from moe_conformance.model.families.words import ACTIVATIONS
 from moe_conformance.model.specs import Capacity, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
 from moe_conformance.oracle import activation as oracle
 from moe_conformance.suites.describe.cases import CASES
-from moe_conformance.suites.describe.families import BY_SLUG, flat_keys, layer_keys
+from moe_conformance.suites.describe.families import flat_keys, layer_keys
 
 RECORDED = "the families here are those of transformers 5.24"
 MIXTRAL = {

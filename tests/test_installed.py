@@ -76,7 +76,7 @@ def test_doctor_and_the_report_name_a_family_without_a_record(
     fake_transformers(tmp_path, monkeypatch)
     assert installed() == Installed("9.9", frozenset({"swarm", "swarm_text"}), {"swarm_text": "SwarmTextConfig"})
     assert strangers() == [
-        "nothing was judged of 1 families with experts that transformers 9.9 has and no record describes: swarm_text"
+        "nothing was judged of families with experts that transformers 9.9 has and no record describes: swarm_text"
     ]
     with pytest.raises(SystemExit):
         cli.main(["doctor"])

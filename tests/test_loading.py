@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from moe_conformance.engine import CheckpointName
 from moe_conformance.errors import CheckpointError, ConfigError, DenseModelError
 from moe_conformance.model.families.describe import describe
+from moe_conformance.model.families.families import BY_SLUG
 from moe_conformance.reference_impl.checkpoint import loading, remap, saving
 from moe_conformance.reference_impl.checkpoint.places import Places
-from moe_conformance.suites.describe.families import BY_SLUG, flat_keys, layer_keys
+from moe_conformance.suites.describe.families import flat_keys, layer_keys
 from moe_conformance.suites.load import checkpoint
 
 RECIPE = {"style": "plain", "widths": "distinct", "shards": 2, "shuffled": False}
@@ -455,6 +456,16 @@ def test_a_model_type_whose_keys_are_of_several_families_is_refused_with_those_a
     with pytest.raises(ConfigError, match=r"families with these keys: .*axk1, deepseek_v3.*as deepseek_v3"):
         Places(keys)
     assert "families with these keys: axk1, deepseek_v3" in describe(keys).undetermined
+
+
+def test_families_that_compute_alike_and_name_tensors_otherwise_are_not_guessed_between() -> None:
+    record = BY_SLUG["sarvam-mla"]
+    keys = {"model_type": "never_heard_of", **layer_keys(record, record.ways[0])}
+    assert describe(keys).layers
+    with pytest.raises(
+        ConfigError, match=r"may be any of bailing_hybrid, sarvam_mla, sarvam_moe, whose checkpoints name"
+    ):
+        Places(keys)
 
 
 def test_what_a_config_leaves_open_is_said_by_its_key() -> None:

@@ -23,24 +23,22 @@ from record_facts import derived, facts, lines
 
 from moe_conformance.catalogue.case import catalogue
 from moe_conformance.model.families.configs import Size
-from moe_conformance.model.families.families import RECORDS, Families
+from moe_conformance.model.families.families import BY_SLUG, RECORDS, Families
 from moe_conformance.model.families.keys import Key
 from moe_conformance.model.families.naming import Piece
 from moe_conformance.model.families.record import LAYERS, SHARED_COUNT, TOP_K, Config, Record, Shared, Sizes
 from moe_conformance.model.families.words import ACTIVATIONS
 from moe_conformance.suites.describe.families import flat_keys
 
-SLUGS = {record.slug: record for record in RECORDS.values()}
 
-
-@pytest.mark.parametrize("slug", SLUGS)
+@pytest.mark.parametrize("slug", BY_SLUG)
 def test_what_is_derived_of_a_record_is_as_written_out(slug: str) -> None:
     """`python tests/written_out.py` writes it again, for a review."""
-    assert list(derived(SLUGS[slug])) == lines(SLUGS[slug])[0]
+    assert list(derived(BY_SLUG[slug])) == lines(BY_SLUG[slug])[0]
 
 
 def test_nothing_is_written_out_of_a_family_without_a_record() -> None:
-    assert {path.stem for path in written_out.FOLDER.iterdir()} == set(SLUGS)
+    assert {path.stem for path in written_out.FOLDER.iterdir()} == set(BY_SLUG)
 
 
 WITHOUT = """
@@ -58,7 +56,7 @@ print(*catalogue(), *(word for words in Reference().capabilities().values() for 
 @pytest.mark.parametrize("slug", ["solar-open", "mixtral", "jamba", "qwen3-omni-thinker"])
 def test_a_family_without_its_record_is_nowhere(slug: str) -> None:
     """No case and no engine of ours has it, and everything else is there."""
-    record = SLUGS[slug]
+    record = BY_SLUG[slug]
     module = record.model_type.replace("-", "_")
     done = subprocess.run([sys.executable, "-c", WITHOUT, module], capture_output=True, text=True, check=True)
     left, whole = set(done.stdout.split()), {*catalogue(), *RECORDS}
@@ -208,9 +206,9 @@ def is_left_out(record: Record, path: str) -> bool:
     return said is not None and flat_keys(record).get(said[2]) == record.ways[int(said[1])][said[2]]
 
 
-@pytest.mark.parametrize("slug", SLUGS)
+@pytest.mark.parametrize("slug", BY_SLUG)
 def test_a_fault_in_any_field_of_a_record_is_noticed(slug: str) -> None:
-    record = SLUGS[slug]
+    record = BY_SLUG[slug]
     before = list(facts(record, record))
     found = [(path, other) for path, other in others(record, "") if not is_left_out(record, path)]
     assert len(found) > 30 and not differs(record, record, before)

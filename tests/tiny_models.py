@@ -9,12 +9,23 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from moe_conformance.judging import inputs
 from moe_conformance.model.families.families import RECORDS
-from moe_conformance.model.families.tiny import EXPERTS, model_class, tiny_config
+from moe_conformance.model.families.record import Record
+from moe_conformance.model.families.tiny import EXPERTS, tiny_config
+
+
+def model_class(record: Record) -> Any:
+    """transformers' class that publishes checkpoints of the family; importing it takes a moment."""
+    if hasattr(transformers, record.tiny.model_class):
+        return getattr(transformers, record.tiny.model_class)
+    folder = CONFIG_MAPPING[record.model_type].__module__.split(".")[2]
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    return getattr(module, record.tiny.model_class)
 
 
 class Block(NamedTuple):

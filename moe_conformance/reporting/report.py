@@ -53,7 +53,6 @@ class Report:
         self.strict = bool(config.getoption("--moe-strict"))
         self.results: list[Result] = []
         self.is_finished = False
-        self.strangers = strangers()
         # What could not be written, a line each.
         self.troubles: list[str] = []
         self.engines: dict[str, Mapping[str, str]] = {}
@@ -116,7 +115,7 @@ class Report:
         counts = Counter(str(result.verdict) for result in self.results)
         self._write(kind="footer", exit=int(exitstatus), results=len(self.results), counts=dict(counts))
         rows = table(self.results, self.targets)
-        below = [_not_run(self.results, deselected), *_marks(self.in_process, self.strict), *self.strangers]
+        below = [_not_run(self.results, deselected), *_marks(self.in_process, self.strict), *strangers()]
         terminal.section("conformance", sep="=")
         for line in [*_aligned(rows), *below, *listed(self.results, REASONS_SHOWN)]:
             terminal.write_line(line)
@@ -179,12 +178,15 @@ def _marks(in_process: bool, strict: bool) -> list[str]:
 
 def strangers() -> list[str]:
     """A line about families of the installed transformers that no case is of: silence would read as a pass."""
-    found = installed()
+    try:
+        found = installed()
+    except OSError as error:
+        return [f"which families transformers has could not be read: {plain(str(error))}"]
     if found is None or not found.without_record:
         return []
     return [
-        f"nothing was judged of {len(found.without_record)} families with experts that transformers {found.version} "
-        f"has and no record describes: {', '.join(found.without_record)}"
+        f"nothing was judged of families with experts that transformers {found.version} has and no record describes: "
+        + ", ".join(found.without_record)
     ]
 
 

@@ -10,9 +10,10 @@ from typing import Any, Literal
 from moe_conformance.catalogue.case import Case
 from moe_conformance.model.families.configs import Keys
 from moe_conformance.model.families.describe import capture_shape, describe
+from moe_conformance.model.families.families import BY_SLUG
 from moe_conformance.model.families.record import Record
 from moe_conformance.suites.describe.cases import LLAMA
-from moe_conformance.suites.describe.families import BY_SLUG, flat_keys, further, nested
+from moe_conformance.suites.describe.families import flat_keys, further, nested
 
 SIDES: tuple[Literal["worker", "reader"], ...] = ("worker", "reader")
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.model.families.configs import MODEL, TO_COMPUTE, TO_READ, Keys, filled
+from moe_conformance.model.families.families import BY_SLUG
 from moe_conformance.model.families.record import Record
-from moe_conformance.suites.describe.families import BY_SLUG, flat_keys, further, is_published, layer_keys, nested
+from moe_conformance.suites.describe.families import flat_keys, further, is_published, layer_keys, nested
 
 SMOKE = {
     "config-gemma4-hub",  # plain: its config class imports a second of transformers

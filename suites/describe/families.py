@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_conformance.model.families.configs import TO_READ, UNPUBLISHED, Keys, filled
-from moe_conformance.model.families.families import RECORDS
+from moe_conformance.model.families.configs import MODEL, TO_READ, UNPUBLISHED, Keys, filled
 from moe_conformance.model.families.record import Config, Record
-
-BY_SLUG: dict[str, Record] = {record.slug: record for record in RECORDS.values()}
 
 
 def flat_keys(record: Record) -> dict[str, Any]:
@@ -44,7 +41,8 @@ def layer_keys(record: Record, way: Keys, published: bool = False) -> dict[str, 
 def further(record: Record, config: Config) -> tuple[str, dict[str, Any]]:
     """The config class ("" for a plain config.json) and the keys of a further config of a record."""
     own = {key: size for key, size in flat_keys(record).items() if key not in config.dropped}
-    level: dict[str, Any] = {key: size for key, size in own.items() if not config.bare or key in BARE} | {**config.keys}
+    kept = {key: size for key, size in own.items() if not config.bare or key in MODEL}
+    level: dict[str, Any] = {**kept, **config.keys}
     if config.form == "class":
         return record.config_class, level
     if config.form == "nested":
@@ -54,7 +52,3 @@ def further(record: Record, config: Config) -> tuple[str, dict[str, Any]]:
     if config.model_type:
         return "", {"model_type": config.model_type, config.below or "text_config": level, **config.top}
     return "", level
-
-
-# What a model without experts has.
-BARE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_conformance.errors import Broken, Unsupported
 from moe_conformance.judging.inputs import bits, normal
-from moe_conformance.model.families.families import RECORDS
+from moe_conformance.model.families.families import BY_SLUG
 from moe_conformance.model.families.record import Record
 from moe_conformance.model.families.tiny import tiny_config
 from moe_conformance.oracle.naming import Form, Layer, entries, layers
@@ -58,7 +58,7 @@ def _values(layer: Layer, name: str, shape: tuple[int, ...], seed: str) -> Tenso
 
 def write(folder: Path, slug: str, form: Form, seed: str = "checkpoint") -> dict[str, Tensor]:
     """Write the folder, and return what a load of it must give."""
-    record = next(record for record in RECORDS.values() if record.slug == slug)
+    record = BY_SLUG[slug]
     config = config_of(record)
     want = canonical(record, config, seed)
     (folder / "config.json").write_text(json.dumps(config, indent=2))

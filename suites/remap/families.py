@@ -9,7 +9,7 @@ import torch
 from moe_conformance.engine import CheckpointName, Engine, Target
 from moe_conformance.errors import CheckpointError, Nonconformance
 from moe_conformance.judging import compare
-from moe_conformance.model.families.families import RECORDS
+from moe_conformance.model.families.families import BY_SLUG
 from moe_conformance.oracle.naming import Entry, Form, Part, entries, layers
 from moe_conformance.oracle.stored import tensor_of
 from moe_conformance.suites.load.families import config_of
@@ -32,7 +32,7 @@ class Placed(NamedTuple):
 
 def placed(engine: Engine, slug: str, form: Form) -> list[Placed]:
     """What the engine says of each tensor of a tiny checkpoint of the family; of those that nothing reads, nothing."""
-    record = next(record for record in RECORDS.values() if record.slug == slug)
+    record = BY_SLUG[slug]
     config = config_of(record)
     whole = {
         layer.prefix + name: torch.empty(shape, device="meta")

@@ -76,6 +76,8 @@ def _written() -> Iterator[Record]:
 
 
 RECORDS = Families(_written())
+# As cases call them.
+BY_SLUG: Mapping[str, Record] = {record.slug: record for record in RECORDS.values()}
 
 
 def by_its_keys(scope: Scope) -> Sizes:

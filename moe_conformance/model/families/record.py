@@ -258,7 +258,7 @@ class Record:
         """How far it goes, in words."""
         if self.method.unsaid:
             return f"config alone: {self.method.unsaid}"
-        return "config, layers, block, checkpoint" if self.names else "config, layers, block"
+        return "config, layers, block, checkpoint"
 
     @property
     def method_keys(self) -> tuple[tuple[str, ...], ...]:

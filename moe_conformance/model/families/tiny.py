@@ -7,7 +7,6 @@ record says. This module imports transformers when it is asked for a config.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,18 +97,6 @@ OTHER: dict[str, Any] = {
     "num_code_groups": 2,
     "max_source_positions": 16,
 }
-
-
-def model_class(record: Record) -> Any:
-    """transformers' class that publishes checkpoints of the family; importing it takes a moment."""
-    import transformers
-    from transformers import CONFIG_MAPPING
-
-    if hasattr(transformers, record.tiny.model_class):
-        return getattr(transformers, record.tiny.model_class)
-    folder = CONFIG_MAPPING[record.model_type].__module__.split(".")[2]
-    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-    return getattr(module, record.tiny.model_class)
 
 
 def tiny_config(record: Record, widths: str = "distinct", own: Mapping[str, Any] | None = None) -> Any:
