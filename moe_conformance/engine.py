@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         poisoned_allocations,
         windows,
     )
+    from moe_conformance.model.families import inverse
     from moe_conformance.model.families.families import RECORDS
 
 # fmt: off
@@ -69,12 +70,13 @@ __all__ = [
     "Lora", "LoraSpec", "MLPSpec", "MoEConformanceError", "MoESpec", "Precision", "QuantSpec", "ReplicateInputs",
     "Replicated", "RouteInputs", "RouterHandle", "RouterSpec", "Routing", "RoutingSpec", "RowKind", "Rows", "Shape",
     "ShardInputs", "SharedSpec", "Target", "Unavailable", "Unsupported", "bits", "called_by_engine", "distinct_logits",
-    "integers", "normal", "poison_", "poisoned_allocations", "windows",
+    "integers", "inverse", "normal", "poison_", "poisoned_allocations", "windows",
 ]
 # fmt: on
 
 # Inputs that the suites are made of, for adapters' own tests; they take torch. RECORDS: what is known of each model
-# family, by model type; reading them takes a moment.
+# family, by model type; inverse: from what a layer computes to a config of a family that says so. Reading them takes
+# a moment.
 _INPUTS = ("poison_", "poisoned_allocations", "normal", "integers", "bits", "distinct_logits", "windows")
 
 # What the first protocol had, and what took its place (docs/migrating.md).
@@ -89,6 +91,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("moe_conformance.judging.inputs"), name)
     if name == "RECORDS":
         return importlib.import_module("moe_conformance.model.families.families").RECORDS
+    if name == "inverse":
+        return importlib.import_module("moe_conformance.model.families.inverse")
     if name in _GONE:
         raise ImportError(f"moe_conformance.engine.{name} is gone since protocol 2; use {_GONE[name]}")
     raise AttributeError(f"module 'moe_conformance.engine' has no attribute {name!r}")
