@@ -19,6 +19,8 @@ from moe_conformance.engine import (
     CheckpointName,
     Engine,
     EngineInfo,
+    Generated,
+    GenerateInputs,
     LayerInputs,
     RouteInputs,
     RouterHandle,
@@ -68,6 +70,7 @@ class VLLM(Engine):
             "capture_session": _capture_session,
             "remap": _naming_styles,
             "load": _naming_styles,
+            "generate": _generate,
         }
         found = {}
         for stage, probe in probes.items():
@@ -126,6 +129,12 @@ class VLLM(Engine):
 
         return stage.load(folder)
 
+    def generate(self, inputs: GenerateInputs) -> Generated:
+        self._want("generate")
+        from moe_conformance.engines.vllm import generating as stage
+
+        return stage.generate(inputs)
+
 
 def _capture_shape() -> frozenset[str]:
     from moe_conformance.engines.vllm import sizes as stage
@@ -166,3 +175,9 @@ def _layer() -> frozenset[str]:
 def _naming_styles() -> frozenset[str]:
     _gemma4()
     return NAMING_STYLES
+
+
+def _generate() -> frozenset[str]:
+    from moe_conformance.engines.vllm import generating as stage
+
+    return stage.features()
