@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import compile_cache
 import gpu_job
 import pytest
 import step_process
@@ -237,6 +240,86 @@ def test_the_log_of_many_calls_stays_small(tmp_path: Path) -> None:
     step_process.Log(path, "next").close()
     assert path.stat().st_size < 0.6 * step_process.WHOLE
     assert path.read_text().endswith("==== next\n\n")
+
+
+COMPILED = """
+import json, sys, triton, launches, shapes, figures
+hits = []
+triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+figures.compiled(next(shapes.launches("resize", frozenset({"sm_90"}))))
+print(json.dumps(hits))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_what_was_packed_triton_takes_from_another_folder(tmp_path: Path) -> None:
+    """It keeps absolute paths. Of a kernel only what it reads again is packed."""
+
+    def hits(folder: Path) -> object:
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(TOOLS), "TRITON_INTERPRET": "0"}
+        ran = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], env=environment, stdout=subprocess.PIPE)
+        return json.loads(ran.stdout)
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    second.mkdir()
+    assert hits(first) == [False]
+    assert compile_cache.pack(first, tmp_path / "cache.zip", 2**24).startswith(
+        "compile cache: 1 kernels, 0.0 MiB packed"
+    )
+    shutil.rmtree(first)
+    assert compile_cache.unpack(tmp_path / "cache.zip", second).startswith("compile cache: 1 kernels, 0.0 MiB unpacked")
+    assert hits(second) == [True]
+
+
+def compiling(name: str, kernel: str) -> dict[str, Any]:
+    folder = f'"$TRITON_CACHE_DIR"/{kernel}'
+    return step(
+        name, f"ls $TRITON_CACHE_DIR > $OUT/found; mkdir {folder}; echo 1 > {folder}/k.cubin; echo 2 > {folder}/k.ttir"
+    )
+
+
+def test_what_was_compiled_is_there_in_the_next_call(job: Runner) -> None:
+    _, output = job([device(), compiling("first", "aaa")])
+    assert "compile cache: none, a cold start" in output and "| first | ok |" in job.summary
+    assert "compile cache: 1 kernels" in job.summary and "| 20 | 1 |  |" in job.summary
+    assert zipfile.ZipFile(job.out / "cache.zip").namelist() == ["aaa/k.cubin"]
+    _, output = job([device(), compiling("second", "bbb")])
+    assert "compile cache: 1 kernels, 0.0 MiB unpacked" in output
+    assert zipfile.ZipFile(job.out / "results.zip").read("second/found") == b"aaa\n"
+    assert zipfile.ZipFile(job.out / "cache.zip").namelist() == ["aaa/k.cubin", "bbb/k.cubin"]
+
+
+@pytest.mark.parametrize("damage", (b"PK", b"", b"no archive"))
+def test_a_damaged_cache_costs_a_line_and_a_cold_start(job: Runner, damage: bytes) -> None:
+    job([device(), compiling("first", "aaa")])
+    (job.out / "cache.zip").write_bytes(damage)
+    code, output = job([device(), compiling("second", "bbb")])
+    assert code == 0 and output.count("cache.zip is damaged, a cold start") == 1
+    assert zipfile.ZipFile(job.out / "results.zip").read("second/found") == b""
+    assert zipfile.ZipFile(job.out / "cache.zip").namelist() == ["bbb/k.cubin"]
+
+
+def test_a_cache_damaged_within_leaves_nothing(tmp_path: Path) -> None:
+    folder, archive = tmp_path / "cache", tmp_path / "cache.zip"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "k.cubin").write_bytes(bytes(range(256)) * 64)
+    compile_cache.pack(folder, archive, 2**24)
+    data = bytearray(archive.read_bytes())
+    data[60:90] = bytes(30)
+    archive.write_bytes(data)
+    shutil.rmtree(folder / "a")
+    assert "is damaged, a cold start" in compile_cache.unpack(archive, folder) and not list(folder.iterdir())
+
+
+def test_a_cache_that_is_too_large_keeps_what_came_first(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / "cache" / f"entry{number}").mkdir(parents=True)
+        (tmp_path / "cache" / f"entry{number}" / "k.cubin").write_bytes(random.Random(number).randbytes(300_000))
+        os.utime(tmp_path / "cache" / f"entry{number}", (0, -number % 4))
+    words = compile_cache.pack(tmp_path / "cache", tmp_path / "cache.zip", 2**20)
+    assert "1 entries left out" in words and (tmp_path / "cache.zip").stat().st_size <= 2**20
+    names = zipfile.ZipFile(tmp_path / "cache.zip").namelist()
+    assert names == ["entry0/k.cubin", "entry3/k.cubin", "entry2/k.cubin"]
 
 
 LACKS = {

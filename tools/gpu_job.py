@@ -8,8 +8,8 @@ The steps are those of tools/gpu_steps.py. Each is a process group with a limit 
 is not run again by a call with the same --out: one that was cut short is, where it stands; one that was killed at its
 limit is, behind those that have not been begun.
 
-OUT has state.json, summary.md, log.txt (the output of all steps, bounded) and results.zip (their files, a folder a
-step); in OUT/now lies what the step at work has written so far.
+OUT has state.json, summary.md, log.txt (the output of all steps, bounded), results.zip (their files, a folder a step)
+and cache.zip (what Triton compiled, for the next call); in OUT/now lies what the step at work has written so far.
 
 exit code 0: every step is done, and none has failed.
           1: a step failed or was killed at its limit.
@@ -30,16 +30,18 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH, which ci/gpu.sh sets, leaves it out
 
+from compile_cache import kernels, pack, unpack
 from gpu_steps import DEVICE, INTERPRETED, STEPS, Step
 from step_process import Ended, Log, end_marked, run
 
@@ -49,8 +51,8 @@ VERSION = 1
 LARGEST = 16 * 2**20
 # Of the seconds that a step has, what it should plan with: it writes its last results, and Python starts and ends.
 PLANNED = 0.75
-# Seconds of the budget that writing the summary takes.
-WRITING = 2.0
+# Seconds of the budget that packing the compile cache and writing the summary take.
+WRITING = 4.0
 # Of one step's own summary, in that of the job.
 EXCERPT = 32 * 1024
 DONE, CUT_SHORT = ("ok", "failed"), ("killed", "interrupted")
@@ -66,7 +68,10 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a step. outcome: ok, failed, killed, interrupted, or unable. sources, device: what it ran on."""
+    """What became of a step. outcome: ok, failed, killed, interrupted, or unable. sources, device: what it ran on.
+
+    compiled: kernels that it added to the compile cache.
+    """
 
     outcome: str
     seconds: float = 0.0
@@ -75,6 +80,7 @@ class Record:
     tail: str = ""
     sources: str = ""
     device: str = ""
+    compiled: int = 0
 
 
 @dataclass
@@ -129,13 +135,21 @@ class Job:
         self.sources = digest_of_sources()
         # Of this call: what was not reached, and why.
         self.unreached: dict[str, str] = {}
+        # Where Triton keeps what it compiled, and what is to be said of it.
+        self.cache, self.caching = Path(), ""
 
     @property
     def left(self) -> float:
         return self.budget - WRITING - (time.monotonic() - self.began)
 
     def run(self) -> int:
+        with tempfile.TemporaryDirectory(prefix="compile-cache-") as folder:
+            self.cache = Path(folder)
+            return self.run_steps()
+
+    def run_steps(self) -> int:
         self.clean()
+        print(started := unpack(self.out / "cache.zip", self.cache), flush=True)
         code = 0
         try:
             for position, step in (todo := list(enumerate(self.order()))):
@@ -151,6 +165,9 @@ class Job:
             for step in self.order():
                 if step.name not in self.state.steps:
                     self.unreached[step.name] = f"the job was ended by {signal.Signals(int(str(stop))).name}"
+        self.caching = "; ".join(
+            words for words in (started, pack(self.cache, self.out / "cache.zip", LARGEST)) if words
+        )
         write_whole(self.out / "summary.md", self.summary().encode())
         print(self.brief(), flush=True)
         return code or self.code()
@@ -206,7 +223,7 @@ class Job:
         place_tuned(self.out / "results.zip")
         print(f"{step.name}: at most {limit:g} s", flush=True)
         log = Log(self.out / "log.txt", f"{step.name}, at most {limit:g} s")
-        began = time.monotonic()
+        began, before = time.monotonic(), kernels(self.cache)
         try:
             ended = run(self.command(step, limit, now), self.environment(step), limit, log, mark, ROOT)
             record = outcome_of(ended, limit)
@@ -216,7 +233,7 @@ class Job:
             spent = time.monotonic() - began
             self.finish(step, Record("interrupted", spent, limit, "the job was ended while it ran"), now)
             raise
-        self.finish(step, record, now)
+        self.finish(step, replace(record, compiled=kernels(self.cache) - before), now)
 
     def finish(self, step: Step, record: Record, now: Path) -> None:
         """Its files first, then the state that says that they are there."""
@@ -225,11 +242,11 @@ class Job:
         left_out = add_results(self.out / "results.zip", step.name, now)
         shutil.rmtree(now, ignore_errors=True)
         note = "; ".join(part for part in (record.note, left_out) if part)
-        self.keep(step, Record(record.outcome, round(record.seconds, 1), record.limit, note, record.tail))
+        self.keep(step, replace(record, seconds=round(record.seconds, 1), note=note))
 
     def keep(self, step: Step, record: Record) -> None:
         device = self.state.facts.get("name", "")
-        self.state.steps[step.name] = Record(**{**asdict(record), "sources": self.sources, "device": device})
+        self.state.steps[step.name] = replace(record, sources=self.sources, device=device)
         self.state.running = {}
         self.state.save(self.out / "state.json")
         print(f"{step.name}: {told(record)}", flush=True)
@@ -249,6 +266,7 @@ class Job:
     def environment(self, step: Step) -> dict[str, str]:
         # PYTHONSAFEPATH: the checkout's `kernels` must not shadow Hugging Face's.
         common = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+        common["TRITON_CACHE_DIR"] = str(self.cache)
         return {**os.environ, **common, **(INTERPRETED if self.rehearse else {}), **step.environment}
 
     def named(self, *outcomes: str) -> list[str]:
@@ -283,12 +301,13 @@ class Job:
             f"# {self.state.mode[0].upper()}{self.state.mode[1:]}",
             "",
             f"{facts.get('name', 'device unknown')}; {versions}",
-            f"The last call: {given}, {spent:.0f} s taken.",
+            f"The last call: {given}, {spent:.0f} s taken.  ",
+            self.caching,
             "",
             self.brief().replace("\n", "  \n"),
             "",
-            "| step | outcome | s | limit, s | what |",
-            "|---|---|---|---|---|",
+            "| step | outcome | s | limit, s | kernels compiled | what |",
+            "|---|---|---|---|---|---|",
         ]
         for step in self.steps:
             record = self.state.steps.get(step.name, Record("not reached"))
@@ -298,7 +317,8 @@ class Job:
             if record.device not in ("", facts.get("name", "")):
                 notes.append(f"on {record.device}")
             what = "; ".join(note for note in notes if note)
-            lines.append(f"| {step.name} | {record.outcome} | {record.seconds:g} | {record.limit:g} | {what} |")
+            cells = (step.name, record.outcome, f"{record.seconds:g}", f"{record.limit:g}", str(record.compiled), what)
+            lines.append(f"| {' | '.join(cells)} |")
         for name in self.named("failed", *CUT_SHORT):
             record = self.state.steps[name]
             lines += ["", f"## {name}: {told(record)}", "", "```", record.tail.replace("```", "'''"), "```"]
