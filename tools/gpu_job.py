@@ -27,6 +27,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -36,6 +37,7 @@ import uuid
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,7 +60,7 @@ EXCERPT = 32 * 1024
 DONE, CUT_SHORT = ("ok", "failed"), ("killed", "interrupted")
 
 
-class Refused(Exception):
+class Refused(ValueError):
     """Wrong usage, in words."""
 
 
@@ -85,12 +87,13 @@ class Record:
 
 @dataclass
 class State:
-    """All that a later call must know. running: the step at work, and the mark of its processes."""
+    """All that a later call must know. running: the step at work, and its processes' mark. calls: when, and how."""
 
     mode: str
     steps: dict[str, Record] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     running: dict[str, str] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
     version: int = VERSION
 
     def save(self, path: Path) -> None:
@@ -101,6 +104,14 @@ class State:
 def load(path: Path, mode: str) -> State:
     if not path.exists():
         return State(mode)
+    state = read_state(path)
+    if state.mode != mode:
+        raise Refused(f"{path}: got results of a {state.mode}, want of a {mode}; choose another --out")
+    return state
+
+
+def read_state(path: Path) -> State:
+    """Raises Refused for a file that is not a state of this version, OSError where there is none."""
     what = f"{path}: got %s, want one that this version wrote; choose another --out, or remove that folder"
     try:
         found = json.loads(path.read_text())
@@ -109,8 +120,6 @@ def load(path: Path, mode: str) -> State:
     if not isinstance(found, dict) or found.get("version") != VERSION:
         got = f"version {found.get('version')!r}" if isinstance(found, dict) else type(found).__name__
         raise Refused(what % f"a state file of {got} and not {VERSION}")
-    if found.get("mode") != mode:
-        raise Refused(f"{path}: got results of a {found.get('mode')}, want of a {mode}; choose another --out")
     try:
         steps = {name: Record(**record) for name, record in found.pop("steps").items()}
         return State(**found, steps=steps)
@@ -128,8 +137,8 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 class Job:
-    def __init__(self, out: Path, steps: Sequence[Step], budget: float, rehearse: bool) -> None:
-        self.out, self.steps, self.budget, self.rehearse = out, steps, budget, rehearse
+    def __init__(self, out: Path, steps: Sequence[Step], budget: float, rehearse: bool, call: str = "") -> None:
+        self.out, self.steps, self.budget, self.rehearse, self.call = out, steps, budget, rehearse, call
         self.began = time.monotonic()
         self.state = load(out / "state.json", "rehearsal" if rehearse else "GPU job")
         self.sources = digest_of_sources()
@@ -149,6 +158,7 @@ class Job:
 
     def run_steps(self) -> int:
         self.clean()
+        self.state.calls.append(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: `{self.call}`")
         print(started := unpack(self.out / "cache.zip", self.cache), flush=True)
         code = 0
         try:
@@ -446,7 +456,8 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     options = parser.parse_args(arguments)
     try:
         folder = opened(options.out)
-        job = Job(options.out.resolve(), steps, options.budget, options.rehearse)
+        call = shlex.join(["ci/gpu.sh", *(sys.argv[1:] if arguments is None else arguments)])
+        job = Job(options.out.resolve(), steps, options.budget, options.rehearse, call)
     except Refused as error:
         parser.error(str(error))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
