@@ -15,6 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moe_conformance.engines.transformers import Transformers
+from moe_conformance.engines.triton import Triton
+
 # In use before this process has a context: more is somebody else's work, which would be timed too.
 BUSY = 2**30
 # Of the context of this process, where the driver's tool was not there to be asked before.
@@ -33,9 +36,9 @@ def facts() -> dict[str, Any]:
         "lacks": {},
     }
     lacks: dict[str, str] = found["lacks"]
-    for package in ("triton", "transformers"):
-        if found["versions"][package] is None:
-            lacks[package] = f"{package} is not installed"
+    for engine in (Triton, Transformers):
+        if reason := engine.missing():
+            lacks[engine.name] = reason
     reason = on_the_gpu(found)
     if reason:
         lacks["gpu"] = reason

@@ -212,15 +212,17 @@ class Job:
 
     def lacking(self, step: Step) -> str:
         """Why it cannot run here, empty where it can."""
-        if self.rehearse:
-            return "" if step.rehearsal else "no rehearsal: it needs a GPU"
+        if self.rehearse and not step.rehearsal:
+            return "no rehearsal: it needs a GPU"
         facts, known = self.state.facts, ("gpu", "triton", "transformers", "idle")
         for need in step.needs:
+            if self.rehearse and need in ("gpu", "idle"):
+                continue
             if need in facts.get("lacks", {}):
                 return str(facts["lacks"][need])
             if need not in known and shutil.which(need) is None:
                 return f"{need} is not on the PATH"
-        if step.memory and (free := facts.get("free", 0) / 2**30) < step.memory:
+        if not self.rehearse and step.memory and (free := facts.get("free", 0) / 2**30) < step.memory:
             return f"too little memory: {free:.1f} GiB are free on the GPU, it wants {step.memory:g}"
         return ""
 

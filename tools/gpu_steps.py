@@ -73,7 +73,7 @@ STEPS = (
     Step("targets", table("--targets"), 8, 240, 30, TIMED, 16, table("--targets")),
     Step("triton", conformance("triton"), 10, 900, rehearsal=conformance("triton", tier="smoke")),
     Step(
-        "reference", conformance("reference"), 3, 900, needs=("gpu",),
+        "reference", conformance("moe_conformance.engines.reference:ReferenceOnGPU"), 3, 900, needs=("gpu",),
         rehearsal=conformance("reference", tier="smoke"),
     ),
     Step(
