@@ -66,6 +66,27 @@ sys.argv[1:] = []
 bench.main(["--targets", "--seconds", "300"])
 """
 
+# Without a GPU: a launch that compiles, told by the compiler's own listener, and then finds no device.
+AHEAD = """
+import json, sys
+sys.path += sys.argv[1:3]
+import torch, triton, launches, shapes
+from compilers import Compilers
+target = next(target for target in launches.TARGETS if target.name == "sm_90")
+triton.runtime.driver.set_active(target)
+hits = []
+launch = [shapes.resized("pad", dtype, 63, 24, 64) for dtype in (torch.int8, torch.int16)]
+triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+with torch.device("meta"):
+    Compilers(2).compile([lambda: launch[0].run(target)], 60.0)
+    for shape in launch:
+        try:
+            shape.run(target)
+        except AttributeError:
+            pass
+print(json.dumps(hits))
+"""
+
 
 def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     hidden = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more}
@@ -132,6 +153,14 @@ def test_clocks_are_recorded_while_timing(
     ran = run(FOLDER / "kernels.py", *options, PATH=str(tmp_path))
     assert ran.returncode == 0, ran.stderr
     assert words in ran.stdout and json.loads((tmp_path / "kernels.json").read_text())["clocks"] == clocks
+
+
+def test_what_other_processes_compile_is_not_compiled_again(tmp_path: Path) -> None:
+    """The second launch has nobody compiled."""
+    folders = (FOLDER / "timed", FOLDER.parent / "tools")
+    ran = run("-c", AHEAD, *folders, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout) == [True, False]
 
 
 def test_tuning_without_a_gpu_writes_nothing(tmp_path: Path) -> None:
