@@ -12,12 +12,13 @@ Other entries of the file stay. Without a GPU, --dry-run goes through two candid
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import product as combinations
@@ -130,7 +131,9 @@ def tune(
         best: dict[str, Tile] = {}
         for projection in PROJECTIONS:
             share = Budget(budget.left / (2 * (len(variants) - number) - len(best)))
-            tiles = [getattr(usual, projection), *candidates(asked, projection, block_m, shared)]
+            nearest = partial(distance, getattr(usual, projection))
+            # What is most like the default first, should time end before the others.
+            tiles = [getattr(usual, projection), *sorted(candidates(asked, projection, block_m, shared), key=nearest)]
             times = fastest(product(projection, model, weights), tiles, here, share, compilers, seen)
             if times:
                 spent, best[projection] = min(times, key=lambda pair: pair[0])
@@ -166,6 +169,12 @@ def candidates(asked: Problem, projection: str, block_m: int, shared_memory: int
             continue
         found += [Tile(block_n, block_k, group_m, warps, stages) for stages in {most, max(2, most - 2)}]
     return found
+
+
+def distance(one: Tile, other: Tile) -> float:
+    """Doublings between two tiles, a stage counted as one."""
+    pairs = zip(astuple(one)[:-1], astuple(other)[:-1], strict=True)
+    return sum(abs(math.log2(own / its)) for own, its in pairs) + abs(one.num_stages - other.num_stages)
 
 
 def fastest(

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,8 @@ import compile_cache
 import gpu_job
 import pytest
 import step_process
-from gpu_steps import DEVICE, STEPS, Step
+from gpu_estimate import estimate
+from gpu_steps import DEVICE, STEPS, Step, limit_of
 
 TOOLS = Path(gpu_job.__file__).parent
 
@@ -420,6 +421,22 @@ def test_a_results_folder_that_is_a_file_is_refused(job: Runner) -> None:
     assert code == 2 and "which is a file" in output and job.out.read_text() == "mine"
 
 
+def test_another_state_of_the_code_than_the_checkouts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from wheels that were made before a kernel was changed."""
+    find = importlib.util.find_spec
+    shutil.copytree(TOOLS.parent / "kernels", tmp_path / "kernels")
+    (tmp_path / "kernels" / "combine.py").write_text("# as it was")
+    changed = SimpleNamespace(origin=f"{tmp_path}/kernels/__init__.py")
+    by_name = lambda name: changed if name == "moe_conformance.kernels" else find(name)  # noqa: E731
+    monkeypatch.setattr(gpu_job.importlib.util, "find_spec", by_name)
+    with pytest.raises(SystemExit, match="2"):
+        gpu_job.main(["--out", str(tmp_path / "out")], [])
+    assert f"got another kernels/combine.py in {tmp_path}, want this checkout's" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_jobs_do_not_share_a_folder(job: Runner) -> None:
     process = job.start([device(), step("first", "sleep 77")])
     until(lambda: job.begun)
@@ -429,30 +446,33 @@ def test_two_jobs_do_not_share_a_folder(job: Runner) -> None:
     assert code == 2 and "another job is at work" in output and job.begun == ["first"]
 
 
-@pytest.fixture
-def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., gpu_job.Job]]:
-    """A job that has so many seconds left."""
-
-    def make(left: float, *steps: Step) -> gpu_job.Job:
-        monkeypatch.setattr(gpu_job.Job, "left", left)
-        return gpu_job.Job(tmp_path, steps, left, False)
-
-    yield make
-
-
-def test_the_budget_is_shared_by_weight_within_limits(planned: Callable[..., gpu_job.Job]) -> None:
+def test_the_budget_is_shared_by_weight_within_limits() -> None:
     steps = [
         Step("heavy", (), weight=3, limit=1000, least=10),
         Step("short", (), weight=2, limit=5, least=1),
         Step("needy", (), weight=0.01, limit=1000, least=60),
         Step("large", (), weight=1, limit=1000, least=200),
     ]
-    job = planned(100.0, *steps)
-    assert job.limit_of(steps[0], steps) == pytest.approx(100 * 3 / 6.01, abs=0.1)
-    assert job.limit_of(steps[1], steps[1:]) == 5
-    assert job.limit_of(steps[2], steps[2:]) == 60
-    assert job.limit_of(steps[3], steps[3:]) is None
-    assert planned(math.inf, *steps).limit_of(steps[0], steps) == 1000
+    assert limit_of(steps[0], steps, 100.0) == pytest.approx(100 * 3 / 6.01, abs=0.1)
+    assert limit_of(steps[1], steps[1:], 100.0) == 5
+    assert limit_of(steps[2], steps[2:], 100.0) == 60
+    assert limit_of(steps[3], steps[3:], 100.0) is None
+    assert limit_of(steps[0], steps, math.inf) == 1000
+
+
+ESTIMATED = {"device": 5.0, "launches": 50.0, "targets": 6.0, "triton": 80.0, "reference": 60.0, "transformers": 60.0}
+
+
+def test_the_steps_down_to_the_tuning_fit_by_the_estimate() -> None:
+    """By what they took on two cores; by ten times as much not, and then it is said which."""
+    text = "\n".join(estimate(STEPS, ESTIMATED, 2))
+    # 10 s to start, 50 s of two cores on sixteen, and half a second for each of 13 kernels, one after the other.
+    assert "| launches | 50 | 112 | 13 | 23 |" in text
+    assert "The steps down to tuning fit: they end at" in text and "100% of its 4163" not in text
+    slow = {name: 10 * seconds for name, seconds in ESTIMATED.items()}
+    assert "do not fit: device needs 60 s and gets 30" in "\n".join(estimate(STEPS, slow, 2))
+    del slow["triton"]
+    assert "| triton | not rehearsed |" in "\n".join(estimate(STEPS, slow, 2))
 
 
 def test_tuned_tiles_go_where_the_installed_kernels_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

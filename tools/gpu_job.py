@@ -44,15 +44,14 @@ from typing import Any, NoReturn
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH, which ci/gpu.sh sets, leaves it out
 
 from compile_cache import kernels, pack, unpack
-from gpu_steps import DEVICE, INTERPRETED, STEPS, Step
+from gpu_estimate import estimate
+from gpu_steps import DEVICE, INTERPRETED, PLANNED, STEPS, Step, limit_of
 from step_process import Ended, Log, end_marked, run
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = 1
 # No file of the results is larger.
 LARGEST = 16 * 2**20
-# Of the seconds that a step has, what it should plan with: it writes its last results, and Python starts and ends.
-PLANNED = 0.75
 # Seconds of the budget that packing the compile cache and writing the summary take.
 WRITING = 4.0
 # Of one step's own summary, in that of the job.
@@ -163,7 +162,7 @@ class Job:
         code = 0
         try:
             for position, step in (todo := list(enumerate(self.order()))):
-                limit = self.limit_of(step, [other for _, other in todo[position:]])
+                limit = limit_of(step, [other for _, other in todo[position:]], self.left)
                 if limit is None:
                     self.unreached[step.name] = f"{max(0.0, self.left):.0f} s were left, it wants {step.least:g}"
                 elif reason := self.lacking(step):
@@ -202,13 +201,6 @@ class Job:
             return records[step.name].outcome if step.name in records and step.name != DEVICE else ""
 
         return sorted((s for s in self.steps if outcome(s) not in DONE), key=lambda step: outcome(step) == "killed")
-
-    def limit_of(self, step: Step, waiting: Sequence[Step]) -> float | None:
-        """Seconds that it may take; None where too few are left to begin. waiting: itself, and those behind it."""
-        if self.left < step.least:
-            return None
-        share = self.left * step.weight / sum(other.weight for other in waiting) if self.left < math.inf else self.left
-        return round(min(step.limit, max(share, step.least)), 1)
 
     def lacking(self, step: Step) -> str:
         """Why it cannot run here, empty where it can."""
@@ -270,7 +262,8 @@ class Job:
             "out": str(now),
             "seconds": f"{PLANNED * limit:.0f}",
             "jobs": str(cores),
-            "workers": str(max(1, min(8, cores // 2))),
+            # A worker waits while its engine computes: a core is enough for both. Each has a context on the GPU.
+            "workers": str(min(16, cores)),
         }
         words = step.rehearsal if self.rehearse else step.command
         return [word.format_map(filled) for word in words]
@@ -331,6 +324,9 @@ class Job:
             what = "; ".join(note for note in notes if note)
             cells = (step.name, record.outcome, f"{record.seconds:g}", f"{record.limit:g}", str(record.compiled), what)
             lines.append(f"| {' | '.join(cells)} |")
+        if self.rehearse:
+            rehearsed = {name: self.state.steps[name].seconds for name in self.named("ok", "failed")}
+            lines += ["", *estimate(self.steps, rehearsed, facts.get("cores") or 1)]
         for name in self.named("failed", *CUT_SHORT):
             record = self.state.steps[name]
             lines += ["", f"## {name}: {told(record)}", "", "```", record.tail.replace("```", "'''"), "```"]
@@ -411,6 +407,18 @@ def place_tuned(results: Path) -> None:
                 (kernels / "tuned" / Path(name).name).write_bytes(archive.read(name))
 
 
+def refuse_other_sources() -> None:
+    """Raises Refused where the installed package is not this checkout: results would be told as the checkout's."""
+    for folder in ("kernels", "reference_impl", "engines", "suites"):
+        spec = importlib.util.find_spec(f"moe_conformance.{folder}")
+        installed = Path(spec.origin).parent if spec and spec.origin else Path()
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            other = installed / path.relative_to(ROOT / folder)
+            if not other.is_file() or other.read_bytes() != path.read_bytes():
+                got = f"got another {path.relative_to(ROOT)} in {installed.parent}, want this checkout's"
+                raise Refused(f"moe_conformance: {got}; install it again (wheels: python tools/wheels.py)")
+
+
 def digest_of_sources() -> str:
     """By which results of two states of the code are told apart."""
     folders = ("kernels", "reference_impl", "engines", "suites", "moe_conformance", "benchmarks", "tools", "tests")
@@ -457,6 +465,7 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: interpreted, smaller shapes")
     options = parser.parse_args(arguments)
     try:
+        refuse_other_sources()
         folder = opened(options.out)
         call = shlex.join(["ci/gpu.sh", *(sys.argv[1:] if arguments is None else arguments)])
         job = Job(options.out.resolve(), steps, options.budget, options.rehearse, call)
