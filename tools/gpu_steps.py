@@ -87,10 +87,10 @@ TUNE = (PYTHON, "benchmarks/tune.py", "--out", "{out}/tuned", "--seconds", "{sec
 STEPS = (
     Step(DEVICE, FACTS, 1, 60, 30, (), 0, FACTS),
     Step(
-        "launches", launches("--jobs", "{jobs}"), 8, 240,
+        "launches", launches("--jobs", "{jobs}"), 8, 600,
         rehearsal=launches("--jobs", "{jobs}"), kernels=112, longest=13,
     ),
-    Step("targets", table("--targets"), 10, 240, 30, TIMED, 16, table("--targets"), kernels=19, figures=29),
+    Step("targets", table("--targets"), 10, 600, 30, TIMED, 16, table("--targets"), kernels=19, figures=29),
     Step("triton", conformance("triton"), 16, 900, rehearsal=conformance("triton"), kernels=811, longest=159),
     Step(
         "reference", conformance("moe_conformance.engines.reference:ReferenceOnGPU"), 4, 900, needs=("gpu",),
