@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,33 @@ def test_too_much_is_refused_and_the_folder_stays(downloaded: dict[str, int], tm
     with pytest.raises(SystemExit, match=r"got 31.00 MiB, want at most 30; the largest is torch-2"):
         wheels.main(["--out", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["earlier-1-py3-none-any.whl"]
+
+
+def script(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """ci/gpu.sh from another folder, and what it has asked of a PYTHON that does nothing."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho "$PYTHONPATH" >> {tmp_path}/asked\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "PYTHONPATH": "mine"}
+    command = ["bash", str(wheels.ROOT / "ci" / "gpu.sh"), *arguments]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    return ran, (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
+
+
+def test_the_job_installs_the_wheels_beside_pythons_own_packages_and_needs_no_network(tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "moe_conformance-1-py3-none-any.whl").touch()
+    ran, asked = script(tmp_path, "--budget", "5", "--wheels", "given", "--rehearse")
+    assert ran.returncode == 0, ran.stderr
+    site = asked[1].partition(":")[0]
+    install = f"-m pip install --quiet --no-index --no-deps --target {site} {tmp_path}/given/moe_conformance-1-py3-none"
+    assert asked[0].startswith(install) and asked[1] == f"{site}:mine"
+    assert asked[2:] == ["tools/gpu_job.py --budget 5 --rehearse", f"{site}:mine"] and not Path(site).exists()
+
+
+@pytest.mark.parametrize("folder", ("empty", "missing"))
+def test_a_folder_without_wheels_is_refused(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "empty").mkdir()
+    ran, asked = script(tmp_path, "--wheels", folder)
+    assert ran.returncode == 2 and f"got {tmp_path}/{folder}, want a folder that tools/wheels.py has" in ran.stderr
+    assert asked == []
