@@ -32,7 +32,10 @@ def results(folder: Path, device: str, us: float, mode: str = "GPU job", **token
     """What a job leaves that got as far as the tuning."""
     folder.mkdir()
     facts = {"name": device, "versions": {"torch": "2.11.0"}, "driver": {"driver_version": "580.1"}}
-    steps = {"targets": gpu_job.Record("failed", 61.5, 90.0, "exit code 1"), "launches": gpu_job.Record("ok", 20.0)}
+    steps = {
+        "targets": gpu_job.Record("failed", 61.5, 90.0, "exit code 1"),
+        "launches": gpu_job.Record("failed", 20.0, note="exit 1"),
+    }
     gpu_job.State(mode, steps, facts, calls=["2026-12-01 09:00 UTC: `ci/gpu.sh`"]).save(folder / "state.json")
     with zipfile.ZipFile(folder / "results.zip", "w") as file:
         file.writestr("targets/kernels.md", f"`kernels.py`\n\n| experts | {us} |\n\n## Targets\n\n- NOT MET")
@@ -54,7 +57,10 @@ def test_a_section_a_device_is_replaced_as_a_whole_and_tiles_are_merged(tmp_path
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## NVIDIA H200", "## NVIDIA H100"]
     assert "| experts | 6.0 |" in text and "| experts | 7.0 |" in text and "| experts | 5.0 |" not in text
     assert "driver 580.1, torch 2.11.0" in text and "2026-12-01 09:00 UTC: `ci/gpu.sh`" in text
-    assert "| targets | failed | 61.5 | exit code 1 |" in text and "| launches | ok | 20 | 2 right, 1 wrong |" in text
+    assert (
+        "| targets | failed | 61.5 | exit code 1 |" in text
+        and "| launches | failed | 20 | exit 1; 2 right, 1 wrong |" in text
+    )
     kept = json.loads((into / "kernels" / "tuned" / "NVIDIA_H200.json").read_text())["configs"][KEY]
     assert {tokens: own["us"] for tokens, own in kept.items()} == {"8": 4.0, "64": 6.0} and list(kept) == ["8", "64"]
 

@@ -40,7 +40,8 @@ def section(state: Any, results: zipfile.ZipFile) -> str:
     lines += [f"{f'driver {driver}, ' if driver else ''}{versions}  ", *(f"{call}  " for call in state.calls), ""]
     lines += ["| step | outcome | s | what |", "|---|---|---|---|"]
     for name, record in state.steps.items():
-        lines.append(f"| {name} | {record.outcome} | {record.seconds:g} | {record.note or counted(results, name)} |")
+        what = "; ".join(filter(None, (record.note, counted(results, name))))
+        lines.append(f"| {name} | {record.outcome} | {record.seconds:g} | {what} |")
     for name in TIMED:
         if f"{name}/kernels.md" in results.namelist():
             text = results.read(f"{name}/kernels.md").decode().strip()
