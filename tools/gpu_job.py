@@ -27,6 +27,7 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -71,7 +72,7 @@ class Stopped(Exception):
 class Record:
     """What became of a step. outcome: ok, failed, killed, interrupted, or unable. sources, device: what it ran on.
 
-    compiled: kernels that it added to the compile cache.
+    compiled: kernels that it added to the compile cache. core_seconds: that its processes computed, all together.
     """
 
     outcome: str
@@ -82,6 +83,7 @@ class Record:
     sources: str = ""
     device: str = ""
     compiled: int = 0
+    core_seconds: float = 0.0
 
 
 @dataclass
@@ -227,7 +229,7 @@ class Job:
         place_tuned(self.out / "results.zip")
         print(f"{step.name}: at most {limit:g} s", flush=True)
         log = Log(self.out / "log.txt", f"{step.name}, at most {limit:g} s")
-        began, before = time.monotonic(), kernels(self.cache)
+        began, before, computed = time.monotonic(), kernels(self.cache), core_seconds()
         try:
             ended = run(self.command(step, limit, now), self.environment(step), limit, log, mark, ROOT)
             record = outcome_of(ended, limit)
@@ -237,7 +239,8 @@ class Job:
             spent = time.monotonic() - began
             self.finish(step, Record("interrupted", spent, limit, "the job was ended while it ran"), now)
             raise
-        self.finish(step, replace(record, compiled=kernels(self.cache) - before), now)
+        spent = round(core_seconds() - computed, 1)
+        self.finish(step, replace(record, compiled=kernels(self.cache) - before, core_seconds=spent), now)
 
     def finish(self, step: Step, record: Record, now: Path) -> None:
         """Its files first, then the state that says that they are there."""
@@ -311,8 +314,8 @@ class Job:
             "",
             self.brief().replace("\n", "  \n"),
             "",
-            "| step | outcome | s | limit, s | kernels compiled | what |",
-            "|---|---|---|---|---|---|",
+            "| step | outcome | s | limit, s | core s | kernels compiled | what |",
+            "|---|---|---|---|---|---|---|",
         ]
         for step in self.steps:
             record = self.state.steps.get(step.name, Record("not reached"))
@@ -322,11 +325,11 @@ class Job:
             if record.device not in ("", facts.get("name", "")):
                 notes.append(f"on {record.device}")
             what = "; ".join(note for note in notes if note)
-            cells = (step.name, record.outcome, f"{record.seconds:g}", f"{record.limit:g}", str(record.compiled), what)
-            lines.append(f"| {' | '.join(cells)} |")
+            numbers = (record.seconds, record.limit, record.core_seconds, record.compiled)
+            lines.append(f"| {' | '.join((step.name, record.outcome, *(f'{number:g}' for number in numbers), what))} |")
         if self.rehearse:
-            rehearsed = {name: self.state.steps[name].seconds for name in self.named("ok", "failed")}
-            lines += ["", *estimate(self.steps, rehearsed, facts.get("cores") or 1)]
+            rehearsed = {name: self.state.steps[name].core_seconds for name in self.named("ok", "failed")}
+            lines += ["", *estimate(self.steps, rehearsed)]
         for name in self.named("failed", *CUT_SHORT):
             record = self.state.steps[name]
             lines += ["", f"## {name}: {told(record)}", "", "```", record.tail.replace("```", "'''"), "```"]
@@ -340,6 +343,12 @@ class Job:
             for name in results.namelist():
                 if name.endswith(".md"):
                     yield name, results.read(name)[:EXCERPT].decode(errors="replace").strip()
+
+
+def core_seconds() -> float:
+    """Of all processes that this one has waited for, and that they have."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def by_reason(reasons: Mapping[str, str]) -> str:
