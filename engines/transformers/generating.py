@@ -15,7 +15,7 @@ from moe_conformance.engines.transformers.loading import LoadedBlock, blocks, cl
 from moe_conformance.errors import Unsupported
 
 
-def generate(inputs: GenerateInputs, implementation: str) -> Generated:
+def generate(inputs: GenerateInputs, implementation: str, device: str) -> Generated:
     """One request after the other: transformers has no scheduler, and pads a batch on the left."""
     if inputs.shares_prefixes:
         raise Unsupported("generate: transformers shares no cache between requests")
@@ -23,7 +23,7 @@ def generate(inputs: GenerateInputs, implementation: str) -> Generated:
     model: Any = class_of_folder(inputs.folder).from_pretrained(
         inputs.folder, dtype=torch.float32, local_files_only=True, experts_implementation=implementation
     )
-    every = list(blocks(model))
+    every = list(blocks(model.to(device)))
     layers = model.config.get_text_config().num_hidden_layers
     tokens, routed = [], []
     for prompt in inputs.prompts:
@@ -32,7 +32,7 @@ def generate(inputs: GenerateInputs, implementation: str) -> Generated:
             for tap in taps:
                 stack.enter_context(tap)
             chunk = {"prefill_chunk_size": inputs.step_tokens} if inputs.step_tokens else {}
-            ids = torch.tensor([prompt])
+            ids = torch.tensor([prompt], device=device)
             answer = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -64,6 +64,6 @@ class Steps(Tap):
 
 def _by_layer(taps: list[Steps], layers: int) -> Tensor:
     """[P + G - 1, L, K], -1 in a layer without experts."""
-    rows = {tap.layer: torch.cat(tap.steps) for tap in taps}
+    rows = {tap.layer: torch.cat(tap.steps).cpu() for tap in taps}
     like = next(iter(rows.values()))
     return torch.stack([rows.get(layer, torch.full_like(like, -1)) for layer in range(layers)], dim=1)

@@ -71,7 +71,7 @@ def route(inputs: RouteInputs) -> Routing:
     experts = classes - routing.identity_experts - routing.skip_expert - routing.shared_classes
     table = inputs.tensors.get("router.table")
     block = for_router(routing, experts, 0 if table is None else len(table), name_of(logits.dtype)).block()
-    fill(block, inputs.tensors, rest=logits.dtype)
+    fill(block, inputs.tensors, logits.dtype, logits.device)
     shape = (inputs.sequences, tokens // inputs.sequences)
     token_ids = None if inputs.token_ids is None else inputs.token_ids.view(shape)
     with Tap(block.moe, None, stop=True) as tap, GivenLogits(block.moe, logits), torch.no_grad():
@@ -96,7 +96,7 @@ class WeightsAndIds(nn.Module):
         return weights, ids
 
 
-def router_module(spec: RouterSpec) -> RouterHandle:
+def router_module(spec: RouterSpec, device: str) -> RouterHandle:
     """The router of a family that is this one; its tensors are poisoned until loaded."""
     if spec.logits.takes_state:
         raise Unsupported("router_module: ZAYA's router takes the state of the one before as a second argument")
@@ -104,7 +104,7 @@ def router_module(spec: RouterSpec) -> RouterHandle:
     block = found.block()
     router = router_of(block.moe)
     path = next(name for name, module in block.root.named_modules() if module is router)
-    router = copy.deepcopy(router).to_empty(device="cpu").eval().requires_grad_(False)
+    router = copy.deepcopy(router).to_empty(device=device).eval().requires_grad_(False)
     wanted, loaded = spec.tensors(), {}
     for name, tensor in router.state_dict().items():
         made_of = source(block.moe, f"{path}.{name}")
