@@ -97,7 +97,8 @@ STEPS = (
         rehearsal=conformance("reference"),
     ),
     Step(
-        "transformers", conformance("moe_conformance.engines.transformers:TransformersOnGPU"), 5, 900, needs=("gpu", "transformers"),
+        "transformers", conformance("moe_conformance.engines.transformers:TransformersOnGPU"), 5, 900,
+        needs=("gpu", "transformers"),
         rehearsal=conformance("transformers"),
     ),
     Step(

@@ -36,8 +36,8 @@ OLDEST, BASE = "0.19", "0.20.0"
 # The wheels pin a torch that PyPI does not have; this project's pins take the place of theirs.
 SHARED = ("torch", "triton")
 LEFT_OUT = {*SHARED, "torchaudio", "torchcodec", "torchvision", "triton-cpu"}
-# What this project's wheel needs. Of transformers, too, its own pin: those that releases ask for import torchvision with
-# every multimodal model, and PyPI's does not load beside a torch without CUDA.
+# What this project's wheel needs. Of transformers, too, its own pin: those that releases ask for import torchvision
+# with every multimodal model, and PyPI's does not load beside a torch without CUDA.
 HARNESS = ("packaging", "pytest", "pytest-xdist", "syrupy", "transformers")
 MOST_GIGABYTES = 9
 
