@@ -19,6 +19,7 @@ from moe_conformance.engine import (
     CheckpointName,
     Engine,
     EngineInfo,
+    ExpertsInputs,
     LayerInputs,
     RouteInputs,
     RouterHandle,
@@ -36,10 +37,20 @@ NAMING_STYLES = frozenset({"plain", "moe", "packed", "multimodal"})
 class VLLM(Engine):
     name = "vllm"
 
+    # Kernels of experts, the first that takes a call computes it; a subclass may judge the others.
+    kernels: tuple[Literal["cpu", "triton", "fused_experts"], ...] = ("cpu", "triton", "fused_experts")
+    # Platforms whose routers are asked, in this order.
+    platforms: tuple[Literal["cpu", "gpu", "rocm"], ...] = ("cpu", "gpu", "rocm")
+
     @classmethod
     def environment(cls) -> Mapping[str, str]:
-        """A small CPU cache, no network, no telemetry, few words. Set before vllm is imported."""
+        """A small CPU cache, no network, no telemetry, few words. Set before vllm is imported.
+
+        Its Triton kernels are interpreted, and what torch would compile runs as it is, which computes the same.
+        """
         return {
+            "TORCHDYNAMO_DISABLE": "1",
+            "TRITON_INTERPRET": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error",
@@ -64,6 +75,7 @@ class VLLM(Engine):
             "capture_shape": _capture_shape,
             "route": _route,
             "router_module": _router_module,
+            "experts": _experts,
             "layer": _layer,
             "capture_session": _capture_session,
             "remap": _naming_styles,
@@ -94,7 +106,7 @@ class VLLM(Engine):
         self._want("route")
         from moe_conformance.engines.vllm import routing as stage
 
-        return stage.route(inputs)
+        return stage.route(inputs, self.platforms)
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         self._want("router_module")
@@ -102,11 +114,17 @@ class VLLM(Engine):
 
         return stage.router_module(spec)
 
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        self._want("experts")
+        from moe_conformance.engines.vllm import experts as stage
+
+        return stage.experts(inputs, self.kernels)
+
     def layer(self, inputs: LayerInputs) -> Tensor:
         self._want("layer")
         from moe_conformance.engines.vllm import layer as stage
 
-        return stage.layer(inputs)
+        return stage.layer(inputs, self.kernels)
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
         self._want("capture_session")
@@ -157,6 +175,12 @@ def _router_module() -> frozenset[str]:
     return frozenset({"softmax", "renormalize", "per_expert_scale", "gemma4_input", "from_meta"})
 
 
+def _experts() -> frozenset[str]:
+    from moe_conformance.engines.vllm import experts as stage
+
+    return stage.features()
+
+
 def _layer() -> frozenset[str]:
     from moe_conformance.engines.vllm import layer as stage
 
@@ -166,3 +190,11 @@ def _layer() -> frozenset[str]:
 def _naming_styles() -> frozenset[str]:
     _gemma4()
     return NAMING_STYLES
+
+
+class VLLMTriton(VLLM):
+    """What vLLM runs on a GPU, as far as it is Triton and torch: its routers for a GPU, its Triton experts."""
+
+    name = "vllm-triton"
+    kernels = ("triton", "fused_experts")
+    platforms = ("gpu", "rocm")
