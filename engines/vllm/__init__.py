@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_conformance.engine import (
+    Aligned,
+    AlignInputs,
     CaptureSession,
     CaptureShape,
     CaptureSpec,
     CheckpointName,
     Engine,
     EngineInfo,
+    ExpertMapSpec,
     ExpertsInputs,
     LayerInputs,
+    Replicated,
+    ReplicateInputs,
     RouteInputs,
     RouterHandle,
     RouterSpec,
@@ -75,9 +80,12 @@ class VLLM(Engine):
             "capture_shape": _capture_shape,
             "route": _route,
             "router_module": _router_module,
+            "align": _align,
             "experts": _experts,
             "layer": _layer,
             "capture_session": _capture_session,
+            "expert_map": _expert_map,
+            "replicate": _replicate,
             "remap": _naming_styles,
             "load": _naming_styles,
         }
@@ -113,6 +121,24 @@ class VLLM(Engine):
         from moe_conformance.engines.vllm import closure as stage
 
         return stage.router_module(spec)
+
+    def align(self, inputs: AlignInputs) -> Aligned:
+        self._want("align")
+        from moe_conformance.engines.vllm import align as stage
+
+        return stage.align(inputs)
+
+    def expert_map(self, spec: ExpertMapSpec) -> Tensor:
+        self._want("expert_map")
+        from moe_conformance.engines.vllm import expert_map as stage
+
+        return stage.expert_map(spec)
+
+    def replicate(self, inputs: ReplicateInputs) -> Replicated:
+        self._want("replicate")
+        from moe_conformance.engines.vllm import eplb as stage
+
+        return stage.replicate(inputs)
 
     def experts(self, inputs: ExpertsInputs) -> Tensor:
         self._want("experts")
@@ -173,6 +199,27 @@ def _route() -> frozenset[str]:
 def _router_module() -> frozenset[str]:
     _gemma4()
     return frozenset({"softmax", "renormalize", "per_expert_scale", "gemma4_input", "from_meta"})
+
+
+def _align() -> frozenset[str]:
+    from vllm.model_executor.layers.fused_moe import moe_align_block_size  # noqa: F401
+
+    return frozenset({"expert_map", "dropped_ids"})
+
+
+def _expert_map() -> frozenset[str]:
+    from moe_conformance.engines.vllm import expert_map as stage
+
+    stage.determine()
+    # Not "idle_ranks": its models refuse more ranks than experts.
+    return frozenset(stage.PLACEMENTS)
+
+
+def _replicate() -> frozenset[str]:
+    from moe_conformance.engines.vllm import eplb as stage
+
+    stage.module()
+    return frozenset({"dropped_ids"})
 
 
 def _experts() -> frozenset[str]:

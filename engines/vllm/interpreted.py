@@ -155,12 +155,18 @@ ACTIVATIONS: dict[str, tuple[str, Any]] = {
 def library() -> Iterator[None]:
     """Inside, parts of Triton's own library that its interpreter lacks, or is slow at, are NumPy's.
 
-    Sorting a block step by step takes seconds a row; a device's library of functions is compiled.
+    Sorting a block step by step takes seconds a row; a device's library of functions is compiled; a mask that a scalar
+    was combined into is made of integers, which atomics do not take.
     """
     import numpy as np
     import triton.language as tl
     from triton.language.extra import libdevice
-    from triton.runtime.interpreter import TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    atomic = InterpreterBuilder.create_atomic_rmw
+
+    def with_bools(self: Any, op: Any, pointer: Any, value: Any, mask: Any, *others: Any) -> Any:
+        return atomic(self, op, pointer, value, TensorHandle(mask.data.astype(bool), mask.dtype), *others)
 
     def of(x: Any, data: Any) -> Any:
         return tl.tensor(TensorHandle(np.asarray(data, dtype=x.handle.data.dtype), x.handle.dtype), x.type)
@@ -171,6 +177,7 @@ def library() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(tl, "sort", sort))
+        stack.enter_context(patch.object(InterpreterBuilder, "create_atomic_rmw", with_bools))
         for name in ("exp", "log1p"):
             function = getattr(np, name)
             stack.enter_context(patch.object(libdevice, name, lambda x, f=function: of(x, f(x.handle.data))))
