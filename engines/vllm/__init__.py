@@ -30,6 +30,7 @@ from moe_conformance.engine import (
     RouterHandle,
     RouterSpec,
     Routing,
+    ShardInputs,
 )
 from moe_conformance.errors import Unsupported
 
@@ -86,6 +87,7 @@ class VLLM(Engine):
             "capture_session": _capture_session,
             "expert_map": _expert_map,
             "replicate": _replicate,
+            "shard": _shard,
             "remap": _naming_styles,
             "load": _naming_styles,
         }
@@ -139,6 +141,12 @@ class VLLM(Engine):
         from moe_conformance.engines.vllm import eplb as stage
 
         return stage.replicate(inputs)
+
+    def shard(self, inputs: ShardInputs) -> Tensor:
+        self._want("shard")
+        from moe_conformance.engines.vllm import shard as stage
+
+        return stage.shard(inputs, self.kernels)
 
     def experts(self, inputs: ExpertsInputs) -> Tensor:
         self._want("experts")
@@ -220,6 +228,12 @@ def _replicate() -> frozenset[str]:
 
     stage.module()
     return frozenset({"dropped_ids"})
+
+
+def _shard() -> frozenset[str]:
+    from moe_conformance.engines.vllm import shard as stage
+
+    return stage.features()
 
 
 def _experts() -> frozenset[str]:

@@ -46,6 +46,8 @@ class Layer:
 
     padded_hidden, padded_intermediate: widths of the kernel, or None. arguments: further ones of the factory's.
     expert_map: [E] local ids, or None.
+    tensor_parallel: rank and size; where it is given, tensors are of all experts at their full width, copies [P] says
+    of which of them each physical expert is one, and vLLM's own loader cuts out what the rank holds.
     """
 
     mlp: MLPSpec
@@ -57,10 +59,15 @@ class Layer:
     padded_hidden: int | None = None
     padded_intermediate: int | None = None
     expert_map: Tensor | None = None
+    copies: Tensor | None = None
+    tensor_parallel: tuple[int, int] | None = None
 
     @property
     def experts(self) -> int:
-        return len(self.tensors["experts.w2"])
+        """Those that are here."""
+        if self.tensor_parallel is None or self.expert_map is None:
+            return len(self.tensors["experts.w2"])
+        return int((self.expert_map >= 0).sum())
 
 
 def words(mlp: MLPSpec) -> dict[str, Any]:
@@ -132,11 +139,14 @@ class Built:
         with self._inside():
             self.module = _construct(layer, kernel)
             self.experts = getattr(self.module, "routed_experts", self.module)
-            self._fill()
-            with refusals():
-                self._method().process_weights_after_loading(self.experts)
             if layer.expert_map is not None:
                 self._set_map(layer.expert_map)
+            if layer.tensor_parallel is None:
+                self._fill()
+            else:
+                self._load()
+            with refusals():
+                self._method().process_weights_after_loading(self.experts)
 
     def run(self, x: Tensor, logits: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """The layer's output. A real step's activations are the layer's to overwrite; a caller's are not."""
@@ -184,13 +194,33 @@ class Built:
             parameters["w2_bias"][:, :width] = tensors["experts.b2"]
             _write_first(parameters["w13_bias"], tensors[f"experts.b{first}"], mlp, self._interleaved())
 
+    def _load(self) -> None:
+        """Offer vLLM's loader every expert; it keeps what this rank holds, in its place."""
+        mlp, tensors = self.layer.mlp, self.layer.tensors
+        parameters = dict(self.experts.named_parameters(recurse=False))
+        for parameter in parameters.values():
+            parameter.data.zero_()
+        first = "13" if mlp.gated else "1"
+        copies = range(len(tensors["experts.w2"])) if self.layer.copies is None else self.layer.copies.tolist()
+        for expert, copied in enumerate(copies):
+            for letter, end in (("w", "weight"), *((("b", "bias"),) if mlp.bias else ())):
+                value = tensors[f"experts.{letter}{first}"][copied]
+                parts = [("w13", "w1", value[: mlp.width]), ("w2", "w2", tensors[f"experts.{letter}2"][copied])]
+                if mlp.gated:
+                    parts.append(("w13", "w3", value[mlp.width :]))
+                for name, part, loaded in parts:
+                    parameter = parameters[f"{name}_{end}"]
+                    parameter.weight_loader(parameter, loaded, f"experts.{name}_{end}", shard_id=part, expert_id=expert)
+
     def _interleaved(self) -> bool:
         activation = self.experts.activation
         return str(getattr(activation, "value", activation)) == "swigluoai"
 
     def _set_map(self, expert_map: Tensor) -> None:
-        """Register the map where the layer keeps its own, as under expert parallelism."""
+        """Put the map where the layer keeps its own, as under expert parallelism."""
         self.experts.register_buffer("_expert_map", expert_map.int(), persistent=False)
+        if hasattr(self.experts, "expert_map_manager"):
+            self.experts.expert_map_manager._expert_map = expert_map.int()
         self.experts.global_num_experts = len(expert_map)
         router = getattr(self.module, "router", None)
         if hasattr(router, "num_logical_experts"):
@@ -212,7 +242,9 @@ def _write_first(target: Tensor, source: Tensor, mlp: MLPSpec, interleaved: bool
 def _construct(layer: Layer, kernel: Kernel) -> Any:
     hidden, intermediate = layer.padded_hidden or layer.width, layer.padded_intermediate or layer.mlp.width
     if kernel == "cpu" and hasattr(torch.ops._C, "prepack_moe_weight"):
-        hidden, intermediate = (-(-width // _CPU_MULTIPLE) * _CPU_MULTIPLE for width in (hidden, intermediate))
+        hidden = -(-hidden // _CPU_MULTIPLE) * _CPU_MULTIPLE
+        if layer.tensor_parallel is None:
+            intermediate = -(-intermediate // _CPU_MULTIPLE) * _CPU_MULTIPLE
     offered: dict[str, Any] = {
         "num_experts": layer.experts,
         "top_k": layer.top_k,
@@ -225,6 +257,8 @@ def _construct(layer: Layer, kernel: Kernel) -> Any:
     }
     build = factory()
     wanted = inspect.signature(build).parameters
+    if layer.tensor_parallel is not None:
+        offered["tp_size"] = layer.tensor_parallel[1]
     if not layer.mlp.gated:
         if "ckpt_names" in wanted:
             offered["ckpt_names"] = ("w1", "w2", None)

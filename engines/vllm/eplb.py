@@ -19,7 +19,7 @@ def replicate(inputs: ReplicateInputs) -> Replicated:
     """One step of one layer on one rank: maps are committed, a router maps and counts, the balancer adds up."""
     runtime.start()
     interpreted.require()
-    state = _state(inputs.physical_to_logical, inputs.experts)
+    state = state_of(inputs.physical_to_logical, inputs.experts)
     ids = physical_ids(inputs.ids, state, inputs.tokens)
     return Replicated(ids, _load(state))
 
@@ -32,7 +32,7 @@ def module() -> ModuleType:
     return found
 
 
-def _state(physical_to_logical: Tensor, experts: int) -> Any:
+def state_of(physical_to_logical: Tensor, experts: int) -> Any:
     """What the balancer keeps of a model of one MoE layer, with its maps of these copies."""
     from vllm.distributed.eplb import eplb_state
 
