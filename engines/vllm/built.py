@@ -28,7 +28,7 @@ from moe_conformance.errors import Unsupported
 Kernel = Literal["cpu", "triton", "fused_experts"]
 
 _PREFIXES = (f"model.layers.0.experts_{i}" for i in itertools.count())
-# Rows and columns that vLLM's compiled CPU kernel takes; its runner pads what the kernel does not take.
+# Columns that vLLM's compiled CPU kernel takes; its runner pads x to the layer's width, whatever x has.
 _CPU_MULTIPLE = 32
 
 
@@ -240,10 +240,12 @@ def _write_first(target: Tensor, source: Tensor, mlp: MLPSpec, interleaved: bool
 
 
 def _construct(layer: Layer, kernel: Kernel) -> Any:
+    asked = words(layer.mlp)
     hidden, intermediate = layer.padded_hidden or layer.width, layer.padded_intermediate or layer.mlp.width
     if kernel == "cpu" and hasattr(torch.ops._C, "prepack_moe_weight"):
         hidden = -(-hidden // _CPU_MULTIPLE) * _CPU_MULTIPLE
-        if layer.tensor_parallel is None:
+        # It pads the width of experts itself, but for those of gpt-oss.
+        if asked["activation"] == "swigluoai" and layer.tensor_parallel is None:
             intermediate = -(-intermediate // _CPU_MULTIPLE) * _CPU_MULTIPLE
     offered: dict[str, Any] = {
         "num_experts": layer.experts,
@@ -252,7 +254,7 @@ def _construct(layer: Layer, kernel: Kernel) -> Any:
         "intermediate_size": intermediate,
         "params_dtype": layer.dtype,
         "prefix": next(_PREFIXES),
-        **words(layer.mlp),
+        **asked,
         **layer.arguments,
     }
     build = factory()
