@@ -42,6 +42,7 @@ NAMING_STYLES = frozenset({"plain", "moe", "packed", "multimodal"})
 
 class VLLM(Engine):
     name = "vllm"
+    _kernel = ""
 
     # Kernels of experts, the first that takes a call computes it; a subclass may judge the others.
     kernels: tuple[Literal["cpu", "triton", "fused_experts"], ...] = ("cpu", "triton", "fused_experts")
@@ -106,6 +107,10 @@ class VLLM(Engine):
         if stage not in self._offered:
             raise Unsupported(f"{stage}: this release of vLLM, or this environment, lacks what it needs")
 
+    def ran(self) -> str:
+        ran, self._kernel = self._kernel, ""
+        return ran
+
     def capture_shape(self, config: Any, side: Literal["worker", "reader"]) -> CaptureShape:
         self._want("capture_shape")
         from moe_conformance.engines.vllm import sizes as stage
@@ -116,7 +121,8 @@ class VLLM(Engine):
         self._want("route")
         from moe_conformance.engines.vllm import routing as stage
 
-        return stage.route(inputs, self.platforms)
+        answer, self._kernel = stage.route(inputs, self.platforms)
+        return answer
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         self._want("router_module")
@@ -128,6 +134,7 @@ class VLLM(Engine):
         self._want("align")
         from moe_conformance.engines.vllm import align as stage
 
+        self._kernel = "moe_align_block_size, with a stand-in for its compiled operator"
         return stage.align(inputs)
 
     def expert_map(self, spec: ExpertMapSpec) -> Tensor:
@@ -140,25 +147,29 @@ class VLLM(Engine):
         self._want("replicate")
         from moe_conformance.engines.vllm import eplb as stage
 
+        self._kernel = "eplb_map_to_physical_and_record, interpreted"
         return stage.replicate(inputs)
 
     def shard(self, inputs: ShardInputs) -> Tensor:
         self._want("shard")
         from moe_conformance.engines.vllm import shard as stage
 
-        return stage.shard(inputs, self.kernels)
+        answer, self._kernel = stage.shard(inputs, self.kernels)
+        return answer
 
     def experts(self, inputs: ExpertsInputs) -> Tensor:
         self._want("experts")
         from moe_conformance.engines.vllm import experts as stage
 
-        return stage.experts(inputs, self.kernels)
+        answer, self._kernel = stage.experts(inputs, self.kernels)
+        return answer
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         self._want("layer")
         from moe_conformance.engines.vllm import layer as stage
 
-        return stage.layer(inputs, self.kernels)
+        answer, self._kernel = stage.layer(inputs, self.kernels)
+        return answer
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
         self._want("capture_session")
@@ -259,3 +270,14 @@ class VLLMTriton(VLLM):
     name = "vllm-triton"
     kernels = ("triton", "fused_experts")
     platforms = ("gpu", "rocm")
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        """The stages that are other code on a GPU."""
+        return {
+            stage: words for stage, words in self._offered.items() if stage in ("route", "experts", "layer", "shard")
+        }
+
+    def _want(self, stage: str) -> None:
+        if stage not in self.capabilities():
+            raise Unsupported(f"{stage}: judged with the engine vllm")
+        super()._want(stage)

@@ -148,6 +148,16 @@ class Built:
             with refusals():
                 self._method().process_weights_after_loading(self.experts)
 
+    @property
+    def name(self) -> str:
+        """The class of the kernel, and what stands in beside it."""
+        method = self._method()
+        kernel = getattr(getattr(method, "moe_kernel", None), "fused_experts", None) or getattr(
+            method, "cpu_fused_moe", method
+        )
+        name = type(kernel).__name__
+        return interpreted.said(name) if self.kernel == "triton" else name
+
     def run(self, x: Tensor, logits: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """The layer's output. A real step's activations are the layer's to overwrite; a caller's are not."""
         from vllm.forward_context import create_forward_context, override_forward_context
@@ -222,7 +232,7 @@ class Built:
         if hasattr(self.experts, "expert_map_manager"):
             self.experts.expert_map_manager._expert_map = expert_map.int()
         self.experts.global_num_experts = len(expert_map)
-        router = getattr(self.module, "router", None)
+        router: Any = getattr(self.module, "router", None)
         if hasattr(router, "num_logical_experts"):
             router.num_logical_experts = len(expert_map)
 

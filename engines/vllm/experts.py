@@ -25,8 +25,11 @@ def features() -> frozenset[str]:
     return frozenset(found | {"output_scale", "identity_experts", "dropped_ids", "expert_map", "same_bits"})
 
 
-def experts(inputs: ExpertsInputs, kernels: Sequence[built.Kernel]) -> Tensor:
-    """The routed sum [T, D], by the first of these kernels that takes the call. Raises Unsupported with all reasons."""
+def experts(inputs: ExpertsInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor, str]:
+    """The routed sum [T, D], and what computed it: the first of these kernels that takes the call.
+
+    Raises Unsupported with the reason of each.
+    """
     reasons = []
     for kernel in kernels:
         try:
@@ -36,7 +39,7 @@ def experts(inputs: ExpertsInputs, kernels: Sequence[built.Kernel]) -> Tensor:
     raise Unsupported("; ".join(dict.fromkeys(reasons)))
 
 
-def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> Tensor:
+def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
     width = inputs.x.shape[-1]
     if inputs.identity_experts:
         inputs = _widened(inputs, _IDENTITY_BLOCK)
@@ -59,7 +62,8 @@ def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> Tensor:
     )
     logits = torch.zeros(len(inputs.x), inputs.experts + inputs.identity_experts, dtype=inputs.x.dtype)
     with _routing_of_zero_experts(weights, ids) if inputs.identity_experts else contextlib.nullcontext():
-        return built.Built(layer, kernel).run(inputs.x, logits)[:, :width]
+        made = built.Built(layer, kernel)
+        return made.run(inputs.x, logits)[:, :width], made.name
 
 
 def _said(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -100,7 +104,7 @@ def _widened(inputs: ExpertsInputs, multiple: int) -> ExpertsInputs:
     return replace(inputs, x=nn.functional.pad(inputs.x, (0, more)), tensors=tensors)
 
 
-def _by_function(inputs: ExpertsInputs) -> Tensor:
+def _by_function(inputs: ExpertsInputs) -> tuple[Tensor, str]:
     """vLLM's functional entry, which its own benchmarks and out-of-tree models call."""
     runtime.start()
     interpreted.require(inputs.x.dtype)
@@ -122,7 +126,7 @@ def _by_function(inputs: ExpertsInputs) -> Tensor:
     config = quantisation.biased_moe_quant_config(*biases) if inputs.mlp.bias else None
     settings = set_current_vllm_config(built.vllm_config(inputs.x.dtype))
     with settings, interpreted.activations_of(inputs.mlp.width), built.refusals():
-        return fused_experts(
+        found = fused_experts(
             inputs.x.contiguous(),
             inputs.tensors[f"experts.w{first}"].contiguous(),
             inputs.tensors["experts.w2"].contiguous(),
@@ -134,3 +138,4 @@ def _by_function(inputs: ExpertsInputs) -> Tensor:
             expert_map=None if expert_map is None else expert_map.int(),
             quant_config=config,
         )
+    return found, interpreted.said("fused_experts")

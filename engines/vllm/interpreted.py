@@ -202,6 +202,11 @@ def activations_of(width: int) -> Iterator[None]:
 STAND_INS = {"moe_align_block_size": "_moe_C", "moe_sum": "_moe_C"}
 
 
+def said(name: str) -> str:
+    """How a result names a Triton kernel of vLLM's that ran here."""
+    return f"{name}, interpreted, with stand-ins for {', '.join(STAND_INS)}"
+
+
 @functools.cache
 def _stand_in() -> None:
     """Put our own functions where vLLM calls compiled operators that this build lacks: aligning, and the plain sum."""

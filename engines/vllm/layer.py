@@ -34,8 +34,8 @@ def features() -> frozenset[str]:
     return frozenset(found)
 
 
-def layer(inputs: LayerInputs, kernels: Sequence[built.Kernel]) -> Tensor:
-    """Build the layer for these inputs with the first kernel that takes it, and run it once."""
+def layer(inputs: LayerInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor, str]:
+    """Build the layer for these inputs with the first kernel that takes it, and run it once: output, kernel."""
     runtime.start()
     reasons = []
     for kernel in kernels:
@@ -48,7 +48,7 @@ def layer(inputs: LayerInputs, kernels: Sequence[built.Kernel]) -> Tensor:
     raise Unsupported("; ".join(dict.fromkeys(reasons)))
 
 
-def _layer(inputs: LayerInputs, kernel: built.Kernel) -> Tensor:
+def _layer(inputs: LayerInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
     spec = inputs.spec
     with runtime.building(built.vllm_config(inputs.x.dtype), inputs.x.dtype):
         arguments = _routing(inputs)
@@ -65,7 +65,8 @@ def _layer(inputs: LayerInputs, kernel: built.Kernel) -> Tensor:
         experts, arguments, inputs.padded_hidden, inputs.padded_intermediate,
     )  # fmt: skip
     logits = routing.as_projected(spec.routing, inputs.logits)
-    return built.Built(made, kernel).run(inputs.x, logits, inputs.token_ids)
+    layer = built.Built(made, kernel)
+    return layer.run(inputs.x, logits, inputs.token_ids), layer.name
 
 
 def _routing(inputs: LayerInputs) -> dict[str, Any]:

@@ -46,8 +46,11 @@ def features() -> frozenset[str]:
     return frozenset(found)
 
 
-def route(inputs: RouteInputs, platforms: Sequence[Platform]) -> Routing:
-    """By the first of these platforms whose router takes the call. Raises Unsupported with each one's reason."""
+def route(inputs: RouteInputs, platforms: Sequence[Platform]) -> tuple[Routing, str]:
+    """The answer and the name of the router, of the first of these platforms whose router takes the call.
+
+    Raises Unsupported with the reason of each.
+    """
     reasons = []
     for platform in platforms:
         try:
@@ -57,27 +60,29 @@ def route(inputs: RouteInputs, platforms: Sequence[Platform]) -> Routing:
     raise Unsupported("; ".join(dict.fromkeys(reasons)))
 
 
-def _route(inputs: RouteInputs, platform: Platform) -> Routing:
+def _route(inputs: RouteInputs, platform: Platform) -> tuple[Routing, str]:
     runtime.start()
     spec, logits = inputs.routing, as_projected(inputs.routing, inputs.logits)
     if spec.shared_classes or spec.global_scale:
-        return _by_inkling(inputs)
+        return _by_inkling(inputs), "InklingGate, interpreted"
     if closure.is_gemma4(spec):
         _refuse_fused(inputs)
-        return closure.route(inputs) if platform == "cpu" else _gemma4_by_triton(inputs)
+        if platform == "cpu":
+            return closure.route(inputs), "Gemma 4's routing function"
+        return _gemma4_by_triton(inputs), "gemma4_fused_routing_kernel_triton, interpreted"
     asked = arguments(spec, inputs.tensors, logits.shape[-1])
     if inputs.fused_shared is not None:
         asked |= _fused(inputs, platform)
     hidden = logits.new_zeros(len(logits), 1)
     with _platform(platform), built.refusals():
         if platform == "cpu" and (select := _select_experts()) is not None:
-            return _by_function(select, inputs, hidden, asked)
+            return _by_function(select, inputs, hidden, asked), f"{select.__module__}.select_experts"
         router = _made(asked, spec.top_k, logits.shape[-1])
         if spec.identity_experts:
-            return _with_identity(router, hidden, inputs)
+            return _with_identity(router, hidden, inputs), f"{type(router).__name__}, as on {platform}"
         more = {} if inputs.token_ids is None else {"input_ids": inputs.token_ids}
         weights, ids = router.select_experts(hidden_states=hidden, router_logits=logits, **more)
-    return Routing(ids, weights)
+    return Routing(ids, weights), f"{type(router).__name__}, as on {platform}"
 
 
 def arguments(spec: RoutingSpec, tensors: Any, classes: int) -> dict[str, Any]:

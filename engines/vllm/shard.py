@@ -24,8 +24,8 @@ def features() -> frozenset[str]:
     return frozenset(found | {"dropped_ids", "shared", "tensor_parallel", "replicas"})
 
 
-def shard(inputs: ShardInputs, kernels: Sequence[built.Kernel]) -> Tensor:
-    """This rank's part, by the first kernel that takes it, before vLLM would sum it over ranks."""
+def shard(inputs: ShardInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor, str]:
+    """This rank's part and what computed it, by the first kernel that takes it, before vLLM would sum it over ranks."""
     runtime.start()
     if inputs.ep_size > 1 and inputs.tp_size > 1:
         raise Unsupported("shard: under expert parallelism vLLM's ranks divide experts, and no expert's width")
@@ -41,7 +41,7 @@ def shard(inputs: ShardInputs, kernels: Sequence[built.Kernel]) -> Tensor:
     raise Unsupported("; ".join(dict.fromkeys(reasons)))
 
 
-def _part(inputs: ShardInputs, kernel: built.Kernel) -> Tensor:
+def _part(inputs: ShardInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
     whole = inputs.whole
     ids, expert_map = whole.ids.int(), inputs.expert_map
     if inputs.physical_to_logical is not None:
@@ -72,7 +72,7 @@ def _part(inputs: ShardInputs, kernel: built.Kernel) -> Tensor:
     )  # fmt: skip
     with _as_rank(inputs.tp_rank, inputs.tp_size):
         part = built.Built(layer, kernel)
-    return part.run(whole.x, torch.zeros(len(whole.x), whole.experts, dtype=whole.x.dtype))
+    return part.run(whole.x, torch.zeros(len(whole.x), whole.experts, dtype=whole.x.dtype)), part.name
 
 
 @contextlib.contextmanager
