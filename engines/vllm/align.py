@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_conformance.engine import Aligned, AlignInputs
-from moe_conformance.engines.vllm import interpreted, runtime
+from moe_conformance.engines.vllm import interpreted, routing, runtime
 
 
 def align(inputs: AlignInputs) -> Aligned:
@@ -18,6 +18,7 @@ def align(inputs: AlignInputs) -> Aligned:
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 
     ids, expert_map = inputs.ids.int().contiguous(), inputs.expert_map
+    routing.refuse_dropped(ids, on_cpu=False)
     if expert_map is None and (ids < 0).any():
         expert_map = torch.arange(inputs.experts, dtype=torch.int32)
     slots, blocks, count = moe_align_block_size(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -80,14 +82,18 @@ def _load(state: Any) -> Tensor:
     """The load of each logical expert, [E], as the balancer hands it to its policy at the end of a step."""
     from vllm.distributed.eplb import eplb_state
 
-    with runtime.gemma4_config({}) as config:
+    event = lambda *_, **__: SimpleNamespace(record=lambda *_: None)  # noqa: E731  of a GPU's stream
+    with runtime.gemma4_config({}) as config, contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(eplb_state, "CpuGpuEvent", event, create=True))
+        stack.enter_context(patch.object(torch.cuda, "Event", event))
         balancer = eplb_state.EplbState(config.parallel_config, torch.device("cpu"))
     balancer.model_states = {"one layer": state}
+    # What add_model sets.
+    balancer.num_valid_physical_experts = state.model.num_physical_experts
     balancer.expert_load_window_size = 1
     balancer.expert_rearrangement_step_interval = 1
     # The policy runs in a thread of its own then, which is not started here.
     balancer.is_async = True
-    balancer.rearrange_event = SimpleNamespace(record=lambda: None)
     balancer.step()
     load: Tensor = state.eplb_stats.global_expert_load_window[0]
     return load

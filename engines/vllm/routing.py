@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import RouteInputs, Routing, RoutingSpec
+from moe_conformance.engine import RouteInputs, Routing, RoutingSpec, called_by_engine
 from moe_conformance.engines.vllm import built, closure, interpreted, runtime
 from moe_conformance.errors import Unsupported
 
@@ -75,7 +75,7 @@ def _route(inputs: RouteInputs, platform: Platform) -> tuple[Routing, str]:
         asked |= _fused(inputs, platform)
     hidden = logits.new_zeros(len(logits), 1)
     with _platform(platform), built.refusals():
-        if platform == "cpu" and (select := _select_experts()) is not None:
+        if platform == "cpu" and (select := select_experts()) is not None:
             return _by_function(select, inputs, hidden, asked), f"{select.__module__}.select_experts"
         router = _made(asked, spec.top_k, logits.shape[-1])
         if spec.identity_experts:
@@ -221,6 +221,16 @@ def _factory_words() -> frozenset[str]:
     return frozenset(inspect.signature(factory.create_fused_moe_router).parameters)
 
 
+def refuse_dropped(ids: Tensor, on_cpu: bool) -> None:
+    """Raise Unsupported for pairs without an expert where no router of vLLM's leaves one, for a CPU or in a release.
+
+    Its routers say -1 at weight 0, for rows that are padding.
+    """
+    if (ids < 0).any() and (on_cpu or "skip_padding" not in _factory_words()):
+        where = "for a CPU" if on_cpu else "of this release"
+        raise Unsupported(f"vLLM: no router {where} leaves a pair without an expert")
+
+
 def _made(asked: dict[str, Any], top_k: int, classes: int) -> Any:
     factory = import_module(f"{_LAYERS}.router.router_factory")
     wanted = _factory_words()
@@ -233,7 +243,7 @@ def _made(asked: dict[str, Any], top_k: int, classes: int) -> Any:
     return factory.create_fused_moe_router(**{name: value for name, value in offered.items() if name in wanted})
 
 
-def _select_experts() -> Callable[..., Any] | None:
+def select_experts() -> Callable[..., Any] | None:
     """select_experts of the releases whose factory makes no router for a CPU."""
     with contextlib.suppress(ImportError):
         import_module(f"{_LAYERS}.router.cpu_router")
@@ -247,17 +257,23 @@ def _select_experts() -> Callable[..., Any] | None:
     return None
 
 
-def _by_function(select: Callable[..., Any], inputs: RouteInputs, hidden: Tensor, asked: dict[str, Any]) -> Routing:
-    wanted = inspect.signature(select).parameters
-    if absent := sorted(asked.keys() - wanted.keys()):
+def as_function(select: Callable[..., Any], asked: dict[str, Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """select_experts in the form of a custom routing function. Raises Unsupported where it lacks an argument."""
+    if absent := sorted(asked.keys() - inspect.signature(select).parameters.keys()):
         raise Unsupported(f"route: select_experts of this release's CPU has no argument {', '.join(absent)}")
     call = {"use_grouped_topk": False, **asked}
-    weights, ids = select(
-        hidden_states=hidden,
-        router_logits=as_projected(inputs.routing, inputs.logits),
-        top_k=inputs.routing.top_k,
-        **call,
-    )
+
+    @called_by_engine
+    def route(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+        weights, ids = select(hidden_states=hidden_states, router_logits=gating_output, top_k=topk, **call)
+        return weights, ids
+
+    return route
+
+
+def _by_function(select: Callable[..., Any], inputs: RouteInputs, hidden: Tensor, asked: dict[str, Any]) -> Routing:
+    spec = inputs.routing
+    weights, ids = as_function(select, asked)(hidden, as_projected(spec, inputs.logits), spec.top_k, False)
     return Routing(ids, weights)
 
 

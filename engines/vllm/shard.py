@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import MLPSpec, ShardInputs, called_by_engine
-from moe_conformance.engines.vllm import built, eplb, runtime
+from moe_conformance.engines.vllm import built, eplb, routing, runtime
 from moe_conformance.errors import Unsupported
 
 
@@ -48,8 +48,7 @@ def _part(inputs: ShardInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
         state = eplb.state_of(inputs.physical_to_logical, whole.experts)
         ids = eplb.physical_ids(ids, state, len(ids))
     absent = ids < 0
-    if kernel == "cpu" and absent.any():
-        raise Unsupported("vLLM's CPU kernel: no router for a CPU leaves a pair without an expert")
+    routing.refuse_dropped(ids, on_cpu=kernel == "cpu")
     if inputs.ep_size == 1:
         expert_map = torch.arange(len(expert_map)) if absent.any() else None
     weights = whole.weights.float().masked_fill(absent, 0)
