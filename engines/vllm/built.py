@@ -213,7 +213,7 @@ class Built:
         parameters = dict(self.experts.named_parameters(recurse=False))
         for parameter in parameters.values():
             parameter.data.zero_()
-        first = "13" if mlp.gated else "1"
+        first, held = "13" if mlp.gated else "1", self.layer.expert_map
         copies = range(len(tensors["experts.w2"])) if self.layer.copies is None else self.layer.copies.tolist()
         for expert, copied in enumerate(copies):
             for letter, end in (("w", "weight"), *((("b", "bias"),) if mlp.bias else ())):
@@ -223,7 +223,11 @@ class Built:
                     parts.append(("w13", "w3", value[mlp.width :]))
                 for name, part, loaded in parts:
                     parameter = parameters[f"{name}_{end}"]
-                    parameter.weight_loader(parameter, loaded, f"experts.{name}_{end}", shard_id=part, expert_id=expert)
+                    taken = parameter.weight_loader(
+                        parameter, loaded, f"experts.{name}_{end}", shard_id=part, expert_id=expert, return_success=True
+                    )
+                    if not taken and end == "bias" and (held is None or held[expert] >= 0):
+                        raise Unsupported("vLLM: the loader of this release's experts takes no bias")
 
     def _interleaved(self) -> bool:
         activation = self.experts.activation
@@ -231,7 +235,7 @@ class Built:
 
     def _set_map(self, expert_map: Tensor) -> None:
         """Put the map where the layer keeps its own, as under expert parallelism."""
-        self.experts.register_buffer("_expert_map", expert_map.int(), persistent=False)
+        self.experts._expert_map = expert_map.int()
         if hasattr(self.experts, "expert_map_manager"):
             self.experts.expert_map_manager._expert_map = expert_map.int()
         self.experts.global_num_experts = len(expert_map)
