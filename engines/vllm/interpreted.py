@@ -31,7 +31,7 @@ def install() -> None:
     from triton import backends
     from triton.backends.driver import DriverBase
 
-    class Driver(DriverBase):
+    class Driver(DriverBase):  # type: ignore[misc]  # triton may be absent where types are checked
         @classmethod
         def is_active(cls) -> bool:
             return True
@@ -45,7 +45,7 @@ def install() -> None:
             return torch.device("cpu")
 
     # Which methods are abstract differs from release to release, and none of the others is called.
-    Driver.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+    Driver.__abstractmethods__ = frozenset()
     backends.backends.setdefault("cpu", backends.Backend(compiler=None, driver=Driver))
     # Some releases look for "cpu" in the version of a distribution vllm, which theirs for a CPU is not called.
     with patch.object(importlib.metadata, "version", _version):

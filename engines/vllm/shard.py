@@ -43,14 +43,15 @@ def shard(inputs: ShardInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor,
 
 def _part(inputs: ShardInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
     whole = inputs.whole
-    ids, expert_map = whole.ids.int(), inputs.expert_map
+    ids = whole.ids.int()
+    expert_map: Tensor | None = inputs.expert_map
     if inputs.physical_to_logical is not None:
         state = eplb.state_of(inputs.physical_to_logical, whole.experts)
         ids = eplb.physical_ids(ids, state, len(ids))
     absent = ids < 0
     routing.refuse_dropped(ids, on_cpu=kernel == "cpu")
     if inputs.ep_size == 1:
-        expert_map = torch.arange(len(expert_map)) if absent.any() else None
+        expert_map = torch.arange(len(inputs.expert_map)) if absent.any() else None
     weights = whole.weights.float().masked_fill(absent, 0)
 
     @called_by_engine
