@@ -3,6 +3,7 @@
 - ERNIE 4.5 hands over a softmax and a bias that chooses; the bias is ignored, and other experts are chosen.
 - MiniMax-M2 and Laguna hand over a sigmoid without groups, which is an assertion without words.
 - No tokens are refused where experts are in groups.
+- DeepSeek-V4's router by token id computes softplus as log(1 + exp): small scores lose their last bits.
 """
 
 import os
@@ -25,3 +26,11 @@ for model, asked, tokens in (
         print(vllm.__version__, model, "experts", sorted(ids[0].tolist()), "want [0, 3]")
     except (AssertionError, RuntimeError) as error:
         print(vllm.__version__, model, type(error).__name__, error)
+
+chosen = torch.tensor([-9.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+scores = torch.nn.functional.softplus(chosen.double()).sqrt()
+want = (scores / scores.sum())[0].item()
+if hasattr(torch.ops._C, "hash_topk_cpu"):
+    row, ids = torch.cat((chosen, torch.zeros(250)))[None], torch.arange(6, dtype=torch.int32)[None]
+    got = torch.ops._C.hash_topk_cpu(row, ids, 6, "sqrtsoftplus", 0, 256, 1.0)[0][0, 0].item()
+    print(vllm.__version__, f"DeepSeek-V4: weight of a logit of -9 among zeros: got {got:.8f}, want {want:.8f}")
