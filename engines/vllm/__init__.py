@@ -271,6 +271,12 @@ class VLLMTriton(VLLM):
     kernels = ("triton", "fused_experts")
     platforms = ("gpu", "rocm")
 
+    @classmethod
+    def missing(cls) -> str | None:
+        return super().missing() or (
+            None if find_spec("triton") else "triton is not installed, whose interpreter runs them"
+        )
+
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         """The stages that are other code on a GPU."""
         return {

@@ -42,6 +42,10 @@ def experts(inputs: ExpertsInputs, kernels: Sequence[built.Kernel]) -> tuple[Ten
 def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
     width = inputs.x.shape[-1]
     if inputs.identity_experts:
+        if inputs.expert_map is not None:
+            raise Unsupported(
+                "vLLM: what identity experts pass on is added to the sum over ranks, and to no rank's part"
+            )
         if kernel == "cpu" and routing.select_experts() is not None:
             raise Unsupported("vLLM: this release's kernel for a CPU routes by itself, and has no identity experts")
         inputs = _widened(inputs, _IDENTITY_BLOCK)
