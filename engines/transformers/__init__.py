@@ -20,6 +20,8 @@ from moe_conformance.engine import (
     Engine,
     EngineInfo,
     ExpertsInputs,
+    Generated,
+    GenerateInputs,
     LayerInputs,
     Limits,
     MoESpec,
@@ -69,6 +71,7 @@ class Transformers(Engine):
 
         found = {stage: offered(stage) for stage in ("route", "router_module", "experts", "layer")}
         found |= {"block": block.features(), "load": loading.styles(), "remap": block.model_types()}
+        found["generate"] = block.model_types() | {"routed_experts", "step_tokens"}
         return {"describe": frozenset(), **found}
 
     def limits(self) -> Mapping[str, Limits]:
@@ -115,3 +118,8 @@ class Transformers(Engine):
         from moe_conformance.engines.transformers import loading as stage
 
         return stage.load(folder)
+
+    def generate(self, inputs: GenerateInputs) -> Generated:
+        from moe_conformance.engines.transformers import generating as stage
+
+        return stage.generate(inputs, self.experts_implementation)

@@ -23,6 +23,8 @@ from moe_conformance.engine import (
     EngineInfo,
     ExpertMapSpec,
     ExpertsInputs,
+    Generated,
+    GenerateInputs,
     LayerInputs,
     Replicated,
     ReplicateInputs,
@@ -91,6 +93,7 @@ class VLLM(Engine):
             "shard": _shard,
             "remap": _naming_styles,
             "load": _naming_styles,
+            "generate": _generate,
         }
         found = {}
         for stage, probe in probes.items():
@@ -189,6 +192,12 @@ class VLLM(Engine):
 
         return stage.load(folder)
 
+    def generate(self, inputs: GenerateInputs) -> Generated:
+        self._want("generate")
+        from moe_conformance.engines.vllm import generating as stage
+
+        return stage.generate(inputs)
+
 
 def _capture_shape() -> frozenset[str]:
     from moe_conformance.engines.vllm import sizes as stage
@@ -262,6 +271,12 @@ def _layer() -> frozenset[str]:
 def _naming_styles() -> frozenset[str]:
     _gemma4()
     return NAMING_STYLES
+
+
+def _generate() -> frozenset[str]:
+    from moe_conformance.engines.vllm import generating as stage
+
+    return stage.features()
 
 
 class VLLMTriton(VLLM):
