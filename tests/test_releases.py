@@ -38,7 +38,7 @@ def test_a_distinct_fault_is_one_line_with_cases_and_releases_behind_it() -> Non
     }
     releases["0.21.0"] = [_result("b", Verdict.PASS, "")]
     releases["0.22.1"] = [_result("a-1", Verdict.FAIL, _failure(7.5)), _result("c", Verdict.CRASH, "ids\nsignal 11")]
-    said = list(faults(releases, lambda version, case: f"again {version} {case}"))
+    said = list(faults(releases, lambda version, result: f"again {version} {result.case}"))
     assert said == [
         "routing-semantics: fail: ids: ids[0, 1]: got 7.5, want 'x7.5' at most",
         "    3 cases, 0.19.0 to 0.20.0, 0.22.1",

@@ -27,17 +27,19 @@ from moe_conformance.reporting.stream import read
 
 BROKEN = {Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.UNAVAILABLE}
 SECONDS_BETWEEN_WORDS = 15
+# What a release runs on a CPU, and what it runs on a GPU as far as that is Triton and torch.
+ENGINES = ("vllm", "vllm-triton")
 
 
 @dataclass(frozen=True)
 class Asked:
     """What is judged of each release, as `moe-conformance run` takes it."""
 
-    engine: str
+    engines: tuple[str, ...]
     options: tuple[str, ...]
 
     def of_case(self, case: str) -> Asked:
-        return Asked(self.engine, ("--case", case))
+        return Asked(self.engines, ("--case", case))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,7 +48,7 @@ class Asked:
 @click.option(
     "--cache", type=click.Path(file_okay=False, path_type=Path), help="Default: moe-conformance in the user's."
 )
-@click.option("--engine", default="vllm", show_default=True, help="Or package.module:Class.")
+@click.option("--engine", "engines", multiple=True, default=ENGINES, show_default=True, help="Or package.module:Class.")
 @click.option("--class", "bug_class", help="Only this bug class.")
 @click.option("--case", help="Only this case.")
 @click.option("-k", "keyword", help="As for pytest.")
@@ -58,7 +60,7 @@ def main(
     versions: tuple[str, ...],
     out: Path,
     cache: Path | None,
-    engine: str,
+    engines: tuple[str, ...],
     bug_class: str | None,
     case: str | None,
     keyword: str | None,
@@ -77,7 +79,7 @@ def main(
         except InvalidVersion as error:
             raise click.BadParameter(f"got {version!r}, want a version such as 0.20.0", param_hint="VERSION") from error
     given = {"--class": bug_class, "--case": case, "-k": keyword, "--tier": tier, "--known": known and known.resolve()}
-    asked = Asked(engine, tuple(str(word) for pair in given.items() if pair[1] is not None for word in pair))
+    asked = Asked(engines, tuple(str(word) for pair in given.items() if pair[1] is not None for word in pair))
     kept = Cache((cache or user_cache()).resolve())
     with kept.locked():
         chosen = sorted(versions, key=Version) or released()
@@ -128,12 +130,16 @@ class _Judge:
         self._prepared: set[Path] = set()
 
 
+def _engines(names: Sequence[str]) -> list[str]:
+    return [word for name in names for word in ("--engine", name)]
+
+
 def _run(place: Place, asked: Asked, folder: Path, title: str) -> int:
     """Judge a release in its own process, and say from time to time how far it is."""
     folder.mkdir(parents=True, exist_ok=True)
     stream = folder / "verdicts.jsonl"
     stream.unlink(missing_ok=True)
-    command = [str(place.python), "-P", "-m", "moe_conformance", "run", "--engine", asked.engine, *asked.options]
+    command = [str(place.python), "-P", "-m", "moe_conformance", "run", *_engines(asked.engines), *asked.options]
     before = [str(place.overlay)] if place.overlay else []
     path = os.pathsep.join([*before, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
@@ -186,8 +192,14 @@ def _bisect(judge: _Judge, asked: Asked, versions: Sequence[str]) -> None:
 
 def _report(judge: _Judge, asked: Asked) -> None:
     text = "\n".join(tables(judge.results)).lstrip("\n")
-    engine = "" if asked.engine == "vllm" else f" --engine {asked.engine}"
-    lines = list(faults(judge.results, lambda version, case: f"tools/releases.py {version}{engine} --case {case}"))
+    # An engine that came from an address is asked for by that, and has another name in its results.
+    addressed = [engine for engine in asked.engines if ":" in engine]
+
+    def again(version: str, result: Result) -> str:
+        engines = " ".join(_engines(addressed or [result.engine]))
+        return f"tools/releases.py {version} {engines} --case {result.case}"
+
+    lines = list(faults(judge.results, again))
     if lines:
         text += "\n\ndistinct faults:\n" + "\n".join(lines)
     write(judge.out / "releases.txt", text + "\n")

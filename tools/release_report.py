@@ -60,10 +60,10 @@ def _not_judged(results: Sequence[Result]) -> str:
     return f"{away}/{len(results)}" if away else ""
 
 
-def faults(releases: Releases, again: Callable[[str, str], str]) -> Iterator[str]:
+def faults(releases: Releases, again: Callable[[str, Result], str]) -> Iterator[str]:
     """A line for each distinct fault: of one check, in words that are the same up to numbers, names and lists.
 
-    again: the command that judges a case of a release once more.
+    again: the command that judges a release's result once more.
     """
     found: dict[tuple[str, str, str, str], list[tuple[str, Result]]] = {}
     for version, results in releases.items():
@@ -77,7 +77,7 @@ def faults(releases: Releases, again: Callable[[str, str], str]) -> Iterator[str
         version, result = hits[-1]
         yield f"{bug_class}: {verdict.replace('_', ' ')}: {check}: {words(result.message)}"
         yield f"    {cases} case{'s' * (cases > 1)}, {_spans({version for version, _ in hits}, versions)}"
-        yield f"    {again(version, result.case)}"
+        yield f"    {again(version, result)}"
 
 
 def words(message: str, most: int = 200) -> str:
