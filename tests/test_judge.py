@@ -262,3 +262,25 @@ def test_an_input_written_to_in_the_probe_is_an_error_of_the_stage() -> None:
 def test_an_adapter_that_raises_is_an_error() -> None:
     outcome = judge_of("AdapterBroken").run(*LAYERS, catalogue()["layer-tiny-plain"])
     assert (outcome.verdict, "a misspelt attribute" in outcome.message) == (Verdict.ERROR, True), outcome
+
+
+@pytest.mark.parametrize(
+    ("ran", "words"),
+    [
+        (lambda: "cpu_fused_moe", "cpu_fused_moe"),
+        (lambda: "", ""),
+        (lambda: "x" * 10**6, "x" * 200),
+        (lambda: 1 // 0, "ran() raised ZeroDivisionError"),
+    ],
+)
+def test_what_ran_is_said_and_changes_no_verdict(ran: Any, words: str) -> None:
+    judge = judge_of("CallsBack")
+    judge.engine.raw.ran = ran
+    passed = judge.judge(lambda engine, case: None, CASE)
+    assert (passed.verdict, passed.message) == (Verdict.PASS, words)
+
+    def wrong(engine: Engine, case: Case) -> None:
+        raise Nonconformance("got 1, want 2")
+
+    failed = judge.judge(wrong, CASE)
+    assert failed.verdict is Verdict.FAIL and failed.message.endswith(f"[{words}]" if words else "want 2")

@@ -27,6 +27,8 @@ from moe_conformance.running.discovery import Target
 # Inputs up to this many elements are compared byte for byte after a call; larger ones by torch's version counter,
 # which notices torch's own in-place operations but not a kernel that writes through a pointer.
 _COPIED = 1 << 20
+# Of what an adapter says that ran, so many characters are kept.
+_MOST_WORDS = 200
 
 
 # Parts of this package that adapters, suites and the reference call, none of which is an engine.
@@ -161,9 +163,12 @@ class Judge:
         return Outcome(Verdict.PASS, self._ran(), facts)
 
     def _ran(self) -> str:
-        """What the adapter says that computed, if it says so."""
-        ran = getattr(self.engine.raw, "ran", None)
-        return str(ran()) if ran else ""
+        """What the adapter says that computed, if it says so; that it cannot changes no verdict."""
+        try:
+            ran = getattr(self.engine.raw, "ran", None)
+            return str(ran())[:_MOST_WORDS] if ran else ""
+        except Exception as error:
+            return f"ran() raised {type(error).__name__}"
 
     def _outcome(self, error: Exception) -> Outcome:
         match error:
