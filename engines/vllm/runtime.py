@@ -54,6 +54,8 @@ def _define_missing_ops() -> None:
 
     It is declared without a kernel: calling it raises.
     """
+    import vllm._custom_ops  # noqa: F401  a library that loads defines it itself, and must come first
+
     if not hasattr(torch.ops._C, "gelu_tanh_and_mul"):
         # Kept for the life of the process: models that were built hold a reference to the op.
         library = torch.library.Library("_C", "FRAGMENT")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import CodeType
 from typing import Any, cast
@@ -149,13 +149,21 @@ class Judge:
         if lacking := case.needs - self.capabilities[case.stage]:
             said = f"{case.stage} without {', '.join(sorted(lacking))}"
             return Outcome(Verdict.UNSUPPORTED, said, refusal=Refusal.FEATURE)
+        self._ran()  # what ran for another case
         try:
             with kept():
                 facts = check(self.engine, case)
         except Exception as error:
             self.raised = error
-            return self._outcome(error)
-        return Outcome(Verdict.PASS, facts=facts)
+            outcome = self._outcome(error)
+            ran = self._ran()
+            return replace(outcome, message=f"{outcome.message} [{ran}]") if ran else outcome
+        return Outcome(Verdict.PASS, self._ran(), facts)
+
+    def _ran(self) -> str:
+        """What the adapter says that computed, if it says so."""
+        ran = getattr(self.engine.raw, "ran", None)
+        return str(ran()) if ran else ""
 
     def _outcome(self, error: Exception) -> Outcome:
         match error:

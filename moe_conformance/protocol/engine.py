@@ -113,6 +113,13 @@ class Engine:
         """Stage -> the numbers it cannot go beyond, where it has any."""
         return {}
 
+    def ran(self) -> str:
+        """What of the engine computed since this was last asked, in its own words: a kernel's class, its variant.
+
+        Results carry it. "" where there is nothing to say.
+        """
+        return ""
+
     def describe(self, config: Any) -> MoESpec:
         """config: a transformers config, nested or flat, or its plain dict."""
         raise _not_offered("describe")

@@ -50,7 +50,7 @@ RECORD = Record(
             "ffn_config": {
                 "moe_num_experts": 12,
                 "moe_top_k": 5,
-                "ffn_hidden_size": 24,
+                "ffn_hidden_size": 64,
                 "moe_normalize_expert_weights": 2.0,
             }
         },
@@ -62,7 +62,7 @@ RECORD = Record(
                 "ffn_config": {
                     "moe_num_experts": 12,
                     "moe_top_k": 5,
-                    "ffn_hidden_size": 24,
+                    "ffn_hidden_size": 64,
                     "moe_normalize_expert_weights": None,
                 }
             }

@@ -13,7 +13,7 @@ RECORD = Record(
     names=Names(EACH + ROUTER, PACKED),
     config=MODEL | NUM_EXPERTS | PLAIN_WIDTH,
     ways=NORM_OR_NOT,
-    block=Block(NORM),
-    variants={"no-norm": Variant(NO_NORM)},
+    block=Block(NO_NORM),
+    variants={"norm": Variant(NORM, lenient="no published config of OLMoE normalises")},
     tiny=Tiny("OlmoeForCausalLM"),
 )
