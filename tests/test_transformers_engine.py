@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from moe_conformance.engine import (
     LayerSpec,
     LogitsSpec,
     MLPSpec,
+    Precision,
     RouteInputs,
     RouterSpec,
     Routing,
@@ -32,13 +34,14 @@ from moe_conformance.engine import (
 from moe_conformance.engines.reference import Reference
 from moe_conformance.engines.transformers import Transformers
 from moe_conformance.engines.transformers.block import block_of
-from moe_conformance.engines.transformers.build import as_config
-from moe_conformance.engines.transformers.families import FAMILIES, Family
+from moe_conformance.engines.transformers.block_routing import Tap
 from moe_conformance.engines.transformers.filling import fill
-from moe_conformance.engines.transformers.matching import at_rest, available, config_of, filled, for_router
-from moe_conformance.engines.transformers.offered import ACTING
+from moe_conformance.engines.transformers.matching import available, for_router, router_of, routes_alone
+from moe_conformance.engines.transformers.routing import WeightsAndIds
 from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.judging import compare
+from moe_conformance.model.families import inverse
+from moe_conformance.model.families.configs import TO_COMPUTE, filled
 from moe_conformance.model.families.describe import describe
 from moe_conformance.oracle.bounds import sums
 
@@ -86,41 +89,41 @@ def test_a_model_type_that_the_release_does_not_have_is_unsupported() -> None:
         Transformers().describe({"model_type": "of_next_year", "num_experts": 8})
 
 
-def _sized(family: Family) -> LayerSpec:
-    """The family's layer with every field that a key decides at a value that acts, no two sizes alike."""
-    values: dict[str, Any] = {"hidden_size": 40, "num_experts": 12, "routing.top_k": 5, "experts.width": 24}
-    values |= {"shared.mlp.width": 24, "dense.mlp.width": 56, "latent.width": 16, "logits.width": 16, "vocab_size": 50}
-    for path in family.keys:
-        name = path.rpartition(".")[2]
-        if name in ACTING:
-            values[path] = ACTING[name]
-    decided = {path: value for path, value in values.items() if path in family.keys}
-    if "routing.groups" in decided:
-        decided |= {"routing.groups": 4, "routing.top_groups": 2}
-    return filled(family.layer, decided)
+BY_FAMILY = {setting.record.slug: inverse.settings(setting.record.model_type) for setting in available()}
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.model_type}-{FAMILIES.index(family)}")
-def test_a_row_says_what_the_familys_own_record_says_of_the_config_made_for_it(family: Family) -> None:
-    spec = _sized(family)
-    said, *_ = describe(as_config(config_of(family, spec)).to_dict()).layers
-    row, record = at_rest(spec, narrow=True), at_rest(said, narrow=True)
-    assert (row.logits, row.experts, row.latent) == (record.logits, record.experts, record.latent)
-    if family.model_type != "openai_privacy_filter":  # scaled by 1 / K, whatever K is: no row says that
-        assert row.routing == record.routing
-    if not family.bare:
-        assert row.dense == record.dense
-    if family.keys.get("shared.mlp.width"):
-        assert row.shared == record.shared
-    else:  # of a width that follows from the routed experts', or built by itself
-        assert (row.shared is None) == (record.shared is None)
+@pytest.mark.parametrize("slug", BY_FAMILY)
+def test_a_router_is_asked_alone_where_it_routes_as_its_block_does(slug: str) -> None:
+    said, found = set(), []
+    for setting in BY_FAMILY[slug]:
+        block = copy.deepcopy(block_of(json.dumps(filled(setting.keys, TO_COMPUTE)), setting.layer))
+        tensors = {name: normal(shape, name) for name, shape in setting.spec.tensors().items()}
+        if "router.table" in tensors:
+            tensors["router.table"] = integers(tensors["router.table"].shape, "table", setting.spec.num_experts)
+        fill(block, tensors)
+        x = normal((1, 7, setting.spec.hidden_size), "x")
+        state = torch.zeros(1, 7, setting.spec.logits.width) if setting.spec.logits.takes_state else None
+        with Tap(block.moe, None, stop=True) as tap, torch.no_grad():
+            block(x, torch.arange(7).view(1, 7), state)
+        assert tap.seen is not None
+        said.add((type(router_of(block.moe)), routes_alone(block.moe)))
+        found.append((type(router_of(block.moe)), _answers(block.moe, setting, x.squeeze(0), tap.seen)))
+    for router, alone in said:
+        assert all(answers for asked, answers in found if asked is router) == alone
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.model_type}-{FAMILIES.index(family)}")
-def test_a_block_is_built_of_every_rows_config_and_filled(family: Family) -> None:
-    block = block_of(json.dumps(config_of(family, _sized(family))), 0)
-    fill(block, {}, rest=torch.float32)
-    assert all(not parameter.is_meta for parameter in block.root.parameters())
+def _answers(moe: Any, setting: inverse.Setting, hidden: torch.Tensor, seen: Routing) -> bool:
+    """Whether the router, called by itself, answers what the experts were handed."""
+    try:
+        weights, ids = WeightsAndIds(router_of(moe), setting.spec.logits.kind == "zaya")(hidden)
+        return torch.equal(_by_expert(Routing(ids, weights)), _by_expert(seen))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _by_expert(routing: Routing) -> torch.Tensor:
+    """[T, 1 + largest id] of weights."""
+    return torch.zeros(len(routing.ids), 20).scatter(1, routing.ids.long(), routing.weights.float())
 
 
 METHODS = {
@@ -147,11 +150,12 @@ def test_an_infinite_logit_touches_only_its_expert(name: str) -> None:
 
 def test_the_family_that_says_the_specs_own_word_is_asked_first() -> None:
     """In float32 gpt-oss and Granite route alike; each is asked for its own."""
+    dtypes: tuple[Precision, ...] = ("input", "float32")
     asked = {
-        dtype: for_router(RoutingSpec(4, select_on="logits", score_dtype=dtype), "float32")[0].model_type  # type: ignore[arg-type]
-        for dtype in ("input", "float32")
+        dtype: for_router(RoutingSpec(4, select_on="logits", score_dtype=dtype), 8, 0, "float32").setting.spec
+        for dtype in dtypes
     }
-    assert asked == {"input": "gpt_oss", "float32": "granitemoe"}
+    assert {dtype: spec.routing.score_dtype for dtype, spec in asked.items()} == {dtype: dtype for dtype in asked}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +163,7 @@ def test_the_family_that_says_the_specs_own_word_is_asked_first() -> None:
     [
         (RoutingSpec(4, score="sigmoid", groups=2), "float32"),  # a group's best
         (RoutingSpec(4, score="sigmoid", selection_bias=True, renormalize="sum", epsilon=1e-9), "float32"),
-        (RoutingSpec(4, score="sqrt_softplus", renormalize="sum", epsilon=1e-20), "bfloat16"),  # scores in float32
+        (RoutingSpec(4, score="sqrt_softplus", score_dtype="input"), "bfloat16"),  # not renormalised
         (RoutingSpec(3, selector="sparsemixer", select_on="logits", jitter=0.1), "float32"),  # two experts, always
     ],
 )
@@ -251,7 +255,3 @@ def test_minus_one_is_said_in_transformers_own_way() -> None:
 def test_native_ids_are_handed_on_as_they_are() -> None:
     with pytest.raises(RuntimeError, match="Class values must be non-negative"):
         _block(native_ids=True)
-
-
-def test_the_installed_transformers_has_every_model_type_of_the_table() -> None:
-    assert available() == FAMILIES

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moe_conformance.engine import ExpertsInputs, Routing
-from moe_conformance.engines.transformers.block import block_of, choose
+from moe_conformance.engines.transformers.block import choose
 from moe_conformance.engines.transformers.block_routing import FORMS, Tap, allow_no_expert, in_own_words
 from moe_conformance.engines.transformers.filling import fill
-from moe_conformance.engines.transformers.matching import config_of, for_experts
+from moe_conformance.engines.transformers.matching import for_experts
 from moe_conformance.engines.transformers.routing import name_of
 from moe_conformance.errors import Unsupported
 
@@ -28,15 +24,9 @@ def experts(inputs: ExpertsInputs, implementation: str) -> Tensor:
     }
     if refused := [name for name, is_asked in asked.items() if is_asked]:
         raise Unsupported(f"experts: no experts module of transformers takes {' or '.join(refused)}")
-    family, spec = for_experts(inputs.mlp, inputs.identity_experts, name_of(inputs.x.dtype))
     width, top_k = inputs.x.shape[-1], inputs.ids.shape[-1]
-    sized: dict[str, Any] = {"num_experts": inputs.experts, "hidden_size": width}
-    for name in ("shared", "dense"):
-        part = getattr(spec, name)
-        sized[name] = part and replace(part, mlp=replace(part.mlp, width=inputs.mlp.width))
-    sized["latent"] = spec.latent and replace(spec.latent, width=width)
-    sized["routing"] = replace(spec.routing, top_k=top_k)
-    block = block_of(json.dumps(config_of(family, replace(spec, **sized))), 0)
+    dtype = name_of(inputs.x.dtype)
+    block = for_experts(inputs.mlp, inputs.experts, inputs.identity_experts, top_k, width, dtype).block()
     fill(block, inputs.tensors, rest=inputs.x.dtype)
     choose(block.moe, None, implementation)
     routing = Routing(inputs.ids, inputs.weights)

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import LayerInputs, LayerSpec
-from moe_conformance.engines.transformers.block import Block, block_of, choose
+from moe_conformance.engines.transformers.block import Block, choose
 from moe_conformance.engines.transformers.filling import fill
-from moe_conformance.engines.transformers.matching import ACTIVATIONS, config_of, for_layer
+from moe_conformance.engines.transformers.matching import for_layer, shared_class
 from moe_conformance.engines.transformers.routing import GivenLogits, name_of
 from moe_conformance.errors import Unsupported
+
+# Activations as configs write them.
+WORDS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
 
 
 def layer(inputs: LayerInputs, implementation: str) -> Tensor:
     """The block's output [T, H]. A model that always has a shared expert gets one of zeros where the spec has none."""
     if inputs.quant is not None or inputs.padded_hidden is not None or inputs.padded_intermediate is not None:
         raise Unsupported("layer: transformers' blocks take neither quantised weights nor padded widths")
-    family, spec = for_layer(inputs.spec, name_of(inputs.x.dtype))
-    block = copy.deepcopy(block_of(json.dumps(config_of(family, spec)), 0))
-    if family.keys.get("shared.mlp.width") == "":
-        _build_shared(block, spec)
-    if family.bare:
+    found = for_layer(inputs.spec, name_of(inputs.x.dtype))
+    block = copy.deepcopy(found.block())
+    if found.own_shared:
+        _build_shared(block, found.spec)
+    if found.spec.dense and not inputs.spec.dense:
         block.root = Bare(block.moe)
     fill(block, inputs.tensors, rest=inputs.x.dtype)
     choose(block.moe, None, implementation)
@@ -51,10 +53,10 @@ class Bare(nn.Module):
 
 def _build_shared(block: Block, spec: LayerSpec) -> None:
     """Give the block a shared expert of its family's class in the spec's width, with the spec's activation."""
-    name = next(name for name in ("shared_experts", "shared_expert") if hasattr(block.moe, name))
-    assert spec.shared is not None
-    mlp = type(getattr(block.moe, name))
+    built = shared_class(block.moe)
+    assert spec.shared is not None and built is not None
+    name, mlp = built
     config = copy.copy(block.config)
-    config.hidden_act = ACTIVATIONS[spec.shared.mlp.activation]
+    config.hidden_act = WORDS[spec.shared.mlp.activation]
     with torch.device("meta"):
         setattr(block.moe, name, mlp(config, intermediate_size=spec.shared.mlp.width).eval())

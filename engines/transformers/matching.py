@@ -1,46 +1,61 @@
-"""From a spec to the family of `families` that computes it, and to the config that asks its model type for that.
+"""From a spec to a family whose own classes compute it, and to the config that asks its model type for that.
 
-A family computes a spec if, with the spec's values in the fields that config keys decide, its row is the spec. What is
-judged is always the family's own code, and a spec that no row is equal to is refused.
+A family computes a spec if, with the spec's values in what its config keys decide, its record says the spec. What is
+judged is always the family's own code, and a spec that no family computes is refused.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass, replace
-from functools import cache, partial
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from functools import cache, lru_cache, partial
 from typing import Any
 
-from moe_conformance.engine import LayerSpec, LogitsSpec, MLPSpec, RoutingSpec
-from moe_conformance.engines.transformers.families import FAMILIES, Family
+from moe_conformance.engine import RECORDS, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, inverse
+from moe_conformance.engines.transformers.block import Block, block_of, model_types
+from moe_conformance.engines.transformers.block_routing import FORMS
 from moe_conformance.errors import Unsupported
 
 # What a layer is from its logits on.
 _PARTS = tuple(item.name for item in fields(LayerSpec) if item.name not in ("logits", "vocab_size"))
-# One layer, one head: nothing but the block is run.
-_SMALL = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-# Values as configs write them.
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
-_WORDS: dict[str, dict[Any, Any]] = {
-    "renormalize": {"no": False, "sum": True},
-    "activation": ACTIVATIONS,
-}
-# Keys that hold an entry a layer.
-_BY_LAYER = ("swiglu_limits",)
+# Of what nobody looks at: the experts behind a router, and hidden states that logits are given for.
+UNSEEN = 8
+
+# Routers that answer otherwise than with scores, weights and ids, beside those in block_routing.FORMS.
+_OTHER_ANSWERS = ("DbrxRouter",)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A family's setting, the spec with all that the family has around it, and the config that says so.
+
+    own_shared: the shared expert has sizes that no config says; it is built by itself, of the family's class.
+    """
+
+    setting: inverse.Setting
+    spec: LayerSpec
+    config: dict[str, Any]
+    own_shared: bool
+
+    def block(self) -> Block:
+        """On the meta device, and shared: a copy is filled."""
+        return block_of(json.dumps(self.config), self.setting.layer)
 
 
 @cache
-def available() -> tuple[Family, ...]:
-    """The rows whose model type the installed transformers has."""
-    from moe_conformance.engines.transformers.block import model_types
+def available() -> tuple[inverse.Setting, ...]:
+    """The settings of every family that the installed transformers has, and whose routing can be seen and given."""
+    return tuple(
+        setting
+        for name in sorted(model_types() & {record.model_type for record in RECORDS.values()})
+        for setting in inverse.settings(name)
+        if setting.record.block and setting.record.block.given
+    )
 
-    return tuple(family for family in FAMILIES if family.model_type in model_types())
 
-
-Found = tuple[Family, LayerSpec]
-
-
+@lru_cache(maxsize=256)
 def for_layer(spec: LayerSpec, dtype: str) -> Found:
     """A family with that layer, from its logits on; its spec has a shared expert where the model always has one.
 
@@ -57,161 +72,151 @@ def for_layer(spec: LayerSpec, dtype: str) -> Found:
     raise Unsupported(f"transformers has no layer that computes {_said(spec)}, in {dtype}")
 
 
-def for_router(routing: RoutingSpec, dtype: str) -> Found:
+@lru_cache(maxsize=256)
+def for_router(routing: RoutingSpec, experts: int, vocabulary: int, dtype: str) -> Found:
     """A family whose block routes so, and a small layer of it."""
-    if found := _search(lambda family: replace(family.layer, routing=routing), dtype, ("routing",)):
+
+    def small(setting: inverse.Setting) -> LayerSpec:
+        return _small(setting.spec, routing, experts, vocab_size=vocabulary)
+
+    if found := _search(small, dtype, ("routing", "num_experts")):
         return found
     raise Unsupported(f"transformers has no router that computes {_said(routing)}, in {dtype}")
 
 
-def for_router_module(logits: LogitsSpec, routing: RoutingSpec, dtype: str) -> Found:
+@lru_cache(maxsize=256)
+def for_router_module(logits: LogitsSpec, routing: RoutingSpec, experts: int, hidden: int, dtype: str) -> Found:
     """A family whose router, given hidden states, routes so by itself, and a small layer of it."""
 
-    def small(family: Family) -> LayerSpec | None:
-        return replace(family.layer, routing=routing, logits=logits) if family.lone_router else None
+    def small(setting: inverse.Setting) -> LayerSpec:
+        return _small(setting.spec, routing, experts, logits=logits, hidden_size=hidden)
 
-    if found := _search(small, dtype, ("routing", "logits")):
+    if found := _search(
+        small, dtype, ("routing", "logits", "num_experts", "hidden_size"), lambda found: routes_alone(found.block().moe)
+    ):
         return found
     raise Unsupported(
         f"transformers has no router module of {_said(logits)} that computes {_said(routing)}, in {dtype}"
     )
 
 
-def for_experts(mlp: MLPSpec, identity_experts: int, dtype: str) -> Found:
-    """A family with those experts, and a small layer of it."""
+@lru_cache(maxsize=256)
+def for_experts(mlp: MLPSpec, experts: int, identity_experts: int, top_k: int, width: int, dtype: str) -> Found:
+    """A family with those experts, and a small layer of it. width: of what the experts read."""
 
-    def small(family: Family) -> LayerSpec | None:
-        passes = "routing.identity_experts" in family.keys
+    def small(setting: inverse.Setting) -> LayerSpec | None:
+        routing = setting.spec.routing
         # Experts that have a capacity are told of one token an expert at a time.
-        if passes != bool(identity_experts) or family.layer.routing.capacity is not None:
+        if ("routing.identity_experts" in setting.decided) != bool(identity_experts) or routing.capacity is not None:
             return None
-        routing = replace(family.layer.routing, identity_experts=identity_experts)
-        return _with_shared(replace(family.layer, experts=mlp, routing=routing), family)
+        if "routing.top_k" not in setting.decided and routing.top_k != top_k:
+            return None
+        routing = replace(routing, identity_experts=identity_experts, top_k=top_k, groups=1, top_groups=1)
+        spec = _small(setting.spec, routing, experts, hidden_size=width, unseen=mlp.width)
+        latent = spec.latent and replace(spec.latent, width=width)
+        return _with_shared(replace(spec, experts=mlp, latent=latent), setting)
 
-    if found := _search(small, dtype, ("experts",)):
+    if found := _search(small, dtype, ("experts", "num_experts")):
         return found
     beside = f" beside {identity_experts} that pass their input on" if identity_experts else ""
     raise Unsupported(f"transformers has no experts that compute {_said(mlp)}{beside}, in {dtype}")
 
 
-def _search(spec_for: Callable[[Family], LayerSpec | None], dtype: str, parts: tuple[str, ...]) -> Found | None:
-    """The first family whose row, with the spec's values in it, is the spec in these parts.
+def routes_alone(moe: Any) -> bool:
+    """Whether the block's router needs nothing but hidden states, and answers with weights and ids."""
+    router = router_of(moe)
+    takes = inspect.signature(router.forward).parameters.keys() - {"hidden_states", "router_states"}
+    return not takes and type(router).__name__ not in (*FORMS, *_OTHER_ANSWERS)
+
+
+def router_of(moe: Any) -> Any:
+    return moe.gate if hasattr(moe, "gate") else moe.router
+
+
+def _small(layer: LayerSpec, routing: RoutingSpec, experts: int, unseen: int = UNSEEN, **others: Any) -> LayerSpec:
+    """The layer with that routing among that many experts; all else as small as may be."""
+    # A router of several layers: none but the last is as wide as the logits are.
+    sized: dict[str, Any] = {"routing": routing, "num_experts": experts, "hidden_size": UNSEEN, **others}
+    sized["experts"] = replace(layer.experts, width=unseen)
+    for name in ("shared", "dense"):
+        part = getattr(layer, name)
+        sized[name] = part and replace(part, mlp=replace(part.mlp, width=unseen))
+    sized["latent"] = layer.latent and replace(layer.latent, width=unseen)
+    return replace(layer, **sized)
+
+
+def _search(
+    spec_for: Callable[[inverse.Setting], LayerSpec | None],
+    dtype: str,
+    parts: tuple[str, ...],
+    accepts: Callable[[Found], bool] = lambda _: True,
+) -> Found | None:
+    """The first family of which its record, with the spec's values, says the spec in these parts.
 
     Where all is float32, "input" is float32, too; but a family that says the same word comes first.
     """
     for narrow in dict.fromkeys((True, dtype != "float32")):
-        for family in available():
-            spec = spec_for(family)
-            if spec is not None and (found := _expressed(family, spec, narrow, parts)) is not None:
-                return family, found
+        for setting in available():
+            spec = spec_for(setting)
+            found = None if spec is None else _expressed(setting, spec, narrow, parts)
+            if found is not None and accepts(found):
+                return found
     return None
 
 
-def _around(spec: LayerSpec, beside_zero: bool, family: Family) -> LayerSpec | None:
-    """The spec, or the spec and a shared expert without which the family has no layer; zero, if it is added as is."""
-    if beside_zero and (family.layer.shared is None or family.layer.shared.combine != "sum"):
+def _expressed(setting: inverse.Setting, spec: LayerSpec, narrow: bool, parts: tuple[str, ...]) -> Found | None:
+    """The family's spec with the values of this one and a config that says it, if the parts named are then equal."""
+    if inverse.is_out_of_reach(setting, spec, parts):
         return None
-    return _with_shared(spec, family) if beside_zero else spec
+    said = inverse.with_values(setting, spec)
+    if said.routing.selection_bias and not spec.routing.selection_bias:
+        spec = replace(spec, routing=replace(spec.routing, selection_bias=True))  # of zeros, as it is initialised
+    want = inverse.at_rest(spec, narrow)
+
+    def fits(found: LayerSpec) -> bool:
+        row = inverse.at_rest(_shared_as_in(found, said), narrow)
+        return all(getattr(row, part) == getattr(want, part) for part in parts)
+
+    if not fits(said) or (read := inverse.config_of(setting, said, fits)) is None:
+        return None
+    own_shared = "shared" in parts and read.spec != _shared_as_in(read.spec, said)
+    found = Found(setting, said, read.config, own_shared)
+    return found if not own_shared or shared_class(found.block().moe) else None
 
 
-def _with_shared(spec: LayerSpec, family: Family) -> LayerSpec:
+def _shared_as_in(spec: LayerSpec, other: LayerSpec) -> LayerSpec:
+    """The spec with the shared expert's sizes from another one."""
+    if spec.shared is None or other.shared is None:
+        return spec
+    sizes = {name: getattr(other.shared.mlp, name) for name in ("width", "activation")}
+    return replace(spec, shared=replace(spec.shared, mlp=replace(spec.shared.mlp, **sizes)))
+
+
+def shared_class(moe: Any) -> tuple[str, type] | None:
+    """The name and class of the block's shared expert, where it takes a width of its own."""
+    for name in ("shared_experts", "shared_expert"):
+        if mlp := getattr(moe, name, None):
+            return (name, type(mlp)) if "intermediate_size" in inspect.signature(type(mlp)).parameters else None
+    return None
+
+
+def _around(spec: LayerSpec, beside_zero: bool, setting: inverse.Setting) -> LayerSpec | None:
+    """The spec, or the spec and a shared expert without which the family has no layer; zero, if it is added as is."""
+    shared, dense = setting.spec.shared, setting.spec.dense
+    if spec.dense is None and dense is not None and dense.norm_eps:
+        spec = replace(spec, dense=dense)  # Gemma 4's, without which its router and experts can run
+    if beside_zero and (shared is None or shared.combine != "sum"):
+        return None
+    return _with_shared(spec, setting) if beside_zero else spec
+
+
+def _with_shared(spec: LayerSpec, setting: inverse.Setting) -> LayerSpec:
     """The spec and a shared expert as the family has one, of what the spec's experts are."""
-    if family.layer.shared is None:
+    shared = setting.spec.shared
+    if shared is None:
         return spec
     said = {name: getattr(spec.experts, name) for name in ("width", "activation", "limit", "alpha")}
-    return replace(spec, shared=replace(family.layer.shared, mlp=replace(family.layer.shared.mlp, **said)))
-
-
-def config_of(family: Family, spec: LayerSpec) -> dict[str, Any]:
-    """config.json of a model whose one layer computes the spec. Raises KeyError where no config says that."""
-    found: dict[str, Any] = {"model_type": family.model_type, **_SMALL, **family.always}
-    said: dict[str, Any] = {}
-    for path, key in family.keys.items():
-        value = _value(spec, path)
-        value = _WORDS.get(path.rpartition(".")[2], {value: value})[value]
-        if key and said.setdefault(key, value) != value:
-            raise KeyError(key)
-    for key, value in said.items():
-        outer, _, inner = key.rpartition(".")
-        level = found.setdefault(outer, {}) if outer else found
-        level[inner] = [value] if key in _BY_LAYER else value
-    return found
-
-
-def _expressed(family: Family, spec: LayerSpec, narrow: bool, parts: tuple[str, ...]) -> LayerSpec | None:
-    """The family's spec with the values of this one, if the parts named are then equal, and None otherwise."""
-    values = {path: _value(spec, path) for path in family.keys}
-    found = filled(family.layer, {path: value for path, value in values.items() if value is not None})
-    if found.routing.selection_bias and not spec.routing.selection_bias:
-        spec = replace(spec, routing=replace(spec.routing, selection_bias=True))  # of zeros, as it is initialised
-    row, want = at_rest(found, narrow), at_rest(spec, narrow)
-    if any(getattr(row, part) != getattr(want, part) for part in parts):
-        return None
-    try:
-        config_of(family, found)
-    except KeyError:
-        return None
-    return found
-
-
-def filled(layer: LayerSpec, values: Mapping[str, Any]) -> LayerSpec:
-    """The layer with these values of fields, dotted below LayerSpec."""
-
-    def fill(part: Any, prefix: str) -> Any:
-        changes = {}
-        for item in fields(part):
-            path, value = f"{prefix}{item.name}", getattr(part, item.name)
-            if is_dataclass(value):
-                changes[item.name] = fill(value, f"{path}.")
-            elif path in values:
-                changes[item.name] = values[path]
-        return replace(part, **changes)
-
-    found: LayerSpec = fill(layer, "")
-    return found
-
-
-def _value(spec: Any, path: str) -> Any:
-    """The field of a dotted name; None below a part that the spec does not have."""
-    for name in path.split("."):
-        spec = getattr(spec, name, None)
-    return spec
-
-
-def at_rest(spec: LayerSpec, narrow: bool) -> LayerSpec:
-    """The same layer with the fields that nothing reads at their defaults; narrow: x is not float32."""
-    return replace(
-        spec,
-        routing=_routing_at_rest(spec.routing, narrow),
-        experts=_mlp_at_rest(spec.experts, narrow),
-        shared=spec.shared and replace(spec.shared, mlp=_mlp_at_rest(spec.shared.mlp, narrow), count=1),
-        dense=spec.dense and replace(spec.dense, mlp=_mlp_at_rest(spec.dense.mlp, narrow)),
-        logits=spec.logits if narrow else replace(spec.logits, dtype="input"),
-        combine_dtype=spec.combine_dtype if narrow else "input",
-    )
-
-
-def _routing_at_rest(spec: RoutingSpec, narrow: bool) -> RoutingSpec:
-    changes: dict[str, Any] = {}
-    if spec.groups == 1:
-        changes |= {"top_groups": 1, "group_score": "max", "group_mask": -math.inf}
-    if spec.renormalize != "norm":
-        changes["norm_order"] = 1.0
-    if spec.renormalize == "no":
-        changes |= {"epsilon": 0.0, "floor": 0.0}
-    elif spec.score == "softmax" and not spec.selection_bias and spec.epsilon <= 1e-20:
-        # K scores of the best groups sum to 1 / E or more, and that plus 1e-20 is the same float32.
-        changes["epsilon"] = 0.0
-    if not narrow:
-        changes["score_dtype"] = "float32"
-    return replace(spec, **changes)
-
-
-def _mlp_at_rest(spec: MLPSpec, narrow: bool) -> MLPSpec:
-    changes: dict[str, Any] = {} if spec.clamp != "no" else {"limit": math.inf, "up_limit": 0.0}
-    if not narrow:
-        changes["dtype"] = "input"
-    return replace(spec, **changes)
+    return replace(spec, shared=replace(shared, mlp=replace(shared.mlp, **said)))
 
 
 def _said(spec: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which features the installed transformers offers, read off the rows of `families` that it has."""
+"""Which features the installed transformers offers, read off the records of the families that it has."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from moe_conformance.engine import Activation, LayerSpec, Limits
-from moe_conformance.engines.transformers.families import Family
-from moe_conformance.engines.transformers.matching import available, filled
+from moe_conformance.engine import Activation, LayerSpec, Limits, inverse
+from moe_conformance.engines.transformers.matching import available
 from moe_conformance.protocol import features
 
 # Values that act, of the fields that a config key may decide.
-ACTING: dict[str, Any] = {
+_ACTING: dict[str, Any] = {
     "renormalize": "sum",
     "groups": 2,
     "scale": 2.0,
@@ -30,8 +29,8 @@ _ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "re
 def offered(stage: str) -> frozenset[str]:
     """The stage's features that some family has; not all go together, and what none has is refused by the call."""
     found = {"same_bits", "padding_rows", "dropped_ids", "expert_bounds", "from_meta"}
-    for family in available():
-        for layer in _layers(family):
+    for setting in available():
+        for layer in _layers(setting):
             if stage == "experts":
                 found |= features.of_mlp(layer.experts)
             elif stage == "router_module":
@@ -43,13 +42,13 @@ def offered(stage: str) -> frozenset[str]:
     return frozenset(found & features.words(stage).keys())
 
 
-def _layers(family: Family) -> Iterator[LayerSpec]:
-    """The family's layer with all keys at rest, and with all that act."""
-    yield family.layer
-    acting = {path: ACTING[name] for path in family.keys if (name := path.rpartition(".")[2]) in ACTING}
-    yield filled(family.layer, acting)
-    for activation in _ACTIVATIONS if "experts.activation" in family.keys else ():
-        yield replace(family.layer, experts=replace(family.layer.experts, activation=activation))
+def _layers(setting: inverse.Setting) -> Iterator[LayerSpec]:
+    """The family's layer as it is, with all that acts, and with every activation."""
+    yield setting.spec
+    acting = {path: _ACTING[name] for path in setting.decided if (name := path.rpartition(".")[2]) in _ACTING}
+    yield inverse.with_fields(setting.spec, acting)
+    for activation in _ACTIVATIONS if "experts.activation" in setting.decided else ():
+        yield replace(setting.spec, experts=replace(setting.spec.experts, activation=activation))
 
 
 def limits(implementation: str) -> dict[str, Limits]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moe_conformance.engine import (
-    LayerSpec,
     RouteInputs,
     RouterHandle,
     RouterSpec,
@@ -22,13 +19,9 @@ from moe_conformance.engine import (
     called_by_engine,
     poison_,
 )
-from moe_conformance.engines.transformers.block import Block, block_of
 from moe_conformance.engines.transformers.block_routing import Tap
 from moe_conformance.engines.transformers.filling import fill, source
-from moe_conformance.engines.transformers.matching import config_of, for_router, for_router_module
-
-# Of what nobody looks at: the experts behind a router, and hidden states that logits are given for.
-UNSEEN = 8
+from moe_conformance.engines.transformers.matching import UNSEEN, for_router, for_router_module, router_of
 
 
 class GivenLogits:
@@ -69,20 +62,15 @@ class _Projection(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def router_of(moe: Any) -> Any:
-    return moe.gate if hasattr(moe, "gate") else moe.router
-
-
 def route(inputs: RouteInputs) -> Routing:
     """Ids and weights as the block of a family with that router hands them to its experts."""
     logits, routing = inputs.logits, inputs.routing
     if inputs.fused_shared is not None:
         raise Unsupported("route: transformers computes shared experts apart from the routed ones")
-    family, spec = for_router(routing, name_of(logits.dtype))
     tokens, classes = logits.shape
     experts = classes - routing.identity_experts - routing.skip_expert - routing.shared_classes
     table = inputs.tensors.get("router.table")
-    block = small_block(family, spec, experts, UNSEEN, vocabulary=0 if table is None else len(table))
+    block = for_router(routing, experts, 0 if table is None else len(table), name_of(logits.dtype)).block()
     fill(block, inputs.tensors, rest=logits.dtype)
     shape = (inputs.sequences, tokens // inputs.sequences)
     token_ids = None if inputs.token_ids is None else inputs.token_ids.view(shape)
@@ -90,19 +78,6 @@ def route(inputs: RouteInputs) -> Routing:
         block(logits.new_zeros(*shape, UNSEEN), token_ids, None)
     assert tap.seen is not None
     return Routing(tap.seen.ids, tap.seen.weights.float())
-
-
-def small_block(family: Any, spec: LayerSpec, experts: int, hidden: int, vocabulary: int = 0) -> Block:
-    """The family's block with the spec's router, on the meta device; its experts are as small as may be."""
-    # A router of several layers: none but the last is as wide as the logits are.
-    sized: dict[str, Any] = {"logits": replace(spec.logits, width=spec.logits.width or 1)}
-    for name in ("shared", "dense"):
-        part = getattr(spec, name)
-        sized[name] = part and replace(part, mlp=replace(part.mlp, width=UNSEEN))
-    sized["latent"] = spec.latent and replace(spec.latent, width=UNSEEN)
-    sized["experts"] = replace(spec.experts, width=UNSEEN)
-    sized |= {"num_experts": experts, "hidden_size": hidden, "vocab_size": vocabulary or 1}
-    return block_of(json.dumps(config_of(family, replace(spec, **sized))), 0)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -125,12 +100,12 @@ def router_module(spec: RouterSpec) -> RouterHandle:
     """The router of a family that is this one; its tensors are poisoned until loaded."""
     if spec.logits.takes_state:
         raise Unsupported("router_module: ZAYA's router takes the state of the one before as a second argument")
-    family, small = for_router_module(spec.logits, spec.routing, name_of(spec.dtype))
-    block = small_block(family, small, spec.num_experts, spec.hidden_size)
+    found = for_router_module(spec.logits, spec.routing, spec.num_experts, spec.hidden_size, name_of(spec.dtype))
+    block = found.block()
     router = router_of(block.moe)
     path = next(name for name, module in block.root.named_modules() if module is router)
     router = copy.deepcopy(router).to_empty(device="cpu").eval().requires_grad_(False)
-    wanted, found = spec.tensors(), {}
+    wanted, loaded = spec.tensors(), {}
     for name, tensor in router.state_dict().items():
         made_of = source(block.moe, f"{path}.{name}")
         if not made_of.is_whole:
@@ -139,8 +114,8 @@ def router_module(spec: RouterSpec) -> RouterHandle:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if block.stays_in_float32(f"{path}.{name}") else spec.dtype)
         if made_of.name in wanted:
-            found[made_of.name] = f"router.{name}"
+            loaded[made_of.name] = f"router.{name}"
             poison_(tensor.data)
         else:
             tensor.data.zero_()  # a selection bias that the spec does not have
-    return RouterHandle(WeightsAndIds(router, spec.logits.kind == "zaya"), "hidden", found)
+    return RouterHandle(WeightsAndIds(router, spec.logits.kind == "zaya"), "hidden", loaded)

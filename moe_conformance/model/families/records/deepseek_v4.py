@@ -71,6 +71,7 @@ RECORD = Record(
         EACH + ROUTER + BIAS + SHARED_EXPERTS + PACKED + one("mlp.gate.tid2eid", "router.table"),
     ),
     config=MODEL | N_ROUTED | MOE_WIDTH | {"mlp_layer_types": ["hash_moe"] * 2 + ["moe"] * 7},
+    beside={"topk_method": "noaux_tc"},
     ways=(
         {"scoring_func": "sigmoid", "swiglu_limit": 6.5, "vocab_size": 48} | RESCALED | NO_NORM | MLP_BIAS | GELU,
         {"scoring_func": "sqrtsoftplus", "swiglu_limit": 2.5, "n_shared_experts": 3} | RESCALED,

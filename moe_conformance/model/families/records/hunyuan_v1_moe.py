@@ -22,6 +22,7 @@ RECORD = Record(
     method=Method(ALWAYS),
     names=Names(EACH + one("mlp.gate.wg.weight", "router.proj") + shared("mlp.shared_mlp"), PACKED),
     config=MODEL | {"num_experts": EXPERTS, "moe_topk": TOP_K} | PLAIN_WIDTH | {"head_dim": 8},
+    beside={"use_mixed_mlp_moe": True},
     ways=ONLY_ACT,
     block=Block({"moe_topk": [2, 5]}),
     variants={"first": Variant(layer=0)},

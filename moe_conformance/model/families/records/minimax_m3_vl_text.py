@@ -47,6 +47,7 @@ RECORD = Record(
         alone_as_modules=True,
     ),
     config=MODEL | NUM_LOCAL | PLAIN_WIDTH | TYPES | WIDE_SHARED | {"dense_intermediate_size": DENSE},
+    beside={"scoring_func": "sigmoid", "use_routing_bias": True},
     ways=(SWIGLU | RESCALED | {"router_jitter_noise": 0.5},),
     block=Block(SCALED | {"swiglu_alpha": 1.5, "swiglu_limit": LIMIT}),
     configs=(
