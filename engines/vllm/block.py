@@ -6,6 +6,7 @@ router, the expert kernel that vLLM chooses here, shared experts, the sum. Nothi
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import inspect
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import BlockInputs, BlockOutput, Routing, Unsupported, called_by_engine, checkpoint_of
-from moe_conformance.engines.vllm import models, runtime
+from moe_conformance.engines.vllm import models, routing, runtime
 from moe_conformance.engines.vllm.decoder import whole_layer
 from moe_conformance.errors import CheckpointError, ConfigError
 
@@ -43,6 +44,8 @@ def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
     context = override_forward_context(create_forward_context(None, found.config))
     with found.running(), context, models.refusals(), Tap(found.experts, inputs.routing) as tap:
         output = found(x, ids)
+    if inputs.routing is not None and tap.seen is None:
+        raise Unsupported(f"block: {type(found.experts).__name__} asks no router in a place where a routing can be put")
     answer = BlockOutput(output.reshape(x.shape), None if inputs.routing else tap.seen)
     return answer, f"{type(found.root).__name__}, {kernel_of(found.experts)}"
 
@@ -145,7 +148,7 @@ def _built(key: Key) -> Block:
     left = [name for name, parameter in root.named_parameters() if models.unwritten(parameter).any()]
     if left:
         raise CheckpointError(f"{type(root).__name__}: loading left {', '.join(left)} unwritten")
-    with models.current(built.config, key.dtype):
+    with models.current(built.config, key.dtype), models.refusals():
         process_weights_after_loading(root, built.config.model_config, torch.device("cpu"))
     return Block(built.config, root, layer.experts, key.dtype)
 
@@ -157,28 +160,31 @@ class Tap:
     """
 
     def __init__(self, experts: Any, given: Routing | None) -> None:
-        self.router = getattr(experts, "router", None)
-        self.scale = float(getattr(experts, "routed_scaling_factor", 1.0))
-        self.given, self.seen = given, None
-        if self.router is None or not hasattr(self.router, "select_experts"):
-            raise Unsupported(f"block: {type(experts).__name__} has no router whose answer can be seen")
+        self.scale = float(getattr(experts, "routed_scaling_factor", 1.0)) if hasattr(experts, "router") else 1.0
+        self.given = given
+        self.seen: Routing | None = None
+        router = getattr(experts, "router", experts)
+        # Expert layers for CPUs of older releases call a function of their own module.
+        self.places = [place for place in (router, *routing.places()) if hasattr(place, "select_experts")]
+        self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> Tap:
-        real = self.router.select_experts
+        for place in self.places:
+            self._patches.enter_context(patch.object(place, "select_experts", self._tapped(place.select_experts)))
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+
+    def _tapped(self, real: Any) -> Any:
         @called_by_engine
-        def select_experts(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            weights, ids = real(*args, **kwargs)
+        def select_experts(*args: Any, **kwargs: Any) -> Any:
+            weights, ids, *rest = real(*args, **kwargs)
             if self.given is not None:
                 # The layer multiplies by its scale afterwards; a given weight is the whole one.
                 weights = (self.given.weights / self.scale).to(weights.dtype)
                 ids = self.given.ids.to(ids.dtype)
             self.seen = Routing(ids.clone(), weights.float() * self.scale)
-            return weights, ids
+            return (weights, ids, *rest)
 
-        self._patch = patch.object(self.router, "select_experts", select_experts)
-        self._patch.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._patch.stop()
+        return select_experts

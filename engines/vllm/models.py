@@ -94,6 +94,9 @@ def as_published(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     if name is None:
         raise Unsupported(f"vLLM has no {' or '.join(published.architectures(record, flat))}")
     values = published.config(record, name, copy.deepcopy(dict(config)))
+    for level in (values, values.get("text_config")):
+        if isinstance(level, dict):
+            runtime._allow_global_reads(level)
     return record, {**values, "architectures": [name]}
 
 
@@ -207,19 +210,23 @@ def _line(error: Exception) -> str:
 def _beside_experts() -> Iterator[None]:
     """What models have beside experts, and this machine lacks, stands in no one's way: nothing is put through it.
 
-    Image transforms, and sparse attention, in whose place any other is made.
+    Image transforms, and forms of attention, in whose place any other is made.
     """
     from vllm.platforms import current_platform
 
     real = current_platform.get_attn_backend_cls
 
     def plain(value: Any) -> Any:
-        return value._replace(use_sparse=False) if getattr(value, "use_sparse", False) else value
+        switches = {"use_sparse", "use_mla"} & set(getattr(value, "_fields", ()))
+        return value._replace(**dict.fromkeys(switches, False)) if switches else value
 
-    def dense(*args: Any, **kwargs: Any) -> Any:
-        return real(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+    def any_other(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return real(*args, **kwargs)
+        except NotImplementedError:
+            return real(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
-    with _image_transforms(), patch.object(type(current_platform), "get_attn_backend_cls", staticmethod(dense)):
+    with _image_transforms(), patch.object(type(current_platform), "get_attn_backend_cls", staticmethod(any_other)):
         yield
 
 
