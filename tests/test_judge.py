@@ -262,3 +262,31 @@ def test_an_input_written_to_in_the_probe_is_an_error_of_the_stage() -> None:
 def test_an_adapter_that_raises_is_an_error() -> None:
     outcome = judge_of("AdapterBroken").run(*LAYERS, catalogue()["layer-tiny-plain"])
     assert (outcome.verdict, "a misspelt attribute" in outcome.message) == (Verdict.ERROR, True), outcome
+
+
+class SaysWhatRan(Engine):
+    name = "says-what-ran"
+    info = EngineInfo(name, "1")
+    _ran = "a kernel of the case before"
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        return {"align": frozenset()}
+
+    def align(self, inputs: AlignInputs) -> Any:
+        self._ran = "grouped kernel"
+
+    def ran(self) -> str:
+        ran, self._ran = self._ran, ""
+        return ran
+
+
+def test_a_result_names_what_ran_for_it_alone() -> None:
+    judge = Judge(Target("says-what-ran", "test_judge:SaysWhatRan"))
+    assert judge.judge(align_in_blocks_of(1), CASE).message == "grouped kernel"
+    assert judge.judge(lambda engine, case: None, CASE).message == ""
+
+    def fails(engine: Any, case: Case) -> None:
+        align_in_blocks_of(1)(engine, case)
+        raise Nonconformance("got 1, want 2")
+
+    assert judge.judge(fails, CASE).message == "got 1, want 2 [grouped kernel]"
