@@ -38,12 +38,14 @@ def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
     from vllm.forward_context import create_forward_context, override_forward_context
 
     runtime.start()
-    found = _ready(Key(json.dumps(dict(inputs.config)), inputs.layer, inputs.x.dtype, inputs.tensors))
+    key = Key(json.dumps(dict(inputs.config)), inputs.layer, inputs.x.dtype, inputs.tensors)
+    found = _CACHED.pop(key, None) or _ready(key)
     x = inputs.x.flatten(0, -2).clone()  # a real step's activations are the block's to overwrite
     ids = None if inputs.token_ids is None else inputs.token_ids.flatten()
     context = override_forward_context(create_forward_context(None, found.config))
     with found.running(), context, models.refusals(), Tap(found.experts, inputs.routing) as tap:
         output = found(x, ids)
+    _CACHED[key] = found  # one that broke off half-way is not run again
     if inputs.routing is not None and tap.seen is None:
         raise Unsupported(f"block: {type(found.experts).__name__} asks no router in a place where a routing can be put")
     answer = BlockOutput(output.reshape(x.shape), None if inputs.routing else tap.seen)
@@ -108,18 +110,17 @@ _KEPT = 2
 
 
 def _ready(key: Key) -> Block:
-    """The block of these tensors; the last few are kept.
+    """A new block of these tensors; the last few that ran are kept.
 
     What goes is collected here: vLLM's handles of prepacked weights call torch when they go, which must not be while
     torch traces for somebody else.
     """
-    if key not in _CACHED:
-        while len(_CACHED) >= _KEPT:
-            del _CACHED[next(iter(_CACHED))]
-        gc.collect()
-        _CACHED[key] = _built(key)
-        _settle()
-    return _CACHED[key]
+    while len(_CACHED) >= _KEPT:
+        del _CACHED[next(iter(_CACHED))]
+    gc.collect()
+    found = _built(key)
+    _settle()
+    return found
 
 
 @cache

@@ -185,6 +185,10 @@ def refusals() -> Iterator[None]:
         yield
     except (NotImplementedError, ImportError) as error:
         raise Unsupported(f"vLLM: {_line(error)}") from error
+    except RuntimeError as error:
+        if "unsupported" not in str(error):  # as its kernels say of a size that they do not take
+            raise
+        raise Unsupported(f"vLLM: {_line(error)}") from error
     except AttributeError as error:
         if "'_OpNamespace'" not in str(error):  # an op that this build was not compiled with
             raise
@@ -210,23 +214,23 @@ def _line(error: Exception) -> str:
 def _beside_experts() -> Iterator[None]:
     """What models have beside experts, and this machine lacks, stands in no one's way: nothing is put through it.
 
-    Image transforms, and forms of attention, in whose place any other is made.
+    Image transforms, and sparse attention, in whose place dense attention is made.
     """
     from vllm.platforms import current_platform
 
     real = current_platform.get_attn_backend_cls
 
     def plain(value: Any) -> Any:
-        switches = {"use_sparse", "use_mla"} & set(getattr(value, "_fields", ()))
-        return value._replace(**dict.fromkeys(switches, False)) if switches else value
+        return value._replace(use_sparse=False) if getattr(value, "use_sparse", False) else value
 
-    def any_other(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return real(*args, **kwargs)
-        except NotImplementedError:
-            return real(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+    def dense(*args: Any, **kwargs: Any) -> Any:
+        return real(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
-    with _image_transforms(), patch.object(type(current_platform), "get_attn_backend_cls", staticmethod(any_other)):
+    with (
+        _image_transforms(),
+        patch.object(type(current_platform), "get_attn_backend_cls", staticmethod(dense)),
+        patch.object(torch.cuda, "Event", _Nothing),  # as its own worker for CPUs does
+    ):
         yield
 
 
@@ -238,7 +242,7 @@ class _Inert(type):
 
 
 class _Nothing(metaclass=_Inert):
-    """Stands for any class, function or constant of torchvision."""
+    """Stands for any class, function or constant of torchvision, and for a CUDA event."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass

@@ -39,7 +39,7 @@ def record_of(config: Level) -> Any:
 
 def is_flat(record: Any, config: Level) -> bool:
     """Whether the top level of the config is the one that describes the experts."""
-    return record.wrapper is None or record.wrapper.path[0] not in config
+    return record.wrapper is None or not any(key in config for key in record.wrapper.path)
 
 
 def architectures(record: Any, flat: bool) -> list[str]:
@@ -61,7 +61,7 @@ def architectures(record: Any, flat: bool) -> list[str]:
 def config(record: Any, architecture: str, values: dict[str, Any]) -> dict[str, Any]:
     """The config.json of a checkpoint of this class, from a config of the family's text model or of the whole."""
     whole = (record.tiny.model_class, CLASSES.get(record.tiny.model_class))
-    if record.wrapper is not None and is_flat(record, values) and architecture in whole:
+    if record.wrapper is not None and record.wrapper.path[0] not in values and architecture in whole:
         values = _wrapped(record, values)
     level = values
     if not is_flat(record, values):
@@ -80,17 +80,25 @@ def config(record: Any, architecture: str, values: dict[str, Any]) -> dict[str, 
 
 def _complete(level: dict[str, Any], keys: Mapping[str, Any]) -> None:
     for key, value in keys.items():
-        if level.get(key) is None:
+        if value is not None and level.get(key) is None:
             level[key] = value(level) if callable(value) else value
+    for key, value in keys.items():
+        if value is None:
+            level.pop(key, None)
 
 
 def _wrapped(record: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """The text model's config in that of the model around it, which is at its defaults."""
+    """The config of the text model, or of what is right around it, in that of the whole, which is at its defaults."""
     found: dict[str, Any] = _class_of(record)().to_dict()
+    *above, last = record.wrapper.path
+    if last in values:
+        *above, last = above
+    else:
+        values = {**values, "model_type": record.model_type}
     level = found
-    for key in record.wrapper.path[:-1]:
+    for key in above:
         level = level[key]
-    level[record.wrapper.path[-1]] = {**values, "model_type": record.model_type}
+    level[last] = values
     return found
 
 
@@ -120,11 +128,32 @@ def _of_layers(kind: str, key: str) -> Callable[[Level], list[int]]:
 
 
 INDEXED = {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 64}
-# By model type, keys that its published configs have, with their value or how it follows from the others.
+# By model type, keys that its published configs have, with their value or how it follows from the others; None for keys
+# that they do not have.
 KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
     "afmoe": {"n_group": 1, "topk_group": 1},
     "axk1": {"first_k_dense_replace": _leading_dense},
     "bailing_hybrid": {"first_k_dense_replace": _leading_dense, "use_bias": False, "use_qkv_bias": False},
+    "deepseek_v4": {
+        "num_hash_layers": lambda level: level.get("mlp_layer_types", []).count("hash_moe"),
+        "mlp_layer_types": None,
+        "compress_ratios": lambda level: [0] * level["num_hidden_layers"],
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "scoring_func": "sqrtsoftplus",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "hc_mult": 4,
+        "hc_eps": 1e-6,
+        "hc_sinkhorn_iters": 20,
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "q_lora_rank": 64,
+        "o_lora_rank": 64,
+        "o_groups": 1,
+        "sliding_window": 128,
+        **INDEXED,
+    },
     "deepseek_v32": {"first_k_dense_replace": _leading_dense, **INDEXED},
     "glm4_moe": {"head_dim": _head_dim},
     "glm4_moe_lite": {"first_k_dense_replace": _leading_dense},
