@@ -136,7 +136,7 @@ def _built(key: Key) -> Block:
     record, values = models.as_published(json.loads(key.config))
     with models.folder_of(values) as folder:
         built = models.build(folder, key.dtype)
-    layer = next((layer for layer in built.moe_layers() if layer.index == key.layer), None)
+    layer = next((layer for layer in built.moe_layers() if layer.number == key.layer), None)
     if layer is None:
         raise ConfigError(f"{type(built.model).__name__}: layer {key.layer} has no routed experts")
     with models.current(built.config, key.dtype):

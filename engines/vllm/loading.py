@@ -100,11 +100,11 @@ def _of_layers(built: models.Built, model_type: str) -> Iterator[tuple[str, str]
             if name.startswith(f"{layer.inner}.") and end in EXPERTS:
                 gated = end.startswith("w2") or _is_gated(layer.experts)
                 found = EXPERTS[end] if gated else EXPERTS[end].replace("13", "1")
-                yield f"{layer.path}.{name}", f"layers.{layer.index}.experts.{found}"
+                yield f"{layer.path}.{name}", f"layers.{layer.number}.experts.{found}"
                 continue
             key = next((key for pattern, key in table.items() if re.fullmatch(pattern, name)), None)
             if key is not None and not _is_alias(name, parameter, whole):
-                yield f"{layer.path}.{name}", f"layers.{layer.index}.{key}"
+                yield f"{layer.path}.{name}", f"layers.{layer.number}.{key}"
 
 
 def _is_alias(name: str, parameter: Tensor, whole: nn.Module) -> bool:

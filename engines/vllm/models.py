@@ -50,7 +50,7 @@ class Built(NamedTuple):
 class MoELayer(NamedTuple):
     """One decoder layer. path: in the model. inner: of the expert layer in it."""
 
-    index: int
+    number: int
     path: str
     inner: str
     experts: nn.Module
@@ -168,11 +168,12 @@ def engine_config(folder: Path, dtype: str) -> Any:
 
 def _give_back_model_types(model_config: Any) -> None:
     """vLLM reads configs of deepseek_v32 with transformers' class of deepseek_v3, and calls that class so for good."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto import configuration_auto
 
+    names: Mapping[str, str] = vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
     for config in (model_config.hf_config, model_config.hf_text_config):
         cls = type(config)
-        own = [model_type for model_type, name in CONFIG_MAPPING_NAMES.items() if name == cls.__name__]
+        own = [model_type for model_type, name in names.items() if name == cls.__name__]
         if own and cls.model_type not in own:
             config.model_type = cls.model_type
             cls.model_type = own[0]
