@@ -68,6 +68,7 @@ def config(record: Any, architecture: str, values: dict[str, Any]) -> dict[str, 
         for key in record.wrapper.path:
             level = level[key]
     _complete(level, {**record.beside, **KEYS.get(record.model_type, {})})
+    level.update(ONLY.get(record.model_type, {}))
     around: dict[str, Any] = values
     for key in record.wrapper.path[:-1] if record.wrapper else ():
         around = around.get(key) or {}
@@ -138,7 +139,6 @@ KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
         "num_hash_layers": lambda level: level.get("mlp_layer_types", []).count("hash_moe"),
         "mlp_layer_types": None,
         "compress_ratios": lambda level: [0] * level["num_hidden_layers"],
-        "n_shared_experts": 1,
         "norm_topk_prob": True,
         "scoring_func": "sqrtsoftplus",
         "hidden_act": "silu",
@@ -190,6 +190,8 @@ KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
     "qwen4_exp_text": {"output_gate_type": "silu"},
     "sarvam_moe": {"embedding_dropout": 0.0, "score_function": "sigmoid", "use_bias": False},
 }
+# The same, of keys that transformers does not read and that have one value in all published configs.
+ONLY: Mapping[str, Mapping[str, Any]] = {"deepseek_v4": {"n_shared_experts": 1}}
 # The same for the config of images.
 VISION_KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
     "ernie4_5_vl_moe_text": {"embed_dim": lambda level: level["hidden_size"], "mlp_ratio": 1},
