@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import BlockInputs, BlockOutput, Routing, Unsupported, called_by_engine, checkpoint_of
-from moe_conformance.engines.vllm import models, routing, runtime
+from moe_conformance.engines.vllm import models, runtime
 from moe_conformance.engines.vllm.decoder import whole_layer
 from moe_conformance.errors import CheckpointError, ConfigError
 
@@ -154,6 +155,16 @@ def _built(key: Key) -> Block:
     return Block(built.config, root, layer.experts, key.dtype)
 
 
+# Modules whose select_experts the expert layers for CPUs of older releases call.
+_PLACES = ("router.cpu_router", "cpu_fused_moe", "experts.cpu_moe")
+
+
+def _modules() -> Iterator[Any]:
+    for place in _PLACES:
+        with contextlib.suppress(ImportError):
+            yield import_module(f"vllm.model_executor.layers.fused_moe.{place}")
+
+
 class Tap:
     """Inside, the expert kernel gets `given` in place of the router's answer, if there is one.
 
@@ -166,7 +177,7 @@ class Tap:
         self.seen: Routing | None = None
         router = getattr(experts, "router", experts)
         # Expert layers for CPUs of older releases call a function of their own module.
-        self.places = [place for place in (router, *routing.places()) if hasattr(place, "select_experts")]
+        self.places = [place for place in (router, *_modules()) if hasattr(place, "select_experts")]
         self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> Tap:

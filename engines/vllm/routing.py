@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -27,13 +26,6 @@ def select_experts() -> Callable[..., Any] | None:
             function: Callable[..., Any] = found.select_experts
             return function
     return None
-
-
-def places() -> Iterator[Any]:
-    """The modules that have a select_experts."""
-    for place in _PLACES:
-        with contextlib.suppress(ImportError):
-            yield import_module(f"vllm.model_executor.layers.fused_moe.{place}")
 
 
 def features() -> frozenset[str]:
