@@ -172,7 +172,10 @@ class Tap:
     """
 
     def __init__(self, experts: Any, given: Routing | None) -> None:
-        self.scale = float(getattr(experts, "routed_scaling_factor", 1.0)) if hasattr(experts, "router") else 1.0
+        runner = getattr(experts, "runner", experts)
+        # Otherwise the factor of that name is the router's.
+        late = hasattr(runner, "_maybe_apply_routed_scale_to_output")
+        self.scale = float(runner.routed_scaling_factor) if late else 1.0
         self.given = given
         self.seen: Routing | None = None
         router = getattr(experts, "router", experts)
