@@ -38,7 +38,7 @@ if not gpu_count():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from clock import Budget, Rotating, launches, measured_rates, timed, versions
+from clock import Budget, Rotating, launches, measured_rates, recorded_clocks, timed, versions
 from contenders import Contender, contenders
 from floors import Rates, works
 from kernel_cases import KERNELS, applies, fault, ours
@@ -92,24 +92,26 @@ def main(
     models = [model if device == "cuda" else tiny(model) for model in MODELS if model.name in names]
     order = sizes or (INTERPRETED_TOKENS if device == "cpu" else QUICK_TOKENS if quick else ORDER)
     rivals = frozenset(RIVALS) if targeted else None
+    rates = measured_rates()
     if targeted:
-        pairs = TARGETS if device == "cuda" else tuple(dict.fromkeys((kernel, 3) for kernel, _ in TARGETS))
+        pairs = TARGETS if rates else tuple(dict.fromkeys((kernel, 3) for kernel, _ in TARGETS))
         plan = {model: [row_of(model, *pair) for pair in pairs] for model in models}
     else:
         plan = {model: rows_of(model, order, kernels or KERNELS) for model in models}
-    rates = measured_rates()
     rows = [row for rows in plan.values() for row in rows]
 
-    def keep() -> str:
-        return report(out, rates, budget, rows)
+    with recorded_clocks() as clocks:
 
-    try:
-        # Contenders that take seconds to be ready come behind all that do not.
-        for slow in (False, True):
-            for model, own in plan.items():
-                time_model(model, own, slow, device, rates, budget, rivals, keep)
-    finally:
-        click.echo(keep())
+        def keep() -> str:
+            return report(out, rates, clocks, budget, rows)
+
+        try:
+            # Contenders that take seconds to be ready come behind all that do not.
+            for slow in (False, True):
+                for model, own in plan.items():
+                    time_model(model, own, slow, device, rates, budget, rivals, keep)
+        finally:
+            click.echo(keep())
     missed = [line for line in targets(rows, whole=True) if not line.startswith(MET)] if targeted and rates else []
     for line in missed:
         click.echo(line, err=True)
@@ -221,13 +223,14 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
-def report(out: Path | None, rates: Rates | None, budget: Budget, rows: list[Row]) -> str:
+def report(out: Path | None, rates: Rates | None, clocks: Callable[[], Row], budget: Budget, rows: list[Row]) -> str:
     """What has been timed so far, as Markdown; kept in the folder, too."""
     facts = {
         **versions(),
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
         "seconds": round(budget.spent, 1),
+        "clocks": clocks(),
         **(asdict(rates) if rates else {}),
     }
     text = markdown(facts, rows)

@@ -12,13 +12,13 @@ Other entries of the file stay. Without a GPU, --dry-run goes through two candid
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import astuple, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import product as combinations
@@ -41,6 +41,7 @@ if not gpu_count():
 
 import torch
 from clock import Budget, Rotating, timed, versions
+from compilers import Compilers
 from kernel_cases import fault, product
 from kernel_inputs import Batch, make_batch, problem
 from model_shapes import MODELS, TOKENS, Model, Weights, make_weights, tiny
@@ -64,6 +65,8 @@ from moe_conformance.kernels.tuning import (
 
 # Milliseconds of one candidate's launches: enough to tell 3 %.
 MILLISECONDS = 2.0
+# Of the time for some candidates, what compiling them may take: what is compiled must be timed, too.
+COMPILING = 0.7
 # Accumulators that one thread holds: above 128 float32 the other half of its 255 registers does not do.
 ACCUMULATORS = 128
 PROJECTIONS = ("gate_up", "down")
@@ -73,7 +76,7 @@ PROJECTIONS = ("gate_up", "down")
 @click.option("--model", "names", multiple=True, type=click.Choice([model.name for model in MODELS]))
 @click.option("--tokens", "sizes", multiple=True, type=click.IntRange(1), default=TOKENS, show_default=True)
 @click.option("--seconds", default=600.0, help="shared evenly among models and numbers of tokens")
-@click.option("--jobs", default=min(8, os.cpu_count() or 1), help="candidates to compile at a time")
+@click.option("--jobs", default=os.cpu_count() or 1, help="processes that compile")
 @click.option("--out", default=HERE.parent / "kernels" / "tuned", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="write nothing")
 @torch.no_grad()
@@ -86,13 +89,14 @@ def main(
     if device == "cpu":
         if not dry_run:
             raise click.UsageError("no GPU: the interpreter's times say nothing; add --dry-run to try the path")
-        names, sizes, jobs = names or (MODELS[0].name,), (5,), 1
+        names, sizes = names or (MODELS[0].name,), (5,)
     models = [model if device == "cuda" else tiny(model) for model in MODELS if model.name in names or not names]
     budget, left = Budget(seconds), len(models) * len(sizes)
+    compilers = Compilers(jobs) if device == "cuda" else None
     for model in models:
         weights = make_weights(model, device)
         for tokens in sizes:
-            entry = tune(model, tokens, weights, device, Budget(budget.left / left), jobs)
+            entry = tune(model, tokens, weights, device, Budget(budget.left / left), compilers)
             left -= 1
             if entry and not dry_run:
                 keep(out, problem(model, tokens).key, tokens, entry)
@@ -101,7 +105,9 @@ def main(
         click.echo("nothing written")
 
 
-def tune(model: Model, tokens: int, weights: Weights, device: str, budget: Budget, jobs: int) -> dict[str, Any] | None:
+def tune(
+    model: Model, tokens: int, weights: Weights, device: str, budget: Budget, compilers: Compilers | None
+) -> dict[str, Any] | None:  # fmt: skip
     """The entry to keep, or None where nothing could be measured in time."""
     torch.manual_seed(tokens)
     asked = problem(model, tokens)
@@ -125,8 +131,10 @@ def tune(model: Model, tokens: int, weights: Weights, device: str, budget: Budge
         best: dict[str, Tile] = {}
         for projection in PROJECTIONS:
             share = Budget(budget.left / (2 * (len(variants) - number) - len(best)))
-            tiles = [getattr(usual, projection), *candidates(asked, projection, block_m, shared)]
-            times = fastest(product(projection, model, weights), tiles, here, share, jobs, seen)
+            nearest = partial(distance, getattr(usual, projection))
+            # What is most like the default first, should time end before the others.
+            tiles = [getattr(usual, projection), *sorted(candidates(asked, projection, block_m, shared), key=nearest)]
+            times = fastest(product(projection, model, weights), tiles, here, share, compilers, seen)
             if times:
                 spent, best[projection] = min(times, key=lambda pair: pair[0])
                 total += spent
@@ -163,33 +171,33 @@ def candidates(asked: Problem, projection: str, block_m: int, shared_memory: int
     return found
 
 
+def distance(one: Tile, other: Tile) -> float:
+    """Doublings between two tiles, a stage counted as one."""
+    pairs = zip(astuple(one)[:-1], astuple(other)[:-1], strict=True)
+    return sum(abs(math.log2(own / its)) for own, its in pairs) + abs(one.num_stages - other.num_stages)
+
+
 def fastest(
-    call: Callable[[Batch, Tile], Tensor], tiles: list[Tile], batches: list[Batch], budget: Budget, jobs: int,
-    seen: Counter[str],
+    call: Callable[[Batch, Tile], Tensor], tiles: list[Tile], batches: list[Batch], budget: Budget,
+    compilers: Compilers | None, seen: Counter[str],
 ) -> list[tuple[float, Tile]]:  # fmt: skip
     """Microseconds of each tile that compiles and runs, as far as time goes; what does not is counted."""
-    first = batches[0]
     for batch in batches:
-        _ = batch.dispatched, batch.hidden  # there before threads ask
-
-    def fails(tile: Tile) -> str | None:
-        if budget.left <= 0:
-            return "out of time"
-        try:
-            with torch.no_grad():
-                call(first, tile)
-        except Exception as error:  # a compiler's errors have no common base
-            return type(error).__name__
-        return None
-
-    # Compilers let go of the interpreter's lock.
-    with ThreadPoolExecutor(jobs) as pool:
-        failures = list(pool.map(fails, tiles))
+        _ = batch.dispatched, batch.hidden  # launched here, and not as a part of what is timed
+    if compilers:
+        compilers.compile((partial(call, batches[0], tile) for tile in tiles), COMPILING * budget.left)
     times = []
-    for tile, failure in zip(tiles, failures, strict=True):
+    for tile in tiles:
+        failure = None
+        if budget.left <= 0:
+            failure = "out of time"
+        else:
+            try:
+                rotating = Rotating(lambda b, tile=tile: call(b, tile), batches)
+                times.append((timed(rotating, False, MILLISECONDS)[0], tile))
+            except Exception as error:  # a compiler's errors have no common base
+                failure = type(error).__name__
         seen[failure or "timed"] += 1
-        if failure is None:
-            times.append((timed(Rotating(lambda b, tile=tile: call(b, tile), batches), False, MILLISECONDS)[0], tile))
     return times
 
 

@@ -1,45 +1,37 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: ci/gpu.sh [--budget SECONDS] [--out FOLDER] [--rehearse]
+# Everything that needs a GPU, in one command: ci/gpu.sh [--wheels FOLDER] [--budget SECONDS] [--out FOLDER] [--rehearse]
 #
-#   PYTHON   interpreter whose packages are used as they are; without it a virtual environment is made in .venv
-#   WHEELS   folder of wheels for what PYTHON lacks (this project's own included), where there is no network
-#
-# Nothing is installed into PYTHON's own environment: this project, and what it lacks, go to a folder of their own.
-# What is run, in which order, and what is written: tools/gpu_job.py, to which the arguments go.
+# With wheels, those of FOLDER or of wheels/, no network is needed: PYTHON (default: python3) is used with the packages
+# that it has, and the wheels, which tools/wheels.py makes, go to a folder of their own. Without, a virtual environment
+# is made in .venv.
+# What is run, in which order, and what is written: tools/gpu_job.py, to which the other arguments go.
 set -uo pipefail
+WHEELS='' ARGUMENTS=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --wheels) WHEELS=$(realpath "${2:-}") || exit 2; shift ;;
+        *) ARGUMENTS+=("$1") ;;
+    esac
+    shift
+done
 cd "$(dirname "$0")/.." || exit 1
-if [ -z "${PYTHON:-}" ]; then
-    python3 -m venv .venv && .venv/bin/pip install --quiet ".[triton]" || exit 1
+PYTHON=${PYTHON:-python3}
+if compgen -G "${WHEELS:=wheels}/moe_conformance-*.whl" > /dev/null; then
+    SITE=$(mktemp -d)
+    trap 'rm -rf "$SITE"' EXIT
+    export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}"
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$SITE" "$WHEELS"/*.whl || exit 1
+elif [ "$WHEELS" != wheels ]; then
+    echo "--wheels: got $WHEELS, want a folder that tools/wheels.py has filled" >&2
+    exit 2
+else
+    "$PYTHON" -m venv .venv && .venv/bin/pip install --quiet ".[triton]" click || exit 1
     PYTHON=.venv/bin/python
 fi
-
-SITE=$(mktemp -d)
-trap 'rm -rf "$SITE"' EXIT
-SOURCE=(${WHEELS:+--no-index --find-links "$WHEELS"})
-MISSING=$("$PYTHON" - <<'CODE'
-from importlib.util import find_spec
-
-packages = {"click": "click", "numpy": "numpy", "packaging": "packaging", "pytest": "pytest", "xdist": "pytest-xdist",
-            "execnet": "execnet", "safetensors": "safetensors", "syrupy": "syrupy", "torch": "torch",
-            "transformers": "transformers", "triton": "triton"}
-print(*(package for module, package in packages.items() if find_spec(module) is None))
-CODE
-) || exit 1
-if [ -n "$MISSING" ]; then
-    # One word a package. Without one of them some steps cannot run, which they say: the others can.
-    # shellcheck disable=SC2086
-    "$PYTHON" -m pip install --quiet --no-deps "${SOURCE[@]}" --target "$SITE" $MISSING \
-        || echo "not installed, all or in part: $MISSING" >&2
-fi
-PROJECT=$(find "${WHEELS:-/nonexistent}" -maxdepth 1 -name 'moe_conformance-*.whl' 2>/dev/null | sort | tail -n 1)
-# setuptools would copy what an earlier build left there into the wheel.
-rm -rf build
-ISOLATION=(${WHEELS:+--no-build-isolation})
-"$PYTHON" -m pip install --quiet --no-deps --upgrade "${ISOLATION[@]}" --target "$SITE" "${PROJECT:-.}" || exit 1
-export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+export PYTHONSAFEPATH=1
 
 # In the background, so that a signal to this shell reaches it: it ends its step, and writes what there is.
-"$PYTHON" tools/gpu_job.py "$@" &
+"$PYTHON" tools/gpu_job.py ${ARGUMENTS[@]+"${ARGUMENTS[@]}"} &
 JOB=$!
 trap 'kill -TERM "$JOB" 2>/dev/null' TERM INT HUP
 wait "$JOB"

@@ -35,6 +35,7 @@ from moe_conformance.engine import (
 )
 from moe_conformance.model.families.families import RECORDS
 from moe_conformance.protocol.features import words
+from moe_conformance.running.devices import gpu_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,14 +48,17 @@ def is_offered(word: str) -> bool:
 
 class Reference(Engine):
     name = "reference"
+    device = "cpu"
 
     @property
     def info(self) -> EngineInfo:
-        return EngineInfo(self.name, moe_conformance.__version__, "cpu")
+        return EngineInfo(self.name, moe_conformance.__version__, self.device)
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         """Every feature of every stage, and blocks of every family; a block has no second implementation here."""
-        offered = {stage: frozenset(word for word in words(stage) if is_offered(word)) for stage in STAGES}
+        # Whole models, with attention, are not its matter.
+        stages = [stage for stage in STAGES if stage != "generate"]
+        offered = {stage: frozenset(word for word in words(stage) if is_offered(word)) for stage in stages}
         named = frozenset(name for name, record in RECORDS.items() if record.names is not None)
         return offered | {
             "block": offered["block"] | frozenset(RECORDS),
@@ -80,7 +84,9 @@ class Reference(Engine):
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         from moe_conformance.reference_impl import router as stage
 
-        return stage.build_router(spec)
+        handle = stage.build_router(spec)
+        handle.module.to(self.device)
+        return handle
 
     def align(self, inputs: AlignInputs) -> Aligned:
         from moe_conformance.reference_impl import dispatch as stage
@@ -105,7 +111,7 @@ class Reference(Engine):
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
         from moe_conformance.reference_impl import capture as stage
 
-        return stage.Capturer(spec)
+        return stage.Capturer(spec, self.device)
 
     def capture_store(self, spec: CaptureSpec) -> CaptureStore:
         from moe_conformance.reference_impl import store as stage
@@ -141,3 +147,14 @@ class Reference(Engine):
         from moe_conformance.reference_impl.checkpoint import loading as stage
 
         return stage.load(folder)
+
+
+class ReferenceOnGPU(Reference):
+    """The same on a GPU; by its address alone, for on a CPU is where the reference can be debugged."""
+
+    name = "reference-gpu"
+    device = "cuda"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return None if gpu_count() else "there is no GPU"

@@ -141,7 +141,6 @@ class Triton(Engine):
         return stage.block(inputs, layer)
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
-        from moe_conformance.engine import Rows
         from moe_conformance.kernels import capture as kernel
         from moe_conformance.reference_impl.capture import Capturer
 
@@ -149,8 +148,5 @@ class Triton(Engine):
             """The reference's choice of rows and its record of steps; the kernel checks and writes."""
 
             write = staticmethod(kernel.capture)
-
-            def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
-                super().capture(layer_id, ids.to(self.buffer.device), rows)
 
         return KernelCapturer(spec, device=self.info.device)

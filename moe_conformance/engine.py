@@ -42,6 +42,7 @@ from moe_conformance.protocol.capture import CaptureReader, CaptureSession, Capt
 from moe_conformance.protocol.checkpoint import CheckpointName, Target
 from moe_conformance.protocol.engine import Engine, EngineInfo, called_by_engine
 from moe_conformance.protocol.experts import ExpertsInputs, Lora
+from moe_conformance.protocol.generate import Generated, GenerateInputs
 from moe_conformance.protocol.layer import BlockInputs, BlockOutput, LayerInputs
 from moe_conformance.protocol.limits import Limits
 from moe_conformance.protocol.ranks import ExpertMapSpec, Replicated, ReplicateInputs, ShardInputs
@@ -67,11 +68,12 @@ __all__ = [
     "PROTOCOL_VERSION", "RECORDS", "STAGES", "Activation", "AlignInputs", "Aligned", "BlockInputs", "BlockOutput",
     "Capacity", "CaptureReader", "CaptureSession", "CaptureShape", "CaptureSpec", "CaptureStore", "CheckpointError",
     "CheckpointName", "ConfigError", "DenseModelError", "DenseSpec", "Engine", "EngineInfo", "ExpertMapSpec",
-    "ExpertsInputs", "FusedShared", "InputError", "LatentSpec", "LayerInputs", "LayerSpec", "Limits", "LogitsSpec",
-    "Lora", "LoraSpec", "MLPSpec", "MoEConformanceError", "MoESpec", "Precision", "QuantSpec", "ReplicateInputs",
-    "Replicated", "RouteInputs", "RouterHandle", "RouterSpec", "Routing", "RoutingSpec", "RowKind", "Rows", "Shape",
-    "ShardInputs", "SharedSpec", "Target", "Unavailable", "Unsupported", "bits", "called_by_engine", "checkpoint_of",
-    "distinct_logits", "integers", "inverse", "normal", "poison_", "poisoned_allocations", "windows",
+    "ExpertsInputs", "FusedShared", "GenerateInputs", "Generated", "InputError", "LatentSpec", "LayerInputs",
+    "LayerSpec", "Limits", "LogitsSpec", "Lora", "LoraSpec", "MLPSpec", "MoEConformanceError", "MoESpec", "Precision",
+    "QuantSpec", "ReplicateInputs", "Replicated", "RouteInputs", "RouterHandle", "RouterSpec", "Routing", "RoutingSpec",
+    "RowKind", "Rows", "Shape", "ShardInputs", "SharedSpec", "Target", "Unavailable", "Unsupported", "bits",
+    "called_by_engine", "checkpoint_of", "distinct_logits", "integers", "inverse", "normal", "poison_",
+    "poisoned_allocations", "windows",
 ]
 # fmt: on
 

@@ -155,7 +155,7 @@ class Capturer:
         ids: [rows, K] int32 or int64, left unchanged. Ids outside [0, E) record nothing and make `read` raise.
         Raises InputError, with nothing changed, for a row count that does not fit or a layer id out of range.
         """
-        own = local_rows(ids, rows, self.spec)
+        own = local_rows(ids, rows, self.spec).to(self.buffer.device)
         self.write(own, 0, own.shape[0], self.buffer, layer_id, self.spec.experts, self.rejected)
         self._mark(layer_id, own.shape[0])
 

@@ -28,7 +28,7 @@ def align(ids: Tensor, experts: int, block: int, expert_map: Tensor | None = Non
     """
     expert_map = _checked(ids, experts, block, expert_map)
     local, held = local_ids(ids, expert_map).flatten(), len(held_experts(expert_map))  # [T K]
-    pairs = local.numel()
+    pairs, device = local.numel(), local.device
     local = local.where(local >= 0, held)  # those without an expert here sort behind all others
 
     counts = local.bincount(minlength=held + 1)[:held]
@@ -37,12 +37,12 @@ def align(ids: Tensor, experts: int, block: int, expert_map: Tensor | None = Non
 
     kept = local.argsort(stable=True)[: counts.sum()]
     expert = local[kept]
-    slot = first_block[expert] * block + torch.arange(len(kept)) - first_pair[expert]
-    slot_to_pair = torch.full((slot_count(pairs, experts, block),), pairs, dtype=torch.int32)
+    slot = first_block[expert] * block + torch.arange(len(kept), device=device) - first_pair[expert]
+    slot_to_pair = torch.full((slot_count(pairs, experts, block),), pairs, dtype=torch.int32, device=device)
     slot_to_pair[slot] = kept.int()
 
-    used = torch.arange(held, dtype=torch.int32).repeat_interleave(blocks)
-    expert_of_block = torch.full((len(slot_to_pair) // block,), -1, dtype=torch.int32)
+    used = torch.arange(held, dtype=torch.int32, device=device).repeat_interleave(blocks)
+    expert_of_block = torch.full((len(slot_to_pair) // block,), -1, dtype=torch.int32, device=device)
     expert_of_block[: len(used)] = used
     return Aligned(slot_to_pair, expert_of_block, (blocks.sum()[None] * block).int())
 
@@ -64,7 +64,7 @@ def _checked(ids: Tensor, experts: int, block: int, expert_map: Tensor | None) -
         raise InputError(f"got {experts} experts and a block of {block}, want at least 1 of each")
     slot_count(ids.numel(), experts, block)
     if expert_map is None:
-        return torch.arange(experts, dtype=torch.int32)
+        return torch.arange(experts, dtype=torch.int32, device=ids.device)
     if expert_map.shape != (experts,) or expert_map.dtype not in (torch.int32, torch.int64):
         raise InputError(
             f"expert_map: got {list(expert_map.shape)} {expert_map.dtype}, want [{experts}] int32 or int64"

@@ -40,7 +40,7 @@ def down(hidden: Tensor, w: Tensor, ids: Tensor, *, bias: Tensor | None = None) 
 
 def _by_expert(rows: Tensor, w: Tensor, ids: Tensor, bias: Tensor | None) -> Tensor:
     expert_of_row = ids.flatten()
-    output = torch.full((len(rows), w.shape[1]), torch.nan, dtype=rows.dtype)
+    output = torch.full((len(rows), w.shape[1]), torch.nan, dtype=rows.dtype, device=rows.device)
     for expert in range(len(w)):
         own = expert_of_row == expert
         output[own] = F.linear(rows[own], w[expert], None if bias is None else bias[expert])

@@ -16,6 +16,7 @@ if importlib.util.find_spec("triton") is None:
 
 pytestmark = pytest.mark.nightly
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+RIVALS = ("transformers grouped_mm", "torch grouped_mm")
 KERNELS = {"experts", "gate_up", "down", "route", "align", "layer", "combine", "capture", "logits", "pad", "unpad"}
 
 # Each answer as it is, of which nothing is wrong, and spoilt; in a process of its own, which interprets.
@@ -37,9 +38,58 @@ for kernel in KERNELS:
 print(json.dumps(found))
 """
 
+# The targets as on a GPU, by a clock of our own: each call takes 1 us, and a launcher that is named so many more.
+SLOWED = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("bench", sys.argv[1])
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+import kernel_cases
+now = [0.0]
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    hidden = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+def slowed(right, more):
+    def call(*args, **kwargs):
+        now[0] += more
+        return right(*args, **kwargs)
+    return call
+
+def timed(call, graph, milliseconds):
+    began = now[0]
+    call()
+    return [1.0 + now[0] - began] * 3
+
+for name, more in json.loads(sys.argv[2]).items():
+    setattr(kernel_cases, name, slowed(getattr(kernel_cases, name), more))
+bench.timed = timed
+bench.measured_rates = lambda: bench.Rates(1e3, 1e3)  # any kernel is faster than this floor
+sys.argv[1:] = []
+bench.main(["--targets", "--seconds", "300"])
+"""
+
+# Without a GPU: a launch that compiles, told by the compiler's own listener, and then finds no device.
+AHEAD = """
+import json, sys
+sys.path += sys.argv[1:3]
+import torch, triton, launches, shapes
+from compilers import Compilers
+target = next(target for target in launches.TARGETS if target.name == "sm_90")
+triton.runtime.driver.set_active(target)
+hits = []
+launch = [shapes.resized("pad", dtype, 63, 24, 64) for dtype in (torch.int8, torch.int16)]
+triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+with torch.device("meta"):
+    Compilers(2).compile([lambda: launch[0].run(target)], 60.0)
+    for shape in launch:
+        try:
+            shape.run(target)
+        except AttributeError:
+            pass
+print(json.dumps(hits))
+"""
+
+
+def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    hidden = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more}
     return subprocess.run(
         [sys.executable, "-W", "ignore", *command], env=os.environ | hidden, capture_output=True, text=True, timeout=300
     )
@@ -71,6 +121,46 @@ def test_an_answer_that_has_another_row_in_place_of_the_first_is_wrong() -> None
     assert found.keys() == KERNELS
     assert [kernel for kernel, (right, _) in found.items() if right is not None] == []
     assert [kernel for kernel, (_, spoilt) in found.items() if spoilt is None] == []
+
+
+def test_slow_kernels_are_named_by_the_targets_and_no_others() -> None:
+    ran = run("-c", SLOWED, FOLDER / "kernels.py", json.dumps({"route_logits": 5, "routed_experts": 1, "layer": 20}))
+    assert ran.returncode == 1, ran.stderr
+    named = [line.partition(", ")[0] for line in ran.stderr.splitlines() if "MET" in line or "JUDGED" in line]
+    assert sorted(named) == sorted([
+        *(f"NOT MET: experts gemma4 T={tokens}: 2.00 us" for tokens in (8, 64, 4096, 1) for _ in RIVALS),
+        *(f"NOT MET: route gemma4 T={tokens}: 6.00 us" for tokens in (8, 64, 1)),
+        "NOT MET: layer gemma4 T=1: 21.0 us",
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("readings, clocks, words", (
+    ("1980, 2619, 97\n1755, 2619, 80\n1965, 2619, 99\n345, 1593, 0\n[N/A], 1593, 0\n",
+     {"sm": [1755, 1965, 1980], "memory": [2619, 2619, 2619], "readings": 3},
+     "While timing: SM 1965 MHz (1755 to 1980), memory 2619 MHz (2619 to 2619), 3 readings."),
+    ("345, 1593, 0\n", {"note": "no reading of a device at work among 1 by nvidia-smi"}, "Clocks not recorded: no r"),
+    (None, {"note": "nvidia-smi: No such file or directory"}, "Clocks not recorded: nvidia-smi: No such file"),
+))  # fmt: skip
+def test_clocks_are_recorded_while_timing(
+    tmp_path: Path, readings: str | None, clocks: dict[str, object], words: str
+) -> None:
+    """By a driver's tool that is a script; where there is none, that is said."""
+    if readings is not None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\nprintf '{readings}'\nexec /bin/sleep 60\n")
+        tool.chmod(0o755)
+    options = ("--model", "gemma4", "--tokens", "1", "--kernel", "capture", "--out", tmp_path)
+    ran = run(FOLDER / "kernels.py", *options, PATH=str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert words in ran.stdout and json.loads((tmp_path / "kernels.json").read_text())["clocks"] == clocks
+
+
+def test_what_other_processes_compile_is_not_compiled_again(tmp_path: Path) -> None:
+    """The second launch has nobody compiled."""
+    folders = (FOLDER / "timed", FOLDER.parent / "tools")
+    ran = run("-c", AHEAD, *folders, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout) == [True, False]
 
 
 def test_tuning_without_a_gpu_writes_nothing(tmp_path: Path) -> None:

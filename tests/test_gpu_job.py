@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import compile_cache
 import gpu_job
 import pytest
 import step_process
-from gpu_steps import DEVICE, STEPS, Step
+from gpu_estimate import estimate
+from gpu_steps import DEVICE, STEPS, Step, limit_of
 
 TOOLS = Path(gpu_job.__file__).parent
 
@@ -239,6 +243,86 @@ def test_the_log_of_many_calls_stays_small(tmp_path: Path) -> None:
     assert path.read_text().endswith("==== next\n\n")
 
 
+COMPILED = """
+import json, sys, triton, launches, shapes, figures
+hits = []
+triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+figures.compiled(next(shapes.launches("resize", frozenset({"sm_90"}))))
+print(json.dumps(hits))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_what_was_packed_triton_takes_from_another_folder(tmp_path: Path) -> None:
+    """It keeps absolute paths. Of a kernel only what it reads again is packed."""
+
+    def hits(folder: Path) -> object:
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(TOOLS), "TRITON_INTERPRET": "0"}
+        ran = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], env=environment, stdout=subprocess.PIPE)
+        return json.loads(ran.stdout)
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    second.mkdir()
+    assert hits(first) == [False]
+    assert compile_cache.pack(first, tmp_path / "cache.zip", 2**24).startswith(
+        "compile cache: 1 kernels, 0.0 MiB packed"
+    )
+    shutil.rmtree(first)
+    assert compile_cache.unpack(tmp_path / "cache.zip", second).startswith("compile cache: 1 kernels, 0.0 MiB unpacked")
+    assert hits(second) == [True]
+
+
+def compiling(name: str, kernel: str) -> dict[str, Any]:
+    folder = f'"$TRITON_CACHE_DIR"/{kernel}'
+    return step(
+        name, f"ls $TRITON_CACHE_DIR > $OUT/found; mkdir {folder}; echo 1 > {folder}/k.cubin; echo 2 > {folder}/k.ttir"
+    )
+
+
+def test_what_was_compiled_is_there_in_the_next_call(job: Runner) -> None:
+    _, output = job([device(), compiling("first", "aaa")])
+    assert "compile cache: none, a cold start" in output and "| first | ok |" in job.summary
+    assert "compile cache: 1 kernels" in job.summary and " | 1 |  |" in job.summary
+    assert zipfile.ZipFile(job.out / "cache.zip").namelist() == ["aaa/k.cubin"]
+    _, output = job([device(), compiling("second", "bbb")])
+    assert "compile cache: 1 kernels, 0.0 MiB unpacked" in output
+    assert zipfile.ZipFile(job.out / "results.zip").read("second/found") == b"aaa\n"
+    assert zipfile.ZipFile(job.out / "cache.zip").namelist() == ["aaa/k.cubin", "bbb/k.cubin"]
+
+
+@pytest.mark.parametrize("damage", (b"PK", b"", b"no archive"))
+def test_a_damaged_cache_costs_a_line_and_a_cold_start(job: Runner, damage: bytes) -> None:
+    job([device(), compiling("first", "aaa")])
+    (job.out / "cache.zip").write_bytes(damage)
+    code, output = job([device(), compiling("second", "bbb")])
+    assert code == 0 and output.count("cache.zip is damaged, a cold start") == 1
+    assert zipfile.ZipFile(job.out / "results.zip").read("second/found") == b""
+    assert zipfile.ZipFile(job.out / "cache.zip").namelist() == ["bbb/k.cubin"]
+
+
+def test_a_cache_damaged_within_leaves_nothing(tmp_path: Path) -> None:
+    folder, archive = tmp_path / "cache", tmp_path / "cache.zip"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "k.cubin").write_bytes(bytes(range(256)) * 64)
+    compile_cache.pack(folder, archive, 2**24)
+    data = bytearray(archive.read_bytes())
+    data[60:90] = bytes(30)
+    archive.write_bytes(data)
+    shutil.rmtree(folder / "a")
+    assert "is damaged, a cold start" in compile_cache.unpack(archive, folder) and not list(folder.iterdir())
+
+
+def test_a_cache_that_is_too_large_keeps_what_came_first(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / "cache" / f"entry{number}").mkdir(parents=True)
+        (tmp_path / "cache" / f"entry{number}" / "k.cubin").write_bytes(random.Random(number).randbytes(300_000))
+        os.utime(tmp_path / "cache" / f"entry{number}", (0, -number % 4))
+    words = compile_cache.pack(tmp_path / "cache", tmp_path / "cache.zip", 2**20)
+    assert "1 entries left out" in words and (tmp_path / "cache.zip").stat().st_size <= 2**20
+    names = zipfile.ZipFile(tmp_path / "cache.zip").namelist()
+    assert names == ["entry0/k.cubin", "entry3/k.cubin", "entry2/k.cubin"]
+
+
 LACKS = {
     "no GPU": (
         {"lacks": {"gpu": "torch sees no GPU"}, "name": "no GPU"},
@@ -337,6 +421,22 @@ def test_a_results_folder_that_is_a_file_is_refused(job: Runner) -> None:
     assert code == 2 and "which is a file" in output and job.out.read_text() == "mine"
 
 
+def test_another_state_of_the_code_than_the_checkouts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from wheels that were made before a kernel was changed."""
+    find = importlib.util.find_spec
+    shutil.copytree(TOOLS.parent / "kernels", tmp_path / "kernels")
+    (tmp_path / "kernels" / "combine.py").write_text("# as it was")
+    changed = SimpleNamespace(origin=f"{tmp_path}/kernels/__init__.py")
+    by_name = lambda name: changed if name == "moe_conformance.kernels" else find(name)  # noqa: E731
+    monkeypatch.setattr(gpu_job.importlib.util, "find_spec", by_name)
+    with pytest.raises(SystemExit, match="2"):
+        gpu_job.main(["--out", str(tmp_path / "out")], [])
+    assert f"got another kernels/combine.py in {tmp_path}, want this checkout's" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_jobs_do_not_share_a_folder(job: Runner) -> None:
     process = job.start([device(), step("first", "sleep 77")])
     until(lambda: job.begun)
@@ -346,30 +446,33 @@ def test_two_jobs_do_not_share_a_folder(job: Runner) -> None:
     assert code == 2 and "another job is at work" in output and job.begun == ["first"]
 
 
-@pytest.fixture
-def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., gpu_job.Job]]:
-    """A job that has so many seconds left."""
-
-    def make(left: float, *steps: Step) -> gpu_job.Job:
-        monkeypatch.setattr(gpu_job.Job, "left", left)
-        return gpu_job.Job(tmp_path, steps, left, False)
-
-    yield make
-
-
-def test_the_budget_is_shared_by_weight_within_limits(planned: Callable[..., gpu_job.Job]) -> None:
+def test_the_budget_is_shared_by_weight_within_limits() -> None:
     steps = [
         Step("heavy", (), weight=3, limit=1000, least=10),
         Step("short", (), weight=2, limit=5, least=1),
         Step("needy", (), weight=0.01, limit=1000, least=60),
         Step("large", (), weight=1, limit=1000, least=200),
     ]
-    job = planned(100.0, *steps)
-    assert job.limit_of(steps[0], steps) == pytest.approx(100 * 3 / 6.01, abs=0.1)
-    assert job.limit_of(steps[1], steps[1:]) == 5
-    assert job.limit_of(steps[2], steps[2:]) == 60
-    assert job.limit_of(steps[3], steps[3:]) is None
-    assert planned(math.inf, *steps).limit_of(steps[0], steps) == 1000
+    assert limit_of(steps[0], steps, 100.0) == pytest.approx(100 * 3 / 6.01, abs=0.1)
+    assert limit_of(steps[1], steps[1:], 100.0) == 5
+    assert limit_of(steps[2], steps[2:], 100.0) == 60
+    assert limit_of(steps[3], steps[3:], 100.0) is None
+    assert limit_of(steps[0], steps, math.inf) == 1000
+
+
+ESTIMATED = {"device": 5.0, "launches": 80.0, "targets": 6.0, "triton": 80.0, "reference": 60.0, "transformers": 60.0}
+
+
+def test_the_steps_down_to_the_tuning_fit_by_the_estimate() -> None:
+    """By what a rehearsal took; by ten times as much not, and then it is said which."""
+    text = "\n".join(estimate(STEPS, ESTIMATED))
+    # 10 s to start, 80 s on sixteen cores, unevenly, and half a second for each of 13 kernels, one after the other.
+    assert "| launches | 80 | 112 | 13 | 26 |" in text
+    assert "The steps down to tuning fit: they end at" in text and "100% of its 4163" not in text
+    slow = {name: 10 * seconds for name, seconds in ESTIMATED.items()}
+    assert "do not fit: device needs 60 s and gets 30" in "\n".join(estimate(STEPS, slow))
+    del slow["triton"]
+    assert "| triton | not rehearsed |" in "\n".join(estimate(STEPS, slow))
 
 
 def test_tuned_tiles_go_where_the_installed_kernels_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,9 @@ def test_a_fault_that_makes_an_engine_refuse_counts_as_missed() -> None:
 
 @pytest.mark.parametrize("bug_class", BUG_CLASSES)
 def test_every_class_has_smoke_cases(bug_class: str) -> None:
-    assert any(case.tier == "smoke" for _, _, case in CHECKS if case.bug_class == bug_class)
+    """But for what whole models alone show, which take longer than all of smoke."""
+    cases = [case for _, _, case in CHECKS if case.bug_class == bug_class]
+    assert any(case.tier == "smoke" for case in cases) or all(case.stage == "generate" for case in cases)
 
 
 @pytest.mark.parametrize("bug_class", SEEDS)

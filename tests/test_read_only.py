@@ -38,10 +38,7 @@ def closed(tmp_path: Path) -> Path:
 @pytest.mark.nightly
 @pytest.mark.parametrize("place", ["where it is started", "HOME", "TMPDIR"])
 def test_a_run_needs_no_place_to_write(closed: Path, tmp_path: Path, place: str) -> None:
-    if place == "where it is started":
-        done = _run(closed)
-    else:
-        done = _run(tmp_path, **{place: str(closed)})
+    done = _run(closed) if place == "where it is started" else _run(tmp_path, **{place: str(closed)})
     assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr
     assert "reference  2/2\n" in done.stdout
     assert not any(closed.iterdir())

@@ -32,7 +32,7 @@ from moe_conformance.engine import (
     poisoned_allocations,
 )
 from moe_conformance.engines.reference import Reference
-from moe_conformance.engines.transformers import Transformers
+from moe_conformance.engines.transformers import Transformers, TransformersOnGPU
 from moe_conformance.engines.transformers.block import block_of
 from moe_conformance.engines.transformers.block_routing import Tap
 from moe_conformance.engines.transformers.filling import fill
@@ -229,6 +229,17 @@ def test_a_pair_without_an_expert_adds_nothing_whatever_its_weight(implementatio
     want = engine.experts(replace(inputs, weights=inputs.weights.masked_fill(none, 0.0)))
     assert none.any() and not none.all()
     _close(got, want, 3 * 16 * 8)
+
+
+def test_on_a_gpu_its_router_is_there_and_without_one_it_says_so() -> None:
+    class OnMeta(TransformersOnGPU):
+        device = "meta"
+
+    spec = RouterSpec(LogitsSpec(dtype="float32"), RoutingSpec(3, renormalize="sum"), 16, 8, torch.float32)
+    handle = OnMeta().router_module(spec)
+    assert {parameter.device.type for parameter in handle.module.parameters()} == {"meta"}
+    assert TransformersOnGPU().info.device == "cuda"
+    assert TransformersOnGPU.missing() == (None if torch.cuda.is_available() else "there is no GPU")
 
 
 def test_grouped_mm_says_which_widths_it_takes() -> None:

@@ -9,11 +9,16 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
+import sysconfig
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from moe_conformance.engines.transformers import Transformers
+from moe_conformance.engines.triton import Triton
 
 # In use before this process has a context: more is somebody else's work, which would be timed too.
 BUSY = 2**30
@@ -23,19 +28,24 @@ QUERY = ("driver_version", "memory.used", "utilization.gpu", "clocks.sm", "clock
 
 
 def facts() -> dict[str, Any]:
-    """name, memory and free in bytes, versions, what the driver says, and lacks."""
+    """name, memory and free in bytes, versions, what the driver says, and lacks.
+
+    compiler, headers: of C and of Python, with which Triton 3.6 builds a launcher for each kernel.
+    """
     packages = ("torch", "triton", "transformers", "numpy", "vllm")
     found: dict[str, Any] = {
         "name": "no GPU",
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version()} | {package: version_of(package) for package in packages},
         "driver": from_driver(),
+        "compiler": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
+        "headers": (Path(sysconfig.get_path("include")) / "Python.h").exists(),
         "lacks": {},
     }
     lacks: dict[str, str] = found["lacks"]
-    for package in ("triton", "transformers"):
-        if found["versions"][package] is None:
-            lacks[package] = f"{package} is not installed"
+    for engine in (Triton, Transformers):
+        if reason := engine.missing():
+            lacks[engine.name] = reason
     reason = on_the_gpu(found)
     if reason:
         lacks["gpu"] = reason

@@ -8,8 +8,8 @@ The steps are those of tools/gpu_steps.py. Each is a process group with a limit 
 is not run again by a call with the same --out: one that was cut short is, where it stands; one that was killed at its
 limit is, behind those that have not been begun.
 
-OUT has state.json, summary.md, log.txt (the output of all steps, bounded) and results.zip (their files, a folder a
-step); in OUT/now lies what the step at work has written so far.
+OUT has state.json, summary.md, log.txt (the output of all steps, bounded), results.zip (their files, a folder a step)
+and cache.zip (what Triton compiled, for the next call); in OUT/now lies what the step at work has written so far.
 
 exit code 0: every step is done, and none has failed.
           1: a step failed or was killed at its limit.
@@ -27,36 +27,40 @@ import importlib.util
 import json
 import math
 import os
+import resource
+import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH, which ci/gpu.sh sets, leaves it out
 
-from gpu_steps import DEVICE, INTERPRETED, STEPS, Step
+from compile_cache import kernels, pack, unpack
+from gpu_estimate import estimate
+from gpu_steps import DEVICE, INTERPRETED, PLANNED, STEPS, Step, limit_of
 from step_process import Ended, Log, end_marked, run
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = 1
 # No file of the results is larger.
 LARGEST = 16 * 2**20
-# Of the seconds that a step has, what it should plan with: it writes its last results, and Python starts and ends.
-PLANNED = 0.75
-# Seconds of the budget that writing the summary takes.
-WRITING = 2.0
+# Seconds of the budget that packing the compile cache and writing the summary take.
+WRITING = 4.0
 # Of one step's own summary, in that of the job.
 EXCERPT = 32 * 1024
 DONE, CUT_SHORT = ("ok", "failed"), ("killed", "interrupted")
 
 
-class Refused(Exception):
+class Refused(ValueError):
     """Wrong usage, in words."""
 
 
@@ -66,7 +70,10 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a step. outcome: ok, failed, killed, interrupted, or unable. sources, device: what it ran on."""
+    """What became of a step. outcome: ok, failed, killed, interrupted, or unable. sources, device: what it ran on.
+
+    compiled: kernels that it added to the compile cache. core_seconds: that its processes computed, all together.
+    """
 
     outcome: str
     seconds: float = 0.0
@@ -75,16 +82,19 @@ class Record:
     tail: str = ""
     sources: str = ""
     device: str = ""
+    compiled: int = 0
+    core_seconds: float = 0.0
 
 
 @dataclass
 class State:
-    """All that a later call must know. running: the step at work, and the mark of its processes."""
+    """All that a later call must know. running: the step at work, and its processes' mark. calls: when, and how."""
 
     mode: str
     steps: dict[str, Record] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     running: dict[str, str] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
     version: int = VERSION
 
     def save(self, path: Path) -> None:
@@ -95,6 +105,14 @@ class State:
 def load(path: Path, mode: str) -> State:
     if not path.exists():
         return State(mode)
+    state = read_state(path)
+    if state.mode != mode:
+        raise Refused(f"{path}: got results of a {state.mode}, want of a {mode}; choose another --out")
+    return state
+
+
+def read_state(path: Path) -> State:
+    """Raises Refused for a file that is not a state of this version, OSError where there is none."""
     what = f"{path}: got %s, want one that this version wrote; choose another --out, or remove that folder"
     try:
         found = json.loads(path.read_text())
@@ -103,8 +121,6 @@ def load(path: Path, mode: str) -> State:
     if not isinstance(found, dict) or found.get("version") != VERSION:
         got = f"version {found.get('version')!r}" if isinstance(found, dict) else type(found).__name__
         raise Refused(what % f"a state file of {got} and not {VERSION}")
-    if found.get("mode") != mode:
-        raise Refused(f"{path}: got results of a {found.get('mode')}, want of a {mode}; choose another --out")
     try:
         steps = {name: Record(**record) for name, record in found.pop("steps").items()}
         return State(**found, steps=steps)
@@ -122,24 +138,33 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 class Job:
-    def __init__(self, out: Path, steps: Sequence[Step], budget: float, rehearse: bool) -> None:
-        self.out, self.steps, self.budget, self.rehearse = out, steps, budget, rehearse
+    def __init__(self, out: Path, steps: Sequence[Step], budget: float, rehearse: bool, call: str = "") -> None:
+        self.out, self.steps, self.budget, self.rehearse, self.call = out, steps, budget, rehearse, call
         self.began = time.monotonic()
         self.state = load(out / "state.json", "rehearsal" if rehearse else "GPU job")
         self.sources = digest_of_sources()
         # Of this call: what was not reached, and why.
         self.unreached: dict[str, str] = {}
+        # Where Triton keeps what it compiled, and what is to be said of it.
+        self.cache, self.caching = Path(), ""
 
     @property
     def left(self) -> float:
         return self.budget - WRITING - (time.monotonic() - self.began)
 
     def run(self) -> int:
+        with tempfile.TemporaryDirectory(prefix="compile-cache-") as folder:
+            self.cache = Path(folder)
+            return self.run_steps()
+
+    def run_steps(self) -> int:
         self.clean()
+        self.state.calls.append(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: `{self.call}`")
+        print(started := unpack(self.out / "cache.zip", self.cache), flush=True)
         code = 0
         try:
             for position, step in (todo := list(enumerate(self.order()))):
-                limit = self.limit_of(step, [other for _, other in todo[position:]])
+                limit = limit_of(step, [other for _, other in todo[position:]], self.left)
                 if limit is None:
                     self.unreached[step.name] = f"{max(0.0, self.left):.0f} s were left, it wants {step.least:g}"
                 elif reason := self.lacking(step):
@@ -151,6 +176,9 @@ class Job:
             for step in self.order():
                 if step.name not in self.state.steps:
                     self.unreached[step.name] = f"the job was ended by {signal.Signals(int(str(stop))).name}"
+        self.caching = "; ".join(
+            words for words in (started, pack(self.cache, self.out / "cache.zip", LARGEST)) if words
+        )
         write_whole(self.out / "summary.md", self.summary().encode())
         print(self.brief(), flush=True)
         return code or self.code()
@@ -176,24 +204,19 @@ class Job:
 
         return sorted((s for s in self.steps if outcome(s) not in DONE), key=lambda step: outcome(step) == "killed")
 
-    def limit_of(self, step: Step, waiting: Sequence[Step]) -> float | None:
-        """Seconds that it may take; None where too few are left to begin. waiting: itself, and those behind it."""
-        if self.left < step.least:
-            return None
-        share = self.left * step.weight / sum(other.weight for other in waiting) if self.left < math.inf else self.left
-        return round(min(step.limit, max(share, step.least)), 1)
-
     def lacking(self, step: Step) -> str:
         """Why it cannot run here, empty where it can."""
-        if self.rehearse:
-            return "" if step.rehearsal else "no rehearsal: it needs a GPU"
+        if self.rehearse and not step.rehearsal:
+            return "no rehearsal: it needs a GPU"
         facts, known = self.state.facts, ("gpu", "triton", "transformers", "idle")
         for need in step.needs:
+            if self.rehearse and need in ("gpu", "idle"):
+                continue
             if need in facts.get("lacks", {}):
                 return str(facts["lacks"][need])
             if need not in known and shutil.which(need) is None:
                 return f"{need} is not on the PATH"
-        if step.memory and (free := facts.get("free", 0) / 2**30) < step.memory:
+        if not self.rehearse and step.memory and (free := facts.get("free", 0) / 2**30) < step.memory:
             return f"too little memory: {free:.1f} GiB are free on the GPU, it wants {step.memory:g}"
         return ""
 
@@ -206,7 +229,7 @@ class Job:
         place_tuned(self.out / "results.zip")
         print(f"{step.name}: at most {limit:g} s", flush=True)
         log = Log(self.out / "log.txt", f"{step.name}, at most {limit:g} s")
-        began = time.monotonic()
+        began, before, computed = time.monotonic(), kernels(self.cache), core_seconds()
         try:
             ended = run(self.command(step, limit, now), self.environment(step), limit, log, mark, ROOT)
             record = outcome_of(ended, limit)
@@ -216,7 +239,8 @@ class Job:
             spent = time.monotonic() - began
             self.finish(step, Record("interrupted", spent, limit, "the job was ended while it ran"), now)
             raise
-        self.finish(step, record, now)
+        spent = round(core_seconds() - computed, 1)
+        self.finish(step, replace(record, compiled=kernels(self.cache) - before, core_seconds=spent), now)
 
     def finish(self, step: Step, record: Record, now: Path) -> None:
         """Its files first, then the state that says that they are there."""
@@ -225,11 +249,11 @@ class Job:
         left_out = add_results(self.out / "results.zip", step.name, now)
         shutil.rmtree(now, ignore_errors=True)
         note = "; ".join(part for part in (record.note, left_out) if part)
-        self.keep(step, Record(record.outcome, round(record.seconds, 1), record.limit, note, record.tail))
+        self.keep(step, replace(record, seconds=round(record.seconds, 1), note=note))
 
     def keep(self, step: Step, record: Record) -> None:
         device = self.state.facts.get("name", "")
-        self.state.steps[step.name] = Record(**{**asdict(record), "sources": self.sources, "device": device})
+        self.state.steps[step.name] = replace(record, sources=self.sources, device=device)
         self.state.running = {}
         self.state.save(self.out / "state.json")
         print(f"{step.name}: {told(record)}", flush=True)
@@ -241,7 +265,8 @@ class Job:
             "out": str(now),
             "seconds": f"{PLANNED * limit:.0f}",
             "jobs": str(cores),
-            "workers": str(max(1, min(8, cores // 2))),
+            # A worker waits while its engine computes: a core is enough for both. Each has a context on the GPU.
+            "workers": str(min(16, cores)),
         }
         words = step.rehearsal if self.rehearse else step.command
         return [word.format_map(filled) for word in words]
@@ -249,6 +274,7 @@ class Job:
     def environment(self, step: Step) -> dict[str, str]:
         # PYTHONSAFEPATH: the checkout's `kernels` must not shadow Hugging Face's.
         common = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+        common["TRITON_CACHE_DIR"] = str(self.cache)
         return {**os.environ, **common, **(INTERPRETED if self.rehearse else {}), **step.environment}
 
     def named(self, *outcomes: str) -> list[str]:
@@ -283,12 +309,13 @@ class Job:
             f"# {self.state.mode[0].upper()}{self.state.mode[1:]}",
             "",
             f"{facts.get('name', 'device unknown')}; {versions}",
-            f"The last call: {given}, {spent:.0f} s taken.",
+            f"The last call: {given}, {spent:.0f} s taken.  ",
+            self.caching,
             "",
             self.brief().replace("\n", "  \n"),
             "",
-            "| step | outcome | s | limit, s | what |",
-            "|---|---|---|---|---|",
+            "| step | outcome | s | limit, s | core s | kernels compiled | what |",
+            "|---|---|---|---|---|---|---|",
         ]
         for step in self.steps:
             record = self.state.steps.get(step.name, Record("not reached"))
@@ -298,7 +325,11 @@ class Job:
             if record.device not in ("", facts.get("name", "")):
                 notes.append(f"on {record.device}")
             what = "; ".join(note for note in notes if note)
-            lines.append(f"| {step.name} | {record.outcome} | {record.seconds:g} | {record.limit:g} | {what} |")
+            numbers = (record.seconds, record.limit, record.core_seconds, record.compiled)
+            lines.append(f"| {' | '.join((step.name, record.outcome, *(f'{number:g}' for number in numbers), what))} |")
+        if self.rehearse:
+            rehearsed = {name: self.state.steps[name].core_seconds for name in self.named("ok", "failed")}
+            lines += ["", *estimate(self.steps, rehearsed)]
         for name in self.named("failed", *CUT_SHORT):
             record = self.state.steps[name]
             lines += ["", f"## {name}: {told(record)}", "", "```", record.tail.replace("```", "'''"), "```"]
@@ -312,6 +343,12 @@ class Job:
             for name in results.namelist():
                 if name.endswith(".md"):
                     yield name, results.read(name)[:EXCERPT].decode(errors="replace").strip()
+
+
+def core_seconds() -> float:
+    """Of all processes that this one has waited for, and that they have."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def by_reason(reasons: Mapping[str, str]) -> str:
@@ -379,6 +416,18 @@ def place_tuned(results: Path) -> None:
                 (kernels / "tuned" / Path(name).name).write_bytes(archive.read(name))
 
 
+def refuse_other_sources() -> None:
+    """Raises Refused where the installed package is not this checkout: results would be told as the checkout's."""
+    for folder in ("kernels", "reference_impl", "engines", "suites"):
+        spec = importlib.util.find_spec(f"moe_conformance.{folder}")
+        installed = Path(spec.origin).parent if spec and spec.origin else Path()
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            other = installed / path.relative_to(ROOT / folder)
+            if not other.is_file() or other.read_bytes() != path.read_bytes():
+                got = f"got another {path.relative_to(ROOT)} in {installed.parent}, want this checkout's"
+                raise Refused(f"moe_conformance: {got}; install it again (wheels: python tools/wheels.py)")
+
+
 def digest_of_sources() -> str:
     """By which results of two states of the code are told apart."""
     folders = ("kernels", "reference_impl", "engines", "suites", "moe_conformance", "benchmarks", "tools", "tests")
@@ -425,8 +474,10 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: interpreted, smaller shapes")
     options = parser.parse_args(arguments)
     try:
+        refuse_other_sources()
         folder = opened(options.out)
-        job = Job(options.out.resolve(), steps, options.budget, options.rehearse)
+        call = shlex.join(["ci/gpu.sh", *(sys.argv[1:] if arguments is None else arguments)])
+        job = Job(options.out.resolve(), steps, options.budget, options.rehearse, call)
     except Refused as error:
         parser.error(str(error))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

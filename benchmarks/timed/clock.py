@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
+import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,6 +34,41 @@ class Budget:
     @property
     def spent(self) -> float:
         return time.monotonic() - self.began
+
+
+@contextlib.contextmanager
+def recorded_clocks() -> Iterator[Callable[[], dict[str, Any]]]:
+    """The device's clocks while something is timed, as the driver's tool says them twice a second beside it.
+
+    Yields what reads them so far: MHz [least, median, most] of the readings at which the device was at work, or why
+    there are none.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    query = ("--query-gpu=clocks.sm,clocks.mem,utilization.gpu", "--format=csv,noheader,nounits")
+    process, missing = None, ""
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            command = ["nvidia-smi", *query, f"--id={visible}", "--loop-ms=500"]
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
+        except OSError as error:
+            missing = f"nvidia-smi: {error.strerror}"
+
+        def read() -> dict[str, Any]:
+            text = os.pread(output.fileno(), 2**24, 0).decode()
+            readings = [line.split(", ") for line in text.splitlines()]
+            numbers = [tuple(map(int, words)) for words in readings if len(words) == 3 and "".join(words).isdigit()]
+            busy = [(sm, memory) for sm, memory, utilization in numbers if utilization]
+            if not busy:
+                return {"note": missing or f"no reading of a device at work among {len(readings)} by nvidia-smi"}
+            sm, memory = ([min(own), round(statistics.median(own)), max(own)] for own in zip(*busy, strict=True))
+            return {"sm": sm, "memory": memory, "readings": len(busy)}
+
+        try:
+            yield read
+        finally:
+            if process:
+                process.kill()
+                process.wait()
 
 
 class Rotating:

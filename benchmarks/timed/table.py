@@ -37,10 +37,18 @@ def markdown(facts: Mapping[str, Any], rows: list[Row]) -> str:
         lines += ["**No GPU: tiny sizes in Triton's interpreter, one call each. No column says how fast a kernel is.**"]
     else:
         lines += [f"copy {facts['bandwidth'] / 1e12:.2f} TB/s, bf16 product {facts['matmul'] / 1e12:.0f} TFLOP/s"]
-    lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += [clocks(facts["clocks"]), "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows if "us" in row]
     lines += list(section("Not timed", notes(rows)))
     return "\n".join([*lines, *section("Targets", [] if interpreted else targets(rows))])
+
+
+def clocks(found: Mapping[str, Any]) -> str:
+    if "note" in found:
+        return f"Clocks not recorded: {found['note']}."
+    (sm, usual, fastest), (memory, usually, most) = found["sm"], found["memory"]
+    rest = f"memory {usually} MHz ({memory} to {most}), {found['readings']} readings"
+    return f"While timing: SM {usual} MHz ({sm} to {fastest}), {rest}."
 
 
 def cells(row: Row) -> list[str]:

@@ -20,6 +20,8 @@ from moe_conformance.engine import (
     Engine,
     EngineInfo,
     ExpertsInputs,
+    Generated,
+    GenerateInputs,
     LayerInputs,
     Limits,
     MoESpec,
@@ -28,6 +30,7 @@ from moe_conformance.engine import (
     RouterSpec,
     Routing,
 )
+from moe_conformance.running.devices import gpu_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +45,7 @@ class Transformers(Engine):
     """Stages are offered as far as the installed transformers has the classes that stand behind them."""
 
     name = "transformers"
+    device = "cpu"
 
     # Of "eager", "batched_mm" and "grouped_mm" the only one that takes any width and any id: from_pretrained's choice,
     # grouped_mm, wants rows of a multiple of 16 bytes. A subclass may judge the others.
@@ -61,7 +65,7 @@ class Transformers(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        return EngineInfo(self.name, version("transformers"), "cpu")
+        return EngineInfo(self.name, version("transformers"), self.device)
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         from moe_conformance.engines.transformers import block, loading
@@ -69,6 +73,7 @@ class Transformers(Engine):
 
         found = {stage: offered(stage) for stage in ("route", "router_module", "experts", "layer")}
         found |= {"block": block.features(), "load": loading.styles(), "remap": block.model_types()}
+        found["generate"] = block.model_types() | {"routed_experts", "step_tokens"}
         return {"describe": frozenset(), **found}
 
     def limits(self) -> Mapping[str, Limits]:
@@ -89,7 +94,7 @@ class Transformers(Engine):
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         from moe_conformance.engines.transformers import routing as stage
 
-        return stage.router_module(spec)
+        return stage.router_module(spec, self.device)
 
     def experts(self, inputs: ExpertsInputs) -> Tensor:
         from moe_conformance.engines.transformers import experts as stage
@@ -115,3 +120,19 @@ class Transformers(Engine):
         from moe_conformance.engines.transformers import loading as stage
 
         return stage.load(folder)
+
+    def generate(self, inputs: GenerateInputs) -> Generated:
+        from moe_conformance.engines.transformers import generating as stage
+
+        return stage.generate(inputs, self.experts_implementation, self.device)
+
+
+class TransformersOnGPU(Transformers):
+    """The same on a GPU, by its address alone."""
+
+    name = "transformers-gpu"
+    device = "cuda"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return super().missing() or (None if gpu_count() else "there is no GPU")

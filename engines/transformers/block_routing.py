@@ -132,7 +132,9 @@ class Sorted(Dense):
 
     def read(self) -> Routing:
         order, _, weights, counts, _ = self.output
-        experts = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        experts = torch.repeat_interleave(
+            torch.arange(len(counts), device=order.device), torch.tensor(counts, device=order.device)
+        )
         ids, unsorted = torch.empty_like(order), torch.empty_like(weights)
         ids[order], unsorted[order] = experts, weights
         return Routing(ids.view(-1, self.router.top_k), unsorted.view(-1, self.router.top_k))

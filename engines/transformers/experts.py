@@ -27,7 +27,7 @@ def experts(inputs: ExpertsInputs, implementation: str) -> Tensor:
     width, top_k = inputs.x.shape[-1], inputs.ids.shape[-1]
     dtype = name_of(inputs.x.dtype)
     block = for_experts(inputs.mlp, inputs.experts, inputs.identity_experts, top_k, width, dtype).block()
-    fill(block, inputs.tensors, rest=inputs.x.dtype)
+    fill(block, inputs.tensors, inputs.x.dtype, inputs.x.device)
     choose(block.moe, None, implementation)
     routing = Routing(inputs.ids, inputs.weights)
     with torch.no_grad():

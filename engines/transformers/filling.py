@@ -34,10 +34,12 @@ class _Read(dict[str, Tensor]):
         return super().__getitem__(name)
 
 
-def fill(found: Any, tensors: Mapping[str, Tensor], rest: torch.dtype | None = None) -> None:
+def fill(
+    found: Any, tensors: Mapping[str, Tensor], rest: torch.dtype | None = None, device: torch.device | None = None
+) -> None:
     """Make the parameters of a `block.Block` of the canonical tensors.
 
-    rest: parameters that none of them makes are zeros of this dtype; None: there must be none.
+    rest: parameters that none of them makes are zeros of this dtype, on the device; None: there must be none.
     """
     remembered = _Read(tensors)
     state = {}
@@ -47,7 +49,8 @@ def fill(found: Any, tensors: Mapping[str, Tensor], rest: torch.dtype | None = N
         except InputError:
             if rest is None:
                 raise
-            value = torch.zeros(parameter.shape, dtype=rest if parameter.is_floating_point() else parameter.dtype)
+            kind = rest if parameter.is_floating_point() else parameter.dtype
+            value = torch.zeros(parameter.shape, dtype=kind, device=device)
         if value.shape != parameter.shape:
             raise InputError(
                 f"{name}: got {list(value.shape)} from the canonical tensors, want {list(parameter.shape)}"

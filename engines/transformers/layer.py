@@ -29,7 +29,7 @@ def layer(inputs: LayerInputs, implementation: str) -> Tensor:
         _build_shared(block, found.spec)
     if found.spec.dense and not inputs.spec.dense:
         block.root = Bare(block.moe)
-    fill(block, inputs.tensors, rest=inputs.x.dtype)
+    fill(block, inputs.tensors, inputs.x.dtype, inputs.x.device)
     choose(block.moe, None, implementation)
     token_ids = None if inputs.token_ids is None else inputs.token_ids.unsqueeze(0)
     with torch.no_grad(), GivenLogits(block.moe, inputs.logits):

@@ -33,7 +33,7 @@ def load(folder: Path) -> Mapping[str, Tensor]:
     differs (it initialises or ignores those, and only warns); whatever else from_pretrained raises comes out as it is.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it writes to the standard error of whoever runs a suite
-    answer: Any = _class_of(folder).from_pretrained(
+    answer: Any = class_of_folder(folder).from_pretrained(
         folder, dtype="auto", local_files_only=True, output_loading_info=True
     )
     model, report = answer
@@ -53,7 +53,7 @@ def load(folder: Path) -> Mapping[str, Tensor]:
     return found
 
 
-def _class_of(folder: Path) -> Any:
+def class_of_folder(folder: Path) -> Any:
     """The class that config.json names, or the one that generates text."""
     names = json.loads((folder / "config.json").read_text()).get("architectures") or ()
     return class_of(names, lambda: AutoConfig.from_pretrained(folder))

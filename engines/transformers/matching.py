@@ -16,6 +16,7 @@ from typing import Any
 from moe_conformance.engine import RECORDS, LayerSpec, LogitsSpec, MLPSpec, RoutingSpec, inverse
 from moe_conformance.engines.transformers.block import Block, block_of, model_types
 from moe_conformance.engines.transformers.block_routing import FORMS
+from moe_conformance.engines.transformers.filling import source
 from moe_conformance.errors import Unsupported
 
 # What a layer is from its logits on.
@@ -91,9 +92,7 @@ def for_router_module(logits: LogitsSpec, routing: RoutingSpec, experts: int, hi
     def small(setting: inverse.Setting) -> LayerSpec:
         return _small(setting.spec, routing, experts, logits=logits, hidden_size=hidden)
 
-    if found := _search(
-        small, dtype, ("routing", "logits", "num_experts", "hidden_size"), lambda found: routes_alone(found.block().moe)
-    ):
+    if found := _search(small, dtype, ("routing", "logits", "num_experts", "hidden_size"), _is_a_module):
         return found
     raise Unsupported(
         f"transformers has no router module of {_said(logits)} that computes {_said(routing)}, in {dtype}"
@@ -120,6 +119,19 @@ def for_experts(mlp: MLPSpec, experts: int, identity_experts: int, top_k: int, w
         return found
     beside = f" beside {identity_experts} that pass their input on" if identity_experts else ""
     raise Unsupported(f"transformers has no experts that compute {_said(mlp)}{beside}, in {dtype}")
+
+
+def _is_a_module(found: Found) -> bool:
+    """Whether the router is asked alone, and keeps each tensor as it is given."""
+    block = found.block()
+    return routes_alone(block.moe) and all(source(block.moe, name).is_whole for name in router_tensors(block))
+
+
+def router_tensors(block: Block) -> list[str]:
+    """Names of the router's tensors in the block."""
+    router = router_of(block.moe)
+    path = next(name for name, module in block.root.named_modules() if module is router)
+    return [f"{path}.{name}" for name in router.state_dict()]
 
 
 def routes_alone(moe: Any) -> bool:

@@ -21,7 +21,13 @@ from moe_conformance.engine import (
 )
 from moe_conformance.engines.transformers.block_routing import Tap
 from moe_conformance.engines.transformers.filling import fill, source
-from moe_conformance.engines.transformers.matching import UNSEEN, for_router, for_router_module, router_of
+from moe_conformance.engines.transformers.matching import (
+    UNSEEN,
+    for_router,
+    for_router_module,
+    router_of,
+    router_tensors,
+)
 
 
 class GivenLogits:
@@ -71,7 +77,7 @@ def route(inputs: RouteInputs) -> Routing:
     experts = classes - routing.identity_experts - routing.skip_expert - routing.shared_classes
     table = inputs.tensors.get("router.table")
     block = for_router(routing, experts, 0 if table is None else len(table), name_of(logits.dtype)).block()
-    fill(block, inputs.tensors, rest=logits.dtype)
+    fill(block, inputs.tensors, logits.dtype, logits.device)
     shape = (inputs.sequences, tokens // inputs.sequences)
     token_ids = None if inputs.token_ids is None else inputs.token_ids.view(shape)
     with Tap(block.moe, None, stop=True) as tap, GivenLogits(block.moe, logits), torch.no_grad():
@@ -96,23 +102,21 @@ class WeightsAndIds(nn.Module):
         return weights, ids
 
 
-def router_module(spec: RouterSpec) -> RouterHandle:
+def router_module(spec: RouterSpec, device: str) -> RouterHandle:
     """The router of a family that is this one; its tensors are poisoned until loaded."""
     if spec.logits.takes_state:
         raise Unsupported("router_module: ZAYA's router takes the state of the one before as a second argument")
     found = for_router_module(spec.logits, spec.routing, spec.num_experts, spec.hidden_size, name_of(spec.dtype))
     block = found.block()
     router = router_of(block.moe)
-    path = next(name for name, module in block.root.named_modules() if module is router)
-    router = copy.deepcopy(router).to_empty(device="cpu").eval().requires_grad_(False)
+    names = router_tensors(block)
+    router = copy.deepcopy(router).to_empty(device=device).eval().requires_grad_(False)
     wanted, loaded = spec.tensors(), {}
-    for name, tensor in router.state_dict().items():
-        made_of = source(block.moe, f"{path}.{name}")
-        if not made_of.is_whole:
-            raise Unsupported(f"router_module: {type(router).__name__} stores {name} in another shape")
+    for name, in_block in zip(router.state_dict(), names, strict=True):
+        made_of = source(block.moe, in_block)
         tensor = router.get_parameter(name) if name in dict(router.named_parameters()) else router.get_buffer(name)
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(torch.float32 if block.stays_in_float32(f"{path}.{name}") else spec.dtype)
+            tensor.data = tensor.data.to(torch.float32 if block.stays_in_float32(in_block) else spec.dtype)
         if made_of.name in wanted:
             loaded[made_of.name] = f"router.{name}"
             poison_(tensor.data)

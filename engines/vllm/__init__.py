@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_conformance.engine import (
+    Aligned,
+    AlignInputs,
     BlockInputs,
     BlockOutput,
     CaptureSession,
@@ -21,11 +23,18 @@ from moe_conformance.engine import (
     CheckpointName,
     Engine,
     EngineInfo,
+    ExpertMapSpec,
+    ExpertsInputs,
+    Generated,
+    GenerateInputs,
     LayerInputs,
+    Replicated,
+    ReplicateInputs,
     RouteInputs,
     RouterHandle,
     RouterSpec,
     Routing,
+    ShardInputs,
     Target,
 )
 from moe_conformance.errors import Unsupported
@@ -40,10 +49,20 @@ class VLLM(Engine):
     name = "vllm"
     _kernel = ""
 
+    # Kernels of experts, the first that takes a call computes it; a subclass may judge the others.
+    kernels: tuple[Literal["cpu", "triton", "fused_experts"], ...] = ("cpu", "triton", "fused_experts")
+    # Platforms whose routers are asked, in this order.
+    platforms: tuple[Literal["cpu", "gpu", "rocm"], ...] = ("cpu", "gpu", "rocm")
+
     @classmethod
     def environment(cls) -> Mapping[str, str]:
-        """A small CPU cache, no network, no telemetry, few words. Set before vllm is imported."""
+        """A small CPU cache, no network, no telemetry, few words. Set before vllm is imported.
+
+        Its Triton kernels are interpreted, and what torch would compile runs as it is, which computes the same.
+        """
         return {
+            "TORCHDYNAMO_DISABLE": "1",
+            "TRITON_INTERPRET": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error",
@@ -68,11 +87,17 @@ class VLLM(Engine):
             "capture_shape": _capture_shape,
             "route": _route,
             "router_module": _router_module,
+            "align": _align,
+            "experts": _experts,
             "layer": _layer,
             "block": _block,
             "capture_session": _capture_session,
+            "expert_map": _expert_map,
+            "replicate": _replicate,
+            "shard": _shard,
             "remap": _checkpoints,
             "load": _checkpoints,
+            "generate": _generate,
         }
         found = {}
         for stage, probe in probes.items():
@@ -89,6 +114,10 @@ class VLLM(Engine):
         if stage not in self._offered:
             raise Unsupported(f"{stage}: this release of vLLM, or this environment, lacks what it needs")
 
+    def ran(self) -> str:
+        ran, self._kernel = self._kernel, ""
+        return ran
+
     def capture_shape(self, config: Any, side: Literal["worker", "reader"]) -> CaptureShape:
         self._want("capture_shape")
         from moe_conformance.engines.vllm import sizes as stage
@@ -99,7 +128,8 @@ class VLLM(Engine):
         self._want("route")
         from moe_conformance.engines.vllm import routing as stage
 
-        return stage.route(inputs)
+        answer, self._kernel = stage.route(inputs, self.platforms)
+        return answer
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         self._want("router_module")
@@ -107,11 +137,46 @@ class VLLM(Engine):
 
         return stage.router_module(spec)
 
+    def align(self, inputs: AlignInputs) -> Aligned:
+        self._want("align")
+        from moe_conformance.engines.vllm import align as stage
+
+        self._kernel = "moe_align_block_size, with a stand-in for its compiled operator"
+        return stage.align(inputs)
+
+    def expert_map(self, spec: ExpertMapSpec) -> Tensor:
+        self._want("expert_map")
+        from moe_conformance.engines.vllm import expert_map as stage
+
+        return stage.expert_map(spec)
+
+    def replicate(self, inputs: ReplicateInputs) -> Replicated:
+        self._want("replicate")
+        from moe_conformance.engines.vllm import eplb as stage
+
+        self._kernel = "eplb_map_to_physical_and_record, interpreted"
+        return stage.replicate(inputs)
+
+    def shard(self, inputs: ShardInputs) -> Tensor:
+        self._want("shard")
+        from moe_conformance.engines.vllm import shard as stage
+
+        answer, self._kernel = stage.shard(inputs, self.kernels)
+        return answer
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        self._want("experts")
+        from moe_conformance.engines.vllm import experts as stage
+
+        answer, self._kernel = stage.experts(inputs, self.kernels)
+        return answer
+
     def layer(self, inputs: LayerInputs) -> Tensor:
         self._want("layer")
         from moe_conformance.engines.vllm import layer as stage
 
-        return stage.layer(inputs)
+        answer, self._kernel = stage.layer(inputs, self.kernels)
+        return answer
 
     def block(self, inputs: BlockInputs) -> BlockOutput:
         self._want("block")
@@ -119,10 +184,6 @@ class VLLM(Engine):
 
         answer, self._kernel = stage.block(inputs)
         return answer
-
-    def ran(self) -> str:
-        ran, self._kernel = self._kernel, ""
-        return ran
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
         self._want("capture_session")
@@ -144,6 +205,12 @@ class VLLM(Engine):
         from moe_conformance.engines.vllm import loading as stage
 
         return stage.load(folder)
+
+    def generate(self, inputs: GenerateInputs) -> Generated:
+        self._want("generate")
+        from moe_conformance.engines.vllm import generating as stage
+
+        return stage.generate(inputs)
 
 
 def _capture_shape() -> frozenset[str]:
@@ -176,6 +243,39 @@ def _router_module() -> frozenset[str]:
     return frozenset({"softmax", "renormalize", "per_expert_scale", "gemma4_input", "from_meta"})
 
 
+def _align() -> frozenset[str]:
+    from vllm.model_executor.layers.fused_moe import moe_align_block_size  # noqa: F401
+
+    return frozenset({"expert_map", "dropped_ids"})
+
+
+def _expert_map() -> frozenset[str]:
+    from moe_conformance.engines.vllm import expert_map as stage
+
+    stage.determine()
+    # Not "idle_ranks": its models refuse more ranks than experts.
+    return frozenset(stage.PLACEMENTS)
+
+
+def _replicate() -> frozenset[str]:
+    from moe_conformance.engines.vllm import eplb as stage
+
+    stage.module()
+    return frozenset({"dropped_ids"})
+
+
+def _shard() -> frozenset[str]:
+    from moe_conformance.engines.vllm import shard as stage
+
+    return stage.features()
+
+
+def _experts() -> frozenset[str]:
+    from moe_conformance.engines.vllm import experts as stage
+
+    return stage.features()
+
+
 def _layer() -> frozenset[str]:
     from moe_conformance.engines.vllm import layer as stage
 
@@ -184,6 +284,12 @@ def _layer() -> frozenset[str]:
 
 def _block() -> frozenset[str]:
     from moe_conformance.engines.vllm import block as stage
+
+    return stage.features()
+
+
+def _generate() -> frozenset[str]:
+    from moe_conformance.engines.vllm import generating as stage
 
     return stage.features()
 
@@ -197,3 +303,28 @@ def _checkpoints() -> frozenset[str]:
     except ImportError:
         return models.model_types()
     return models.model_types() | NAMING_STYLES
+
+
+class VLLMTriton(VLLM):
+    """What vLLM runs on a GPU, as far as it is Triton and torch: its routers for a GPU, its Triton experts."""
+
+    name = "vllm-triton"
+    kernels = ("triton", "fused_experts")
+    platforms = ("gpu", "rocm")
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return super().missing() or (
+            None if find_spec("triton") else "triton is not installed, whose interpreter runs them"
+        )
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        """The stages that are other code on a GPU."""
+        return {
+            stage: words for stage, words in self._offered.items() if stage in ("route", "experts", "layer", "shard")
+        }
+
+    def _want(self, stage: str) -> None:
+        if stage not in self.capabilities():
+            raise Unsupported(f"{stage}: judged with the engine vllm")
+        super()._want(stage)

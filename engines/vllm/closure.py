@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +64,17 @@ def router_module(spec: RouterSpec) -> RouterHandle:
     module = Router(nn.ModuleDict(parts), spec.routing.top_k)
     name = next(name for name, _ in module.named_parameters() if name.endswith("per_expert_scale"))
     return RouterHandle(module, "logits", {"router.per_expert_scale": name})
+
+
+@torch.no_grad()
+def routing_function(routing: RoutingSpec, scale: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What vLLM's Gemma 4 hands to its experts to route by, with this per_expert_scale [E]."""
+    handle = router_module(RouterSpec(LogitsSpec("gemma4"), routing, len(scale), 32, torch.float32))
+    handle.module.get_parameter(handle.tensors["router.per_expert_scale"]).copy_(scale)
+    experts: Any = handle.module.get_submodule("parts")
+    experts = experts["moe"].experts if "moe" in experts else experts["experts"]
+    function: Callable[..., tuple[Tensor, Tensor]] = experts.router.custom_routing_function
+    return function
 
 
 @torch.no_grad()

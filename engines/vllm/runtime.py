@@ -18,7 +18,11 @@ from unittest.mock import patch
 
 import torch
 
+from moe_conformance.engines.vllm import interpreted
 from moe_conformance.errors import Unavailable, Unsupported
+
+# Before anything imports vllm.
+interpreted.install()
 
 # Tokens of one step; the capturers' and layers' buffers are sized by it.
 MAX_TOKENS = 128
@@ -50,17 +54,19 @@ def start() -> None:
 
 
 def _define_missing_ops() -> None:
-    """Declare the one compiled op that a constructor looks up, where vLLM's Python files run without its library.
+    """Define the compiled activations that this build lacks: vLLM's own torch of each computes them.
 
-    It is declared without a kernel: calling it raises.
+    Its constructors look them up, and its Triton experts call them.
     """
-    import vllm._custom_ops  # noqa: F401  a library that loads defines it itself, and must come first
+    import vllm._custom_ops  # noqa: F401  a library that loads defines them itself, and must come first
 
-    if not hasattr(torch.ops._C, "gelu_tanh_and_mul"):
-        # Kept for the life of the process: models that were built hold a reference to the op.
-        library = torch.library.Library("_C", "FRAGMENT")
-        library.define("gelu_tanh_and_mul(Tensor! out, Tensor input) -> ()")
-        _LIBRARIES.append(library)
+    for name, (signature, function) in interpreted.ACTIVATIONS.items():
+        if not hasattr(torch.ops._C, name):
+            # Kept for the life of the process: models that were built hold a reference to the op.
+            library = torch.library.Library("_C", "FRAGMENT")
+            library.define(f"{name}({signature}) -> ()")
+            library.impl(name, function, "CPU")
+            _LIBRARIES.append(library)
 
 
 _LIBRARIES: list[torch.library.Library] = []
@@ -180,10 +186,11 @@ def gemma4_config(values: Mapping[str, Any], dtype: str = "float32") -> Iterator
 
 
 @contextlib.contextmanager
-def building(config: Any, dtype: torch.dtype) -> Iterator[None]:
+def building(config: Any, dtype: torch.dtype, any_width: bool = True) -> Iterator[None]:
     """Inside, vLLM's modules can be constructed: current config, default dtype, and experts of any width.
 
-    The CPU's expert kernels take multiples of 32 only; none of them runs here, so the choice of one must not fail.
+    any_width: the CPU's expert kernels take multiples of 32 only; where none of them runs, the choice of one must not
+    fail.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
@@ -206,7 +213,7 @@ def building(config: Any, dtype: torch.dtype) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(set_current_vllm_config(config))
-            if select is not None:
+            if select is not None and any_width:
                 stack.enter_context(patch.object(method, "select_unquantized_moe_backend", select_any))
             yield
     finally:

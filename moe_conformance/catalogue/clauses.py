@@ -253,6 +253,18 @@ CLAUSES: dict[str, Clause] = {
         "for another expert's.",
         ("vllm#46408", "vllm#48371"),
     ),
+    "generate.tokens": Clause(
+        "determinism-state",
+        "A running engine must give each request the tokens that the model gives without any cache, whatever was "
+        "served before or beside it, and however its steps are cut.",
+        ("vllm#20392", "sglang#3679"),
+    ),
+    "generate.routed": Clause(
+        "capture-replay",
+        "The routed experts returned with a request must be those of its own tokens, one row each in their order, the "
+        "last token's left out.",
+        ("vllm#37879", "vllm#43737"),
+    ),
     "block.shared": Clause(
         "shared-experts",
         "What every token passes must be added to the routed sum once, whatever the routing weights are.",

@@ -17,6 +17,7 @@ from moe_conformance.protocol.align import Aligned, AlignInputs
 from moe_conformance.protocol.capture import CaptureReader, CaptureSession, CaptureSpec, CaptureStore
 from moe_conformance.protocol.checkpoint import CheckpointName, Target
 from moe_conformance.protocol.experts import ExpertsInputs
+from moe_conformance.protocol.generate import Generated, GenerateInputs
 from moe_conformance.protocol.layer import BlockInputs, BlockOutput, LayerInputs
 from moe_conformance.protocol.limits import Limits
 from moe_conformance.protocol.ranks import ExpertMapSpec, Replicated, ReplicateInputs, ShardInputs
@@ -194,3 +195,7 @@ class Engine:
         Raises if a parameter of them is left unwritten or a key unconsumed, naming which.
         """
         raise _not_offered("load")
+
+    def generate(self, inputs: GenerateInputs) -> Generated:
+        """Serve a whole model: load the folder, answer its requests greedily, and say which experts each token had."""
+        raise _not_offered("generate")

