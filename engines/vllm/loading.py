@@ -93,8 +93,8 @@ def _of_layers(built: models.Built, model_type: str) -> Iterator[tuple[str, str]
     """The parameters of the MoE layers: name, and canonical name."""
     for layer in built.moe_layers():
         whole = built.model.get_submodule(layer.path)
-        rest = layer.inner.rpartition(".")[0]
-        table = {**CANONICAL, **NORMS.get(model_type, {}), **({} if rest else BESIDE)}
+        beside = hasattr(whole, "pre_feedforward_layernorm_2")
+        table = {**CANONICAL, **NORMS.get(model_type, {}), **(BESIDE if beside else {})}
         for name, parameter in whole.named_parameters(remove_duplicate=False):
             end = name.rpartition(".")[2]
             if name.startswith(f"{layer.inner}.") and end in EXPERTS:
