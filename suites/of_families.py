@@ -6,6 +6,8 @@ from moe_conformance.catalogue.case import Case
 from moe_conformance.model.families.families import RECORDS
 from moe_conformance.oracle.naming import Form, pieces_of
 
+MODULES = "published checkpoints have the hub's names; those of transformers' modules are known to transformers alone"
+
 
 def of_families(stage: str, clause: str) -> tuple[Case, ...]:
     """One case for each spelling of each family: as on the hub, and as the modules are called where that is otherwise.
@@ -20,6 +22,7 @@ def of_families(stage: str, clause: str) -> tuple[Case, ...]:
             clause,
             {"family": record.slug, "model_type": record.model_type, "form": form},
             "core" if record.sample == "smoke" and form == "hub" else "full",
+            "" if form == "hub" else MODULES,
         )
         for record in RECORDS.values()
         for form in forms

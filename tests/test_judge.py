@@ -284,3 +284,31 @@ def test_what_ran_is_said_and_changes_no_verdict(ran: Any, words: str) -> None:
 
     failed = judge.judge(wrong, CASE)
     assert failed.verdict is Verdict.FAIL and failed.message.endswith(f"[{words}]" if words else "want 2")
+
+
+class SaysWhatRan(Engine):
+    name = "says-what-ran"
+    info = EngineInfo(name, "1")
+    _ran = "a kernel of the case before"
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        return {"align": frozenset()}
+
+    def align(self, inputs: AlignInputs) -> Any:
+        self._ran = "grouped kernel"
+
+    def ran(self) -> str:
+        ran, self._ran = self._ran, ""
+        return ran
+
+
+def test_a_result_names_what_ran_for_it_alone() -> None:
+    judge = Judge(Target("says-what-ran", "test_judge:SaysWhatRan"))
+    assert judge.judge(align_in_blocks_of(1), CASE).message == "grouped kernel"
+    assert judge.judge(lambda engine, case: None, CASE).message == ""
+
+    def fails(engine: Any, case: Case) -> None:
+        align_in_blocks_of(1)(engine, case)
+        raise Nonconformance("got 1, want 2")
+
+    assert judge.judge(fails, CASE).message == "got 1, want 2 [grouped kernel]"

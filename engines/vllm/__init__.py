@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from moe_conformance.engine import (
     Aligned,
     AlignInputs,
+    BlockInputs,
+    BlockOutput,
     CaptureSession,
     CaptureShape,
     CaptureSpec,
@@ -33,6 +35,7 @@ from moe_conformance.engine import (
     RouterSpec,
     Routing,
     ShardInputs,
+    Target,
 )
 from moe_conformance.errors import Unsupported
 
@@ -87,12 +90,13 @@ class VLLM(Engine):
             "align": _align,
             "experts": _experts,
             "layer": _layer,
+            "block": _block,
             "capture_session": _capture_session,
             "expert_map": _expert_map,
             "replicate": _replicate,
             "shard": _shard,
-            "remap": _naming_styles,
-            "load": _naming_styles,
+            "remap": _checkpoints,
+            "load": _checkpoints,
             "generate": _generate,
         }
         found = {}
@@ -174,21 +178,31 @@ class VLLM(Engine):
         answer, self._kernel = stage.layer(inputs, self.kernels)
         return answer
 
+    def block(self, inputs: BlockInputs) -> BlockOutput:
+        self._want("block")
+        from moe_conformance.engines.vllm import block as stage
+
+        answer, self._kernel = stage.block(inputs)
+        return answer
+
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
         self._want("capture_session")
         from moe_conformance.engines.vllm import capture as stage
 
         return stage.Session(spec)
 
-    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
+    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str | Target, ...]]:
         self._want("remap")
-        from moe_conformance.engines.vllm import weights as stage
+        from moe_conformance.engines.vllm import loading, weights
 
-        return stage.remap(config, names)
+        # Gemma 4's names are tried with suffixes of weights that no model of its config has: those are listened to.
+        if config.get("model_type") in ("gemma4", "gemma4_text"):
+            return weights.remap(config, names)
+        return loading.remap(config, names)
 
     def load(self, folder: Path) -> Mapping[str, Tensor]:
         self._want("load")
-        from moe_conformance.engines.vllm import weights as stage
+        from moe_conformance.engines.vllm import loading as stage
 
         return stage.load(folder)
 
@@ -268,15 +282,27 @@ def _layer() -> frozenset[str]:
     return stage.features()
 
 
-def _naming_styles() -> frozenset[str]:
-    _gemma4()
-    return NAMING_STYLES
+def _block() -> frozenset[str]:
+    from moe_conformance.engines.vllm import block as stage
+
+    return stage.features()
 
 
 def _generate() -> frozenset[str]:
     from moe_conformance.engines.vllm import generating as stage
 
     return stage.features()
+
+
+def _checkpoints() -> frozenset[str]:
+    """Every family as its own checkpoints name tensors, and Gemma 4 in the styles that were published."""
+    from moe_conformance.engines.vllm import models
+
+    try:
+        _gemma4()
+    except ImportError:
+        return models.model_types()
+    return models.model_types() | NAMING_STYLES
 
 
 class VLLMTriton(VLLM):

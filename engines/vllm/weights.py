@@ -1,10 +1,9 @@
-"""Names and weights of Gemma 4, through vLLM's own mapping and its own loader."""
+"""Names of Gemma 4, through vLLM's own mapping, whatever suffix they have."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import CheckpointName, called_by_engine
-from moe_conformance.engines.vllm import runtime
-from moe_conformance.errors import CheckpointError
+from moe_conformance.engines.vllm import models, runtime
 
 Named = Iterable[tuple[str, Tensor]]
 # vLLM's shard ids of a gated expert, in the words of a checkpoint.
@@ -40,7 +38,7 @@ def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[st
     A name that ends in an expert's projection is given its `.weight`: vLLM's loaders take both for one.
     """
     with runtime.config_folder(config) as folder:
-        vllm_config = runtime.engine_config(folder)
+        vllm_config = models.engine_config(folder, "float32")
         model = _model(vllm_config, "meta")
         mapped = {}
         for entry in names:
@@ -109,40 +107,3 @@ def _expert_names(model: Any, name: str, tensor: Tensor) -> list[tuple[str, Tens
         for n, parameter in parameters.items():
             parameter.weight_loader = loaders[n]
     return found
-
-
-@torch.no_grad()
-def load(folder: Path) -> Mapping[str, Tensor]:
-    """Load the folder with vLLM's default loader into a real model whose every parameter was NaN."""
-    from vllm.config import LoadConfig, set_current_vllm_config
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-    vllm_config = runtime.engine_config(folder)
-    model = _model(vllm_config, "cpu")
-    for parameter in model.parameters():
-        parameter.data.fill_(float("nan"))
-    with set_current_vllm_config(vllm_config):
-        loader = DefaultModelLoader(LoadConfig(load_format="safetensors", use_tqdm_on_load=False))
-        loader.load_weights(model, vllm_config.model_config)
-    unwritten = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
-    if unwritten:
-        raise CheckpointError(f"load: got NaN in {', '.join(unwritten)}, want every parameter written")
-    return dict(_canonical(model))
-
-
-CANONICAL = {
-    "w13_weight": "experts.w13",
-    "w2_weight": "experts.w2",
-    "router.proj.weight": "router.proj",
-    "router.scale": "router.scale",
-    "per_expert_scale": "router.per_expert_scale",
-}
-
-
-def _canonical(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """vLLM's [E, 2F, H] with gate above up and [E, H, F] are the canonical layouts."""
-    for name, parameter in model.named_parameters():
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        end = next((end for end in CANONICAL if name.endswith(f".{end}")), None)
-        if layer and end:
-            yield f"layers.{layer[1]}.{CANONICAL[end]}", parameter.detach().clone()

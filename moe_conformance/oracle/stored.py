@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_conformance.model.families.naming import Op, Piece
+from moe_conformance.model.families.record import Record
 from moe_conformance.model.specs import LayerSpec
-from moe_conformance.oracle.naming import Entry, Part
+from moe_conformance.oracle.naming import Entry, Part, entries
 
 
 def tensor_of(entry: Entry, canonical: Mapping[str, Tensor]) -> Tensor:
@@ -55,3 +57,19 @@ def _arranged(tensor: Tensor, op: Op, spec: LayerSpec) -> Tensor:
         return torch.stack(tensor.chunk(count, dim=1))
     gate, up = (half.reshape(count, -1, half.shape[1]) for half in tensor.chunk(2))  # apart_interleaved
     return torch.stack((gate, up), dim=2).flatten(1, 2)
+
+
+def checkpoint_of(
+    record: Record, config: Mapping[str, Any], index: int, canonical: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one decoder layer's MoE block, as the family's published checkpoints name them and lay them out.
+
+    config: as in config.json. canonical: as `LayerSpec.tensors` names and shapes them. Tensors that nothing reads are
+    left out: transformers writes them, and those who published the family did not.
+    """
+    transposed = record.names is not None and record.names.once_transposed
+    for entry in entries(record, config, "hub"):
+        if entry.layer.index == index and entry.layer.prefix.startswith("layers.") and entry.parts:
+            tensor = tensor_of(entry, {entry.layer.prefix + name: t for name, t in canonical.items()})
+            packed = entry.expert is None and entry.pieces[0].target.startswith("experts.w")
+            yield entry.name, tensor.mT.contiguous() if transposed and packed else tensor

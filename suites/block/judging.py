@@ -9,7 +9,7 @@ import torch
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import BlockInputs, BlockOutput, LayerSpec, Routing
-from moe_conformance.errors import Nonconformance, Unsupported
+from moe_conformance.errors import CheckpointError, Nonconformance, Unsupported
 from moe_conformance.judging import compare
 from moe_conformance.oracle.layer import block_logits, block_routing, expected_block
 from moe_conformance.oracle.routing import judge_routing
@@ -20,7 +20,10 @@ from moe_conformance.suites.block.configs import spec_of
 
 def answer(engine: Any, inputs: BlockInputs) -> BlockOutput:
     """The engine's answer, its output [T, H] in x's dtype."""
-    got: BlockOutput = engine.block(to_device(inputs, engine.info.device))
+    try:
+        got: BlockOutput = engine.block(to_device(inputs, engine.info.device))
+    except CheckpointError as error:
+        raise Nonconformance(f"the layer's tensors: refused ({error}), want all of them loaded") from error
     rows, hidden = inputs.x.shape[0] * inputs.x.shape[1], inputs.x.shape[2]
     compare.shape_and_type("block output", got.output, (rows, hidden), integer=False)
     compare.same("block output's dtype", str(got.output.dtype), str(inputs.x.dtype))

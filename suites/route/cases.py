@@ -12,7 +12,7 @@ _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 # DeepSeek's own inference code divides by the plain sum; transformers' adds 1e-20, which shows for such logits alone.
-_PLAIN_SUM = "DeepSeek's own code adds nothing to the sum, and no trained router's scores sum to about 1e-20"
+PLAIN_SUM = "DeepSeek's own code adds nothing to the sum, and no trained router's scores sum to about 1e-20"
 
 
 def _case(clause: str, row: str, lenient: str = "", **more: Any) -> Case:
@@ -133,8 +133,8 @@ REAL_CASES = (
     *(
         _case("routing.method", f"{name} {E} {K} 9 fp32 tiny contiguous core", lenient)
         for name, E, K, lenient in (
-            ("biased", 384, 8, _PLAIN_SUM),
-            ("deepseek-v3", 256, 8, _PLAIN_SUM),
+            ("biased", 384, 8, PLAIN_SUM),
+            ("deepseek-v3", 256, 8, PLAIN_SUM),
             ("lfm2", 64, 4, ""),
             ("muse-spark", 128, 8, ""),
         )

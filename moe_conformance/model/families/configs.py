@@ -47,17 +47,18 @@ TO_READ: Mapping[Size, Any] = {
     Size.ATTENTION: ["full_attention"] * 9,
 }
 # Two layers to compute. Where a family has groups: 12 experts in 4 groups of 3, of which 2 compete, 5 experts chosen.
-# Widths are multiples of 8, because grouped matrix products want rows of a multiple of 16 bytes.
+# What experts read and compute are multiples of 32, for kernels take no others (vLLM's for CPUs), of the other widths
+# multiples of 8, because grouped matrix products want rows of a multiple of 16 bytes.
 TO_COMPUTE: Mapping[Size, Any] = {
     Size.LAYERS: 2,
-    Size.HIDDEN: 40,
-    Size.HEADS: 5,
+    Size.HIDDEN: 96,
+    Size.HEADS: 3,
     Size.EXPERTS: 12,
     Size.TOP_K: 5,
-    Size.WIDTH: 24,
+    Size.WIDTH: 64,
     Size.DENSE: 56,
-    Size.SHARED: 32,
-    Size.LATENT: 16,
+    Size.SHARED: 40,
+    Size.LATENT: 32,
     Size.LEADING: 1,
     Size.TYPES: ["dense", "sparse"],
     Size.ATTENTION: ["full_attention"] * 2,
@@ -151,5 +152,5 @@ NOAUX_TC: Keys = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 GREEDY_SOFTMAX: Keys = {"topk_method": "greedy", "scoring_func": "softmax"}
 
 # Hidden sizes at which a layout that is guessed from a shape is wrong: [2F, H] square, and 2F < H, as most models have.
-SQUARE: Keys = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6}
-NARROW: Keys = {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 7}
+SQUARE: Keys = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+NARROW: Keys = {"hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 5}

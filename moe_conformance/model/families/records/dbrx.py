@@ -7,6 +7,9 @@ from moe_conformance.model.families.naming import Names, Piece, Stack
 from moe_conformance.model.families.record import Block, Method, Record, Sizes, Tiny, Variant
 from moe_conformance.model.families.words import ACTIVATIONS, INPUT
 
+_FFN = {"moe_num_experts": 12, "moe_top_k": 5, "ffn_hidden_size": 64}
+_PUBLISHED = "every published config of DBRX normalises by the sum"
+
 RECORD = Record(
     model_type="dbrx",
     config_class="DbrxConfig",
@@ -45,28 +48,10 @@ RECORD = Record(
         {"moe_normalize_expert_weights": 2.0, "ffn_act_fn": {"name": "gelu"}},
         {"moe_normalize_expert_weights": None},
     ),
-    block=Block(
-        {
-            "ffn_config": {
-                "moe_num_experts": 12,
-                "moe_top_k": 5,
-                "ffn_hidden_size": 24,
-                "moe_normalize_expert_weights": 2.0,
-            }
-        },
-        grouped=False,
-    ),
+    block=Block({"ffn_config": {**_FFN, "moe_normalize_expert_weights": 1.0}}, grouped=False),
     variants={
-        "no-norm": Variant(
-            {
-                "ffn_config": {
-                    "moe_num_experts": 12,
-                    "moe_top_k": 5,
-                    "ffn_hidden_size": 24,
-                    "moe_normalize_expert_weights": None,
-                }
-            }
-        )
+        "order-2": Variant({"ffn_config": {**_FFN, "moe_normalize_expert_weights": 2.0}}, lenient=_PUBLISHED),
+        "no-norm": Variant({"ffn_config": {**_FFN, "moe_normalize_expert_weights": None}}, lenient=_PUBLISHED),
     },
     captured=("",),
     tiny=Tiny(

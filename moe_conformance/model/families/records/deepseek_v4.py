@@ -76,7 +76,12 @@ RECORD = Record(
         {"scoring_func": "sigmoid", "swiglu_limit": 6.5, "vocab_size": 48} | RESCALED | NO_NORM | MLP_BIAS | GELU,
         {"scoring_func": "sqrtsoftplus", "swiglu_limit": 2.5, "n_shared_experts": 3} | RESCALED,
     ),
-    block=Block(SCALED | {"swiglu_limit": LIMIT, "vocab_size": 50, "mlp_layer_types": ["hash_moe", "moe"]}),
+    # Numbers of experts that compiled routers know: 64 and 6 are the least that vLLM's for CPUs takes.
+    block=Block(
+        SCALED
+        | {"n_routed_experts": 64, "num_experts_per_tok": 6}
+        | {"swiglu_limit": LIMIT, "vocab_size": 50, "mlp_layer_types": ["hash_moe", "moe"]}
+    ),
     variants={"hash": Variant(layer=0, token_ids=True)},
     configs=(
         Config("hub", keys={"num_hash_layers": 2}, dropped=("mlp_layer_types",), form="plain"),

@@ -44,7 +44,8 @@ RECORD = Record(
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
     },
     ways=({"moe_norm_min": 0.125, "use_bias": True} | GELU,),
-    block=Block({"moe_norm_min": 0.9375}),
+    # Heads of 8: the sections of its rotary embedding fit no wider ones.
+    block=Block({"moe_norm_min": 0.9375, "num_attention_heads": 12, "num_key_value_heads": 12}),
     tiny=Tiny(
         "Ernie4_5_VLMoeForConditionalGeneration",
         keys={

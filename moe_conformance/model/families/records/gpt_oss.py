@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from moe_conformance.model.families.configs import LIMIT, MODEL, NARROW, NUM_LOCAL, PLAIN_WIDTH, SQUARE, SWIGLU
 from moe_conformance.model.families.naming import gpt_oss
-from moe_conformance.model.families.record import DENSE_WIDTH, Block, Config, Method, Record, Sizes, Tiny, Variant
+from moe_conformance.model.families.record import DENSE_WIDTH, Config, Method, Record, Sizes, Tiny, Variant
 from moe_conformance.model.families.words import CHOSEN, INPUT, SWIGLU_OAI
 
 RECORD = Record(
@@ -14,8 +14,13 @@ RECORD = Record(
     names=gpt_oss("interleaved"),
     config=MODEL | NUM_LOCAL | PLAIN_WIDTH,
     ways=(SWIGLU | {"hidden_act": "relu"},),
-    block=Block({"swiglu_alpha": 1.5, "swiglu_limit": LIMIT}),
-    variants={"square": Variant(SQUARE), "narrow": Variant(NARROW)},
+    variants={
+        "square": Variant(SQUARE),
+        "narrow": Variant(NARROW),
+        "limit": Variant(
+            {"swiglu_alpha": 1.5, "swiglu_limit": LIMIT}, lenient="every published config has a limit of 7 and no alpha"
+        ),
+    },
     configs=(Config("hub", kind="layers", form="plain"),),
     captured=("",),
     tiny=Tiny("GptOssForCausalLM"),

@@ -32,7 +32,8 @@ RECORD = Record(
     ),
     config=MODEL | NUM_LOCAL | PLAIN_WIDTH | {"intermediate_size_mlp": DENSE, "interleave_moe_layer_step": 4},
     ways=({"router_jitter_noise": 0.5} | GELU,),
-    block=Block({"interleave_moe_layer_step": 2}, grouped=False),
+    # As every published config: an engine may multiply an expert's input by its weight where there is one alone.
+    block=Block({"interleave_moe_layer_step": 2, "num_experts_per_tok": 1}, grouped=False),
     variants={"square": Variant(SQUARE), "narrow": Variant(NARROW)},
     configs=(Config("moe-layers", keys={"moe_layers": [2, 3, 8]}),),
     captured=("nested",),

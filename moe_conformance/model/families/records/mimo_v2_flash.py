@@ -1,6 +1,17 @@
 from __future__ import annotations
 
-from moe_conformance.model.families.configs import KNOBS, MODEL, N_ROUTED, NO_NORM, NOAUX, NOAUX_TC, OWN_WIDTH, TYPES
+from moe_conformance.model.families.configs import (
+    GROUPS,
+    MODEL,
+    N_ROUTED,
+    NO_NORM,
+    NOAUX,
+    NOAUX_TC,
+    NORM,
+    OWN_WIDTH,
+    SCALED,
+    TYPES,
+)
 from moe_conformance.model.families.layers import leading_dense, typed
 from moe_conformance.model.families.naming import BIAS, EACH, PACKED, ROUTER, Names
 from moe_conformance.model.families.record import Block, Method, Record, Sizes, Tiny, Variant
@@ -15,7 +26,10 @@ RECORD = Record(
     config=MODEL | N_ROUTED | OWN_WIDTH | TYPES,
     beside=NOAUX_TC,
     ways=NOAUX,
-    block=Block(KNOBS),
-    variants={"no-norm": Variant(NO_NORM)},
+    block=Block(GROUPS | NORM),
+    variants={
+        "no-norm": Variant(NO_NORM),
+        "scaled": Variant(SCALED, lenient="published configs have null for the scaling factor"),
+    },
     tiny=Tiny("MiMoV2FlashForCausalLM", keys={"head_dim": 24, "layer_types": ["full_attention"] * 3}),
 )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from moe_conformance.model.families.configs import LIMIT, MODEL, NARROW, NUM_LOCAL, PLAIN_WIDTH, SQUARE, SWIGLU
 from moe_conformance.model.families.naming import gpt_oss
-from moe_conformance.model.families.record import DENSE_WIDTH, Block, Method, Record, Sizes, Tiny, Variant
+from moe_conformance.model.families.record import DENSE_WIDTH, Method, Record, Sizes, Tiny, Variant
 from moe_conformance.model.families.words import CHOSEN, FLOAT32, SWIGLU_OAI, top_k
 
 RECORD = Record(
@@ -19,7 +19,12 @@ RECORD = Record(
     names=gpt_oss(),
     config=MODEL | NUM_LOCAL | PLAIN_WIDTH,
     ways=(SWIGLU,),
-    block=Block({"swiglu_alpha": 1.5, "swiglu_limit": LIMIT}),
-    variants={"square": Variant(SQUARE), "narrow": Variant(NARROW)},
+    variants={
+        "square": Variant(SQUARE),
+        "narrow": Variant(NARROW),
+        "limit": Variant(
+            {"swiglu_alpha": 1.5, "swiglu_limit": LIMIT}, lenient="every published config has a limit of 7 and no alpha"
+        ),
+    },
     tiny=Tiny("OpenAIPrivacyFilterForTokenClassification"),
 )

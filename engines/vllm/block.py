@@ -1,0 +1,205 @@
+"""The MoE block of one layer: vLLM's own model of the config, filled by its own loader, run as its decoder layer does.
+
+Real: the class and what it makes of the config, load_weights, what follows loading (prepacked weights), the gate, the
+router, the expert kernel that vLLM chooses here, shared experts, the sum. Nothing of this package computes in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from moe_conformance.engine import BlockInputs, BlockOutput, Routing, Unsupported, called_by_engine, checkpoint_of
+from moe_conformance.engines.vllm import models, runtime
+from moe_conformance.engines.vllm.decoder import whole_layer
+from moe_conformance.errors import CheckpointError, ConfigError
+
+Tensors = Mapping[str, Tensor]
+
+
+def features() -> frozenset[str]:
+    return models.model_types() | {"same_bits"}
+
+
+@torch.no_grad()
+def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
+    """The answer, its routing as vLLM's router hands it to the expert kernel; and that kernel's name."""
+    from vllm.forward_context import create_forward_context, override_forward_context
+
+    runtime.start()
+    key = Key(json.dumps(dict(inputs.config)), inputs.layer, inputs.x.dtype, inputs.tensors)
+    found = _CACHED.pop(key, None) or _ready(key)
+    x = inputs.x.flatten(0, -2).clone()  # a real step's activations are the block's to overwrite
+    ids = None if inputs.token_ids is None else inputs.token_ids.flatten()
+    context = override_forward_context(create_forward_context(None, found.config))
+    with found.running(), context, models.refusals(), Tap(found.experts, inputs.routing) as tap:
+        output = found(x, ids)
+    _CACHED[key] = found  # one that broke off half-way is not run again
+    if inputs.routing is not None and tap.seen is None:
+        raise Unsupported(f"block: {type(found.experts).__name__} asks no router in a place where a routing can be put")
+    answer = BlockOutput(output.reshape(x.shape), None if inputs.routing else tap.seen)
+    return answer, f"{type(found.root).__name__}, {kernel_of(found.experts)}"
+
+
+def kernel_of(experts: Any) -> str:
+    """The class of what computes an expert layer, and its variant."""
+    method = next(
+        (found for name in ("_quant_method", "quant_method") if (found := getattr(experts, name, None)) is not None),
+        None,
+    )
+    kernel = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    for found in (kernel, getattr(experts, "cpu_fused_moe", None), getattr(method, "cpu_fused_moe", None), method):
+        if found is not None:
+            return " ".join(filter(None, (type(found).__name__, getattr(found, "isa", ""))))
+    return "an unknown kernel"
+
+
+class Key:
+    """Config, layer, dtype and tensors of a block; equal where all of them are."""
+
+    def __init__(self, config: str, layer: int, dtype: torch.dtype, tensors: Tensors) -> None:
+        self.config, self.layer, self.dtype, self.tensors = config, layer, dtype, tensors
+        digest = hashlib.sha256()
+        for name in sorted(tensors):
+            digest.update(name.encode())
+            digest.update(tensors[name].detach().contiguous().view(torch.uint8).numpy().tobytes())
+        self.identity = (config, layer, dtype, digest.hexdigest())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+
+class Block:
+    """A filled block. root: the module whose forward is the block; experts: vLLM's expert layer in it."""
+
+    def __init__(self, config: Any, root: nn.Module, experts: nn.Module, dtype: torch.dtype) -> None:
+        self.config, self.root, self.experts, self.dtype = config, root, experts, dtype
+        self.takes = inspect.signature(root.forward).parameters
+        # Blocks of vLLM's backend for transformers are transformers' own, which take sequences.
+        self.in_sequences = type(root).__module__.startswith("transformers.")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with models.current(self.config, self.dtype):
+            yield
+
+    def __call__(self, x: Tensor, token_ids: Tensor | None) -> Tensor:
+        x = x[None] if self.in_sequences else x
+        answer = self.root(x, **({"input_ids": token_ids} if "input_ids" in self.takes else {}))
+        output: Tensor = answer[0] if isinstance(answer, tuple) else answer
+        return output
+
+
+# Two: a block with its own tensors and with others.
+_CACHED: dict[Key, Block] = {}
+_KEPT = 2
+
+
+def _ready(key: Key) -> Block:
+    """A new block of these tensors; the last few that ran are kept.
+
+    What goes is collected here: vLLM's handles of prepacked weights call torch when they go, which must not be while
+    torch traces for somebody else.
+    """
+    while len(_CACHED) >= _KEPT:
+        del _CACHED[next(iter(_CACHED))]
+    gc.collect()
+    found = _built(key)
+    _settle()
+    return found
+
+
+@cache
+def _settle() -> None:
+    """Keep what was imported by now out of every later collection, which would take a third of a second each."""
+    gc.freeze()
+
+
+def _built(key: Key) -> Block:
+    """Build the model, load the layer's tensors, and make the block ready as vLLM does after loading."""
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    record, values = models.as_published(json.loads(key.config))
+    with models.folder_of(values) as folder:
+        built = models.build(folder, key.dtype)
+    layer = next((layer for layer in built.moe_layers() if layer.number == key.layer), None)
+    if layer is None:
+        raise ConfigError(f"{type(built.model).__name__}: layer {key.layer} has no routed experts")
+    with models.current(built.config, key.dtype):
+        built.model.load_weights(iter(list(checkpoint_of(record, values, key.layer, key.tensors))))
+    whole = built.model.get_submodule(layer.path)
+    written = [name for name, parameter in whole.named_parameters() if not models.unwritten(parameter).any()]
+    inner = layer.inner.partition(".")[0]
+    outside = [name for name in written if not name.startswith(f"{inner}.")]
+    root = whole_layer(whole, written) if outside or "." not in layer.inner else whole.get_submodule(inner)
+    left = [name for name, parameter in root.named_parameters() if models.unwritten(parameter).any()]
+    if left:
+        raise CheckpointError(f"{type(root).__name__}: loading left {', '.join(left)} unwritten")
+    with models.current(built.config, key.dtype), models.refusals():
+        process_weights_after_loading(root, built.config.model_config, torch.device("cpu"))
+    return Block(built.config, root, layer.experts, key.dtype)
+
+
+# Modules whose select_experts the expert layers for CPUs of older releases call.
+_PLACES = ("router.cpu_router", "cpu_fused_moe", "experts.cpu_moe")
+
+
+def _modules() -> Iterator[Any]:
+    for place in _PLACES:
+        with contextlib.suppress(ImportError):
+            yield import_module(f"vllm.model_executor.layers.fused_moe.{place}")
+
+
+class Tap:
+    """Inside, the expert kernel gets `given` in place of the router's answer, if there is one.
+
+    seen: what it got, with the scale that the expert layer says it multiplies by afterwards.
+    """
+
+    def __init__(self, experts: Any, given: Routing | None) -> None:
+        runner = getattr(experts, "runner", experts)
+        # Otherwise the factor of that name is the router's.
+        late = hasattr(runner, "_maybe_apply_routed_scale_to_output")
+        self.scale = float(runner.routed_scaling_factor) if late else 1.0
+        self.given = given
+        self.seen: Routing | None = None
+        router = getattr(experts, "router", experts)
+        # Expert layers for CPUs of older releases call a function of their own module.
+        self.places = [place for place in (router, *_modules()) if hasattr(place, "select_experts")]
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self) -> Tap:
+        for place in self.places:
+            self._patches.enter_context(patch.object(place, "select_experts", self._tapped(place.select_experts)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+
+    def _tapped(self, real: Any) -> Any:
+        @called_by_engine
+        def select_experts(*args: Any, **kwargs: Any) -> Any:
+            weights, ids, *rest = real(*args, **kwargs)
+            if self.given is not None:
+                # The layer multiplies by its scale afterwards; a given weight is the whole one.
+                weights = (self.given.weights / self.scale).to(weights.dtype)
+                ids = self.given.ids.to(ids.dtype)
+            self.seen = Routing(ids.clone(), weights.float() * self.scale)
+            return (weights, ids, *rest)
+
+        return select_experts

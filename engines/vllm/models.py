@@ -1,0 +1,288 @@
+"""vLLM's own model of a config, in small: its class, built by its own code on this machine.
+
+The config goes through a config.json, as a published one does. Whatever the model is made of beside its MoE layers is
+built as it comes, and nothing is put through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+import traceback
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from moe_conformance.engine import RECORDS, Unsupported
+from moe_conformance.engines.vllm import published, runtime
+
+# No config that is judged has fewer positions.
+MAX_LENGTH = 64
+
+
+class Built(NamedTuple):
+    """A model and its VllmConfig."""
+
+    model: nn.Module
+    config: Any
+
+    def moe_layers(self) -> Iterator[MoELayer]:
+        """Its decoder layers that have routed experts, in order."""
+        for path, module in self.model.named_modules():
+            if is_experts(module) and (match := re.match(r"(.*\.(\d+))\.(.+)$", path)):
+                yield MoELayer(int(match[2]), match[1], match[3], module)
+
+
+class MoELayer(NamedTuple):
+    """One decoder layer. path: in the model. inner: of the expert layer in it."""
+
+    number: int
+    path: str
+    inner: str
+    experts: nn.Module
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether this is vLLM's expert layer: MoERunner, or up to 0.26 FusedMoE and what derives from it."""
+    from vllm.model_executor.layers import fused_moe
+
+    old = getattr(fused_moe, "FusedMoE", None)
+    return hasattr(module, "routed_experts") or (isinstance(old, type) and isinstance(module, old))
+
+
+def model_types() -> frozenset[str]:
+    """Of the families with a record, those whose model vLLM has, by the name of its class."""
+    return frozenset(model_type for model_type in RECORDS if architecture(RECORDS[model_type]) is not None)
+
+
+def architecture(record: Any, flat: bool = True) -> str | None:
+    """The class that vLLM has for checkpoints of a family. flat: for a config of its text model alone."""
+    names = published.architectures(record, flat)
+    known = runtime._known_architectures()
+    return next((name for name in names if name in known), None)
+
+
+@contextlib.contextmanager
+def folder_of(config: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder with that config.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        yield Path(folder)
+
+
+def as_published(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The record of a config, and the config.json of a checkpoint. Raises Unsupported where vLLM has no such class."""
+    record = published.record_of(config)
+    if record is None:
+        raise Unsupported(f"vLLM: no family is known of model type {config.get('model_type')!r}")
+    flat = published.is_flat(record, config)
+    name = architecture(record, flat)
+    if name is None:
+        raise Unsupported(f"vLLM has no {' or '.join(published.architectures(record, flat))}")
+    values = published.config(record, name, copy.deepcopy(dict(config)))
+    for level in (values, values.get("text_config")):
+        if isinstance(level, dict):
+            runtime._allow_global_reads(level)
+    return record, {**values, "architectures": [name]}
+
+
+@contextlib.contextmanager
+def current(config: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, vLLM's modules are made and run with this config and default dtype, and choose their own kernels."""
+    from vllm.config import set_current_vllm_config
+
+    runtime.start()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with set_current_vllm_config(config):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build(folder: Path, dtype: torch.dtype, runs: bool = True) -> Built:
+    """The model of a folder's config.json, every parameter NaN. Raises Unsupported where vLLM cannot on this machine.
+
+    runs: whether its experts will be computed; if not, no kernel need take their width.
+    """
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    config = engine_config(folder, str(dtype).removeprefix("torch."))
+    with (current if runs else runtime.building)(config, dtype), torch.device("cpu"), _beside_experts(), refusals():
+        try:
+            model = initialize_model(config)
+        except (NotImplementedError, ImportError, AssertionError):
+            raise
+        except Exception as error:
+            where = type(error).__name__
+            raise Unsupported(f"vLLM does not build this model here: {where}: {_line(error)}") from error
+    clear(model)
+    return Built(model.eval(), config)
+
+
+@torch.no_grad()
+def clear(model: nn.Module) -> None:
+    """Fill every parameter with what no checkpoint has."""
+    for parameter in model.parameters():
+        parameter.fill_(float("nan") if parameter.is_floating_point() else -1)
+
+
+def unwritten(parameter: Tensor) -> Tensor:
+    """Where no loader wrote to a parameter since it was cleared."""
+    return parameter.isnan() if parameter.is_floating_point() else parameter == -1
+
+
+def engine_config(folder: Path, dtype: str) -> Any:
+    """vLLM's real VllmConfig, of the language model alone. Raises Unsupported with vLLM's words where it makes none."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    offered = {
+        "model": str(folder), "skip_tokenizer_init": True, "enforce_eager": True, "dtype": dtype,
+        "max_model_len": MAX_LENGTH, "max_num_seqs": 4, "max_num_batched_tokens": runtime.MAX_TOKENS,
+        "enable_prefix_caching": False, "language_model_only": True,
+    }  # fmt: skip
+    names = {item.name for item in dataclasses.fields(EngineArgs)}
+    with runtime._inspected_here() as reasons, _image_transforms():
+        try:
+            found = EngineArgs(**{k: v for k, v in offered.items() if k in names}).create_engine_config()
+            _give_back_model_types(found.model_config)
+            return found
+        except Exception as error:
+            raise Unsupported(f"vLLM makes no config of this: {'; '.join(reasons) or _line(error)}") from error
+
+
+def _give_back_model_types(model_config: Any) -> None:
+    """vLLM reads configs of deepseek_v32 with transformers' class of deepseek_v3, and calls that class so for good."""
+    from transformers.models.auto import configuration_auto
+
+    names: Mapping[str, str] = vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
+    for config in (model_config.hf_config, model_config.hf_text_config):
+        cls = type(config)
+        own = [model_type for model_type, name in names.items() if name == cls.__name__]
+        if own and cls.model_type not in own:
+            config.model_type = cls.model_type
+            cls.model_type = own[0]
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What vLLM refuses, as Unsupported in its own words: what it says it lacks, and an assertion in its own files."""
+    try:
+        yield
+    except (NotImplementedError, ImportError) as error:
+        raise Unsupported(f"vLLM: {_line(error)}") from error
+    except RuntimeError as error:
+        if "unsupported" not in str(error):  # as its kernels say of a size that they do not take
+            raise
+        raise Unsupported(f"vLLM: {_line(error)}") from error
+    except AttributeError as error:
+        if "'_OpNamespace'" not in str(error):  # an op that this build was not compiled with
+            raise
+        raise Unsupported(f"vLLM: {_line(error)}") from error
+    except AssertionError as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if f"{os.sep}vllm{os.sep}" not in frame.filename or __file__ == frame.filename:
+            raise
+        place = frame.filename.rpartition(f"{os.sep}vllm{os.sep}")[2]
+        raise Unsupported(f"vLLM: {place}: {frame.line}{f': {_line(error)}' if str(error) else ''}") from error
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in a line; of pydantic's several the one with the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    found = next((line for line in lines if line.startswith(("Value error, ", "Assertion failed, "))), lines[0])
+    if found.endswith(":") and found != lines[-1]:
+        found = f"{found} {lines[lines.index(found) + 1]}"
+    return found.removeprefix("Value error, ").split(" [type=")[0]
+
+
+@contextlib.contextmanager
+def _beside_experts() -> Iterator[None]:
+    """What models have beside experts, and this machine lacks, stands in no one's way: nothing is put through it.
+
+    Image transforms, and sparse attention, in whose place dense attention is made.
+    """
+    from vllm.platforms import current_platform
+
+    real = current_platform.get_attn_backend_cls
+
+    def plain(value: Any) -> Any:
+        return value._replace(use_sparse=False) if getattr(value, "use_sparse", False) else value
+
+    def dense(*args: Any, **kwargs: Any) -> Any:
+        return real(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+
+    with (
+        _image_transforms(),
+        patch.object(type(current_platform), "get_attn_backend_cls", staticmethod(dense)),
+        patch.object(torch.cuda, "Event", _Nothing),  # as its own worker for CPUs does
+    ):
+        yield
+
+
+class _Inert(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+
+class _Nothing(metaclass=_Inert):
+    """Stands for any class, function or constant of torchvision, and for a CUDA event."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+class _Empty(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Nothing
+
+
+class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] != "torchvision":
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _Empty(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _image_transforms() -> Iterator[None]:
+    """Where torchvision is absent, files of multimodal models can be imported all the same: no image is put in.
+
+    What was imported meanwhile goes again, so that nobody else takes the stand-in for torchvision.
+    """
+    if importlib.util.find_spec("torchvision") is not None:
+        yield
+        return
+    finder = _Absent()
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
