@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +15,14 @@ from hostile_inputs import limited
 from safetensors.torch import load_file, save_file
 
 from moe_conformance.engine import CheckpointName
-from moe_conformance.errors import CheckpointError, ConfigError, DenseModelError
+from moe_conformance.errors import CheckpointError, ConfigError, DenseModelError, Nonconformance
 from moe_conformance.model.families.describe import describe
 from moe_conformance.model.families.families import BY_SLUG
 from moe_conformance.reference_impl.checkpoint import loading, remap, saving
 from moe_conformance.reference_impl.checkpoint.places import Places
 from moe_conformance.suites.describe.families import flat_keys, layer_keys
-from moe_conformance.suites.load import checkpoint
+from moe_conformance.suites.load import checkpoint, families
+from moe_conformance.suites.load.loaded import loads_whole
 
 RECIPE = {"style": "plain", "widths": "distinct", "shards": 2, "shuffled": False}
 FIRST, LAST = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -472,3 +475,23 @@ def test_what_a_config_leaves_open_is_said_by_its_key() -> None:
     record = BY_SLUG["deepseek-v3"]
     spec = describe({"model_type": "deepseek_v3", **flat_keys(record), "routed_scaling_factor": "2.5"})
     assert spec.layers == () and "routed_scaling_factor: got '2.5', want a number" in spec.undetermined
+
+
+@pytest.mark.parametrize(
+    ("change", "loads"),
+    [
+        (lambda bias: bias - bias.mean(), True),  # chooses the same
+        (lambda bias: bias.flip(-1), False),
+        (lambda bias: bias * 1.001, False),
+        (lambda bias: bias[:-1], False),
+    ],
+)
+def test_a_selection_bias_may_be_loaded_off_by_a_constant(change: Any, loads: bool, tmp_path: Path) -> None:
+    want = families.write(tmp_path, "deepseek-v3", "hub")
+
+    class Loads:
+        def load(self, folder: Path) -> Any:
+            return {name: change(t) if name.endswith("selection_bias") else t for name, t in want.items()}
+
+    with nullcontext() if loads else pytest.raises(Nonconformance):
+        loads_whole(Loads(), tmp_path, want)  # type: ignore[arg-type]

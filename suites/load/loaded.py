@@ -22,8 +22,17 @@ def loads_whole(engine: Engine, folder: Path, want: dict[str, Any]) -> dict[str,
     if absent:
         raise Nonconformance(f"loaded tensors: {', '.join(absent)} not there, got {sorted(got)}")
     for name, tensor in want.items():
-        compare.equal(name, got[name], tensor)
+        if not (name.endswith("router.selection_bias") and _shifted(got[name], tensor)):
+            compare.equal(name, got[name], tensor)
     return {name: f"{list(got[name].shape)} {_checksum(got[name])}" for name in sorted(want)}
+
+
+def _shifted(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether it is the same but for one constant, which chooses the same experts: vLLM takes Sarvam's mean away."""
+    if got.shape != want.shape or not got.is_floating_point():
+        return False
+    apart = got.double() - want.double()
+    return bool(apart.max() - apart.min() <= 4 * torch.finfo(got.dtype).eps * want.double().abs().max())
 
 
 def _checksum(tensor: torch.Tensor) -> str:
