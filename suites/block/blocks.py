@@ -56,6 +56,7 @@ def inputs_of(case: Case) -> BlockInputs:
     kept = {"router.selection_bias": torch.float32, "router.table": torch.int64}
     state = spec.logits.takes_state and family.block.state
     tensors, x = tensors_of(case["family"]), normal((*case["shape"], spec.hidden_size), f"family-{case['x']}")
+    x = x * case.recipe.get("times", 1.0)
     if case["sum"]:
         # A hidden dim that is 1 in all tokens, and the same in all rows of the projection, moves all logits alike.
         tensors, x = {**tensors, "router.proj": tensors["router.proj"].clone()}, x.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,8 +21,9 @@ SMOKE = tuple(slug for slug, family in FAMILIES.items() if family.record.sample 
 
 
 def _case(slug: str, kind: str, clause: str, tier: str, **recipe: Any) -> Case:
-    """shape: sequences and tokens of each. x: which values. sum: about what the scores of the experts are, 0 for any.
-    routing: "" for the router's own, or how the given one is made. native_ids: it goes to the engine as it is."""
+    """shape: sequences and tokens of each. x: which values; times: that much larger. sum: about what the scores of the
+    experts are, 0 for any. routing: "" for the router's own, or how the given one is made. native_ids: it goes to the
+    engine as it is."""
     found: dict[str, Any] = {"family": slug, "model_type": VARIANTS[slug].record.model_type}
     found |= {"shape": (2, 11), "x": "x", "sum": 0.0, "dtype": "float32"}
     found |= {"routing": "", "native_ids": False, "implementation": None}
@@ -125,7 +127,11 @@ def _computed(slug: str, kind: str, clause: str, name: str, **recipe: Any) -> Ca
 IMPLEMENTATIONS = ("batched_mm", "grouped_mm")
 SOME_GROUPED = tuple(slug for slug in SOME if slug in GROUPED)
 
+# Limits that every published config has, and that pre-activations of a spread of about 1.5 do not reach.
+FAR_LIMITS = tuple(slug for slug in GIVEN if 4.0 <= spec_of(slug).experts.limit < math.inf)
+
 EXPERTS_CASES = (
+    *(_case(slug, "beyond-limit", "block.activation", "core", routing="spread", times=8.0) for slug in FAR_LIMITS),
     *(_case(slug, "experts", "block.activation", _tier(slug, SOME), routing="spread") for slug in GIVEN),
     *(_case(slug, "one-expert", "block.activation", "full", routing="same") for slug in GIVEN),
     *(_computed(slug, "", "block.activation", n, routing="spread") for slug in GROUPED for n in IMPLEMENTATIONS),
