@@ -171,7 +171,7 @@ def _with_open_sizes(keys: Keys, own: Mapping[str, Any]) -> Keys:
     for key, value in own.items():
         if isinstance(value, Mapping):
             found[key] = _with_open_sizes(found.get(key, {}), value)
-        elif isinstance(value, Size) and value in _OPEN and found.get(key, 0) is not None:
+        elif isinstance(value, Size) and value in (*_OPEN, Size.HEADS) and found.get(key, 0) is not None:
             found[key] = value
     return found
 
