@@ -41,7 +41,7 @@ from moe_conformance.engines.transformers.routing import WeightsAndIds
 from moe_conformance.errors import ConfigError, DenseModelError
 from moe_conformance.judging import compare
 from moe_conformance.model.families import inverse
-from moe_conformance.model.families.configs import TO_COMPUTE, filled
+from moe_conformance.model.families.configs import TO_COMPUTE, Size, filled
 from moe_conformance.model.families.describe import describe
 from moe_conformance.oracle.bounds import sums
 
@@ -96,7 +96,8 @@ BY_FAMILY = {setting.record.slug: inverse.settings(setting.record.model_type) fo
 def test_a_router_is_asked_alone_where_it_routes_as_its_block_does(slug: str) -> None:
     said, found = set(), []
     for setting in BY_FAMILY[slug]:
-        block = copy.deepcopy(block_of(json.dumps(filled(setting.keys, TO_COMPUTE)), setting.layer))
+        sizes = {**TO_COMPUTE, Size.HEADS: TO_COMPUTE[Size.HIDDEN] // 8}
+        block = copy.deepcopy(block_of(json.dumps(filled(setting.keys, sizes)), setting.layer))
         tensors = {name: normal(shape, name) for name, shape in setting.spec.tensors().items()}
         if "router.table" in tensors:
             tensors["router.table"] = integers(tensors["router.table"].shape, "table", setting.spec.num_experts)

@@ -186,7 +186,8 @@ def _sizes_in(value: Any) -> Iterator[Size]:
 
 def _sizes(record: Record, spec: LayerSpec) -> dict[Size, int | None]:
     found: dict[Size, int | None] = {
-        Size.HEADS: 1,
+        # Of 8 where that can be: the sections of ERNIE-VL's rotary embedding fit no wider ones.
+        Size.HEADS: spec.hidden_size // 8 if spec.hidden_size % 8 == 0 else 1,
         Size.HIDDEN: spec.hidden_size,
         Size.EXPERTS: spec.num_experts,
         Size.TOP_K: spec.routing.top_k,
