@@ -92,11 +92,17 @@ def _but_shared(spec: LayerSpec) -> LayerSpec:
     return replace(at_rest(spec, True), shared=None)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+# Whose config may say another activation; DBRX's does below a level of its own, where a function reads it.
+CHOOSING = tuple(
+    name
+    for name, setting in SETTINGS.items()
+    if "experts.activation" in setting.decided and setting.record.slug != "dbrx"
+)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
 def test_every_activation_that_a_key_may_have_is_asked_for_by_it(name: str) -> None:
     setting = SETTINGS[name]
-    if "experts.activation" not in setting.decided or setting.record.model_type == "dbrx":
-        pytest.skip("it has one")
     for activation in ACTIVATIONS:
         spec = with_fields(setting.spec, {"experts.activation": activation, "shared.mlp.activation": activation})
         said = config_of(setting, spec, lambda found, want=spec: found.experts == want.experts)  # type: ignore[misc]

@@ -95,12 +95,13 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache whose environment is this interpreter: the only thing that the tool does not make anew here."""
+def cache(tmp_path: Path) -> Path:
+    """A folder that is not there yet."""
     return tmp_path / "cache"
 
 
 def _releases(index: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The tool with this interpreter for its environment, the only thing that it does not make anew here."""
     code = (
         "import sys, release_cache, release_command; from pathlib import Path;"
         "release_cache.Cache._environment = lambda self, version: Path(sys.executable);"

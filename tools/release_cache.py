@@ -80,14 +80,12 @@ class Cache:
         """Fetches and builds what is missing."""
         if Version(version) == Version(BASE):
             return Place(self._environment(BASE), None, False)
-        metadata = self._metadata(version)
-        if metadata is not None and _torch_of(metadata) == Version(_pins()["torch"].partition("==")[2]):
+        if _torch_of(self._metadata(version)) == Version(_pins()["torch"].partition("==")[2]):
             return Place(self._environment(version), None, True)
         return Place(self._environment(BASE), self._sources(version), False)
 
-    def _metadata(self, version: str) -> Message | None:
-        file = self._sources(version) / "METADATA"
-        return BytesParser().parsebytes(file.read_bytes()) if file.exists() else None
+    def _metadata(self, version: str) -> Message:
+        return BytesParser().parsebytes((self._sources(version) / "METADATA").read_bytes())
 
     def _sources(self, version: str) -> Path:
         """The release's Python files, and its metadata beside them."""
