@@ -133,9 +133,10 @@ class VLLM(Engine):
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         self._want("router_module")
-        from moe_conformance.engines.vllm import closure as stage
+        from moe_conformance.engines.vllm import routers as stage
 
-        return stage.router_module(spec)
+        answer, self._kernel = stage.router_module(spec)
+        return answer
 
     def align(self, inputs: AlignInputs) -> Aligned:
         self._want("align")
@@ -239,8 +240,11 @@ def _route() -> frozenset[str]:
 
 
 def _router_module() -> frozenset[str]:
-    _gemma4()
-    return frozenset({"softmax", "renormalize", "per_expert_scale", "gemma4_input", "from_meta"})
+    from moe_conformance.engines.vllm import routing as stage
+
+    return stage.features() - {"padding_rows", "fused_shared", "table"} | {
+        "gemma4_input", "proj_bias", "float32_logits",
+    }  # fmt: skip
 
 
 def _align() -> frozenset[str]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moe_conformance.engine import BlockInputs, BlockOutput, Routing, Unsupported, called_by_engine, checkpoint_of
 from moe_conformance.engines.vllm import models, runtime
-from moe_conformance.engines.vllm.decoder import whole_layer
+from moe_conformance.engines.vllm.decoder import Around, whole_layer
 from moe_conformance.errors import CheckpointError, ConfigError
 
 Tensors = Mapping[str, Tensor]
@@ -50,7 +50,7 @@ def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
     if inputs.routing is not None and tap.seen is None:
         raise Unsupported(f"block: {type(found.experts).__name__} asks no router in a place where a routing can be put")
     answer = BlockOutput(output.reshape(x.shape), None if inputs.routing else tap.seen)
-    return answer, f"{type(found.root).__name__}, {kernel_of(found.experts)}"
+    return answer, f"{found.name}, {kernel_of(found.experts)}"
 
 
 def kernel_of(experts: Any) -> str:
@@ -93,6 +93,10 @@ class Block:
         # Blocks of vLLM's backend for transformers are transformers' own, which take sequences.
         self.in_sequences = type(root).__module__.startswith("transformers.")
 
+    @property
+    def name(self) -> str:
+        return type(self.root.layer if isinstance(self.root, Around) else self.root).__name__
+
     @contextmanager
     def running(self) -> Iterator[None]:
         with models.current(self.config, self.dtype):
@@ -134,14 +138,22 @@ def _built(key: Key) -> Block:
     """Build the model, load the layer's tensors, and make the block ready as vLLM does after loading."""
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-    record, values = models.as_published(json.loads(key.config))
+    found = loaded(json.loads(key.config), key.layer, key.dtype, key.tensors)
+    with found.running(), models.refusals():
+        process_weights_after_loading(found.root, found.config.model_config, torch.device("cpu"))
+    return found
+
+
+def loaded(config: Any, number: int, dtype: torch.dtype, tensors: Tensors, runs: bool = True) -> Block:
+    """The block of a layer with these tensors, as its loader leaves it. runs: as for models.build."""
+    record, values = models.as_published(config)
     with models.folder_of(values) as folder:
-        built = models.build(folder, key.dtype)
-    layer = next((layer for layer in built.moe_layers() if layer.number == key.layer), None)
+        built = models.build(folder, dtype, runs)
+    layer = next((layer for layer in built.moe_layers() if layer.number == number), None)
     if layer is None:
-        raise ConfigError(f"{type(built.model).__name__}: layer {key.layer} has no routed experts")
-    with models.current(built.config, key.dtype):
-        built.model.load_weights(iter(list(checkpoint_of(record, values, key.layer, key.tensors))))
+        raise ConfigError(f"{type(built.model).__name__}: layer {number} has no routed experts")
+    with models.current(built.config, dtype):
+        built.model.load_weights(iter(list(checkpoint_of(record, values, number, tensors))))
     whole = built.model.get_submodule(layer.path)
     written = [name for name, parameter in whole.named_parameters() if not models.unwritten(parameter).any()]
     inner = layer.inner.partition(".")[0]
@@ -150,9 +162,7 @@ def _built(key: Key) -> Block:
     left = [name for name, parameter in root.named_parameters() if models.unwritten(parameter).any()]
     if left:
         raise CheckpointError(f"{type(root).__name__}: loading left {', '.join(left)} unwritten")
-    with models.current(built.config, key.dtype), models.refusals():
-        process_weights_after_loading(root, built.config.model_config, torch.device("cpu"))
-    return Block(built.config, root, layer.experts, key.dtype)
+    return Block(built.config, root, layer.experts, dtype)
 
 
 # Modules whose select_experts the expert layers for CPUs of older releases call.
@@ -165,6 +175,18 @@ def _modules() -> Iterator[Any]:
             yield import_module(f"vllm.model_executor.layers.fused_moe.{place}")
 
 
+def routing_places(experts: Any) -> list[Any]:
+    """Objects and modules whose select_experts an expert layer calls: its router's, and in older releases for CPUs a
+    function of its own module."""
+    return [place for place in (getattr(experts, "router", experts), *_modules()) if hasattr(place, "select_experts")]
+
+
+def late_scale(experts: Any) -> float:
+    """What an expert layer multiplies its sum by; otherwise the factor of that name is the router's."""
+    runner = getattr(experts, "runner", experts)
+    return float(runner.routed_scaling_factor) if hasattr(runner, "_maybe_apply_routed_scale_to_output") else 1.0
+
+
 class Tap:
     """Inside, the expert kernel gets `given` in place of the router's answer, if there is one.
 
@@ -172,15 +194,10 @@ class Tap:
     """
 
     def __init__(self, experts: Any, given: Routing | None) -> None:
-        runner = getattr(experts, "runner", experts)
-        # Otherwise the factor of that name is the router's.
-        late = hasattr(runner, "_maybe_apply_routed_scale_to_output")
-        self.scale = float(runner.routed_scaling_factor) if late else 1.0
+        self.scale = late_scale(experts)
         self.given = given
         self.seen: Routing | None = None
-        router = getattr(experts, "router", experts)
-        # Expert layers for CPUs of older releases call a function of their own module.
-        self.places = [place for place in (router, *_modules()) if hasattr(place, "select_experts")]
+        self.places = routing_places(experts)
         self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> Tap:

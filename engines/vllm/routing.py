@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import RouteInputs, Routing, RoutingSpec, called_by_engine
-from moe_conformance.engines.vllm import built, closure, interpreted, runtime
+from moe_conformance.engines.vllm import built, gemma4, interpreted, runtime
 from moe_conformance.errors import Unsupported
 
 Platform = Literal["cpu", "gpu", "rocm"]
@@ -65,10 +65,10 @@ def _route(inputs: RouteInputs, platform: Platform) -> tuple[Routing, str]:
     spec, logits = inputs.routing, as_projected(inputs.routing, inputs.logits)
     if spec.shared_classes or spec.global_scale:
         return _by_inkling(inputs), "InklingGate, interpreted"
-    if closure.is_gemma4(spec):
+    if gemma4.is_gemma4(spec):
         _refuse_fused(inputs)
         if platform == "cpu":
-            return closure.route(inputs), "Gemma 4's routing function"
+            return gemma4.route(inputs), "Gemma 4's routing function"
         return _gemma4_by_triton(inputs), "gemma4_fused_routing_kernel_triton, interpreted"
     asked = arguments(spec, inputs.tensors, logits.shape[-1])
     if inputs.fused_shared is not None:
@@ -297,13 +297,13 @@ def _with_identity(router: Any, hidden: Tensor, inputs: RouteInputs) -> Routing:
 def _gemma4_by_triton(inputs: RouteInputs) -> Routing:
     """The fused kernel that vLLM's Gemma 4 calls on a GPU."""
     interpreted.require()
-    from vllm.model_executor.models import gemma4
+    from vllm.model_executor.models import gemma4 as model
 
     # A GPU's projection puts out float32, too.
     logits = inputs.logits.float()
     scale = inputs.tensors["router.per_expert_scale"]
     with interpreted.library():
-        weights, ids = gemma4.gemma4_fused_routing_kernel_triton(logits, inputs.routing.top_k, scale)
+        weights, ids = model.gemma4_fused_routing_kernel_triton(logits, inputs.routing.top_k, scale)
     return Routing(ids, weights)
 
 
