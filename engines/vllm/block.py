@@ -22,11 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import BlockInputs, BlockOutput, Routing, Unsupported, called_by_engine, checkpoint_of
-from moe_conformance.engines.vllm import models, runtime
+from moe_conformance.engines.vllm import interpreted, models, routing, runtime
+from moe_conformance.engines.vllm.built import experts_of, scratch
 from moe_conformance.engines.vllm.decoder import Around, whole_layer
 from moe_conformance.errors import CheckpointError, ConfigError
 
 Tensors = Mapping[str, Tensor]
+Platform = routing.Platform
+# Whose kernels and routers are asked, in this order.
+PLATFORMS: tuple[Platform, ...] = ("cpu", "gpu", "rocm")
+# What is over, compute_identity_kernel leaves out; every model that has such experts is a multiple of it wide.
+_IDENTITY_MULTIPLE = 256
 
 
 def features() -> frozenset[str]:
@@ -35,12 +41,29 @@ def features() -> frozenset[str]:
 
 @torch.no_grad()
 def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
-    """The answer, its routing as vLLM's router hands it to the expert kernel; and that kernel's name."""
+    """The answer, its routing as vLLM's router hands it to the expert kernel; and that kernel's name.
+
+    What vLLM has no kernel or router for on a CPU is computed by those that it has for a GPU, as far as they are torch
+    or interpreted. Raises Unsupported with the reasons of both.
+    """
+    runtime.start()
+    config, reasons = json.dumps(dict(inputs.config)), []
+    for platform in PLATFORMS:
+        try:
+            return _block(inputs, Key(config, inputs.layer, inputs.x.dtype, inputs.tensors, platform))
+        except Unsupported as refusal:
+            reasons.append(str(refusal))
+    raise Unsupported("; ".join(dict.fromkeys(reasons)))
+
+
+def _block(inputs: BlockInputs, key: Key) -> tuple[BlockOutput, str]:
     from vllm.forward_context import create_forward_context, override_forward_context
 
-    runtime.start()
-    key = Key(json.dumps(dict(inputs.config)), inputs.layer, inputs.x.dtype, inputs.tensors)
     found = _CACHED.pop(key, None) or _ready(key)
+    if hasattr(getattr(found.experts, "router", None), "zero_expert_type") and inputs.x.shape[-1] % _IDENTITY_MULTIPLE:
+        raise Unsupported(
+            f"vLLM's kernel of identity experts takes {_IDENTITY_MULTIPLE} columns at a time, got {inputs.x.shape[-1]}"
+        )
     x = inputs.x.flatten(0, -2).clone()  # a real step's activations are the block's to overwrite
     ids = None if inputs.token_ids is None else inputs.token_ids.flatten()
     context = override_forward_context(create_forward_context(None, found.config))
@@ -50,7 +73,8 @@ def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
     if inputs.routing is not None and tap.seen is None:
         raise Unsupported(f"block: {type(found.experts).__name__} asks no router in a place where a routing can be put")
     answer = BlockOutput(output.reshape(x.shape), None if inputs.routing else tap.seen)
-    return answer, f"{found.name}, {kernel_of(found.experts)}"
+    ran = kernel_of(found.experts)
+    return answer, f"{found.name}, {ran if key.platform == 'cpu' else interpreted.said(ran)}"
 
 
 def kernel_of(experts: Any) -> str:
@@ -67,15 +91,15 @@ def kernel_of(experts: Any) -> str:
 
 
 class Key:
-    """Config, layer, dtype and tensors of a block; equal where all of them are."""
+    """Config, layer, dtype and tensors of a block, and whose kernels it has; equal where all of them are."""
 
-    def __init__(self, config: str, layer: int, dtype: torch.dtype, tensors: Tensors) -> None:
-        self.config, self.layer, self.dtype, self.tensors = config, layer, dtype, tensors
+    def __init__(self, config: str, layer: int, dtype: torch.dtype, tensors: Tensors, platform: Platform) -> None:
+        self.config, self.layer, self.dtype, self.tensors, self.platform = config, layer, dtype, tensors, platform
         digest = hashlib.sha256()
         for name in sorted(tensors):
             digest.update(name.encode())
             digest.update(tensors[name].detach().contiguous().view(torch.uint8).numpy().tobytes())
-        self.identity = (config, layer, dtype, digest.hexdigest())
+        self.identity = (config, layer, dtype, platform, digest.hexdigest())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Key) and self.identity == other.identity
@@ -87,8 +111,10 @@ class Key:
 class Block:
     """A filled block. root: the module whose forward is the block; experts: vLLM's expert layer in it."""
 
-    def __init__(self, config: Any, root: nn.Module, experts: nn.Module, dtype: torch.dtype) -> None:
-        self.config, self.root, self.experts, self.dtype = config, root, experts, dtype
+    def __init__(
+        self, config: Any, root: nn.Module, experts: nn.Module, dtype: torch.dtype, platform: Platform
+    ) -> None:
+        self.config, self.root, self.experts, self.dtype, self.platform = config, root, experts, dtype, platform
         self.takes = inspect.signature(root.forward).parameters
         # Blocks of vLLM's backend for transformers are transformers' own, which take sequences.
         self.in_sequences = type(root).__module__.startswith("transformers.")
@@ -99,7 +125,7 @@ class Block:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with models.current(self.config, self.dtype):
+        with _as_on(self.platform, self.dtype), models.current(self.config, self.dtype):
             yield
 
     def __call__(self, x: Tensor, token_ids: Tensor | None) -> Tensor:
@@ -138,16 +164,29 @@ def _built(key: Key) -> Block:
     """Build the model, load the layer's tensors, and make the block ready as vLLM does after loading."""
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-    found = loaded(json.loads(key.config), key.layer, key.dtype, key.tensors)
+    found = loaded(json.loads(key.config), key.layer, key.dtype, key.tensors, platform=key.platform)
     with found.running(), models.refusals():
         process_weights_after_loading(found.root, found.config.model_config, torch.device("cpu"))
     return found
 
 
-def loaded(config: Any, number: int, dtype: torch.dtype, tensors: Tensors, runs: bool = True) -> Block:
+@contextmanager
+def _as_on(platform: Platform, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, blocks are made and run with the experts and routers that vLLM has there, as far as they run here."""
+    if platform == "cpu":
+        yield
+        return
+    interpreted.require(dtype)
+    with routing.routers_of(platform), experts_of("triton"), scratch():
+        yield
+
+
+def loaded(
+    config: Any, number: int, dtype: torch.dtype, tensors: Tensors, runs: bool = True, platform: Platform = "cpu"
+) -> Block:
     """The block of a layer with these tensors, as its loader leaves it. runs: as for models.build."""
     record, values = models.as_published(config)
-    with models.folder_of(values) as folder:
+    with _as_on(platform, dtype), models.folder_of(values) as folder:
         built = models.build(folder, dtype, runs)
     layer = next((layer for layer in built.moe_layers() if layer.number == number), None)
     if layer is None:
@@ -162,7 +201,7 @@ def loaded(config: Any, number: int, dtype: torch.dtype, tensors: Tensors, runs:
     left = [name for name, parameter in root.named_parameters() if models.unwritten(parameter).any()]
     if left:
         raise CheckpointError(f"{type(root).__name__}: loading left {', '.join(left)} unwritten")
-    return Block(built.config, root, layer.experts, dtype)
+    return Block(built.config, root, layer.experts, dtype, platform)
 
 
 # Modules whose select_experts the expert layers for CPUs of older releases call.

@@ -177,9 +177,9 @@ class Built:
     def _inside(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(runtime.building(self._config, self.layer.dtype, any_width=False))
-            stack.enter_context(_kernel(self.kernel))
+            stack.enter_context(experts_of(self.kernel))
             if self.kernel == "triton":
-                stack.enter_context(_scratch())
+                stack.enter_context(scratch())
                 stack.enter_context(interpreted.activations_of(self.layer.mlp.width))
             yield
 
@@ -291,7 +291,7 @@ def _construct(layer: Layer, kernel: Kernel) -> Any:
 
 
 @contextlib.contextmanager
-def _kernel(kernel: Kernel) -> Iterator[None]:
+def experts_of(kernel: Kernel) -> Iterator[None]:
     """Inside, vLLM selects an expert kernel of this kind, by its own rules of what the kernel supports."""
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
 
@@ -329,7 +329,7 @@ def _kernel(kernel: Kernel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[None]:
+def scratch() -> Iterator[None]:
     """Inside, kernels of releases that ask a worker's manager for scratch memory have fresh memory."""
     from vllm.model_executor.layers.fused_moe import modular_kernel
 

@@ -74,7 +74,7 @@ def _route(inputs: RouteInputs, platform: Platform) -> tuple[Routing, str]:
     if inputs.fused_shared is not None:
         asked |= _fused(inputs, platform)
     hidden = logits.new_zeros(len(logits), 1)
-    with _platform(platform), built.refusals():
+    with routers_of(platform), built.refusals():
         if platform == "cpu" and (select := select_experts()) is not None:
             return _by_function(select, inputs, hidden, asked), f"{select.__module__}.select_experts"
         router = _made(asked, spec.top_k, logits.shape[-1])
@@ -180,7 +180,7 @@ def _refuse_fused(inputs: RouteInputs) -> None:
 
 
 @contextlib.contextmanager
-def _platform(platform: Platform) -> Iterator[None]:
+def routers_of(platform: Platform) -> Iterator[None]:
     """Inside, vLLM's factory makes the routers of this platform."""
     if platform == "cpu":
         yield
