@@ -17,9 +17,11 @@ from moe_conformance.engine import (
     AlignInputs,
     BlockInputs,
     BlockOutput,
+    CaptureReader,
     CaptureSession,
     CaptureShape,
     CaptureSpec,
+    CaptureStore,
     CheckpointName,
     Engine,
     EngineInfo,
@@ -92,6 +94,7 @@ class VLLM(Engine):
             "layer": _layer,
             "block": _block,
             "capture_session": _capture_session,
+            "capture_store": _capture_store,
             "expert_map": _expert_map,
             "replicate": _replicate,
             "shard": _shard,
@@ -192,6 +195,17 @@ class VLLM(Engine):
 
         return stage.Session(spec)
 
+    def capture_store(self, spec: CaptureSpec) -> CaptureStore:
+        self._want("capture_store")
+        from moe_conformance.engines.vllm import store as stage
+
+        return stage.open_store(spec)
+
+    def capture_reader(self, address: Any) -> CaptureReader:
+        from moe_conformance.engines.vllm import store as stage
+
+        return stage.open_reader(address)
+
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str | Target, ...]]:
         self._want("remap")
         from moe_conformance.engines.vllm import loading, weights
@@ -224,9 +238,15 @@ def _capture_shape() -> frozenset[str]:
 def _capture_session() -> frozenset[str]:
     from moe_conformance.engines.vllm import capture as stage
 
-    # Not "expert_bounds": ids come from its own router. Not "padding_rows": of several data-parallel ranks each counts
-    # its padding among its tokens, so that no row arrives behind those that are counted.
+    # Not "expert_bounds": ids come from its own router.
     return stage.row_kinds()
+
+
+def _capture_store() -> frozenset[str]:
+    from moe_conformance.engines.vllm import store as stage
+
+    stage.is_offered()
+    return frozenset()
 
 
 def _gemma4() -> None:
