@@ -50,7 +50,7 @@ class RoutesOfAnotherRequest(Serves):
     def routed(self, routed: Routed) -> Routed:
         first, second, *others = routed
         rows = second.clone()
-        rows[17:] = first[17 : len(rows)]
+        rows[33:] = first[33 : len(rows)]
         return first, rows, *others
 
 

@@ -25,6 +25,7 @@ from moe_conformance.engine import BlockInputs, BlockOutput, Routing, Unsupporte
 from moe_conformance.engines.vllm import interpreted, models, routing, runtime
 from moe_conformance.engines.vllm.built import experts_of, scratch
 from moe_conformance.engines.vllm.decoder import Around, whole_layer
+from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import CheckpointError, ConfigError
 
 Tensors = Mapping[str, Tensor]
@@ -67,7 +68,7 @@ def _block(inputs: BlockInputs, key: Key) -> tuple[BlockOutput, str]:
     x = inputs.x.flatten(0, -2).clone()  # a real step's activations are the block's to overwrite
     ids = None if inputs.token_ids is None else inputs.token_ids.flatten()
     context = override_forward_context(create_forward_context(None, found.config))
-    with found.running(), context, models.refusals(), Tap(found.experts, inputs.routing) as tap:
+    with found.running(), context, refusals(), Tap(found.experts, inputs.routing) as tap:
         output = found(x, ids)
     _CACHED[key] = found  # one that broke off half-way is not run again
     if inputs.routing is not None and tap.seen is None:
@@ -165,7 +166,7 @@ def _built(key: Key) -> Block:
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
     found = loaded(json.loads(key.config), key.layer, key.dtype, key.tensors, platform=key.platform)
-    with found.running(), models.refusals():
+    with found.running(), refusals():
         process_weights_after_loading(found.root, found.config.model_config, torch.device("cpu"))
     return found
 

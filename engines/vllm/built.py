@@ -12,7 +12,6 @@ import inspect
 import itertools
 import math
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from moe_conformance.engine import MLPSpec
 from moe_conformance.engines.vllm import interpreted, runtime
+from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 
 Kernel = Literal["cpu", "triton", "fused_experts"]
@@ -352,39 +352,3 @@ def _supported(experts: Any, moe_config: Any) -> Any:
         if not fits:
             raise Unsupported(f"vLLM's {experts.__name__}: {reason}")
     return experts
-
-
-# Words of errors that refuse a form of call, among those of errors that check what was computed.
-_REFUSING = (
-    "is only implemented for",
-    "Unsupported FusedMoe activation",
-    "unsupported num_experts",
-    "range must be a power of 2",
-    " is not supported.",
-    'assert scoring_func == "softmax"',
-    'assert self.scoring_func == "softmax"',
-)
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Turn vLLM's own refusals into Unsupported, in its words: no kernel, no such shape, no such operator."""
-    try:
-        yield
-    except NotImplementedError as error:
-        raise Unsupported(f"vLLM: {error}") from error
-    except AttributeError as error:
-        if "_OpNamespace" not in str(error):
-            raise
-        raise Unsupported(f"vLLM: {error}") from error
-    except Exception as error:
-        said = str(error) or _asserted(error)
-        if not any(words in said for words in _REFUSING):
-            raise
-        raise Unsupported(f"vLLM: {said}") from error
-
-
-def _asserted(error: Exception) -> str:
-    """What an assertion without words asserts."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return last.line or "" if isinstance(error, AssertionError) else ""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_conformance.engine import ExpertsInputs, called_by_engine
 from moe_conformance.engines.vllm import built, interpreted, routing, runtime
+from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 
 # Columns that the kernel of identity experts writes at a time; it leaves out what does not fill so many.
@@ -130,7 +131,7 @@ def _by_function(inputs: ExpertsInputs) -> tuple[Tensor, str]:
     biases = (inputs.tensors.get(f"experts.b{first}"), inputs.tensors.get("experts.b2"))
     config = quantisation.biased_moe_quant_config(*biases) if inputs.mlp.bias else None
     settings = set_current_vllm_config(built.vllm_config(inputs.x.dtype))
-    with settings, interpreted.activations_of(inputs.mlp.width), built.refusals():
+    with settings, interpreted.activations_of(inputs.mlp.width), refusals():
         found = fused_experts(
             inputs.x.contiguous(),
             inputs.tensors[f"experts.w{first}"].contiguous(),

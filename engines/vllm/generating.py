@@ -26,7 +26,8 @@ def features() -> frozenset[str]:
         raise ImportError("vllm._C")
     returns_routes = "enable_return_routed_experts" in inspect.signature(EngineArgs).parameters
     types = {record.model_type for record in RECORDS.values()}
-    return frozenset({"step_tokens", "prefix_cache", *types, *(["routed_experts"] * returns_routes)})
+    schedules = {"step_tokens", "prefix_cache", "answers_each", "preemption", "withdrawn", "ranks", "bfloat16"}
+    return frozenset({*schedules, *types, *(["routed_experts"] * returns_routes)})
 
 
 class EngineFailed(Exception):
@@ -44,6 +45,7 @@ def generate(inputs: GenerateInputs) -> Generated:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "TORCHDYNAMO_DISABLE": "1",
             "VLLM_CACHE_ROOT": scratch,
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             # Its runner that returns routes wants Triton, which is interpreted then.
             "TRITON_INTERPRET": str(int(inputs.routed)),
         }

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import RouteInputs, Routing, RoutingSpec, called_by_engine
-from moe_conformance.engines.vllm import built, gemma4, interpreted, runtime
+from moe_conformance.engines.vllm import gemma4, interpreted, runtime
+from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 
 Platform = Literal["cpu", "gpu", "rocm"]
@@ -74,7 +75,7 @@ def _route(inputs: RouteInputs, platform: Platform) -> tuple[Routing, str]:
     if inputs.fused_shared is not None:
         asked |= _fused(inputs, platform)
     hidden = logits.new_zeros(len(logits), 1)
-    with routers_of(platform), built.refusals():
+    with routers_of(platform), refusals():
         if platform == "cpu" and (select := select_experts()) is not None:
             return _by_function(select, inputs, hidden, asked), f"{select.__module__}.select_experts"
         router = _made(asked, spec.top_k, logits.shape[-1])
@@ -330,7 +331,7 @@ def _by_inkling(inputs: RouteInputs) -> Routing:
         n_shared_experts=spec.shared_classes, bias=inputs.tensors.get("router.selection_bias"), route_scale=spec.scale,
         global_scale=inputs.tensors.get("router.global_scale"),
     )  # fmt: skip
-    with interpreted.library(), built.refusals():
+    with interpreted.library(), refusals():
         weights, ids = module.InklingGate.select_experts(gate, inputs.logits.float())
     slots = inputs.slots
     return Routing(ids[:, :slots], weights[:, :slots])
