@@ -52,19 +52,21 @@ class VLLM(Engine):
     _kernel = ""
 
     # Kernels of experts, the first that takes a call computes it; a subclass may judge the others.
-    kernels: tuple[Literal["cpu", "triton", "fused_experts"], ...] = ("cpu", "triton", "fused_experts")
-    # Platforms whose routers are asked, in this order.
-    platforms: tuple[Literal["cpu", "gpu", "rocm"], ...] = ("cpu", "gpu", "rocm")
+    kernels: tuple[Literal["native", "triton", "fused_experts"], ...] = ("native", "triton", "fused_experts")
+    # Whose routers are asked, in this order: the device's own, and on a CPU those of GPUs.
+    platforms: tuple[Literal["native", "gpu", "rocm"], ...] = ("native", "gpu", "rocm")
 
     @classmethod
     def environment(cls) -> Mapping[str, str]:
         """A small CPU cache, no network, no telemetry, few words. Set before vllm is imported.
 
-        Its Triton kernels are interpreted, and what torch would compile runs as it is, which computes the same.
+        On a CPU its Triton kernels are interpreted; what torch would compile runs as it is, which computes the same.
         """
+        from moe_conformance.engines.vllm import device
+
         return {
             "TORCHDYNAMO_DISABLE": "1",
-            "TRITON_INTERPRET": "1",
+            "TRITON_INTERPRET": str(int(device.interprets())),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error",
@@ -79,9 +81,9 @@ class VLLM(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        from moe_conformance.engines.vllm import runtime
+        from moe_conformance.engines.vllm import device, runtime
 
-        return EngineInfo(self.name, runtime.release(), "cpu")
+        return EngineInfo(self.name, runtime.release(), device.kind())
 
     @cached_property
     def _offered(self) -> Mapping[str, frozenset[str]]:

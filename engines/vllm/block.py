@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import BlockInputs, BlockOutput, Routing, Unsupported, called_by_engine, checkpoint_of
-from moe_conformance.engines.vllm import interpreted, models, routing, runtime
+from moe_conformance.engines.vllm import device, interpreted, models, routing, runtime
 from moe_conformance.engines.vllm.built import experts_of, scratch
 from moe_conformance.engines.vllm.decoder import Around, whole_layer
 from moe_conformance.engines.vllm.refusing import refusals
@@ -30,8 +30,8 @@ from moe_conformance.errors import CheckpointError, ConfigError
 
 Tensors = Mapping[str, Tensor]
 Platform = routing.Platform
-# Whose kernels and routers are asked, in this order.
-PLATFORMS: tuple[Platform, ...] = ("cpu", "gpu", "rocm")
+# Whose kernels and routers are asked, in this order: the device's own, and on a CPU those of GPUs.
+PLATFORMS: tuple[Platform, ...] = ("native", "gpu", "rocm")
 # What is over, compute_identity_kernel leaves out; every model that has such experts is a multiple of it wide.
 _IDENTITY_MULTIPLE = 256
 
@@ -49,7 +49,7 @@ def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
     """
     runtime.start()
     config, reasons = json.dumps(dict(inputs.config)), []
-    for platform in PLATFORMS:
+    for platform in PLATFORMS if device.is_cpu() else PLATFORMS[:1]:
         try:
             return _block(inputs, Key(config, inputs.layer, inputs.x.dtype, inputs.tensors, platform))
         except Unsupported as refusal:
@@ -75,7 +75,7 @@ def _block(inputs: BlockInputs, key: Key) -> tuple[BlockOutput, str]:
         raise Unsupported(f"block: {type(found.experts).__name__} asks no router in a place where a routing can be put")
     answer = BlockOutput(output.reshape(x.shape), None if inputs.routing else tap.seen)
     ran = kernel_of(found.experts)
-    return answer, f"{found.name}, {ran if key.platform == 'cpu' else interpreted.said(ran)}"
+    return answer, f"{found.name}, {ran if key.platform == 'native' else interpreted.said(ran)}"
 
 
 def kernel_of(experts: Any) -> str:
@@ -99,7 +99,7 @@ class Key:
         digest = hashlib.sha256()
         for name in sorted(tensors):
             digest.update(name.encode())
-            digest.update(tensors[name].detach().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensors[name].detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
         self.identity = (config, layer, dtype, platform, digest.hexdigest())
 
     def __eq__(self, other: object) -> bool:
@@ -167,14 +167,14 @@ def _built(key: Key) -> Block:
 
     found = loaded(json.loads(key.config), key.layer, key.dtype, key.tensors, platform=key.platform)
     with found.running(), refusals():
-        process_weights_after_loading(found.root, found.config.model_config, torch.device("cpu"))
+        process_weights_after_loading(found.root, found.config.model_config, torch.device(device.kind()))
     return found
 
 
 @contextmanager
 def _as_on(platform: Platform, dtype: torch.dtype) -> Iterator[None]:
     """Inside, blocks are made and run with the experts and routers that vLLM has there, as far as they run here."""
-    if platform == "cpu":
+    if platform == "native":
         yield
         return
     interpreted.require(dtype)
@@ -183,7 +183,7 @@ def _as_on(platform: Platform, dtype: torch.dtype) -> Iterator[None]:
 
 
 def loaded(
-    config: Any, number: int, dtype: torch.dtype, tensors: Tensors, runs: bool = True, platform: Platform = "cpu"
+    config: Any, number: int, dtype: torch.dtype, tensors: Tensors, runs: bool = True, platform: Platform = "native"
 ) -> Block:
     """The block of a layer with these tensors, as its loader leaves it. runs: as for models.build."""
     record, values = models.as_published(config)

@@ -1,7 +1,7 @@
 """vLLM's expert layer with an expert kernel of its own inside: built by its factory, filled, made ready, run.
 
-kernel: "cpu", what vLLM selects on a CPU; "triton", its Triton experts, interpreted ("fused_experts" is no layer:
-engines/vllm/experts.py). Where vLLM refuses a layer, its own words are the reason.
+kernel: "native", what vLLM selects on this device; "triton", its Triton experts, interpreted on a CPU ("fused_experts"
+is no layer: engines/vllm/experts.py). Where vLLM refuses a layer, its own words are the reason.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import MLPSpec
-from moe_conformance.engines.vllm import interpreted, runtime
+from moe_conformance.engines.vllm import device, interpreted, runtime
 from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 
-Kernel = Literal["cpu", "triton", "fused_experts"]
+Kernel = Literal["native", "triton", "fused_experts"]
 
 _PREFIXES = (f"model.layers.0.experts_{i}" for i in itertools.count())
 # Columns that vLLM's compiled CPU kernel takes; its runner pads x to the layer's width, whatever x has.
@@ -259,7 +259,7 @@ def _write_first(target: Tensor, source: Tensor, mlp: MLPSpec, interleaved: bool
 def _construct(layer: Layer, kernel: Kernel) -> Any:
     asked = words(layer.mlp)
     hidden, intermediate = layer.padded_hidden or layer.width, layer.padded_intermediate or layer.mlp.width
-    if kernel == "cpu" and hasattr(torch.ops._C, "prepack_moe_weight"):
+    if kernel == "native" and hasattr(torch.ops._C, "prepack_moe_weight"):
         hidden = -(-hidden // _CPU_MULTIPLE) * _CPU_MULTIPLE
         # It pads the width of experts itself, but for those of gpt-oss.
         if asked["activation"] == "swigluoai" and layer.tensor_parallel is None:
@@ -296,12 +296,12 @@ def experts_of(kernel: Kernel) -> Iterator[None]:
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
 
     select: Any = getattr(method, "select_unquantized_moe_backend", None)
-    if select is None:
+    if select is None or (kernel == "native" and not device.is_cpu()):
         yield
         return
     from vllm.model_executor.layers.fused_moe.oracle import unquantized
 
-    backend = getattr(unquantized.UnquantizedMoeBackend, kernel.upper())
+    backend = getattr(unquantized.UnquantizedMoeBackend, "CPU" if kernel == "native" else kernel.upper())
     try:
         found = unquantized.backend_to_kernel_cls(backend)
     except ValueError:  # a release whose CPU has no class of kernels

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import CodeType, SimpleNamespace
 from typing import Any
@@ -90,7 +90,7 @@ class Session:
         if rows.valid_rows is not None:
             rows = self._with_padding_counted(rows, len(ids))
         with self._begun_step(), self._forward(rows):
-            self._capturer.real.capture(layer_id, ids)
+            _captured(lambda given: self._capturer.real.capture(layer_id, given), ids)
 
     def _with_padding_counted(self, rows: Rows, given: int) -> Rows:
         """Rows as the runner says them: what pads a rank's batch to the size of a graph counts among its tokens."""
@@ -153,10 +153,23 @@ class Session:
         self._stack.close()
 
 
+def _captured(call: Callable[[Tensor], None], ids: Tensor) -> None:
+    """On a GPU, where decoding runs as CUDA graphs, the call is one, recorded with other ids than it replays."""
+    if not ids.is_cuda:
+        call(ids)
+        return
+    given = ids.clone().zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(given)
+    given.copy_(ids)
+    graph.replay()
+
+
 def _dp_metadata(counts: tuple[int, ...]) -> Any:
     from vllm.forward_context import DPMetadata
 
-    tokens = torch.tensor(counts, dtype=torch.int32)
+    tokens = torch.tensor(counts, dtype=torch.int32, device="cpu")
     offered = {"num_tokens_across_dp_cpu": tokens, "max_tokens_across_dp_cpu": tokens.max()}
     names = {item.name for item in dataclasses.fields(DPMetadata)}
     return DPMetadata(**{name: value for name, value in offered.items() if name in names})

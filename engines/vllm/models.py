@@ -18,6 +18,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import RECORDS, Unsupported
-from moe_conformance.engines.vllm import published, runtime
+from moe_conformance.engines.vllm import device, published, runtime
 from moe_conformance.engines.vllm.refusing import said
 
 # No config that is judged has fewer positions.
@@ -108,10 +109,15 @@ def current(config: Any, dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with set_current_vllm_config(config):
+        with set_current_vllm_config(config), _on_device():
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _on_device() -> AbstractContextManager[Any]:
+    """New tensors are on the GPU, as in vLLM's own worker; a CPU needs no word for it."""
+    return contextlib.nullcontext() if device.is_cpu() else torch.device(device.kind())
 
 
 def build(folder: Path, dtype: torch.dtype, runs: bool = True) -> Built:
@@ -122,7 +128,7 @@ def build(folder: Path, dtype: torch.dtype, runs: bool = True) -> Built:
     from vllm.model_executor.model_loader.utils import initialize_model
 
     config = engine_config(folder, str(dtype).removeprefix("torch."))
-    with (current if runs else runtime.building)(config, dtype), torch.device("cpu"), _beside_experts():
+    with (current if runs else runtime.building)(config, dtype), torch.device(device.kind()), _beside_experts():
         try:
             model = initialize_model(config)
         except Exception as error:

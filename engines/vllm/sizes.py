@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import CaptureShape
-from moe_conformance.engines.vllm import runtime
+from moe_conformance.engines.vllm import device, runtime
 from moe_conformance.errors import Unsupported
 
 
@@ -107,8 +107,8 @@ def capturer(vllm_config: Any, max_tokens: int, tp_rank: int = 0) -> Iterator[Ca
         return
     offered: dict[str, Any] = {
         "enable": True, "model_config": vllm_config.model_config, "num_fused_shared_experts": 0,
-        "max_num_batched_tokens": max_tokens, "max_model_len": max_tokens, "device": "cpu", "skip_host_cache": True,
-        "vllm_config": vllm_config,
+        "max_num_batched_tokens": max_tokens, "max_model_len": max_tokens, "device": device.kind(),
+        "skip_host_cache": True, "vllm_config": vllm_config,
     }  # fmt: skip
     build = getattr(cls, "create", cls)
     wanted = inspect.signature(build).parameters
