@@ -14,7 +14,8 @@ from typing import NoReturn
 
 import torch
 
-from moe_conformance.engine import RECORDS, Generated, GenerateInputs, called_by_engine
+from moe_conformance.engine import RECORDS, Generated, GenerateInputs, Unsupported, called_by_engine
+from moe_conformance.engines.vllm import device
 
 
 def features() -> frozenset[str]:
@@ -36,6 +37,8 @@ class EngineFailed(Exception):
 
 def generate(inputs: GenerateInputs) -> Generated:
     """Raises EngineFailed with what the engine raised, or how it died."""
+    if inputs.routed and inputs.answers_each > 1 and device.interprets():
+        raise Unsupported("vLLM draws several answers by a Triton kernel that Triton's interpreter does not take")
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch) / "question.json", Path(scratch) / "answer.json"
         question.write_text(json.dumps({**asdict(inputs), "folder": str(inputs.folder)}))
@@ -46,8 +49,10 @@ def generate(inputs: GenerateInputs) -> Generated:
             "TORCHDYNAMO_DISABLE": "1",
             "VLLM_CACHE_ROOT": scratch,
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # Ranks begin with what is here, the interpreted Triton among it.
+            "VLLM_WORKER_MULTIPROC_METHOD": "fork",
             # Its runner that returns routes wants Triton, which is interpreted then.
-            "TRITON_INTERPRET": str(int(inputs.routed)),
+            "TRITON_INTERPRET": str(int(inputs.routed and device.interprets())),
         }
         command = [sys.executable, "-P", "-m", "moe_conformance.engines.vllm.serving", str(question), str(answer)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")

@@ -37,10 +37,12 @@ def served(engine: Engine, case: Case) -> tuple[WholeModel, Generated]:
 
 
 def _of(model: WholeModel, requests: Sequence[int]) -> WholeModel:
-    prompts, tokens, routed = (
-        [entries[number] for number in requests] for entries in (model.prompts, model.tokens, model.routed)
+    return replace(
+        model,
+        prompts=[model.prompts[number] for number in requests],
+        tokens=[model.tokens[number] for number in requests],
+        routed=[model.routed[number] for number in requests],
     )
-    return replace(model, prompts=prompts, tokens=tokens, routed=routed)
 
 
 def _kept(answer: Generated, requests: Sequence[int], each: int) -> Generated:
