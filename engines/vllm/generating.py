@@ -37,8 +37,11 @@ class EngineFailed(Exception):
 
 def generate(inputs: GenerateInputs) -> Generated:
     """Raises EngineFailed with what the engine raised, or how it died."""
-    if inputs.routed and inputs.answers_each > 1 and device.interprets():
-        raise Unsupported("vLLM draws several answers by a Triton kernel that Triton's interpreter does not take")
+    if inputs.routed and device.interprets():
+        if inputs.answers_each > 1:
+            raise Unsupported("vLLM draws several answers by a Triton kernel that Triton's interpreter does not take")
+        if inputs.ranks > 1:
+            raise Unsupported("vLLM spawns its ranks for a CPU, where none has the Triton that returning routes takes")
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch) / "question.json", Path(scratch) / "answer.json"
         question.write_text(json.dumps({**asdict(inputs), "folder": str(inputs.folder)}))
@@ -49,8 +52,6 @@ def generate(inputs: GenerateInputs) -> Generated:
             "TORCHDYNAMO_DISABLE": "1",
             "VLLM_CACHE_ROOT": scratch,
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # Ranks begin with what is here, the interpreted Triton among it.
-            "VLLM_WORKER_MULTIPROC_METHOD": "fork",
             # Its runner that returns routes wants Triton, which is interpreted then.
             "TRITON_INTERPRET": str(int(inputs.routed and device.interprets())),
         }
