@@ -91,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     this = add("explain", explain, "Say what a case tries and why, without running it.")
     this.add_argument("case")
     this = add(
+        "new-engine",
+        new_engine,
+        "Write the package of an adapter. The stages named work as written, in plain torch; the others are stubs.",
+    )
+    this.add_argument("name", help="of the engine, such as my-engine")
+    this.add_argument("--stage", action="append", required=True, metavar="S", help="that is to work; repeatable")
+    this.add_argument("--into", type=Path, default=Path(), metavar="FOLDER", help="where its folder goes (here)")
+    this = add(
         "diff",
         diff,
         "Compare two runs, given as folders or verdicts.jsonl files. Exit code 1 if anything got worse.",
@@ -222,6 +230,14 @@ def explain(options: argparse.Namespace, _: list[str]) -> int:
     if case != options.case:
         print(f"{options.case} is {case} now")
     print(text(catalogue()[case], checks()[case]))
+    return 0
+
+
+def new_engine(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.starter.new_engine import new_engine as write
+
+    folder = write(options.name, options.stage, options.into)
+    print(f"{folder} is written; its README.md says what to do next.")
     return 0
 
 

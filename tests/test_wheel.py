@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_conformance.starter.stages import OFFERED
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -114,3 +116,21 @@ def test_a_fault_in_the_readmes_adapter_is_noticed(installed: dict[str, str], tm
     done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=installed, text=True, capture_output=True)
     assert done.returncode == 1
     assert "must be cut before" in done.stdout
+
+
+@pytest.mark.nightly
+def test_what_new_engine_writes_is_typed(installed: dict[str, str], tmp_path: Path) -> None:
+    """Against the installed package, whose types are seen there alone."""
+    stages = [f"--stage={stage}" for stage in OFFERED]
+    written = [sys.executable, "-m", "moe_conformance", "new-engine", "brand-new", *stages]
+    subprocess.run(written, cwd=tmp_path, env=installed, check=True)
+    folder = tmp_path / "brand-new-conformance"
+    mypy = [sys.executable, "-m", "mypy", "-p", "brand_new_conformance", "--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run(mypy, cwd=folder, env=installed, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    adapter = folder / "brand_new_conformance" / "adapter.py"
+    right = "def route(self, inputs: RouteInputs) -> Routing"
+    text = adapter.read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    adapter.write_text(text.replace(right, "def route(self, inputs: int) -> Routing"), encoding="utf-8")
+    assert subprocess.run(mypy, cwd=folder, env=installed, capture_output=True).returncode == 1
