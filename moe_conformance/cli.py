@@ -70,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
         "--class", action="append", default=[], metavar="SLUG", dest="classes", help="only this bug class"
     )
     this.add_argument("--case", action="append", default=[], metavar="ID", help="only this case, of any tier")
+    this.add_argument(
+        "--stage",
+        action="append",
+        default=[],
+        metavar="S",
+        help="only this stage; with --tier smoke, says its form first",
+    )
+    this.add_argument("--shard", metavar="N/M", help="only this part of the cases; `merge` joins the parts")
     this.add_argument("--tier", default="core", choices=["smoke", "core", "full", "gpu"], help="default: core")
     this.add_argument("--known", action="append", default=[], metavar="FILE", help="TOML file of known failures")
     this.add_argument("--out", metavar="FOLDER", help="write verdicts.jsonl, summary.md and junit.xml here")
@@ -90,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     this = add("explain", explain, "Say what a case tries and why, without running it.")
     this.add_argument("case")
+    this = add("merge", merge, "Join the results of all shards of a run. The exit code is that of the whole run.")
+    this.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="a folder of `run --shard N/M --out`")
+    this.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for verdicts.jsonl and summary.md")
     this = add(
         "new-engine",
         new_engine,
@@ -114,12 +125,19 @@ def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
     from moe_conformance.catalogue.aliases import current
     from moe_conformance.catalogue.case import catalogue
     from moe_conformance.catalogue.clauses import BUG_CLASSES
+    from moe_conformance.protocol.stages import STAGES
     from moe_conformance.running.discovery import resolve
 
     for name in options.engine:
         resolve(name)
     classes = current("class", options.classes, BUG_CLASSES, aliases.CLASSES)
     cases = current("case", options.case, catalogue(), aliases.CASES)
+
+    stages = current("stage", options.stage, STAGES)
+    if stages and options.tier == "smoke":  # as whoever writes a stage asks
+        from moe_conformance.protocol.form import form
+
+        print(form(stages), end="\n\n", flush=True)
 
     import pytest
 
@@ -131,10 +149,11 @@ def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
     alone = options.in_process or any(given.startswith("--pdb") for given in pytest_arguments)
     if not alone and not any(given.startswith(("-n", "--numprocesses")) for given in pytest_arguments):
         arguments += ["-n", "auto"]
-    listed = {"engine": options.engine, "class": classes, "case": cases, "known": options.known}
+    listed = {"engine": options.engine, "class": classes, "stage": stages, "case": cases, "known": options.known}
     arguments += [f"--moe-{name}={value}" for name, values in listed.items() for value in values]
     arguments += [f"--moe-tier={options.tier}", f"--moe-timeout={options.timeout}"]
-    for name, amount in (("engine-timeout", options.engine_timeout), ("memory", options.memory)):
+    optional = {"engine-timeout": options.engine_timeout, "memory": options.memory, "shard": options.shard}
+    for name, amount in optional.items():
         arguments += [f"--moe-{name}={amount}"] if amount is not None else []
     arguments += ["--moe-strict"] * options.strict + ["--moe-in-process"] * options.in_process
     if options.out is not None:
@@ -239,6 +258,12 @@ def new_engine(options: argparse.Namespace, _: list[str]) -> int:
     folder = write(options.name, options.stage, options.into)
     print(f"{folder} is written; its README.md says what to do next.")
     return 0
+
+
+def merge(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.running.merge import merge as join
+
+    return join(options.results, options.out)
 
 
 def diff(options: argparse.Namespace, _: list[str]) -> int:
