@@ -102,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     this.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="a folder of `run --shard N/M --out`")
     this.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for verdicts.jsonl and summary.md")
     this = add(
+        "annotate",
+        annotate,
+        "Write each distinct failure of a run as an annotation of GitHub Actions. Exit code 1 if the run is not whole.",
+    )
+    this.add_argument("results", type=Path, metavar="RESULTS", help="a folder of `run --out`, or its verdicts.jsonl")
+    this = add(
         "new-engine",
         new_engine,
         "Write the package of an adapter. The stages named work as written, in plain torch; the others are stubs.",
@@ -264,6 +270,20 @@ def merge(options: argparse.Namespace, _: list[str]) -> int:
     from moe_conformance.running.merge import merge as join
 
     return join(options.results, options.out)
+
+
+def annotate(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.reporting.stream import read
+    from moe_conformance.running.annotations import annotations, command
+
+    try:
+        results = read(options.results)
+    except UsageError as error:  # as where the run died, which a reader of the job must see, too
+        print(command("error", "moe-conformance", str(error)))
+        return 1
+    for line in annotations(results):
+        print(line)
+    return 0
 
 
 def diff(options: argparse.Namespace, _: list[str]) -> int:

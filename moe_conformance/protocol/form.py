@@ -46,9 +46,8 @@ def _types(annotations: str, told: set[str]) -> Iterator[str]:
             continue
         told.add(name)
         # A NamedTuple keeps its annotations as ForwardRef, a dataclass as text.
-        fields = {
-            field: getattr(what, "__forward_arg__", what) for field, what in inspect.get_annotations(kind).items()
-        }
+        found = inspect.get_annotations(kind).items()
+        fields = {field: str(getattr(what, "__forward_arg__", what)) for field, what in found}
         held = [f"{field}: {what}" for field, what in fields.items() if not what.startswith("ClassVar")]
         yield textwrap.indent(_wrapped(f"{name}({', '.join(held)})" if held else name), "  ")
         # dataclass writes a docstring where there is none, which says the fields again.

@@ -83,7 +83,7 @@ class Report:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             **run_facts(),
         }
-        self._write(**header | about)
+        self._write(**{**header, **about})
         if self.troubles:
             raise UsageError(self.troubles[0])
 
