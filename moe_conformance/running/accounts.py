@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Generator, Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,7 +143,12 @@ def unjudged(results: Iterable[Result], is_chosen: bool) -> list[str]:
 
 
 def _in_suites(nodeid: str, config: pytest.Config) -> bool:
-    return SUITES in (config.rootpath / nodeid.partition("::")[0]).resolve().parents
+    """Whether a node id is of our suites.
+
+    By --pyargs it begins at the suites' folder, not at pytest's root; that of a worker elsewhere at its own root.
+    """
+    path = Path(nodeid.partition("::")[0])
+    return SUITES in (config.rootpath / path).resolve().parents or SUITES.joinpath(*path.parts[-2:]).is_file()
 
 
 def _most(results: list[Result]) -> str:
