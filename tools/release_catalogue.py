@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,19 @@ def text(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the file is not today's")
-    wanted = text(today())
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where it, or CHANGELOG.md, is not of today"
+    )
+    wanted, version = text(today()), moe_conformance.__version__
     if parser.parse_args().check:
+        head = (FILE.parent.parent / "CHANGELOG.md").read_text(encoding="utf-8").partition("\n## ")[2].splitlines()[0]
+        if not re.fullmatch(re.escape(version) + r" \(\d{4}-\d\d-\d\d\)", head):
+            sys.exit(f"CHANGELOG.md: got {head!r} first, want {version} and the day of its release")
         if FILE.read_text(encoding="utf-8") != wanted:
-            sys.exit(f"{FILE}: is not the catalogue of {moe_conformance.__version__}; run tools/release_catalogue.py")
+            sys.exit(f"{FILE}: is not the catalogue of {version}; run tools/release_catalogue.py")
         return
     FILE.write_text(wanted, encoding="utf-8")
-    print(f"{FILE}: {len(today()['cases'])} cases of {moe_conformance.__version__}")
+    print(f"{FILE}: {len(today()['cases'])} cases of {version}")
 
 
 if __name__ == "__main__":
