@@ -274,14 +274,14 @@ def merge(options: argparse.Namespace, _: list[str]) -> int:
 
 def annotate(options: argparse.Namespace, _: list[str]) -> int:
     from moe_conformance.reporting.stream import read
-    from moe_conformance.running.annotations import annotations, command
+    from moe_conformance.running.annotations import annotated, command
 
     try:
         results = read(options.results)
     except UsageError as error:  # as where the run died, which a reader of the job must see, too
         print(command("error", "moe-conformance", str(error)))
         return 1
-    for line in annotations(results):
+    for line in annotated(results):
         print(line)
     return 0
 

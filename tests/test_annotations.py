@@ -7,7 +7,7 @@ from pathlib import Path
 from test_cli import invoke, stream
 
 from moe_conformance.judging.verdict import Result, Verdict
-from moe_conformance.running.annotations import annotations, distinct
+from moe_conformance.running.annotations import annotated, distinct
 
 
 def result(
@@ -31,13 +31,11 @@ def test_failures_that_differ_in_numbers_are_one() -> None:
 
 def test_what_is_as_it_should_be_is_not_annotated() -> None:
     good = (Verdict.PASS, Verdict.UNSUPPORTED, Verdict.KNOWN_FAILURE)
-    assert list(annotations(result("a", "said", verdict) for verdict in good)) == []
+    assert list(annotated(result("a", "said", verdict) for verdict in good)) == []
 
 
 def test_a_broken_should_is_a_warning_behind_the_errors() -> None:
-    lines = list(
-        annotations([result("a", "said", Verdict.BROKEN_SHOULD), result("b", "said", Verdict.UNEXPECTED_PASS)])
-    )
+    lines = list(annotated([result("a", "said", Verdict.BROKEN_SHOULD), result("b", "said", Verdict.UNEXPECTED_PASS)]))
     assert lines == [
         "::error title=unexpected_pass%3A e%3A a check::b%0Asaid",
         "::warning title=broken_should%3A e%3A a check::a%0Asaid",
@@ -45,16 +43,16 @@ def test_a_broken_should_is_a_warning_behind_the_errors() -> None:
 
 
 def test_a_message_is_one_line_and_no_command() -> None:
-    (line,) = annotations([result("a", "a check\n::add-mask::x\r\n100%" + "<b>" * 10**6, engine="e,f")])
+    (line,) = annotated([result("a", "a check\n::add-mask::x\r\n100%" + "<b>" * 10**6, engine="e,f")])
     assert "\n" not in line and "\r" not in line and len(line) < 3000
     assert line.startswith("::error title=fail%3A e%2Cf%3A a check::a%0Aa check%0A::add-mask::x%0D%0A100%25<b>")
 
 
 def test_the_last_of_many_counts_the_rest() -> None:
     many = [result("a", f"reason {letter}") for letter in "abcdefghijkl"]
-    lines = list(annotations(many))
+    lines = list(annotated(many))
     assert len(lines) == 10 and "and 3 more distinct failures" in lines[-1]
-    assert len(list(annotations(many[:10]))) == 10 and "more distinct" not in list(annotations(many[:10]))[-1]
+    assert len(list(annotated(many[:10]))) == 10 and "more distinct" not in list(annotated(many[:10]))[-1]
 
 
 def test_a_run_that_died_is_annotated(tmp_path: Path) -> None:

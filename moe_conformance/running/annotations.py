@@ -32,7 +32,7 @@ def _reason(result: Result) -> str:
     return _NUMBER.sub("#", first)
 
 
-def annotations(results: Iterable[Result]) -> Iterator[str]:
+def annotated(results: Iterable[Result]) -> Iterator[str]:
     """A line for each distinct failure: an error, or a warning for a broken SHOULD; many end in a count."""
     kinds: dict[str, list[list[Result]]] = {"error": [], "warning": []}
     for alike in distinct(results):
