@@ -70,6 +70,13 @@ def test_a_shard_without_a_case_is_a_run_without_a_fault(tmp_path: Path) -> None
     assert codes == [0, 0]
 
 
+def test_a_shard_of_which_nothing_was_judged_is_for_merge_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent)  # where the engine is imported from
+    options = ["--engine", "fake_engines:NothingToday", "--case", "align-e60-k6", "-n", "0"]
+    assert invoke("run", *options)[0] == 1
+    assert invoke("run", *options, "--shard", "1/1")[0] == 0
+
+
 HEADER = {
     "kind": "header",
     "suite": "1",
