@@ -88,6 +88,17 @@ def test_the_wheel_has_every_module_of_every_package(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} - here == set()
 
 
+def test_the_wheel_has_every_file_that_is_read(wheel: Path) -> None:
+    """Goldens, templates, durations, pytest.ini: all that lies in a package's folder and is no module."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for package, folder in settings["package-dir"].items():
+        listed = ["git", "ls-files", "-z", "--", folder]
+        files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        data = {Path(name).relative_to(folder) for name in files if name and not name.endswith((".py", ".md"))}
+        assert {f"{package.replace('.', '/')}/{name.as_posix()}" for name in data} - names == set()
+
+
 @pytest.mark.nightly
 def test_the_wheel_judges_the_reference_by_name_of_its_package(installed: dict[str, str], tmp_path: Path) -> None:
     command = ["-m", "pytest", "--pyargs", "moe_conformance.suites", "--moe-engine", "reference", "--moe-tier", "smoke"]
