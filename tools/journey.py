@@ -58,7 +58,8 @@ class Journey:
         absent = [word for word in words if word not in done.stdout]
         if done.returncode != code or absent:
             print(done.stdout[-8000:])
-            sys.exit(f"journey: {name}: got exit code {done.returncode} and no {absent}, want {code}; see above")
+            without = f" without {', '.join(map(repr, absent))}" if absent else ""
+            sys.exit(f"journey: {name}: got exit code {done.returncode}{without}, want {code}; its output is above")
         return done.stdout
 
     def pins(self) -> list[str]:
