@@ -70,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
         "--class", action="append", default=[], metavar="SLUG", dest="classes", help="only this bug class"
     )
     this.add_argument("--case", action="append", default=[], metavar="ID", help="only this case, of any tier")
+    this.add_argument(
+        "--stage",
+        action="append",
+        default=[],
+        metavar="S",
+        help="only this stage; with --tier smoke, says its form first",
+    )
+    this.add_argument("--shard", metavar="N/M", help="only this part of the cases; `merge` joins the parts")
     this.add_argument("--tier", default="core", choices=["smoke", "core", "full", "gpu"], help="default: core")
     this.add_argument("--known", action="append", default=[], metavar="FILE", help="TOML file of known failures")
     this.add_argument("--out", metavar="FOLDER", help="write verdicts.jsonl, summary.md and junit.xml here")
@@ -90,6 +98,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     this = add("explain", explain, "Say what a case tries and why, without running it.")
     this.add_argument("case")
+    this = add("merge", merge, "Join the results of all shards of a run. The exit code is that of the whole run.")
+    this.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="a folder of `run --shard N/M --out`")
+    this.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for verdicts.jsonl and summary.md")
+    this = add(
+        "annotate",
+        annotate,
+        "Write each distinct failure of a run as an annotation of GitHub Actions. Exit code 1 if the run is not whole.",
+    )
+    this.add_argument("results", type=Path, metavar="RESULTS", help="a folder of `run --out`, or its verdicts.jsonl")
+    this = add(
+        "new-engine",
+        new_engine,
+        "Write the package of an adapter. The stages named work as written, in plain torch; the others are stubs.",
+    )
+    this.add_argument("name", help="of the engine, such as my-engine")
+    this.add_argument("--stage", action="append", required=True, metavar="S", help="that is to work; repeatable")
+    this.add_argument("--into", type=Path, default=Path(), metavar="FOLDER", help="where its folder goes (here)")
     this = add(
         "diff",
         diff,
@@ -106,12 +131,19 @@ def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
     from moe_conformance.catalogue.aliases import current
     from moe_conformance.catalogue.case import catalogue
     from moe_conformance.catalogue.clauses import BUG_CLASSES
+    from moe_conformance.protocol.stages import STAGES
     from moe_conformance.running.discovery import resolve
 
     for name in options.engine:
         resolve(name)
     classes = current("class", options.classes, BUG_CLASSES, aliases.CLASSES)
     cases = current("case", options.case, catalogue(), aliases.CASES)
+
+    stages = current("stage", options.stage, STAGES)
+    if stages and options.tier == "smoke":  # as whoever writes a stage asks
+        from moe_conformance.protocol.form import form
+
+        print(form(stages), end="\n\n", flush=True)
 
     import pytest
 
@@ -123,10 +155,11 @@ def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
     alone = options.in_process or any(given.startswith("--pdb") for given in pytest_arguments)
     if not alone and not any(given.startswith(("-n", "--numprocesses")) for given in pytest_arguments):
         arguments += ["-n", "auto"]
-    listed = {"engine": options.engine, "class": classes, "case": cases, "known": options.known}
+    listed = {"engine": options.engine, "class": classes, "stage": stages, "case": cases, "known": options.known}
     arguments += [f"--moe-{name}={value}" for name, values in listed.items() for value in values]
     arguments += [f"--moe-tier={options.tier}", f"--moe-timeout={options.timeout}"]
-    for name, amount in (("engine-timeout", options.engine_timeout), ("memory", options.memory)):
+    optional = {"engine-timeout": options.engine_timeout, "memory": options.memory, "shard": options.shard}
+    for name, amount in optional.items():
         arguments += [f"--moe-{name}={amount}"] if amount is not None else []
     arguments += ["--moe-strict"] * options.strict + ["--moe-in-process"] * options.in_process
     if options.out is not None:
@@ -222,6 +255,34 @@ def explain(options: argparse.Namespace, _: list[str]) -> int:
     if case != options.case:
         print(f"{options.case} is {case} now")
     print(text(catalogue()[case], checks()[case]))
+    return 0
+
+
+def new_engine(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.starter.new_engine import new_engine as write
+
+    folder = write(options.name, options.stage, options.into)
+    print(f"{folder} is written; its README.md says what to do next.")
+    return 0
+
+
+def merge(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.running.merge import merge as join
+
+    return join(options.results, options.out)
+
+
+def annotate(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.reporting.stream import read
+    from moe_conformance.running.annotations import annotated, command
+
+    try:
+        results = read(options.results)
+    except UsageError as error:  # as where the run died, which a reader of the job must see, too
+        print(command("error", "moe-conformance", str(error)))
+        return 1
+    for line in annotated(results):
+        print(line)
     return 0
 
 

@@ -56,6 +56,23 @@ def test_what_another_plugin_skips_was_not_judged_and_is_an_error(tmp_path: Path
 
 
 @pytest.mark.nightly
+def test_what_a_worker_skips_is_an_error_of_a_run_by_the_packages_name(tmp_path: Path) -> None:
+    """From another folder: the workers' node ids begin at the suites' folder, wherever pytest's root is."""
+    (tmp_path / "other_plugin.py").write_text(
+        f"import pytest\ndef pytest_runtest_setup(item):\n    {OF_ONE} pytest.skip('flaky')"
+    )
+    options = ["--moe-engine", "reference", *(f"--moe-case={case}" for case in CASES), "-k", "padding_never", "-n", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--pyargs", "moe_conformance.suites", "-p", "other_plugin", *options],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name[:6] != "PYTEST"} | {"PYTHONPATH": str(tmp_path)},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 1 and "reference  2/3, 1 error" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.nightly
 def test_what_another_plugin_breaks_is_an_error_of_its_case(tmp_path: Path) -> None:
     done = run(tmp_path, f"def pytest_runtest_setup(item):\n    {OF_ONE} raise OSError('no disk')", "--in-process")
     assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent"))

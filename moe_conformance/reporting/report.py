@@ -45,7 +45,15 @@ def run_facts() -> dict[str, Any]:
 class Report:
     """Gathers results on the controller and writes them as they come."""
 
-    def __init__(self, config: pytest.Config, targets: Sequence[Target], away: Mapping[str, str], cases: int) -> None:
+    def __init__(
+        self,
+        config: pytest.Config,
+        targets: Sequence[Target],
+        away: Mapping[str, str],
+        cases: int,
+        about: Mapping[str, Any],
+    ) -> None:
+        """about: more for the header, or other values for what stands in it."""
         self.targets = [target.name for target in targets]
         self.away = away
         self.cases = cases
@@ -64,17 +72,18 @@ class Report:
                 self._stream = (self.folder / "verdicts.jsonl").open("w", encoding="utf-8")
             except OSError as error:
                 raise UsageError(f"--out: cannot write to {self.folder}: {error}") from error
-        self._write(
-            kind="header",
-            suite=__version__,
-            protocol=PROTOCOL_VERSION,
-            engines=self.targets,
-            cases=cases,
-            in_process=self.in_process,
-            strict=self.strict,
-            started=datetime.now(UTC).isoformat(timespec="seconds"),
+        header = {
+            "kind": "header",
+            "suite": __version__,
+            "protocol": PROTOCOL_VERSION,
+            "engines": self.targets,
+            "cases": cases,
+            "in_process": self.in_process,
+            "strict": self.strict,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             **run_facts(),
-        )
+        }
+        self._write(**{**header, **about})
         if self.troubles:
             raise UsageError(self.troubles[0])
 
@@ -113,7 +122,8 @@ class Report:
     def finish(self, terminal: pytest.TerminalReporter, exitstatus: int, deselected: int) -> None:
         """Write the footer and files, and print the table. Runs last, whatever happened before."""
         counts = Counter(str(result.verdict) for result in self.results)
-        self._write(kind="footer", exit=int(exitstatus), results=len(self.results), counts=dict(counts))
+        footer = {"exit": int(exitstatus), "results": len(self.results), "counts": dict(counts)}
+        self._write(kind="footer", **footer, deselected=deselected)
         rows = table(self.results, self.targets)
         below = [_not_run(self.results, deselected), *_marks(self.in_process, self.strict), *strangers()]
         terminal.section("conformance", sep="=")
