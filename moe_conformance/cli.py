@@ -131,9 +131,13 @@ def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
     arguments += ["--moe-strict"] * options.strict + ["--moe-in-process"] * options.in_process
     if options.out is not None:
         arguments += [f"--moe-out={options.out}", f"--junitxml={Path(options.out) / 'junit.xml'}"]
+    if not alone and not any(given.startswith("--tb") for given in pytest_arguments):
+        arguments.append("--tb=no")  # the report tells each distinct fault once
+    from moe_conformance.running.progress import Progress
+
     witness = _Witness()
     try:
-        code = int(pytest.main([*arguments, *pytest_arguments], plugins=[witness]))
+        code = int(pytest.main([*arguments, *pytest_arguments], plugins=[witness, Progress()]))
     except KeyboardInterrupt:  # a second Ctrl-C, while pytest was at the end that the first one asked for
         return 130
     except SystemExit as error:  # of somebody's plug-in
