@@ -97,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     this.add_argument("before", type=Path)
     this.add_argument("after", type=Path)
+    this = add(
+        "report",
+        report,
+        "Make runs a page of one HTML file, given as folders, folders of folders, or verdicts.jsonl files.",
+    )
+    this.add_argument("results", type=Path, nargs="+")
+    this.add_argument("--html", type=Path, metavar="FILE", help="the page: no network is needed to read it")
+    this.add_argument("--badge", type=Path, metavar="FILE.svg", help="an image that says how many MUSTs hold")
     return parser
 
 
@@ -238,6 +246,21 @@ def diff(options: argparse.Namespace, _: list[str]) -> int:
     worse = sum(change.is_worse for change in changes)
     print(f"{len(changes)} changed, {worse} worse")
     return int(worse > 0)
+
+
+def report(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.reporting.page import write
+    from moe_conformance.reporting.runs import gather
+
+    if not (options.html or options.badge):
+        raise UsageError("report: got no --html and no --badge, want one of them, or both")
+    runs = gather(options.results)
+    for found in runs:
+        for trouble in found.troubles:
+            print(f"{found.name}: {trouble}", file=sys.stderr)
+    for line in write(runs, options.html, options.badge):
+        print(line)
+    return 0
 
 
 if __name__ == "__main__":

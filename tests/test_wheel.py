@@ -57,6 +57,8 @@ def test_the_wheel_installs_nothing_but_its_namespace(wheel: Path) -> None:
     assert "moe_conformance/py.typed" in names
     assert any(name.startswith("moe_conformance/golden/closure-capture/") for name in names)
     assert "moe_conformance/kernels/tuned/Some_GPU.json" in names
+    templates = {file.name for file in (ROOT / "moe_conformance" / "reporting" / "templates").iterdir()}
+    assert templates == {name.rpartition("/")[2] for name in names if "/reporting/templates/" in name} != set()
 
 
 def packages_of_the_tree() -> dict[str, Path]:

@@ -131,7 +131,8 @@ def _blocks(table: Table, columns: list[str]) -> Iterator[str]:
     heads = {column: _cut(column, WIDTH - first - 2) for column in columns}
     widths = {column: max(len(heads[column]), *(len(row[column]) for row in table.rows.values())) for column in columns}
     while columns:
-        used, taken = first, []
+        used = first
+        taken: list[str] = []
         while columns and (not taken or used + 2 + widths[columns[0]] <= WIDTH):
             used += 2 + widths[columns[0]]
             taken.append(columns.pop(0))

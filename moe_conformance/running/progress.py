@@ -102,6 +102,7 @@ class Progress:
 
     def _places(self) -> list[str]:
         """Engine and stage of what is under way: a line of as many as there are workers."""
+        assert self.session is not None
         engines = sorted((target.name for target in self.session.targets), key=len, reverse=True)
         found: dict[str, None] = {}
         for nodeid in self.running:
