@@ -60,7 +60,9 @@ def test_the_same_table_as_text_and_as_markdown() -> None:
 
 
 def fault(number: int, case: str = CASE, verdict: Verdict = Verdict.FAIL) -> Result:
-    return result(verdict, f"padding stays out\nrow [{number}]: got {number}, want 'x{number}'{ABOUT}", case=case)
+    return result(
+        verdict, f"padding stays out\nrow {[number] * int(number)}: got {number}, want 'x{number}'{ABOUT}", case=case
+    )
 
 
 def test_failures_that_differ_in_numbers_alone_are_one_fault() -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,10 +20,10 @@ from moe_conformance.judging.plain import fence, plain
 from moe_conformance.judging.verdict import Result, Verdict
 from moe_conformance.model.families.installed import installed
 from moe_conformance.protocol.stages import PROTOCOL_VERSION
+from moe_conformance.reporting.facts import run_facts
 from moe_conformance.reporting.faults import Fault, faults, told
 from moe_conformance.reporting.refusals import listed
 from moe_conformance.reporting.tables import Columns, as_markdown, as_text
-from moe_conformance.running.devices import gpu_count
 from moe_conformance.running.discovery import Target
 
 IN_PROCESS = "in process: checks ran in pytest's own process, where a crash or a hang is no verdict"
@@ -33,17 +31,6 @@ IN_PROCESS = "in process: checks ran in pytest's own process, where a crash or a
 REASONS_SHOWN = 8
 # Cases that summary.md names behind one fault.
 CASES_LISTED = 20
-
-
-def run_facts() -> dict[str, Any]:
-    """Where a run happens, found without importing anything heavy."""
-    packages: dict[str, str | None] = {}
-    for name in ("torch", "triton", "transformers", "safetensors", "pytest"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {"python": platform.python_version(), "platform": platform.platform(), "gpus": gpu_count(), **packages}
 
 
 class Report:
