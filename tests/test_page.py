@@ -218,7 +218,7 @@ def test_markup_in_a_message_is_text(browser: Browser) -> None:
 def test_the_difference_of_two_runs_is_that_of_diff(browser: Browser, folders: tuple[Path, Path]) -> None:
     browser.open("from=before&to=after")
     want = [
-        f"{'▼ worse' if change.is_worse else '▲'} {change.before or 'absent'} → {change.after or 'absent'}".replace(
+        f"{'▼ worse:' if change.is_worse else '▲'} {change.before or 'absent'} → {change.after or 'absent'}".replace(
             "_", " "
         )
         for change in compare(*folders)

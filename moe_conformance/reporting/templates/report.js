@@ -200,10 +200,12 @@ function resultList(asked, passes) {
   const [from, to] = [asked.get("from"), asked.get("to")];
   if (from && to) {
     found = difference(from, to, passes);
+    $("results").className = "changes";
     const worse = found.filter((change) => change.isWorse).length;
     $("h-results").textContent = `From ${from} to ${to}: ${found.length} changed, ${worse} worse`;
   } else {
     found = [];
+    $("results").className = "";
     for (let row = 0; row < rows.case.length; row++) if (passes(row)) found.push({ row });
     const badness = (change) => verdictOf(change.row).badness;
     found.sort((one, other) => badness(other) - badness(one));
@@ -216,7 +218,7 @@ function listResults(from) {
   const items = found.slice(from, shown).map(({ row, old, now, isWorse }) => {
     const verdict = verdictOf(row);
     const change = `${old ? old.name : "absent"} → ${now ? now.name : "absent"}`.replaceAll("_", " ");
-    const mark = isWorse === undefined ? words(verdict) : `${isWorse ? "▼ worse" : "▲"} ${change}`;
+    const mark = isWorse === undefined ? words(verdict) : `${isWorse ? "▼ worse:" : "▲"} ${change}`;
     const colour = isWorse === undefined ? tone(verdict) : isWorse ? "bad" : "good";
     return element("li", {}, element("a", { href: address({ open: nameOf(row) }) },
       element("span", { class: `badge ${colour}`, title: mark }, mark), element("span", {}, data.columns[rows.column[row]].label),
@@ -299,7 +301,7 @@ function chips(columns, asked) {
 function keys(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || $("case").open) return;
   if (/INPUT|SELECT/.test(event.target.tagName)) return;
-  if (event.key === "/") { event.preventDefault(); document.forms[0].q.focus(); }
+  if (event.key === "/") { event.preventDefault(); document.querySelector(".filterbox").open = true; document.forms[0].q.focus(); }
   const step = { j: 1, ArrowDown: 1, k: -1, ArrowUp: -1 }[event.key];
   const links = [...$("results").querySelectorAll("a")], place = links.indexOf(document.activeElement);
   if (step && (place >= 0 || event.key.length === 1)) { event.preventDefault(); links[Math.max(0, Math.min(links.length - 1, place + step))]?.focus(); }
@@ -327,6 +329,8 @@ async function start() {
   await pause();
   rows = data.rows;
   fillForm();
+  // On a phone the table comes first; wider, the filters are always there.
+  document.querySelector(".filterbox").open = !matchMedia("(max-width: 46rem)").matches;
   $("more").addEventListener("click", () => { const from = shown; shown += PAGE; listResults(from); });
   $("more-faults").addEventListener("click", () => { shownFaults += PAGE; faultList(filter(state())); });
   $("case").addEventListener("close", () => {
