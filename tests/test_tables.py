@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
+import pytest
+
 from moe_conformance.catalogue.clauses import Level
 from moe_conformance.judging.verdict import Result, Verdict
-from moe_conformance.reporting.faults import LINES, SHOWN, command, faults, own_words, told
+from moe_conformance.reporting.faults import LINES, SHOWN, command, distinct, faults, own_words, told
 from moe_conformance.reporting.tables import WIDTH, Table, as_markdown, as_text, cells, tables
 
 CASE = "layer-tiny-plain"
@@ -79,6 +83,13 @@ def test_failures_that_differ_in_numbers_alone_are_one_fault() -> None:
     ]
 
 
+@pytest.mark.parametrize("unit", ["[", "(", "a", "'", '"', ".", "1", "a.", "-", "[1"])
+def test_no_message_takes_long_to_tell_from_others(unit: str) -> None:
+    started = time.perf_counter()
+    distinct(unit * 1_000_000)
+    assert time.perf_counter() - started < 3
+
+
 def test_what_fails_a_run_is_told_before_a_broken_should() -> None:
     found = faults({"mine": [fault(1, verdict=Verdict.BROKEN_SHOULD), fault(1)]})
     assert [each.verdict for each in found] == [Verdict.FAIL, Verdict.BROKEN_SHOULD]
@@ -98,11 +109,15 @@ def test_a_fault_is_told_with_its_cases_its_clause_and_the_command_that_reruns_i
 
 
 def test_long_messages_and_many_faults_are_folded() -> None:
-    long = result(Verdict.FAIL, "padding stays out\n" + "word " * 10_000 + "\nline" * 50 + ABOUT)
+    long = result(Verdict.FAIL, "padding stays out\n" + "word " * 10_000 + "\nline" * 49 + "\nlast" + ABOUT)
     others = [result(Verdict.FAIL, f"padding stays out\n{'a' * number}{ABOUT}") for number in range(1, SHOWN + 3)]
     lines = list(told(faults({"mine": [long, *others]})))
     assert max(map(len, lines)) < 320
-    assert f"     ... {51 - LINES} more lines" in lines
+    message = lines[3 : 3 + LINES + 1]
+    assert message[0].startswith("     word word ") and "..." in message[0]
+    assert message[1:] == ["     line"] * 2 + [f"     ... {51 - LINES} lines left out ..."] + ["     line"] * 2 + [
+        "     last"
+    ]
     assert lines[-1] == "and 3 more distinct faults, 3 results"
 
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from moe_conformance.catalogue.case import catalogue
 from moe_conformance.judging.verdict import Result, Verdict
 from moe_conformance.reporting.explain import rerun
-from moe_conformance.reporting.tables import Columns
+from moe_conformance.reporting.tables import Columns, cut
 
 # Where the part of a message ends that is said of this result alone: reporting/explain.py, failure().
 _ABOUT = "\nstage:    "
 _RERUN = re.compile(r"\nrerun:    (moe-conformance run --engine [\w.:+-]+ --case [a-z0-9-]+)$")
+# \b: a word without a dot is looked at once, and not from each of its letters.
+_VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\b\w+(?:\.\w+)+|[-+]?\d[\d.e+-]*")
 # In the terminal: lines of a message, characters of a line, faults. summary.md and the report have more.
 LINES, LONG, SHOWN = 6, 300, 20
 
@@ -73,8 +75,13 @@ def _in_a_line(message: str) -> str:
 
 
 def distinct(message: str) -> str:
-    """The words of a message without lists, quoted and dotted names, and numbers."""
-    return re.sub(r"\[.*\]|\(.*\)|'[^']*'|\"[^\"]*\"|\w+(\.\w+)+|[-+]?\d[\d.e+-]*", "#", _in_a_line(message))
+    """The words of a message without lists, quoted and dotted names, and numbers; in time linear in its length."""
+    text = _in_a_line(message)
+    for first, last in ("[]", "()"):
+        start, end = text.find(first), text.rfind(last)
+        if -1 < start < end:
+            text = f"{text[:start]}#{text[end + 1 :]}"
+    return _VARIES.sub("#", text)
 
 
 def command(result: Result) -> str:
@@ -93,9 +100,9 @@ def told(found: list[Fault]) -> Iterator[str]:
         yield f"{number}. {fault.title}"
         yield f"   {cases} case{'s' * (cases > 1)} of {', '.join(fault.columns)}; of {fault.first.case}:"
         lines = [line for line in own_words(fault.first.message).splitlines() if line.strip()]
-        yield from (f"     {line if len(line) <= LONG else f'{line[:LONG]}...'}" for line in lines[:LINES])
-        if len(lines) > LINES:
-            yield f"     ... {len(lines) - LINES} more lines"
+        if len(lines) > LINES:  # of a traceback, what matters most comes last
+            lines[LINES // 2 : -LINES // 2] = [f"... {len(lines) - LINES} lines left out ..."]
+        yield from (f"     {cut(line, LONG)}" for line in lines)
         if case := catalogue().get(fault.first.case):
             yield f"   {fault.first.level}: {case.contract.text}"
             if case.contract.upstream:

@@ -128,7 +128,7 @@ def as_markdown(columns: Columns) -> Iterator[str]:
 
 def _blocks(table: Table, columns: list[str]) -> Iterator[str]:
     first = max(map(len, (table.title, *table.rows)))
-    heads = {column: _cut(column, WIDTH - first - 2) for column in columns}
+    heads = {column: cut(column, WIDTH - first - 2) for column in columns}
     widths = {column: max(len(heads[column]), *(len(row[column]) for row in table.rows.values())) for column in columns}
     while columns:
         used = first
@@ -142,10 +142,10 @@ def _blocks(table: Table, columns: list[str]) -> Iterator[str]:
             yield _line(name, {column: row[column] or "-" for column in taken}, first, widths)
 
 
-def _cut(name: str, most: int) -> str:
-    """A name with its middle left out where it is longer."""
+def cut(text: str, most: int) -> str:
+    """The text, with its middle left out where it is longer than `most`."""
     half = (most - 3) // 2
-    return name if len(name) <= most else f"{name[:half]}...{name[-half:]}"
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def _line(name: str, row: Mapping[str, str], first: int, widths: Mapping[str, int]) -> str:
