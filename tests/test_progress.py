@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from moe_conformance.running.progress import Progress
 
 COMMAND = [sys.executable, "-m", "moe_conformance.cli", "run", "--engine", "reference", "--in-process"]
@@ -43,6 +45,7 @@ def test_a_terminal_is_told_engine_stage_and_how_far_and_a_pipe_nothing(tmp_path
     assert re.match(r"\n*=+ conformance =", piped.stdout), piped.stdout
 
 
+@pytest.mark.nightly
 def test_with_v_the_words_are_pytests(tmp_path: Path) -> None:
     assert "  50%  " not in in_a_terminal(tmp_path, "-v", "-v")
 

@@ -218,7 +218,7 @@ def _data(runs: Sequence[Run], shown: Sequence[Column], found: Sequence[Fault]) 
         "order": list(BUG_CLASSES),
         "cases": [_case(*known, clauses) for known in cases.all()],
         "checks": [check.replace("_", " ") for check in checks.all()],
-        "faults": [fault.title for fault in found],
+        "faults": [f"{fault.bug_class}: {fault.check.replace('_', ' ')}" for fault in found],
         "rows": rows,
     }
     data["clauses"] = [_clause(name) for name in clauses.all()]

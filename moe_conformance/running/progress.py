@@ -60,7 +60,7 @@ class Progress:
         # Imported by now; earlier it would be before pytest rewrites the asserts of plug-ins that it imports.
         from moe_conformance.running.session import PROPERTY
 
-        if report.when == "call":
+        if self.is_shown and report.when == "call":
             self.failed += sum(_is_bad(str(told)) for name, told in report.user_properties if name == PROPERTY)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
