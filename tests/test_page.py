@@ -28,7 +28,7 @@ DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no Chromium: apt-get install chromium chromium-driver"
 )
-CASES = ("layer-tiny-plain", "layer-tiny-latent", "layer-tiny-shared-padded-hidden")
+CASES = ("layer-tiny-plain", "layer-tiny-latent", "layer-tiny-shared-padded-hidden", "layer-tiny-padded-hidden")
 EVIL = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script> got 1, want 2"
 # Longest task of the page's script, in milliseconds, that nobody takes for a frozen window.
 FROZEN = 1000
@@ -46,12 +46,14 @@ def before_and_after(folder: Path) -> tuple[Path, Path]:
         result(CASES[0], Verdict.PASS),
         result(CASES[1], Verdict.FAIL, "row 3: got 1, want 2"),
         result(CASES[2], Verdict.PASS),
+        result(CASES[3], Verdict.PASS),
         result(route, Verdict.UNSUPPORTED, "stage route is not offered"),
     ]
     new = [
         result(CASES[0], Verdict.FAIL, EVIL),
         result(CASES[1], Verdict.PASS),
         result(CASES[2], Verdict.KNOWN_FAILURE, "listed as never"),
+        result(CASES[3], Verdict.UNSUPPORTED, "feature padded_hidden is not offered"),
         result(route, Verdict.CRASH, "the engine's process died: SIGSEGV"),
         result(CASES[0], Verdict.PASS, engine="other"),
     ]
@@ -127,9 +129,9 @@ def browser(driver: Any, folders: tuple[Path, Path], tmp_path: Path) -> Browser:
 def test_it_opens_from_disk_without_a_word_of_complaint(browser: Browser) -> None:
     browser.driver.get_log("browser")
     browser.open()
-    assert len(browser.results()) == 9
+    assert len(browser.results()) == 11
     assert browser.js("document.querySelector('#chips').innerText").split("\n") == [
-        "✗ 3 of 7 MUST failed", "0 of 0 SHOULD broken", "1 known", "1 not judged",
+        "✗ 3 of 8 MUST failed", "0 of 0 SHOULD broken", "1 known", "2 not judged",
     ]  # fmt: skip
     assert browser.driver.get_log("browser") == []
 
@@ -166,7 +168,7 @@ def test_a_filter_is_kept_in_the_address_and_taken_from_it(browser: Browser) -> 
     assert row.startswith("✗ crash | mine 0.10.0 | route-gemma4")
     assert browser.js("document.forms[0].q.value + document.forms[0].verdict.value") == "SIGSEGVany failure"
     browser.js("document.querySelector('button[type=reset]').click()")
-    browser.until("document.querySelectorAll('#results a').length === 9")
+    browser.until("document.querySelectorAll('#results a').length === 11")
 
 
 def test_a_class_opens_to_its_clauses_and_a_cell_filters(browser: Browser) -> None:
@@ -174,7 +176,7 @@ def test_a_class_opens_to_its_clauses_and_a_cell_filters(browser: Browser) -> No
     browser.js("document.querySelector('tr[data-group=\"shape-mismatch\"] button').click()")
     browser.until("document.querySelector('tr.clause th')?.textContent === 'layer.cut-before-add'")
     browser.js("document.querySelector('tr.clause a').click()")
-    browser.until("document.querySelectorAll('#results a').length === 3")
+    browser.until("document.querySelectorAll('#results a').length === 4")
     assert "clause=layer.cut-before-add" in browser.js("location.hash")
 
 
@@ -224,8 +226,8 @@ def test_the_difference_of_two_runs_is_that_of_diff(browser: Browser, folders: t
         for change in compare(*folders)
     ]
     got = [row.partition(" | ")[0] for row in browser.results()]
-    assert sorted(got) == sorted(want) and len(got) == 5
-    assert browser.js("document.querySelector('#h-results').textContent") == "From before to after: 5 changed, 2 worse"
+    assert sorted(got) == sorted(want) and len(got) == 6
+    assert browser.js("document.querySelector('#h-results').textContent") == "From before to after: 6 changed, 3 worse"
 
 
 @pytest.mark.parametrize("width", [1440, 820, 390])

@@ -9,7 +9,6 @@ let data, rows;
 let expanded = new Set(); // classes that show their clauses
 let found = []; // what is listed: { row }, or a change of it
 let shown = PAGE, shownFaults = FAULTS;
-let opener = { list: "results" }; // the link that a result was opened by
 
 const $ = (id) => document.getElementById(id);
 const state = () => new URLSearchParams(location.hash.slice(1));
@@ -155,14 +154,8 @@ function listen() {
     shownFaults += PAGE;
     faultList(filter(state()));
   });
-  document.addEventListener("click", (event) => {
-    const link = event.target.closest("#results a, #faults a");
-    if (link) opener = { list: link.closest("[id]").id, link: link.getAttribute("href") };
-  });
   $("case").addEventListener("close", () => {
     if (state().get("open")) history.replaceState(null, "", address({ open: "" }));
-    const links = [...document.querySelectorAll(`#${opener.list} a`)];
-    links.find((link) => link.getAttribute("href") === opener.link)?.focus();
   });
   document.addEventListener("keydown", keys);
   addEventListener("hashchange", show);
