@@ -72,9 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     parsers: list[argparse.ArgumentParser] = []
 
-    def add(name: str, command: Callable[[argparse.Namespace, list[str]], int], about: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Callable[[argparse.Namespace, list[str]], int], about: str, aliases: Sequence[str] = ()
+    ) -> argparse.ArgumentParser:
         made = commands.add_parser(
             name,
+            aliases=aliases,
             help=about.partition(".")[0] + ".",
             description=about,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -112,11 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     this.add_argument(
         "--in-process", action="store_true", help="run checks in pytest's own process, for --pdb, coverage, profilers"
     )
-    for name in ("doctor", "engines"):  # engines: its name of old
-        this = add(
-            name, doctor, "Say what is installed, which engines can start here, and which model families are covered."
-        )
-        this.add_argument("--families", action="store_true", help="list the families that have a record, too")
+    this = add(
+        "doctor",
+        doctor,
+        "Say what is installed, which engines can start here, and which model families are covered.",
+        ["engines"],  # its name of old
+    )
+    this.add_argument("--families", action="store_true", help="list the families that have a record, too")
     this = add("features", features, "List the optional features of each stage: what capabilities() may declare.")
     this.add_argument("stage", nargs="*", help="only of these stages")
     filters(add("cases", cases, "List the cases: id, tier, level, stage, bug class."))

@@ -237,6 +237,18 @@ def test_nothing_is_wider_than_the_window(browser: Browser, width: int) -> None:
         assert browser.js("document.documentElement.scrollWidth") <= width
 
 
+def test_long_names_and_words_do_not_widen_a_phone(driver: Any, tmp_path: Path) -> None:
+    long = [result(CASES[0], verdict, "m" * 3000, "e" * 120, "k" * 200) for verdict in (Verdict.FAIL, Verdict.PASS)]
+    runs = [
+        write(tmp_path / name / version, lines(long, {"e" * 120: version}))
+        for name, version in (("one", "v" * 80), ("two", "2.0"))
+    ]
+    (file := tmp_path / "report.html").write_text(html(gather(runs)), encoding="utf-8")
+    for state in ("", f"open={CASES[0]}/{'k' * 200}/{'e' * 120}+2.0"):
+        (browser := Browser(driver, file)).open(state, 390)
+        assert browser.js("document.documentElement.scrollWidth") <= 390
+
+
 def test_dark_and_light_follow_the_system_until_somebody_chooses(browser: Browser) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
     browser.open(scheme="dark")

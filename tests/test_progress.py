@@ -14,7 +14,7 @@ import pytest
 
 from moe_conformance.running.progress import Progress
 
-COMMAND = [sys.executable, "-m", "moe_conformance.cli", "run", "--engine", "reference", "--in-process"]
+COMMAND = [sys.executable, "-m", "moe_conformance.cli", "run", "--engine", "reference"]
 CASES = ["--case", "layer-tiny-plain", "--case", "layer-tiny-latent", "-k", "padding_never"]
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST") and name != "CI"}
 
@@ -36,18 +36,33 @@ def in_a_terminal(folder: Path, *arguments: str) -> str:
 
 
 def test_a_terminal_is_told_engine_stage_and_how_far_and_a_pipe_nothing(tmp_path: Path) -> None:
-    said = in_a_terminal(tmp_path)
+    said = in_a_terminal(tmp_path, "--in-process")
     assert re.search(r"\r1/2  50%  reference: layer +", said)
     before, _, _ = said.partition("= conformance =")
     assert before.endswith("=") and re.search(r"\r +\r\r?\n?=|\r\x1b|\r +\r", before)  # wiped
-    piped = subprocess.run([*COMMAND, *CASES], cwd=tmp_path, env=CLEAN, text=True, capture_output=True)
+    piped = subprocess.run([*COMMAND, *CASES, "--in-process"], cwd=tmp_path, env=CLEAN, text=True, capture_output=True)
     assert piped.returncode == 0 and "%" not in piped.stdout.partition("= conformance =")[0]
     assert re.match(r"\n*=+ conformance =", piped.stdout), piped.stdout
 
 
+def test_what_could_not_be_collected_is_said_although_failures_are_told_once(tmp_path: Path) -> None:
+    hook = "def pytest_pycollect_makemodule(module_path, parent): raise OSError('no disk')"
+    (tmp_path / "other_plugin.py").write_text(hook)
+    environment = {**CLEAN, "PYTHONPATH": str(tmp_path)}
+    command = [*COMMAND, *CASES, "-n", "0", "-p", "other_plugin"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert done.returncode != 0 and "not collected: " in done.stdout and "OSError: no disk" in done.stdout
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_engines_in_processes_of_their_own_are_told_of_too(workers: str, tmp_path: Path) -> None:
+    assert re.search(r"\r1/2  50%  reference: layer +", in_a_terminal(tmp_path, "-n", workers))
+
+
 @pytest.mark.nightly
 def test_with_v_the_words_are_pytests(tmp_path: Path) -> None:
-    assert "  50%  " not in in_a_terminal(tmp_path, "-v", "-v")
+    assert "  50%  " not in in_a_terminal(tmp_path, "--in-process", "-v", "-v")
 
 
 def test_a_line_has_failures_and_the_time_left() -> None:

@@ -53,8 +53,11 @@ class Progress:
             self.collection.append(f"{report.nodeid}\n{report.longrepr}")
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.started = self.started or time.monotonic()
+        now = time.monotonic()
+        self.started = self.started or now
         self.running[nodeid] = None
+        if now - self.said > SECONDS:
+            self._say(self.line(now))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # Imported by now; earlier it would be before pytest rewrites the asserts of plug-ins that it imports.
