@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -47,6 +48,8 @@ def data_of(text: str) -> Any:
         ([*TEXT[:2], *TEXT[3:]], "the footer counts 2 results, 1 are here"),
         ([*TEXT, '{"kind": "result", "verdict": "fine"}'], "1 lines are no part of a verdict stream"),
         ([*TEXT, TEXT[2].replace('"mine"', "7")], "the first is line 6: ValueError: got 7, want a string"),
+        ([*TEXT, TEXT[2].replace("0.25", "NaN")], "the first is line 6: ValueError: seconds: got nan"),
+        ([*TEXT, TEXT[-1].replace('"results": 2', '"results": Infinity')], "the first is line 6: OverflowError"),
         ([*TEXT, TEXT[2].replace("layer-tiny-plain", "no-such-case")], "1 cases are none of this suite"),
     ],
 )
@@ -137,6 +140,19 @@ def test_a_badge_counts_musts_and_says_so_without_colour(tmp_path: Path) -> None
     assert "✓ 1/1 MUST" in badge(good)
     cut = gather([write(tmp_path / "cut", lines(WHOLE[:1], {})[:-1])])
     assert "✓ 1/1 MUST, cut off" in badge(cut)
+
+
+def test_without_a_script_the_page_has_what_the_terminal_said(tmp_path: Path) -> None:
+    text = html(gather([write(tmp_path / "run", TEXT)]))
+    fallback = text.partition("<pre>")[2].partition("</pre>")[0].lstrip()
+    assert re.match(r"MUST: failed of judged  mine 1.0\nshape-mismatch +1/2\n", fallback)
+    assert "1. fail: shape-mismatch: output is right" in fallback
+
+
+def test_without_jinja_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UsageError, match=r"want it installed: pip install 'moe-conformance\[report\]'"):
+        html(gather([write(tmp_path / "run", TEXT)]))
 
 
 def test_a_thread_has_an_address_where_its_repository_is_certain() -> None:

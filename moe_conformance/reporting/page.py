@@ -20,10 +20,9 @@ from moe_conformance.catalogue.case import Case, catalogue
 from moe_conformance.catalogue.clauses import BUG_CLASSES, CLAUSES
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.verdict import Verdict
-from moe_conformance.quote import plainly
 from moe_conformance.reporting.explain import spelled
 from moe_conformance.reporting.faults import Fault, command, faults, own_words, told
-from moe_conformance.reporting.runs import Column, Run, columns
+from moe_conformance.reporting.runs import Column, Run, columns, in_short
 from moe_conformance.reporting.tables import KINDS, as_text, cells, kind
 from moe_conformance.reporting.threads import address
 
@@ -106,7 +105,7 @@ def _facts(run: Run) -> str:
     names = {"started": "", "suite": "suite ", "python": "Python ", "platform": "", "gpus": "GPUs: "}
     names |= {package: f"{package} " for package in ("torch", "triton", "transformers")}
     return ", ".join(
-        f"{title}{plainly(str(run.header[key]))}" for key, title in names.items() if run.header.get(key) is not None
+        f"{title}{in_short(run.header[key])}" for key, title in names.items() if run.header.get(key) is not None
     )
 
 

@@ -20,7 +20,7 @@ from moe_conformance.errors import UsageError
 from moe_conformance.judging.plain import plain
 from moe_conformance.judging.verdict import Result
 from moe_conformance.protocol.stages import PROTOCOL_VERSION
-from moe_conformance.quote import few, plainly
+from moe_conformance.quote import few, plainly, quoted
 from moe_conformance.reporting.stream import result_of
 
 STREAM = "verdicts.jsonl"
@@ -66,9 +66,9 @@ def gather(paths: Sequence[Path]) -> list[Run]:
         if (twin := seen.get(key)) is not None:
             twin.troubles.append(f"given twice, also as {file}; shown once")
             continue
-        name = file.parent.name if file.name == STREAM else file.stem
+        name = file.resolve().parent.name if file.name == STREAM else file.stem
         taken = {run.name for run in runs}
-        unique = next(n for n in (name or ".", *(f"{name} ({k})" for k in range(2, len(runs) + 3))) if n not in taken)
+        unique = next(n for n in (name, *(f"{name} ({k})" for k in range(2, len(runs) + 3))) if n not in taken)
         runs.append(_salvaged(unique, content.decode("utf-8", "replace")))
         seen[key] = runs[-1]
     if not any(run.results for run in runs):
@@ -115,7 +115,7 @@ def _salvaged(name: str, text: str) -> Run:
                     run.results.append(_checked(result_of(said, protocol)))
                 case other:
                     raise ValueError(f"kind: got {other!r}")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             strange.append(f"line {number}: {type(error).__name__}: {plainly(str(error))}")
     run.troubles += _troubles(run, headers, footers, counted, doubled, strange)
     return run
@@ -125,9 +125,16 @@ def _checked(result: Result) -> Result:
     """The result with text that can be written. Raises ValueError where something is of another type."""
     names = ("engine", "case", "check", "bug_class", "stage", "message")
     texts: dict[str, Any] = {name: _text(getattr(result, name)) for name in names}
-    if result.level not in ("MUST", "SHOULD") or type(result.seconds) not in (int, float):
-        raise ValueError(f"got level {result.level!r} and seconds {result.seconds!r}")
+    if result.level not in ("MUST", "SHOULD"):
+        raise ValueError(f"level: got {result.level!r}")
+    if type(result.seconds) not in (int, float) or not 0 <= result.seconds < 1e9:  # neither NaN nor beyond a float
+        raise ValueError(f"seconds: got {result.seconds!r}")
     return replace(result, **texts)
+
+
+def in_short(value: object) -> str:
+    """Whatever stands in a header, short."""
+    return plainly(value) if isinstance(value, str) else quoted(value)
 
 
 def _text(value: object) -> str:
@@ -142,9 +149,9 @@ def _troubles(
     if not headers:
         yield "it has no header: which suite wrote it is not known"
     elif (suite := run.header.get("suite")) != __version__:
-        yield f"written by suite {plainly(str(suite))}, read by {__version__}: cases may have come, gone or changed"
+        yield f"written by suite {in_short(suite)}, read by {__version__}: cases may have come, gone or changed"
     if headers and (protocol := run.header.get("protocol", 1)) != PROTOCOL_VERSION:
-        yield f"written by protocol {plainly(str(protocol))}, read by {PROTOCOL_VERSION}"
+        yield f"written by protocol {in_short(protocol)}, read by {PROTOCOL_VERSION}"
     if headers > 1 or footers > 1:
         yield f"{max(headers, footers)} runs in one file, shown as one"
     if not footers:
