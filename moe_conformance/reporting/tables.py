@@ -110,9 +110,27 @@ def tables(columns: Columns) -> list[Table]:
 
 
 def as_text(columns: Columns) -> Iterator[str]:
-    """The tables, in blocks of as many columns as fit WIDTH."""
-    for table in tables(columns):
-        yield from _blocks(table, list(columns))
+    """The tables, alike in their widths, each in blocks of as many columns as fit WIDTH."""
+    made = tables(columns)
+    first = max((len(text) for table in made for text in (table.title, *table.rows)), default=0)
+    heads = {column: cut(column, WIDTH - first - 2) for column in columns}
+    widths = {
+        column: max(len(heads[column]), *(len(row[column]) for table in made for row in table.rows.values()))
+        for column in columns
+        if made
+    }
+    for table in made:
+        left = list(columns)
+        while left:
+            used = first
+            taken: list[str] = []
+            while left and (not taken or used + 2 + widths[left[0]] <= WIDTH):
+                used += 2 + widths[left[0]]
+                taken.append(left.pop(0))
+            yield ""
+            yield _line(table.title, {column: heads[column] for column in taken}, first, widths)
+            for name, row in table.rows.items():
+                yield _line(name, {column: row[column] or "-" for column in taken}, first, widths)
 
 
 def as_markdown(columns: Columns) -> Iterator[str]:
@@ -124,22 +142,6 @@ def as_markdown(columns: Columns) -> Iterator[str]:
             f"| {name} | {' | '.join(row[column] or '-' for column in columns)} |" for name, row in table.rows.items()
         )
         yield ""
-
-
-def _blocks(table: Table, columns: list[str]) -> Iterator[str]:
-    first = max(map(len, (table.title, *table.rows)))
-    heads = {column: cut(column, WIDTH - first - 2) for column in columns}
-    widths = {column: max(len(heads[column]), *(len(row[column]) for row in table.rows.values())) for column in columns}
-    while columns:
-        used = first
-        taken: list[str] = []
-        while columns and (not taken or used + 2 + widths[columns[0]] <= WIDTH):
-            used += 2 + widths[columns[0]]
-            taken.append(columns.pop(0))
-        yield ""
-        yield _line(table.title, {column: heads[column] for column in taken}, first, widths)
-        for name, row in table.rows.items():
-            yield _line(name, {column: row[column] or "-" for column in taken}, first, widths)
 
 
 def cut(text: str, most: int) -> str:
