@@ -53,7 +53,7 @@ def test_a_new_failure_fails_the_job_and_is_annotated_once(tmp_path: Path) -> No
     assert code == 1
     (line,) = (line for line in said.splitlines() if line.startswith("::error"))
     assert line.startswith("::error title=fail%3A always-wrong%3A padding never reaches the output::layer-tiny-")
-    assert " and 1 more cases%0Apadding never reaches the output%0A" in line
+    assert " and 1 more results%0Apadding never reaches the output%0A" in line
     assert summary.startswith("# MoE conformance") and "layer-tiny-plain" in summary
     assert (tmp_path / "output").read_text() == f"results={tmp_path}/conformance\n"
     stopped = re.search(r"::stop-commands::(\w+)\n", said)

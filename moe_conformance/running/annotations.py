@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 
 from moe_conformance.judging.verdict import Result, Verdict
+from moe_conformance.reporting.faults import Fault, faults
 
 # What GitHub shows of a step, of each kind.
 SHOWN = 10
 # Characters of a message: an annotation is read beside the code, and the report has all of it.
 _LONGEST = 2000
-# Numbers, which differ from case to case of one fault.
-_NUMBER = re.compile(r"[-+]?\b\d+(\.\d+)?(e[-+]?\d+)?\b|\bnan\b|\binf\b")
-
-
-def distinct(results: Iterable[Result]) -> list[list[Result]]:
-    """Results that a run is worse for, those of one engine, check and reason together; the most frequent first.
-
-    The reason is the first line behind the check's name, whatever numbers are in it.
-    """
-    found: dict[tuple[str, ...], list[Result]] = {}
-    for result in results:
-        if result.verdict.badness:
-            found.setdefault((result.engine, result.check, result.verdict, _reason(result)), []).append(result)
-    return sorted(found.values(), key=lambda alike: (-alike[0].verdict.badness, -len(alike)))
-
-
-def _reason(result: Result) -> str:
-    first = result.message.removeprefix(f"{result.check.replace('_', ' ')}\n").partition("\n")[0]
-    return _NUMBER.sub("#", first)
 
 
 def annotated(results: Iterable[Result]) -> Iterator[str]:
     """A line for each distinct failure: an error, or a warning for a broken SHOULD; many end in a count."""
-    kinds: dict[str, list[list[Result]]] = {"error": [], "warning": []}
-    for alike in distinct(results):
-        kinds["warning" if alike[0].verdict is Verdict.BROKEN_SHOULD else "error"].append(alike)
+    columns: dict[str, list[Result]] = {}
+    for result in results:
+        columns.setdefault(result.engine, []).append(result)
+    kinds: dict[str, list[Fault]] = {"error": [], "warning": []}
+    for fault in faults(columns):
+        kinds["warning" if fault.verdict is Verdict.BROKEN_SHOULD else "error"].append(fault)
     for kind, failures in kinds.items():
         shown = failures if len(failures) <= SHOWN else failures[: SHOWN - 1]
-        for alike in shown:
-            first, more = alike[0], len(alike) - 1
-            title = f"{first.verdict}: {first.engine}: {first.check.replace('_', ' ')}"
+        for fault in shown:
+            first, more = fault.first, len(fault.hits) - 1
+            title = f"{first.verdict}: {', '.join(fault.columns)}: {first.check.replace('_', ' ')}"
             yield command(
-                kind, title, f"{first.case}" + (f" and {more} more cases" if more else "") + f"\n{first.message}"
+                kind, title, f"{first.case}" + (f" and {more} more results" if more else "") + f"\n{first.message}"
             )
         if left := failures[len(shown) :]:
             yield command(kind, "moe-conformance", f"and {len(left)} more distinct failures; see the job's summary")
