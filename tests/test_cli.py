@@ -91,7 +91,9 @@ def test_explain_says_what_and_why_without_running() -> None:
         "vllm#40794",
         "  output_scale: the routed sum is multiplied by a number\n",
         "routing=RoutingSpec(top_k=3,\n    renormalize='sum')",
-        "padded_hidden = 24",
+        "padded_hidden = 24\n      hidden width after padding to what a kernel takes",
+        "\n  RoutingSpec: How logits [T, classes] become expert ids and weights [T, K].",
+        '\n      renormalize: "sum", divided by max(sum + epsilon, floor)',
         "--case layer-tiny",
     ):
         assert part in output
