@@ -91,7 +91,9 @@ def test_explain_says_what_and_why_without_running() -> None:
         "vllm#40794",
         "  output_scale: the routed sum is multiplied by a number\n",
         "routing=RoutingSpec(top_k=3,\n    renormalize='sum')",
-        "padded_hidden = 24",
+        "padded_hidden = 24\n      hidden width after padding to what a kernel takes",
+        "\n  RoutingSpec: How logits [T, classes] become expert ids and weights [T, K].",
+        '\n      renormalize: "sum", divided by max(sum + epsilon, floor)',
         "--case layer-tiny",
     ):
         assert part in output
@@ -199,7 +201,7 @@ def test_doctor_says_what_is_here_which_engines_start_and_how_fast_the_machine_i
     for words in (
         r"^moe-conformance [\d.]+ on Python 3",
         r"^machine: \d+ cores, \d+ GiB, (no|\d+) GPU$",
-        r"^speed: 100,000 additions in a Python loop take \d+\.\d ms \(best of 5\)$",
+        r"^speed: 100,000 additions in a Python loop take \d+\.\d ms \(best of 3\)$",
         r"^installed: torch [\d.]+.*, pytest [\d.]+",
         r"^  mine +fake_engines:AlwaysWrong +starts, 1 stages$",
         r"^  fake +fake_engines:NotInstalled +does not start: no package fake-engine; pip install fake-engine$",

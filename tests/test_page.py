@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -23,11 +24,6 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.select import Select  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no Chromium: apt-get install chromium chromium-driver"
-)
 CASES = ("layer-tiny-plain", "layer-tiny-latent", "layer-tiny-shared-padded-hidden", "layer-tiny-padded-hidden")
 EVIL = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script> got 1, want 2"
 # Longest task of the page's script, in milliseconds, that nobody takes for a frozen window.
@@ -68,15 +64,29 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return before_and_after(tmp_path_factory.mktemp("runs"))
 
 
+def major(program: str) -> str:
+    """Its version's first number: a driver drives browsers of its own only."""
+    said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    return next(iter(re.findall(r"(\d+)\.\d+", said)), "none")
+
+
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Any]:
+    program = shutil.which("chromedriver")
+    browsers = list(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    fitting = [browser for browser in browsers if program and major(browser) == major(program)]
+    if not fitting:
+        pytest.skip(
+            f"got browsers {browsers} and driver {program}, want Chromium and a driver of its version: "
+            "apt-get install chromium chromium-driver"
+        )
     options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
+    options.binary_location = fitting[0]
     # As root, which CI's containers are, Chromium has no sandbox; the page is ours.
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(program))
     found.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": WATCH})
     yield found
     found.quit()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import groupby
 from typing import Any
@@ -46,7 +47,7 @@ def explain(case: Case, checks: Mapping[str, str]) -> str:
     return (
         f"{case.id} (tier {case.tier})\n{about(case)}\nneeds:{'    nothing beyond the stage' if not needs else ''}\n"
         + (f"{needs}\n" if needs else "")
-        + f"inputs:\n{recipe}\nchecks:\n{asked}\nrerun:    {rerun('ENGINE', case)}"
+        + f"inputs:\n{recipe}\n{_specs(case)}checks:\n{asked}\nrerun:    {rerun('ENGINE', case)}"
     )
 
 
@@ -55,6 +56,29 @@ def _entry(case: Case, key: str, value: Any) -> str:
     text = f"{key} = {spelled(value)}"
     filled = textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join([filled, *(f"      {said}" for said in [meaning(case.stage, key)] if said)])
+
+
+def _specs(case: Case) -> str:
+    """What the fields of the specs in its recipe mean: the docstring of each, once."""
+    kinds = dict.fromkeys(kind for value in case.recipe.values() for kind in _kinds(value))
+    said = ["where"] * bool(kinds)
+    for kind in kinds:
+        first, *rest = inspect.cleandoc(kind.__doc__ or "").splitlines()
+        said += [f"  {kind.__name__}: {first}", *(f"      {line}" for line in rest if line)]
+    return "".join(f"{line}\n" for line in said)
+
+
+def _kinds(value: Any) -> Iterator[type]:
+    if is_dataclass(value) and not isinstance(value, type):
+        yield type(value)
+        for item in fields(value):
+            yield from _kinds(getattr(value, item.name))
+    elif isinstance(value, Mapping):
+        for inside in value.values():
+            yield from _kinds(inside)
+    elif isinstance(value, tuple | list):
+        for inside in value:
+            yield from _kinds(inside)
 
 
 def spelled(value: Any) -> str:
