@@ -142,17 +142,10 @@ _KEPT = 2
 
 
 def _ready(key: Key) -> Block:
-    """A new block of these tensors; the last few that ran are kept.
-
-    What goes is collected here: vLLM's handles of prepacked weights call torch when they go, which must not be while
-    torch traces for somebody else.
-    """
+    """A new block of these tensors; the last few that ran are kept."""
     while len(_CACHED) >= _KEPT:
         del _CACHED[next(iter(_CACHED))]
-    gc.collect()
-    found = _built(key)
-    _settle()
-    return found
+    return _built(key)
 
 
 @cache
@@ -185,7 +178,12 @@ def _as_on(platform: Platform, dtype: torch.dtype) -> Iterator[None]:
 def loaded(
     config: Any, number: int, dtype: torch.dtype, tensors: Tensors, runs: bool = True, platform: Platform = "native"
 ) -> Block:
-    """The block of a layer with these tensors, as its loader leaves it. runs: as for models.build."""
+    """The block of a layer with these tensors, as its loader leaves it. runs: as for models.build.
+
+    Blocks that went are collected here: vLLM's handles of prepacked weights call torch when they go, which must not be
+    while torch traces for somebody else; nor may hundreds of models wait for a collection.
+    """
+    gc.collect()
     record, values = models.as_published(config)
     with _as_on(platform, dtype), models.folder_of(values) as folder:
         built = models.build(folder, dtype, runs)
@@ -202,6 +200,7 @@ def loaded(
     left = [name for name, parameter in root.named_parameters() if models.unwritten(parameter).any()]
     if left:
         raise CheckpointError(f"{type(root).__name__}: loading left {', '.join(left)} unwritten")
+    _settle()
     return Block(built.config, root, layer.experts, dtype, platform)
 
 
