@@ -60,6 +60,7 @@ def test_a_new_failure_fails_the_job_and_is_annotated_once(tmp_path: Path) -> No
     assert stopped and said.index(f"::{stopped[1]}::") < said.index("::error")
 
 
+@pytest.mark.nightly
 def test_failures_that_are_known_fail_no_job(tmp_path: Path) -> None:
     files = []
     for case in ("layer-tiny-plain", "layer-tiny-latent"):
@@ -69,7 +70,13 @@ def test_failures_that_are_known_fail_no_job(tmp_path: Path) -> None:
     assert code == 0 and "::error" not in said, said
 
 
-@pytest.mark.parametrize(("name", "value"), [("ENGINE", "$(touch injected)"), ("ARGUMENTS", "-k `touch injected`")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ENGINE", "$(touch injected)"),
+        pytest.param("ARGUMENTS", "-k `touch injected`", marks=pytest.mark.nightly),
+    ],
+)
 def test_an_input_is_no_part_of_the_script(name: str, value: str, tmp_path: Path) -> None:
     code, said, _ = judge(tmp_path, **FAKES | {name: value}, TIER="smoke")
     assert code == 2 and not (ROOT / "tests" / "injected").exists(), said

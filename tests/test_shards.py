@@ -172,6 +172,14 @@ def test_a_shard_of_another_run_is_left_out(others: dict[str, Any], words: str, 
     assert len(read(tmp_path / "merged")) == 1
 
 
+@pytest.mark.parametrize("value", [None, 10**9, [[1]], {"a": 1}], ids=["null", "number", "list", "object"])
+@pytest.mark.parametrize("key", [*sorted(HEADER.keys() - {"kind"}), "shard", "number", "of"])
+def test_a_header_that_is_none_is_no_traceback(key: str, value: Any, tmp_path: Path) -> None:
+    others = {"shard": {"number": 1, "of": 2, key: value}} if key in ("number", "of") else {key: value}
+    code, said = merged(tmp_path, shard(tmp_path / "a", 2), shard(tmp_path / "b", 1, **others))
+    assert code in (0, 1) and "e " in said and len(said) < 10_000, said
+
+
 def test_a_shard_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     cut = shard(tmp_path / "b", 2) / "verdicts.jsonl"
     cut.write_text("\n".join(cut.read_text().splitlines()[:-1]) + "\n")

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # What an engine in the same environment pins: the lowest that the metadata admits of some, from ci/floors.txt.
@@ -108,18 +109,15 @@ class Journey:
         self.step("install the adapter", "pip", "install", "--quiet", "--no-deps", "-e", ".", where=where)
         smoke = self.run(ENGINE, "--tier", "smoke", "--stage", "layer")
         self.step("a first verdict", *smoke, words=["layer(inputs: LayerInputs)", ENGINE], where=where)
-        known = ["--known", "known_failures.toml", "--out", "results"]
-        self.step("the core tier", *self.run(ENGINE, *known), words=[ENGINE], where=where)
-        self.report(where)
-        self.step(
-            "its own test", "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", words=["1 passed"], where=where
-        )
+        self.job("the job of its CI", where)
+        self.report(self.results)
+        own = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        self.step("its own test", *own, words=["1 passed"], where=where)
 
         adapter = self.folder / where / "my_engine_conformance" / "adapter.py"
         right = adapter.read_text(encoding="utf-8")
         adapter.write_text(right.replace("[..., :width]", ""), encoding="utf-8")
-        self.step("a fault fails it", *self.run(ENGINE, *known, "--stage", "layer"), code=1, where=where)
-        self.step("annotations", "moe-conformance", "annotate", "results", words=["::error title=fail"], where=where)
+        self.job("the job, with a fault", where, code=1, words=["::error title=fail"])
         adapter.write_text(right, encoding="utf-8")
 
         self.step("beside an engine that pins", "pip", "install", "--quiet", "./pinning")
@@ -131,10 +129,25 @@ class Journey:
         if self.site is None:
             self.step("pip check", "pip", "check")
 
-    def report(self, where: str) -> None:
+    def job(self, name: str, where: str, **wanted: Any) -> None:
+        """What the new package's workflow does: the action's own script, as a runner starts it."""
+        read = "import sys, yaml; steps = yaml.safe_load(open(sys.argv[1]))['runs']['steps']\n"
+        read += "print(next(step['run'] for step in steps if step.get('id') == 'judge'))"
+        script = self.folder / "judge.sh"
+        script.write_text(self.step("action.yml", "python", "-c", read, ROOT / "action.yml"), encoding="utf-8")
+        files = {"GITHUB_OUTPUT": "output", "GITHUB_STEP_SUMMARY": "summary", "RUNNER_TEMP": "."}
+        self.environment |= {name: str(self.folder / file) for name, file in files.items()}
+        self.environment |= {"ENGINE": ENGINE, "KNOWN": "known_failures.toml", "TIER": "core", "ARGUMENTS": ""}
+        self.step(name, "bash", "-eo", "pipefail", script, where=where, **wanted)
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "conformance"
+
+    def report(self, results: Path) -> None:
         """The page for colleagues, where this release has one."""
         if "\n    report " in self.step("--help", "moe-conformance", "--help"):
-            self.step("the report", "moe-conformance", "report", "results", "--html", "report.html", where=where)
+            self.step("the report", "moe-conformance", "report", results, "--html", "report.html")
 
     def run(self, engine: str, *options: str) -> list[str]:
         return ["moe-conformance", "run", "--engine", engine, *options]

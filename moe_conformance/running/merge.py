@@ -17,6 +17,7 @@ from moe_conformance.reporting.report import Report
 from moe_conformance.reporting.stream import read
 from moe_conformance.running.accounts import unjudged
 from moe_conformance.running.discovery import Target
+from moe_conformance.running.shards import Shard
 
 # What shards of one run agree on, by the words of a header.
 _SAME = ("suite", "protocol", "selection", "engines", "chosen", "strict", "in_process")
@@ -78,17 +79,22 @@ def _part(path: Path) -> _Part:
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     header, footer = lines[0], lines[-1]
     shard = header.get("shard")
-    if not isinstance(shard, dict) or not all(isinstance(shard.get(key), int) for key in ("number", "of")):
+    if not isinstance(shard, dict):
         raise UsageError(
             f"{path}: got shard {quoted(shard)}, want the results of `moe-conformance run --shard 1/2 --out`"
         )
-    if absent := [key for key in (*_SAME, "cases") if key not in header]:
-        raise UsageError(f"{path}: got a header without {', '.join(absent)}, want the results of a run of this release")
+    try:
+        Shard.parse(f"{shard.get('number')}/{shard.get('of')}")
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    wanted = dict.fromkeys(_SAME, object) | {"selection": dict, "engines": list, "cases": int}
+    if wrong := [key for key, kind in wanted.items() if key not in header or not isinstance(header[key], kind)]:
+        raise UsageError(f"{path}: got a header without {', '.join(wrong)}, want the results of a run of this release")
     if footer.get("results") != len(results):
         counted = quoted(footer.get("results"))
         raise UsageError(f"{path}: got {len(results)} results, want {counted}, as its footer counts; run it again")
     facts = {
-        line["engine"]: {key: value for key, value in line.items() if key not in ("kind", "engine")}
+        str(line.get("engine")): {key: str(value) for key, value in line.items() if key not in ("kind", "engine")}
         for line in lines
         if line["kind"] == "engine"
     }
@@ -145,15 +151,15 @@ def _write(parts: Sequence[_Part], out: Path, complaints: list[str]) -> int:
     options = {"--moe-in-process": first["in_process"], "--moe-strict": first["strict"], "--moe-out": str(out)}
     report = Report(
         cast(Any, _Options(options)),
-        [Target(name, "") for name in engines],
-        first.get("away", {}),
+        [Target(str(name), "") for name in engines],
+        {name: str(why) for name, why in away.items()} if isinstance(away := first.get("away"), dict) else {},
         cases,
         {**first, "cases": cases, "shard": None, "merged": len(parts)},
     )
     facts = {engine: about for part in parts for engine, about in part.facts.items()}
     for result in results:
         report.add(result, facts.get(result.engine, {}))
-    deselected = sum(int(part.footer.get("deselected", 0)) for part in parts)
+    deselected = sum(count for part in parts if isinstance(count := part.footer.get("deselected"), int))
     report.finish(cast(Any, _Printed()), int(is_bad), deselected)
     for line in [*complaints, *report.troubles]:
         print(line)

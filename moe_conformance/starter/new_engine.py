@@ -44,7 +44,7 @@ _MODULES = {
 def new_engine(name: str, stages: Sequence[str], into: Path) -> Path:
     """Write the package and return its folder. Raises UsageError, and writes nothing, where that cannot be done."""
     stages = _checked(name, stages)
-    module = f"{name.replace('-', '_')}_conformance"
+    module = module_name(name)
     folder = into / f"{name}-conformance"
     if not into.is_dir():
         raise UsageError(f"--into: got {into}, which is no folder; make it first")
@@ -75,6 +75,11 @@ def new_engine(name: str, stages: Sequence[str], into: Path) -> Path:
     return folder
 
 
+def module_name(name: str) -> str:
+    """my-engine -> my_engine_conformance: the engine itself may be my_engine."""
+    return f"{name.replace('-', '_')}_conformance"
+
+
 def class_name(name: str) -> str:
     """my-engine -> MyEngineAdapter: a name that no import of the adapter's has."""
     return "".join(part[0].upper() + part[1:] for part in re.split("[-_]", name)) + "Adapter"
@@ -86,9 +91,11 @@ def _checked(name: str, stages: Sequence[str]) -> list[str]:
         raise UsageError(
             f"name: got {name!r}, want letters and digits, parts joined by - or _, beginning with a letter: my-engine"
         )
-    if name in registered():
-        raise UsageError(f"name: got {name!r}, which is registered as {registered()[name].path}; take another name")
-    module = f"{name.replace('-', '_')}_conformance"
+    # As indexes compare names of distributions.
+    there = {known.lower().replace("_", "-"): target for known, target in registered().items()}
+    if (target := there.get(name.lower().replace("_", "-"))) is not None:
+        raise UsageError(f"name: got {name!r}, but {target.name} is registered, as {target.path}; take another name")
+    module = module_name(name)
     if importlib.util.find_spec(module) is not None:
         raise UsageError(f"name: got {name!r}, but a package {module} is installed; take another name")
     for stage in current("stage", stages, STAGES):
