@@ -50,6 +50,7 @@ class Report:
         self.cases = cases
         self.in_process = bool(config.getoption("--moe-in-process"))
         self.strict = bool(config.getoption("--moe-strict"))
+        self.has_junit = bool(config.getoption("--junitxml", None))  # of shards that are joined there is none
         self.results: list[Result] = []
         self.is_finished = False
         # What could not be written, a line each.
@@ -140,8 +141,9 @@ class Report:
         if self.folder is None:
             return "nothing was written; --out FOLDER keeps verdicts.jsonl, summary.md and junit.xml"
         folder = shlex.quote(str(self.folder))
+        junit = ", junit.xml" if self.has_junit else ""
         return (
-            f"written to {self.folder}: verdicts.jsonl, summary.md, junit.xml; "
+            f"written to {self.folder}: verdicts.jsonl, summary.md{junit}; "
             f"as a page: moe-conformance report {folder} --html report.html"
         )
 

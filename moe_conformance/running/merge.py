@@ -174,8 +174,8 @@ class _Options:
 
     options: Mapping[str, Any]
 
-    def getoption(self, name: str) -> Any:
-        return self.options[name]
+    def getoption(self, name: str, default: Any = None) -> Any:
+        return self.options.get(name, default)
 
 
 class _Printed:
