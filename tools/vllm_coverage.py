@@ -102,7 +102,7 @@ class File:
         """Lines of what an entry names in this file: all of them without a name, none if it is not there."""
         if not entry:
             return set(range(1, self.text.count("\n") + 2))
-        name, which, test = (entry.split(" ", 2) + ["", ""])[:3]
+        name, which, test = [*entry.split(" ", 2), "", ""][:3]
         nodes = [node for own, node in named(self.tree) if own == name]
         if not which:
             return {line for node in nodes for line in _span(node.body)}
@@ -194,8 +194,8 @@ def functions(files: list[File]) -> Iterator[str]:
             own = {line for line in file.reachable if owner.get(line) == name}
             if missing := sorted(own & file.missing):
                 found.append((len(missing), len(own), f"{file.name}::{name}", missing))
-    for missing, total, name, lines in sorted(found, key=lambda each: (-each[0], each[2])):
-        yield f"{missing:4} of {total:4}  {name}  {_ranges(lines)}"
+    for size, total, name, lines in sorted(found, key=lambda each: (-each[0], each[2])):
+        yield f"{size:4} of {total:4}  {name}  {_ranges(lines)}"
 
 
 def _ranges(lines: list[int]) -> str:
