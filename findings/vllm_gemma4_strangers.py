@@ -1,7 +1,7 @@
 """What vLLM's Gemma 4 loader does with tensors that the config does not have, without our suite: run from 0.28 on.
 
-Packed experts that are more than the config says are cut without a word (0.28); 0.32 refuses them. An expert by a number
-that the config does not have, or a tensor by a name that no model has, is skipped without a word in both.
+Packed experts that are more than the config says are cut without a word in 0.28; 0.32 refuses them. An expert by a
+number that the config does not have, or a tensor by a name that no model has, is skipped without a word in both.
 """
 
 import json
