@@ -34,7 +34,7 @@ COVERAGE = "coverage==7.17.5"
 # Entries of this kind could be reached, were they asked for: their size is shown apart.
 NOT_ASKED_FOR = "quantised"
 # Abstract methods do not run; what is for type checkers is no code.
-NO_CODE = ("@(abc\\.)?abstractmethod", "@overload", "if TYPE_CHECKING:", "raise NotImplementedError")
+NO_CODE = ("@(abc\\.)?abstractmethod", "@overload", "if TYPE_CHECKING:", "raise NotImplementedError$")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
