@@ -1,8 +1,10 @@
 """vLLM's routed-experts capturer and ids that do not fit, without our suite: run beside any release from 0.19 on.
 
-0.20 writes layer -1 into the last layer and ignores layer 3 of 3; 0.32 refuses both, and reads expert 263 back as 7.
+0.20 and 0.28 write layer -1 into the last layer, and 0.20 ignores layer 3 of 3. 0.32 refuses both, reads expert 263
+back as 7, and -1, which is no expert, as 255.
 """
 
+import inspect
 import os
 from types import SimpleNamespace as NS
 
@@ -22,10 +24,12 @@ if hasattr(module.RoutedExpertsCapturer, "init_buffer"):
     capturer.init_buffer(8, 8, config)
     read = lambda: capturer._device_buffer[0]  # noqa: E731
 else:
-    capturer = module.RoutedExpertsCapturer(8, config)
+    module.get_routed_experts_attn_gid = lambda _: 0  # of 0.28, which asks for a KV cache
+    wanted = inspect.signature(module.RoutedExpertsCapturer).parameters
+    capturer = module.RoutedExpertsCapturer(8, config, *[None] * ("kv_cache_config" in wanted))
     read = lambda: getattr(capturer, "snapshot_routing_data", lambda n: capturer.device_buffer[:n])(1)[0]  # noqa: E731
 with override_forward_context(NS(dp_metadata=None)):
-    for layer, ids in ((2, [5, 6]), (-1, [7, 8]), (3, [9, 9]), (0, [263, 1])):
+    for layer, ids in ((2, [5, 6]), (-1, [7, 8]), (3, [9, 9]), (0, [263, 1]), (1, [-1, 1])):
         try:
             capturer.capture(layer, torch.tensor([ids]))
             print(vllm.__version__, f"capture(layer {layer}, {ids}): layers now hold", read().tolist())

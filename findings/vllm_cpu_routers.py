@@ -2,7 +2,6 @@
 
 - ERNIE 4.5 hands over a softmax and a bias that chooses; the bias is ignored, and other experts are chosen.
 - MiniMax-M2 and Laguna hand over a sigmoid without groups, which is an assertion without words.
-- No tokens are refused where experts are in groups.
 - DeepSeek-V4's router by token id computes softplus as log(1 + exp): small scores lose their last bits.
 """
 
@@ -15,16 +14,15 @@ from vllm.model_executor.layers.fused_moe.router.router_factory import create_fu
 
 bias = torch.nn.Parameter(torch.tensor([0.0, 0.0, 0.0, 1.0]), requires_grad=False)
 logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-for model, asked, tokens in (
-    ("ERNIE 4.5", {"e_score_correction_bias": bias}, logits),
-    ("MiniMax-M2", {"e_score_correction_bias": bias, "scoring_func": "sigmoid"}, logits),
-    ("DeepSeek-V2", {"use_grouped_topk": True, "num_expert_group": 2, "topk_group": 1}, logits[:0]),
+for model, asked in (
+    ("ERNIE 4.5", {"e_score_correction_bias": bias}),
+    ("MiniMax-M2", {"e_score_correction_bias": bias, "scoring_func": "sigmoid"}),
 ):
     router = create_fused_moe_router(top_k=2, global_num_experts=4, **asked)
     try:
-        _, ids = router.select_experts(hidden_states=tokens, router_logits=tokens)
+        _, ids = router.select_experts(hidden_states=logits, router_logits=logits)
         print(vllm.__version__, model, "experts", sorted(ids[0].tolist()), "want [0, 3]")
-    except (AssertionError, RuntimeError) as error:
+    except AssertionError as error:
         print(vllm.__version__, model, type(error).__name__, error)
 
 chosen = torch.tensor([-9.0, 0.0, 0.0, 0.0, 0.0, 0.0])

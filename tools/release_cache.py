@@ -178,15 +178,19 @@ def _there_are() -> list[str]:
     return there[1].split(", ")
 
 
-def install_project(python: Path) -> None:
-    """Build this project's wheel from a copy, so that nothing is left in the checkout, and install it."""
+def install_project(python: Path, target: Path | None = None, *beside: str) -> None:
+    """Build this project's wheel from a copy, so that nothing is left in the checkout, and install it.
+
+    target: a folder to install it in, in place of the interpreter's own. beside: requirements to install with it.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "source"
         hidden = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "results")
         shutil.copytree(ROOT, copy, ignore=hidden)
         _pip(Path(sys.executable), "wheel", "--no-deps", "--wheel-dir", scratch, copy, what="this project's wheel")
         wheel = next(Path(scratch).glob("*.whl"))
-        _pip(python, "install", "--no-deps", "--force-reinstall", wheel, what="this project's wheel")
+        where = ("--target", target, "--upgrade") if target else ()
+        _pip(python, "install", "--no-deps", "--force-reinstall", *where, wheel, *beside, what="this project's wheel")
 
 
 def write(file: Path, text: str) -> None:

@@ -17,8 +17,9 @@ from moe_conformance.model.families.record import Record
 from moe_conformance.model.families.scope import levels, model_type_of
 from moe_conformance.model.specs import LayerSpec, Shape
 
-# As the hub has them, or as the modules of transformers are called.
-Form = Literal["hub", "modules"]
+# As transformers writes them, as the modules of transformers are called, or as those who published the family wrote
+# them, which is mostly the first.
+Form = Literal["hub", "modules", "published"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _of_stack(stack: Stack, spec: Any, level: Mapping[str, Any]) -> Iterator[tup
 
 
 def pieces_of(record: Record, form: Form) -> Pieces:
-    """The pieces of one spelling: as written, or with the modules' own in place of what they spell otherwise.
+    """The pieces of one spelling: as written, or with those of the modules or the publishers where these differ.
 
     () for the modules' own where they are no others, where more than one set of them is read, and where they lie
     elsewhere in the model than the hub's.
@@ -100,6 +101,8 @@ def pieces_of(record: Record, form: Form) -> Pieces:
     names = record.names
     if names is None or form == "hub":
         return names.written if names else ()
+    if form == "published":
+        return tuple(replace(p, pattern=names.published.get(p.pattern, p.pattern)) for p in names.written)
     if record.wrapper is not None or names.prefix != "model.":
         return ()
     targets = {piece.target for piece in names.read}

@@ -68,7 +68,7 @@ def checkpoint_of(
     left out: transformers writes them, and those who published the family did not.
     """
     transposed = record.names is not None and record.names.once_transposed
-    for entry in entries(record, config, "hub"):
+    for entry in entries(record, config, "published"):
         if entry.layer.index == index and entry.layer.prefix.startswith("layers.") and entry.parts:
             tensor = tensor_of(entry, {entry.layer.prefix + name: t for name, t in canonical.items()})
             packed = entry.expert is None and entry.pieces[0].target.startswith("experts.w")

@@ -64,6 +64,7 @@ class Stack:
 @dataclass(frozen=True)
 class Names:
     """written: as `save_pretrained` writes them. read: spellings that are read as well, the modules' own included.
+    published: patterns of `written` -> how those who published the family spell that tensor.
     prefix: before the path of the stack. identity_written: identity experts have tensors all the same.
     second_width: config key of a list whose entry 1 is the width of a second set of experts. once_transposed: packed
     experts lie transposed where transformers 4 wrote them. prefixes: by model type of a wrapper, what stands before the
@@ -79,6 +80,7 @@ class Names:
     once_transposed: bool = False
     prefixes: Mapping[str, str] = field(default_factory=dict)
     alone_as_modules: bool = False
+    published: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def pieces(self) -> Pieces:

@@ -14,7 +14,12 @@ RECORD = Record(
     wrapper=Wrapper("HYV4VLConfig"),
     sizes=Sizes(shared=COUNTED, layers=typed(leading_dense(1))),
     method=Method(noaux(2.827), FLOAT32, clamped(10.0), shared_mlp={**activation(), "clamp": "no", "limit": math.inf}),
-    names=Names(PACKED + ROUTER + BIAS + mlp("mlp.shared_experts", "shared", gate="linear_gate"), SHARED_EXPERTS[:1]),
+    # Published is linear_gate in attention alone. transformers maps that name wherever it stands, and writes it here.
+    names=Names(
+        PACKED + ROUTER + BIAS + mlp("mlp.shared_experts", "shared", gate="linear_gate"),
+        read=SHARED_EXPERTS[:1],
+        published={"mlp.shared_experts.linear_gate.weight": "mlp.shared_experts.gate_proj.weight"},
+    ),
     config=MODEL | N_ROUTED | OWN_WIDTH | TYPES | N_SHARED,
     ways=(NOAUX[0] | {"swiglu_limit": 6.5}, NOAUX[1] | {"swiglu_limit": 2.5}),
     block=Block(KNOBS | {"swiglu_limit": LIMIT}),
