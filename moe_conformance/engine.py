@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         windows,
     )
     from moe_conformance.model.families import inverse
+    from moe_conformance.model.families.describe import layer_of
     from moe_conformance.model.families.families import RECORDS
     from moe_conformance.oracle.stored import checkpoint_of
 
@@ -72,14 +73,15 @@ __all__ = [
     "LayerSpec", "Limits", "LogitsSpec", "Lora", "LoraSpec", "MLPSpec", "MoEConformanceError", "MoESpec", "Precision",
     "QuantSpec", "ReplicateInputs", "Replicated", "RouteInputs", "RouterHandle", "RouterSpec", "Routing", "RoutingSpec",
     "RowKind", "Rows", "Shape", "ShardInputs", "SharedSpec", "Target", "Unavailable", "Unsupported", "bits",
-    "called_by_engine", "checkpoint_of", "distinct_logits", "integers", "inverse", "normal", "poison_",
-    "poisoned_allocations", "windows",
+    "called_by_engine", "checkpoint_of", "distinct_logits", "integers", "inverse", "layer_of", "normal",
+    "poison_", "poisoned_allocations", "windows",
 ]
 # fmt: on
 
 # Inputs that the suites are made of, for adapters' own tests; they take torch. RECORDS: what is known of each model
 # family, by model type; inverse: from what a layer computes to a config of a family that says so. Reading them takes
-# a moment. checkpoint_of: a block's tensors as published checkpoints have them.
+# a moment. layer_of: what a layer of a config computes. checkpoint_of: a block's tensors as published checkpoints have
+# them.
 _INPUTS = ("poison_", "poisoned_allocations", "normal", "integers", "bits", "distinct_logits", "windows")
 
 # What the first protocol had, and what took its place (docs/migrating.md).
@@ -96,6 +98,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("moe_conformance.model.families.families").RECORDS
     if name == "checkpoint_of":
         return importlib.import_module("moe_conformance.oracle.stored").checkpoint_of
+    if name == "layer_of":
+        return importlib.import_module("moe_conformance.model.families.describe").layer_of
     if name == "inverse":
         return importlib.import_module("moe_conformance.model.families.inverse")
     if name in _GONE:

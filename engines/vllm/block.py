@@ -21,7 +21,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from moe_conformance.engine import BlockInputs, BlockOutput, Routing, Unsupported, called_by_engine, checkpoint_of
+from moe_conformance.engine import (
+    BlockInputs,
+    BlockOutput,
+    Routing,
+    Unsupported,
+    called_by_engine,
+    checkpoint_of,
+    layer_of,
+)
 from moe_conformance.engines.vllm import device, interpreted, models, routing, runtime
 from moe_conformance.engines.vllm.built import experts_of, scratch
 from moe_conformance.engines.vllm.decoder import Around, whole_layer
@@ -68,7 +76,7 @@ def _block(inputs: BlockInputs, key: Key) -> tuple[BlockOutput, str]:
     x = inputs.x.flatten(0, -2).clone()  # a real step's activations are the block's to overwrite
     ids = None if inputs.token_ids is None else inputs.token_ids.flatten()
     context = override_forward_context(create_forward_context(None, found.config))
-    with found.running(), context, refusals(), Tap(found.experts, inputs.routing) as tap:
+    with found.running(), context, refusals(), Tap(found, inputs.routing) as tap:
         output = found(x, ids)
     _CACHED[key] = found  # one that broke off half-way is not run again
     if inputs.routing is not None and tap.seen is None:
@@ -110,12 +118,23 @@ class Key:
 
 
 class Block:
-    """A filled block. root: the module whose forward is the block; experts: vLLM's expert layer in it."""
+    """A filled block. root: the module whose forward is the block; experts: vLLM's expert layer in it.
+
+    output_scale: what the model multiplies the sum by, which vLLM has in the weights.
+    """
 
     def __init__(
-        self, config: Any, root: nn.Module, experts: nn.Module, dtype: torch.dtype, platform: Platform
+        self,
+        config: Any,
+        root: nn.Module,
+        experts: nn.Module,
+        dtype: torch.dtype,
+        platform: Platform,
+        output_scale: float,
     ) -> None:
         self.config, self.root, self.experts, self.dtype, self.platform = config, root, experts, dtype, platform
+        # A weight of vLLM's router, times this, is a weight of the model.
+        self.scale = _late_scale(experts) / output_scale
         self.takes = inspect.signature(root.forward).parameters
         # Blocks of vLLM's backend for transformers are transformers' own, which take sequences.
         self.in_sequences = type(root).__module__.startswith("transformers.")
@@ -201,7 +220,7 @@ def loaded(
     if left:
         raise CheckpointError(f"{type(root).__name__}: loading left {', '.join(left)} unwritten")
     _settle()
-    return Block(built.config, root, layer.experts, dtype, platform)
+    return Block(built.config, root, layer.experts, dtype, platform, layer_of(config, number).output_scale)
 
 
 # Modules whose select_experts the expert layers for CPUs of older releases call.
@@ -220,7 +239,7 @@ def routing_places(experts: Any) -> list[Any]:
     return [place for place in (getattr(experts, "router", experts), *_modules()) if hasattr(place, "select_experts")]
 
 
-def late_scale(experts: Any) -> float:
+def _late_scale(experts: Any) -> float:
     """What an expert layer multiplies its sum by; otherwise the factor of that name is the router's."""
     runner = getattr(experts, "runner", experts)
     return float(runner.routed_scaling_factor) if hasattr(runner, "_maybe_apply_routed_scale_to_output") else 1.0
@@ -229,14 +248,14 @@ def late_scale(experts: Any) -> float:
 class Tap:
     """Inside, the expert kernel gets `given` in place of the router's answer, if there is one.
 
-    seen: what it got, with the scale that the expert layer says it multiplies by afterwards.
+    seen: what it got, as the model's weights.
     """
 
-    def __init__(self, experts: Any, given: Routing | None) -> None:
-        self.scale = late_scale(experts)
+    def __init__(self, block: Block, given: Routing | None) -> None:
+        self.scale = block.scale
         self.given = given
         self.seen: Routing | None = None
-        self.places = routing_places(experts)
+        self.places = routing_places(block.experts)
         self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> Tap:

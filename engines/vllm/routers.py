@@ -53,7 +53,8 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         experts = next(module for module in self.root.modules() if models.is_experts(module))
-        with self._block.of.running(), _as_layer(self._block.of.config, experts), _stopping(experts):
+        of = self._block.of
+        with of.running(), _as_layer(of.config, experts), _stopping(experts, of.scale):
             try:
                 self.root(hidden)
             except _Answer as answer:
@@ -89,9 +90,8 @@ def _as_layer(config: Any, experts: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stopping(experts: Any) -> Iterator[None]:
-    """Inside, the answer of the layer's router is raised, with the scale that the layer multiplies by afterwards."""
-    scale = block.late_scale(experts)
+def _stopping(experts: Any, scale: float) -> Iterator[None]:
+    """Inside, the answer of the layer's router is raised, its weights times the scale."""
     with contextlib.ExitStack() as stack:
         for place in block.routing_places(experts):
             stack.enter_context(patch.object(place, "select_experts", _raising(place.select_experts, scale)))
