@@ -8,8 +8,9 @@ from pathlib import Path
 from moe_conformance.checkpoints.engines import unheard_of
 from moe_conformance.checkpoints.findings import Findings
 from moe_conformance.checkpoints.folder import CONFIG, read_folder
+from moe_conformance.checkpoints.model import Model, model_of
 from moe_conformance.checkpoints.report import Judgement
-from moe_conformance.checkpoints.whole import Model, judge, model_of
+from moe_conformance.checkpoints.whole import judge
 from moe_conformance.quote import plainly
 
 

@@ -45,11 +45,11 @@ def read_folder(path: Path, findings: Findings) -> Folder:
     files = _files(path)
     config = _json(path, CONFIG)
     modelopt = _json(path, HF_QUANT) if HF_QUANT in files else None
-    shards, weight_map = _shards(path, files, findings)
+    shards, weight_map, whole = _shards(path, files, findings)
     _beside(files, shards, findings)
     tensors: dict[str, Stored] = {}
     data: dict[str, int] = {}
-    size, whole = 0, True
+    size = 0
     for file in shards:
         header = _header(path, file, weight_map is not None, findings)
         if header is None:
@@ -85,8 +85,8 @@ def _files(path: Path) -> list[str]:
     return sorted(names)
 
 
-def _shards(path: Path, files: list[str], findings: Findings) -> tuple[list[str], dict[str, str] | None]:
-    """The files that hold the model, and the index, None without one."""
+def _shards(path: Path, files: list[str], findings: Findings) -> tuple[list[str], dict[str, str] | None, bool]:
+    """The files that hold the model; the index, None without one; whether they are as many as their names say."""
     if INDEX in files:
         weight_map = _weight_map(path)
         if SINGLE in files and SINGLE not in weight_map.values():
@@ -97,9 +97,9 @@ def _shards(path: Path, files: list[str], findings: Findings) -> tuple[list[str]
                 want="one of them",
                 do="remove the one that is not meant; engines differ in which they read",
             )
-        return sorted(set(weight_map.values())), weight_map
+        return sorted(set(weight_map.values())), weight_map, True
     if SINGLE in files:
-        return [SINGLE], None
+        return [SINGLE], None, True
     held = [file for file in files if file.endswith(".safetensors")]
     main = [file for file in held if not CONSOLIDATED.fullmatch(file)] or held
     if not main:
@@ -112,17 +112,19 @@ def _shards(path: Path, files: list[str], findings: Findings) -> tuple[list[str]
             want=f"an index of {few(main)}, or one {SINGLE}",
             do="download it, or write it anew from the shards",
         )
-    _numbered(main, findings)
-    return main, None
+    return main, None, _are_all(main, findings)
 
 
-def _numbered(files: list[str], findings: Findings) -> None:
-    """Files that say how many they are."""
+def _are_all(files: list[str], findings: Findings) -> bool:
+    """Whether files that say how many they are are as many."""
+    whole = True
     for stem, of in dict.fromkeys((match[1], match[3]) for file in files if (match := _OF.fullmatch(file))):
         present = {int(m[2]) for file in files if (m := _OF.fullmatch(file)) and (m[1], m[3]) == (stem, of)}
         gone = [n for n in range(1, int(of) + 1) if n not in present]
         if gone:
+            whole = False
             _shard_missing(f"{stem}-{gone[0]:05}-of-{of}.safetensors", len(gone), findings)
+    return whole
 
 
 def _shard_missing(file: str, count: int, findings: Findings) -> None:

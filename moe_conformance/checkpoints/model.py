@@ -1,0 +1,69 @@
+"""What is known of a model from its config: its layers and their names, and the form of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from moe_conformance.checkpoints.findings import Findings
+from moe_conformance.checkpoints.folder import CONFIG, Folder
+from moe_conformance.checkpoints.layout import Layout
+from moe_conformance.checkpoints.scheme import Contradiction, Scheme, scheme_of
+from moe_conformance.errors import ConfigError, DenseModelError
+from moe_conformance.model.families.families import NESTED, RECORDS
+from moe_conformance.reference_impl.checkpoint.names import family_of
+from moe_conformance.reference_impl.checkpoint.places import Places
+
+OTHER_MODEL = "config.json and the tensors are of different models; take both from one place"
+
+
+class Model(NamedTuple):
+    """What is known of the model from its config. layout: None where config.json is not right, which is a finding,
+    or no record has its names; why: then the reason."""
+
+    model_type: str
+    layout: Layout | None
+    scheme: Scheme | None
+    why: str = ""
+
+
+def model_of(folder: Folder, findings: Findings) -> Model:
+    """Raises DenseModelError where neither config nor tensors have experts."""
+    model_type = folder.config.get("model_type")
+    name = model_type if isinstance(model_type, str) else "no model_type"
+    scheme = None
+    try:
+        scheme = scheme_of(folder.config, folder.modelopt)
+    except Contradiction as error:
+        got, _, want = str(error).partition(", want ")
+        findings.add("config", CONFIG, got=got, want=want, do="take config.json from where the tensors come from")
+    try:
+        layout = Layout(Places(folder.config), folder.config)
+        record, _ = family_of(folder.config)
+        return Model(record.model_type if record.model_type != name else name, layout, scheme)
+    except DenseModelError as error:
+        if not any(".experts." in tensor for tensor in folder.tensors):
+            raise
+        first = next(tensor for tensor in folder.tensors if ".experts." in tensor)
+        findings.add(
+            "contradiction",
+            folder.tensors[first].file,
+            first,
+            got="experts in the tensors",
+            want=f"none, for {error}",
+            do=OTHER_MODEL,
+        )
+        return Model(name, None, scheme)
+    except ConfigError as error:
+        if _has_record(folder.config):
+            want, do = "a config that says what its layers are", "mend config.json, or take it from its release"
+            findings.add("config", CONFIG, got=str(error), want=want, do=do)
+            return Model(name, None, scheme)
+        return Model(name, None, scheme, str(error))
+
+
+def _has_record(config: Mapping[str, Any]) -> bool:
+    levels = [config, *(config.get(key) for key in NESTED)]
+    types = [level.get("model_type") for level in levels if isinstance(level, Mapping)]
+    found = [RECORDS.record_of(name) for name in types if isinstance(name, str)]
+    return any(record is not None and record.names is not None for record in found)

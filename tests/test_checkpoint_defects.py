@@ -1,0 +1,450 @@
+"""`checkpoint` names each planted defect, by kind, file and tensor, and says nothing of a sound folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_folders import (
+    FAMILIES,
+    INDEX,
+    LAYOUTS,
+    QUANTISED,
+    T,
+    Tensors,
+    config_of,
+    file_of,
+    floats,
+    quantised,
+    write,
+)
+
+from moe_conformance.checkpoints.command import judged
+from moe_conformance.checkpoints.findings import Finding
+from moe_conformance.checkpoints.report import Judgement
+
+FIRST, LAST = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+# Of qwen3_moe's nine layers, 1, 5 and 7 have experts: eleven of 24 times 40.
+EXPERTS = "model.layers.5.mlp.experts"
+UP = f"{EXPERTS}.3.up_proj.weight"
+GATE = "model.layers.5.mlp.gate.weight"
+
+
+def findings(judgement: Judgement) -> list[tuple[str, str]]:
+    return [(finding.level, finding.kind) for finding in judgement.findings]
+
+
+def base(form: str) -> tuple[dict[str, Any], Tensors]:
+    """A config and its tensors: of qwen3_moe in floats, in a quantised form, or of another family."""
+    if form == "float":
+        return config_of("qwen3_moe"), floats("qwen3_moe")
+    name, _, layout = form.partition("/")
+    if name in QUANTISED:
+        return quantised(name, layout or "each")
+    return config_of(name), floats(name)
+
+
+@pytest.mark.parametrize("form", ["hub", "modules"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_said_of_a_sound_folder_of_any_family(family: str, form: Any, tmp_path: Path) -> None:
+    if tensors := floats(family, form):
+        assert findings(judged(write(tmp_path / "model", config_of(family), tensors))) == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", QUANTISED)
+def test_nothing_is_said_of_a_sound_folder_in_any_form(form: str, layout: str, tmp_path: Path) -> None:
+    assert findings(judged(write(tmp_path / "model", *quantised(form, layout)))) == []
+
+
+def gpt_oss() -> tuple[dict[str, Any], Tensors]:
+    """As published: blocks and scales in place of the experts' weights, which as floats lie transposed."""
+    tensors: Tensors = {}
+    config = {**config_of("gpt_oss"), "hidden_size": 64, "intermediate_size": 32}
+    for name, tensor in floats("gpt_oss", config=config).items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, columns, rows = tensor.shape
+            groups = -(-columns // 32)
+            tensors[f"{name}_blocks"] = T("U8", (experts, rows, groups, 16))
+            tensors[f"{name}_scales"] = T("U8", (experts, rows, groups))
+        else:
+            tensors[name] = tensor
+    return {**config, "quantization_config": {"quant_method": "mxfp4"}}, tensors
+
+
+def draft(tensors: Tensors, before: str = "model.layers.9.") -> Tensors:
+    """The last layer once more, as one for multi-token prediction."""
+    last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.8.")}
+    more = {before + name.removeprefix("model.layers.8."): tensor for name, tensor in last.items()}
+    return {**tensors, **more, f"{before}eh_proj.weight": T("BF16", (40, 80))}
+
+
+def left_as_it_was(tensors: Tensors, *experts: int) -> Tensors:
+    """Some experts of layer 5 in floats again."""
+    found = {n: t for n, t in tensors.items() if not any(f"layers.5.mlp.experts.{e}." in n for e in experts)}
+    plain = floats("qwen3_moe")
+    return found | {n: t for n, t in plain.items() if any(f"layers.5.mlp.experts.{e}." in n for e in experts)}
+
+
+def sound_variants() -> dict[str, tuple[dict[str, Any], Tensors]]:
+    plain_config, plain = base("float")
+    fp8_config, fp8 = base("fp8-block")
+    v3_config, v3 = base("deepseek_v3")
+    ignore = {**fp8_config["quantization_config"], "ignored_layers": [f"{EXPERTS}.3", f"{EXPERTS}.4"]}
+    tower = {f"visual.blocks.0.mlp.{name}.weight": T("BF16", (8, 8)) for name in ("gate_proj", "experts.0.up_proj")}
+    attention = {
+        "model.layers.0.self_attn.q_proj.weight": T("F8_E4M3", (40, 40)),
+        "model.layers.0.self_attn.q_proj.weight_scale_inv": T("F32", (3, 3)),
+        "model.embed_tokens.weight": T("BF16", (64, 40)),
+    }
+    wrapped = {"model_type": "qwen3_vl_moe", "text_config": config_of("qwen3_vl_moe_text")}
+    packed = floats("qwen3_vl_moe_text", config=wrapped)
+    turned = {
+        n: t._replace(shape=(*t.shape[:-2], t.shape[-1], t.shape[-2])) for n, t in packed.items() if "experts" in n
+    }
+    return {
+        "gpt-oss": gpt_oss(),
+        "mixed": ({**fp8_config, "quantization_config": ignore}, left_as_it_was(fp8, 3, 4)),
+        "draft-counted": ({**v3_config, "num_nextn_predict_layers": 1}, draft(v3)),
+        "draft-not-counted": (v3_config, draft(v3)),
+        "draft-apart": (v3_config, draft(v3, "mtp.layers.0.")),
+        "draft-left-out": ({**v3_config, "num_nextn_predict_layers": 1}, v3),
+        "beside-a-tower": (plain_config, plain | tower),
+        "attention-too": (fp8_config, fp8 | attention),
+        "multimodal": (wrapped, packed),
+        "multimodal-transposed": ({**wrapped, "transformers_version": "4.57.1"}, packed | turned),
+        "float-experts-and-input-scales": (
+            fp8_config,
+            fp8
+            | {name.replace("weight_scale_inv", "input_scale"): T("F32", ()) for name in fp8 if "scale_inv" in name},
+        ),
+    }
+
+
+@pytest.mark.parametrize("variant", sound_variants())
+def test_nothing_is_said_of_what_releases_do(variant: str, tmp_path: Path) -> None:
+    assert findings(judged(write(tmp_path / "model", *sound_variants()[variant]))) == []
+
+
+def test_a_consolidated_file_beside_shards_is_a_note(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", *base("float"))
+    (folder / "consolidated.safetensors").write_bytes(file_of({"layers.0.w1": T("BF16", (2, 2))}))
+    judgement = judged(folder)
+    assert findings(judgement) == [("note", "beside")] and judgement.is_sound
+
+
+def test_hub_snapshots_are_links_into_the_cache(tmp_path: Path) -> None:
+    """models--A--B/snapshots/REVISION/FILE -> ../../blobs/HASH"""
+    real = write(tmp_path / "real", *base("float"))
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0a1b", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(real.iterdir()):
+        file.rename(blobs / f"{number:040}")
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / f"{number:040}")
+    assert findings(judged(snapshot)) == []
+
+
+Change = Callable[[dict[str, Any], Tensors], object]
+
+
+def drop(*parts: str) -> Change:
+    def change(_: dict[str, Any], tensors: Tensors) -> None:
+        for name in [name for name in tensors if any(part in name for part in parts)]:
+            del tensors[name]
+
+    return change
+
+
+def put(name: str, dtype: str, *shape: int) -> Change:
+    return lambda _, tensors: tensors.update({name: T(dtype, shape)})
+
+
+def say(**keys: Any) -> Change:
+    return lambda config, _: config.update(keys)
+
+
+def quantisation(**keys: Any) -> Change:
+    return lambda config, _: config.update(quantization_config={**config["quantization_config"], **keys})
+
+
+def rename(old: str, new: str) -> Change:
+    def change(_: dict[str, Any], tensors: Tensors) -> None:
+        for name in [name for name in tensors if old in name]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
+# Name of the defect: the folder that it is planted in, how, the kind it must be found as, and what must be named.
+PLANTED: dict[str, tuple[str, Change, str, str]] = {
+    "expert-tensor-missing": ("float", drop(UP), "missing", UP),
+    "expert-missing": ("float", drop(f"{EXPERTS}.3."), "missing", f"{EXPERTS}.3.down_proj.weight"),
+    "last-experts-missing": ("float", drop(*(f".experts.{e}." for e in (8, 9, 10))), "contradiction", "8 experts"),
+    "packed-missing": ("granitemoe", drop("layers.5.block_sparse_moe.output"), "missing", "output_linear"),
+    "router-missing": ("float", drop(GATE), "missing", GATE),
+    "bias-missing": ("deepseek_v3", drop("layers.8.mlp.gate.e_score"), "missing", "8.mlp.gate.e_score_correction_bias"),
+    "shared-missing": ("deepseek_v3", drop("layers.8.mlp.shared_experts.up"), "missing", "shared_experts.up_proj"),
+    "layer-missing": ("float", drop("model.layers.5.mlp"), "missing", "model.layers.5"),
+    "expert-bias-missing": ("gpt_oss", drop("layers.5.mlp.experts.down_proj_bias"), "missing", "down_proj_bias"),
+    "expert-extra": ("float", put(f"{EXPERTS}.40.up_proj.weight", "BF16", 24, 40), "extra", "experts.40"),
+    "more-experts": ("float", say(num_experts=10), "contradiction", "11 experts"),
+    "unknown-name": ("float", put("model.layers.5.mlp.experts.3.side.weight", "BF16", 2), "extra", "3.side"),
+    "layer-beyond": ("float", put("model.layers.9.mlp.experts.0.up_proj.weight", "BF16", 24, 40), "contradiction", "9"),
+    "number-with-zeros": ("float", rename(f"{EXPERTS}.3.", f"{EXPERTS}.03."), "extra", "experts.03."),
+    "doubled-spelling": ("float", put(f"{EXPERTS}.gate_up_proj", "BF16", 11, 48, 40), "doubled", "gate_up_proj"),
+    "doubled-prefix": (
+        "float",
+        put(UP.replace("model.", "language_model.model."), "BF16", 24, 40),
+        "doubled",
+        "up_proj",
+    ),
+    "misshapen": ("float", put(UP, "BF16", 24, 41), "misshapen", UP),
+    "transposed": ("float", put(UP, "BF16", 40, 24), "misshapen", "transposed"),
+    "router-of-fewer": ("float", put(GATE, "BF16", 10, 40), "router", "10 classes"),
+    "router-transposed": ("float", put(GATE, "BF16", 40, 11), "router", "transposed"),
+    "bias-of-fewer": ("deepseek_v3", put("model.layers.8.mlp.gate.e_score_correction_bias", "F32", 10), "router", "10"),
+    "mistyped": ("float", put(UP, "I32", 24, 40), "mistyped", UP),
+    "one-in-float32": ("float", put(UP, "F32", 24, 40), "mistyped", UP),
+    "router-of-integers": ("float", put(GATE, "I64", 11, 40), "mistyped", GATE),
+    "table-of-floats": (
+        "deepseek_v4",
+        put("model.layers.0.ffn.gate.tid2eid", "F32", 129280, 3),
+        "mistyped",
+        "tid2eid",
+    ),
+    "wider-in-config": ("float", say(moe_intermediate_size=25), "contradiction", "config.json"),
+    "hidden-in-config": ("float", say(hidden_size=48), "contradiction", "config.json"),
+    "dense-in-config": ("float", say(mlp_only_layers=[3, 5]), "contradiction", "layer 5 with experts"),
+    "sparse-in-config": ("float", say(decoder_sparse_step=1, mlp_only_layers=[]), "missing", "model.layers.0"),
+    "dense-in-tensors": (
+        "float",
+        lambda c, t: (drop("layers.5.mlp")(c, t), put("model.layers.5.mlp.gate_proj.weight", "BF16", 56, 40)(c, t)),
+        "contradiction",
+        "layers.5.mlp.gate_proj",
+    ),
+    "no-experts-in-config": ("float", say(num_experts=0), "contradiction", "experts"),
+    "config-null": ("float", say(moe_intermediate_size=None), "config", "moe_intermediate_size"),
+    "fp8-scale-missing": ("fp8-block", drop(f"{EXPERTS}.3.up_proj.weight_scale_inv"), "scales-missing", "3.up_proj"),
+    "fp8-scales-missing": ("fp8-block", drop("weight_scale_inv"), "scales-missing", "weight_scale_inv"),
+    "fp8-blocks-wrong": (
+        "fp8-block",
+        put(f"{EXPERTS}.3.up_proj.weight_scale_inv", "F32", 2, 2),
+        "scale-blocks",
+        "3.up_proj.weight_scale_inv",
+    ),
+    "fp8-blocks-of-another-size": (
+        "fp8-block",
+        quantisation(weight_block_size=[8, 8]),
+        "scale-blocks",
+        "weight_scale_inv",
+    ),
+    "fp8-weights-gone": ("fp8-block", lambda _, tensors: tensors.pop(UP), "missing", UP),
+    "fp8-scale-of-integers": (
+        "fp8-block",
+        put(f"{EXPERTS}.3.up_proj.weight_scale_inv", "I32", 2, 3),
+        "mistyped",
+        "3.up_proj.weight_scale_inv",
+    ),
+    "fp8-input-scale-missing": (
+        "fp8-tensor",
+        drop(f"{EXPERTS}.3.up_proj.input_scale"),
+        "scales-missing",
+        "input_scale",
+    ),
+    "fp8-channel-scale-short": (
+        "fp8-channel",
+        put(f"{EXPERTS}.3.up_proj.weight_scale", "BF16", 23, 1),
+        "scale-blocks",
+        "3.up_proj.weight_scale",
+    ),
+    "fp8-packed-scale-short": (
+        "fp8-block/packed",
+        put(f"{EXPERTS}.down_proj.weight_scale_inv", "F32", 10, 3, 2),
+        "scale-blocks",
+        "down_proj.weight_scale_inv",
+    ),
+    "one-expert-in-floats": ("fp8-block", lambda c, t: t.update(left_as_it_was(t, 3)), "mistyped", "experts.3."),
+    "mxfp4-scale-short": ("mxfp4", put(f"{EXPERTS}.3.up_proj.weight_scale", "U8", 24, 1), "scale-blocks", "3.up_proj"),
+    "nvfp4-global-missing": (
+        "nvfp4",
+        drop(f"{EXPERTS}.3.up_proj.weight_global_scale"),
+        "scales-missing",
+        "3.up_proj.weight_global_scale",
+    ),
+    "nvfp4-scale-2-missing": ("nvfp4-modelopt", drop("weight_scale_2"), "scales-missing", "weight_scale_2"),
+    "nvfp4-scale-of-bytes": (
+        "nvfp4",
+        put(f"{EXPERTS}.3.up_proj.weight_scale", "U8", 24, 3),
+        "mistyped",
+        "3.up_proj.weight_scale",
+    ),
+    "int4-shape-missing": ("int4", drop(f"{EXPERTS}.3.up_proj.weight_shape"), "missing", "3.up_proj.weight_shape"),
+    "int4-codes-short": ("int4", put(f"{EXPERTS}.3.up_proj.weight_packed", "I32", 24, 4), "misshapen", "3.up_proj"),
+    "int4-points-missing": (
+        "int4-points",
+        drop(f"{EXPERTS}.3.up_proj.weight_zero_point"),
+        "missing",
+        "3.up_proj.weight_zero_point",
+    ),
+    "int4-points-too-many": (
+        "int4",
+        put(f"{EXPERTS}.3.up_proj.weight_zero_point", "I32", 3, 5),
+        "contradiction",
+        "weight_zero_point",
+    ),
+    "int8-scale-missing": (
+        "int8/split",
+        drop("layers.5.block_sparse_moe.experts.3.up_proj.weight_scale"),
+        "scales-missing",
+        "3.up",
+    ),
+    "gptq-qzeros-missing": ("gptq", drop(f"{EXPERTS}.3.up_proj.qzeros"), "missing", "3.up_proj.qzeros"),
+    "gptq-g-idx-short": ("gptq", put(f"{EXPERTS}.3.up_proj.g_idx", "I32", 39), "misshapen", "3.up_proj.g_idx"),
+    "gptq-group-size": ("gptq", quantisation(group_size=16), "scale-blocks", "scales"),
+    "awq-scales-missing": ("awq", drop(f"{EXPERTS}.3.up_proj.scales"), "scales-missing", "3.up_proj.scales"),
+    "nf4-absmax-missing": ("bnb-nf4", drop(f"{EXPERTS}.3.up_proj.weight.absmax"), "scales-missing", "weight.absmax"),
+    "nf4-state-missing": ("bnb-nf4", drop(f"{EXPERTS}.3.up_proj.weight.quant_state"), "missing", "quant_state"),
+    "bnb-int8-scb-short": ("bnb-int8", put(f"{EXPERTS}.3.up_proj.SCB", "F32", 23), "scale-blocks", "3.up_proj.SCB"),
+    "scale-beside-floats": ("float", put(f"{EXPERTS}.3.up_proj.weight_scale", "F32", 1), "extra", "weight_scale"),
+    "second-scale": ("fp8-block", put(f"{EXPERTS}.3.up_proj.weight_scale", "F32"), "extra", "3.up_proj.weight_scale"),
+    "quantised-without-config": (
+        "fp8-block",
+        lambda c, _: c.pop("quantization_config"),
+        "contradiction",
+        "no quantization_config",
+    ),
+    "another-form-in-config": ("fp8-block", quantisation(quant_method="mxfp4"), "contradiction", "mxfp4"),
+    "floats-though-config-says": (
+        "float",
+        say(quantization_config={"quant_method": "mxfp4"}),
+        "contradiction",
+        "no tensor in such a form",
+    ),
+    "quantised-though-left": (
+        "fp8-block",
+        quantisation(ignored_layers=[f"{EXPERTS}.3.up_proj"]),
+        "contradiction",
+        "leaves as it was",
+    ),
+    "attention-scale-missing": (
+        "fp8-block",
+        put("model.layers.0.self_attn.q_proj.weight", "F8_E4M3", 40, 40),
+        "scales-missing",
+        "q_proj.weight_scale_inv",
+    ),
+    "draft-expert-missing": (
+        "deepseek_v3",
+        lambda c, t: (
+            c.update(num_nextn_predict_layers=1),
+            t.update(draft(t)),
+            drop("layers.9.mlp.experts.3.up")(c, t),
+        ),
+        "missing",
+        "layers.9.mlp.experts.3.up_proj",
+    ),
+}
+
+
+def said(finding: Finding) -> str:
+    return " ".join((finding.file, *finding.tensors, finding.got, finding.want, finding.do))
+
+
+@pytest.mark.parametrize("defect", PLANTED)
+def test_a_planted_defect_is_named(defect: str, tmp_path: Path) -> None:
+    form, change, kind, words = PLANTED[defect]
+    config, tensors = base(form)
+    assert judged(write(tmp_path / "sound", config, tensors)).is_sound
+    change(config, tensors)
+    judgement = judged(write(tmp_path / "model", config, tensors))
+    found = [finding for finding in judgement.findings if finding.level == "defect"]
+    assert any(finding.kind == kind and words in said(finding) for finding in found), found
+    assert len(found) <= 4, found
+
+
+Damage = Callable[[Path], object]
+
+
+def cut(file: str, size: int) -> Damage:
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:size])
+
+
+def index(change: Callable[[dict[str, str]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / INDEX).read_text())
+        change(content["weight_map"])
+        (folder / INDEX).write_text(json.dumps(content))
+
+    return damage
+
+
+def again_in_the_last(folder: Path) -> None:
+    config, tensors = base("float")
+    later = dict(list(tensors.items())[len(tensors) // 2 :])
+    (folder / LAST).write_bytes(
+        file_of({**later, f"{EXPERTS.replace('5', '1')}.0.up_proj.weight": T("BF16", (24, 40))})
+    )
+
+
+DAMAGED: dict[str, tuple[Damage, str, str]] = {
+    "truncated": (cut(LAST, 20_000), "truncated", LAST),
+    "header-truncated": (cut(LAST, 300), "truncated", LAST),
+    "empty": (cut(FIRST, 0), "truncated", FIRST),
+    "shard-missing": (lambda folder: (folder / LAST).unlink(), "shard-missing", LAST),
+    "bytes-behind": (lambda folder: (folder / LAST).open("ab").write(b"12345678"), "header", "of no tensor"),
+    "index-without-name": (index(lambda names: names.pop(UP)), "index", UP),
+    "index-with-stranger": (index(lambda names: names.update({UP + "s": FIRST})), "missing", UP + "s"),
+    "index-of-another-shard": (index(lambda names: names.update({UP: LAST})), "index", UP),
+    "doubled-in-shards": (again_in_the_last, "doubled", f"{FIRST} and in {LAST}"),
+    "no-index": (lambda folder: (folder / INDEX).unlink(), "index", INDEX),
+    "no-index-shard-missing": (
+        lambda folder: ((folder / INDEX).unlink(), (folder / FIRST).unlink()),
+        "shard-missing",
+        FIRST,
+    ),
+    "both": (lambda folder: (folder / "model.safetensors").write_bytes(file_of({})), "index", "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_folder_is_named(damage: str, tmp_path: Path) -> None:
+    change, kind, words = DAMAGED[damage]
+    folder = write(tmp_path / "model", *base("float"))
+    change(folder)
+    found = [finding for finding in judged(folder).findings if finding.level == "defect"]
+    assert any(finding.kind == kind and words in said(finding) for finding in found), found
+    assert len(found) <= 2, found
+
+
+def test_a_family_without_a_record_has_the_checks_that_hold_for_all(tmp_path: Path) -> None:
+    config, tensors = base("float")
+    unheard = {"model_type": "unheard_of", **{k: v for k, v in config.items() if k != "model_type"}}
+    unheard |= {"scoring_func": "nobody knows"}
+    judgement = judged(write(tmp_path / "sound", unheard, tensors))
+    assert (findings(judgement), judgement.record) == ([("note", "no-record")], False)
+    del tensors[UP]
+    tensors[f"{EXPERTS}.4.up_proj.weight"] = T("BF16", (23, 40))
+    tensors[f"{EXPERTS}.5.up_proj.weight"] = T("F8_E4M3", (24, 40))
+    judgement = judged(write(tmp_path / "model", unheard, tensors))
+    found = {finding.kind: finding.tensors for finding in judgement.findings}
+    assert found["missing"] == (UP,)
+    assert found["misshapen"] == (f"{EXPERTS}.4.up_proj.weight",)
+    assert found["mistyped"] == (f"{EXPERTS}.5.up_proj.weight",)
+    assert found["scales-missing"] == (f"{EXPERTS}.5.up_proj.weight_scale_inv",)
+
+
+def test_modelopts_own_file_says_the_form_too(tmp_path: Path) -> None:
+    config, tensors = base("nvfp4-modelopt")
+    said_beside = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    alone = {key: value for key, value in config.items() if key != "quantization_config"}
+    folder = write(tmp_path / "model", alone, tensors)
+    (folder / "hf_quant_config.json").write_text(json.dumps(said_beside))
+    assert findings(judged(folder)) == []
+    said_beside["quantization"] = {"quant_algo": "FP8"}
+    (folder / "hf_quant_config.json").write_text(json.dumps(said_beside))
+    assert ("defect", "contradiction") in findings(judged(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ("defect", "config") in findings(judged(folder))
