@@ -382,7 +382,7 @@ def index(change: Callable[[dict[str, str]], object]) -> Damage:
 
 
 def again_in_the_last(folder: Path) -> None:
-    config, tensors = base("float")
+    _, tensors = base("float")
     later = dict(list(tensors.items())[len(tensors) // 2 :])
     (folder / LAST).write_bytes(
         file_of({**later, f"{EXPERTS.replace('5', '1')}.0.up_proj.weight": T("BF16", (24, 40))})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 
 from moe_conformance.checkpoints.engines import unheard_of
@@ -23,10 +24,14 @@ def judged(path: Path, values: bool = False) -> Judgement:
     try:
         folder = read_folder(path, findings)
         model = model_of(folder, findings)
-        judge(folder, model, findings)
+        held = judge(folder, model, findings)
     finally:
         if collects:
             gc.enable()
+    if values:
+        from moe_conformance.checkpoints.values import Progress, look
+
+        look(folder, model.layout, held, findings, Progress(folder.size, sys.stderr))
     if model.why:
         findings.add(
             "no-record",

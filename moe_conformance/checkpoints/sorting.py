@@ -46,9 +46,14 @@ Key = tuple[Stack, int, str]
 Outside = dict[str, dict[str, Stored]]
 
 
-def sorted_out(
-    tensors: Mapping[str, Stored], layout: Layout | None, findings: Findings
-) -> tuple[dict[Key, Group], Outside]:
+class Sorted(NamedTuple):
+    """groups: what the MoE layers hold, by layer and spelling. outside: what is elsewhere, by stem and end."""
+
+    groups: dict[Key, Group]
+    outside: Outside
+
+
+def sorted_out(tensors: Mapping[str, Stored], layout: Layout | None, findings: Findings) -> Sorted:
     """Every tensor in its place: in the MoE layers, or by the stem of its name."""
     spots: dict[tuple[str, ...], Spot | None] = {}
     raw: dict[tuple[Stack, str, Spelling], list[tuple[str | None, str, Stored]]] = {}
@@ -80,7 +85,7 @@ def sorted_out(
         raw.setdefault((spot.stack, layer, spot.spelling), []).append((expert, spot.end, entry))
     groups = dict(_grouped(raw, findings))
     _strangers(strangers, layout, groups, findings)
-    return groups, outside
+    return Sorted(groups, outside)
 
 
 def _grouped(

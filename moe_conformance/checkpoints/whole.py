@@ -11,19 +11,19 @@ from moe_conformance.checkpoints.folder import Folder
 from moe_conformance.checkpoints.generic import alike
 from moe_conformance.checkpoints.matrices import Judge
 from moe_conformance.checkpoints.model import Model
-from moe_conformance.checkpoints.sorting import Group, Key, sorted_out
+from moe_conformance.checkpoints.sorting import Sorted, sorted_out
 
 
-def judge(folder: Folder, model: Model, findings: Findings) -> dict[Key, Group]:
-    """Everything that headers say. returns what the MoE layers hold, by layer and spelling."""
-    groups, outside = sorted_out(folder.tensors, model.layout, findings)
+def judge(folder: Folder, model: Model, findings: Findings) -> Sorted:
+    """Everything that headers say. returns every tensor in its place."""
+    held = sorted_out(folder.tensors, model.layout, findings)
     matrices = Judge(folder, model, findings)
-    for key, group in groups.items():
+    for key, group in held.groups.items():
         matrices.group(key, group)
     if model.layout is not None:
-        Coverage(folder, model.layout, findings).judge(groups)
+        Coverage(folder, model.layout, findings).judge(held.groups)
     else:
-        alike(outside, folder, findings)
-    matrices.outside(outside)
+        alike(held.outside, folder, findings)
+    matrices.outside(held.outside)
     matrices.scheme()
-    return groups
+    return held
