@@ -255,7 +255,10 @@ def quantised(form: str, layout: str) -> tuple[dict[str, Any], Tensors]:
     """Config and tensors of a model whose experts are in the form."""
     family, spelled = LAYOUTS[layout]
     given, matrix = QUANTISED[form]
-    plain = floats(family, spelled)  # type: ignore[arg-type]
+    config = config_of(family)
+    if layout == "split":
+        config["num_hidden_layers"] = 2
+    plain = floats(family, spelled, config)  # type: ignore[arg-type]
     if layout == "split":
         plain = _split(plain)
     found: Tensors = {}
@@ -266,7 +269,7 @@ def quantised(form: str, layout: str) -> tuple[dict[str, Any], Tensors]:
         *lead, rows, columns = tensor.shape
         stem = name.removesuffix("weight") if name.endswith(".weight") else f"{name}."
         found |= {stem + end: held for end, held in matrix(tuple(lead), rows, columns).items()}
-    return {**config_of(family), "quantization_config": given}, found
+    return {**config, "quantization_config": given}, found
 
 
 def _split(plain: Tensors) -> Tensors:

@@ -298,7 +298,7 @@ PLANTED: dict[str, tuple[str, Change, str, str]] = {
     ),
     "int8-scale-missing": (
         "int8/split",
-        drop("layers.5.block_sparse_moe.experts.3.up_proj.weight_scale"),
+        drop("layers.1.block_sparse_moe.experts.3.up_proj.weight_scale"),
         "scales-missing",
         "3.up",
     ),

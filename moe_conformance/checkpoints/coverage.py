@@ -10,7 +10,7 @@ from moe_conformance.checkpoints.folder import CONFIG, Folder
 from moe_conformance.checkpoints.layout import MTP, Layout
 from moe_conformance.checkpoints.model import OTHER_MODEL
 from moe_conformance.checkpoints.sorting import Group, Key, Matrix, again
-from moe_conformance.model.families.naming import Stack
+from moe_conformance.model.families.naming import Piece, Stack
 from moe_conformance.quote import FEW, plainly
 from moe_conformance.reference_impl.checkpoint.places import Layer
 
@@ -78,6 +78,8 @@ class Coverage:
         if not fillers:
             self._missing(before, self._spelled(target, half, held), "no such tensor", held)
             return
+        if len(fillers) == 1 and _are_all(*fillers[0], layer.sizes.experts):
+            return
         filled: dict[int | None, Matrix] = {}
         for group, piece in fillers:
             first = layer.sizes.experts if piece.experts == "second" else 0
@@ -105,7 +107,9 @@ class Coverage:
             f"{before}{group.spelling.name.replace('{e}', str(first + expert))}"
             for expert in islice((e for e in range(experts) if e not in filled), FEW)
         ]
-        like = next(iter(filled.values())).carrier
+        # What it should look like, and the file it should be in: those of its neighbour.
+        absent = next(e for e in range(experts) if e not in filled)
+        like = filled[min((e for e in filled if e is not None), key=lambda e: (abs(e - absent), e))].carrier
         if set(filled) == set(range(len(filled))) and gone > 1:
             got, want = f"{len(filled)} experts", f"{experts}, as config.json says"
             self._findings.add("contradiction", like.file, names, got=got, want=want, do=OTHER_MODEL, count=gone)
@@ -133,6 +137,15 @@ class Coverage:
         do = "download the shard that has it, or mend the export"
         want = "it, as config.json says"
         self._findings.add("missing", file, before + name, got=got, want=want, do=do)
+
+
+def _are_all(group: Group, piece: Piece, experts: int) -> bool:
+    """Whether every expert is there, and no other."""
+    numbers = [number for number in group.experts if number is not None]
+    first = experts if piece.experts == "second" else 0
+    if len(numbers) != experts or len(group.experts) != experts:
+        return False
+    return (min(numbers), max(numbers)) == (first, first + experts - 1)
 
 
 def _block(pattern: str) -> str:

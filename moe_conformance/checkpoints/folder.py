@@ -78,8 +78,9 @@ def _files(path: Path) -> list[str]:
     try:
         with os.scandir(path) as found:
             names = [entry.name for entry, _ in zip(found, range(MOST_FILES + 1), strict=False)]
-    except OSError as error:
-        raise CheckpointError(f"{path}: not readable ({error.strerror}); point to the model's folder") from error
+    except (OSError, ValueError) as error:  # a name with a zero in it
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{plainly(str(path))}: not readable ({why}); point to the model's folder") from error
     if len(names) > MOST_FILES:
         raise CheckpointError(f"{path}: got more than {MOST_FILES} files; point to the model's folder")
     return sorted(names)
@@ -137,11 +138,13 @@ def _weight_map(path: Path) -> dict[str, str]:
     index, weight_map = path / INDEX, _json(path, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: got no weight_map, want tensor names and their shards; download it again")
-    for name, file in weight_map.items():
-        # A name with a separator, a drive or ".." would read outside the folder.
-        if not isinstance(file, str) or not file.endswith(".safetensors") or any(c in file for c in "/\\:\0"):
+    # A name with a separator, a drive or ".." would read outside the folder.
+    files = dict.fromkeys(file if isinstance(file, str) else None for file in weight_map.values())
+    for file in files:
+        if file is None or not file.endswith(".safetensors") or any(c in file for c in "/\\:\0"):
+            name, got = next((n, f) for n, f in weight_map.items() if f == file or not isinstance(f, str))
             raise CheckpointError(
-                f"{index}: {plainly(name)}: got shard {quoted(file)}, want the name of a .safetensors file in the "
+                f"{index}: {plainly(name)}: got shard {quoted(got)}, want the name of a .safetensors file in the "
                 "same folder; do not load this checkpoint unless you trust where it came from"
             )
     return weight_map

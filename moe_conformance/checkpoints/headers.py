@@ -20,6 +20,8 @@ from moe_conformance.quote import plainly, quoted
 
 # Bytes. Of 115 a tensor, it holds 140,000; the most in a published file are 10,000.
 MOST_HEADER = 2**24
+# Of one that must be parsed as JSON, which an attack can make slow; none that safetensors wrote must.
+MOST_PARSED = 2**22
 # Bits of one element, by safetensors' word for its dtype.
 BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -102,7 +104,7 @@ def read_header(path: Path, name: str) -> Header:
 def _written_by_safetensors(text: str) -> list[_Entry] | None:
     """The entries of a header that consists of such entries and nothing else; None for any other."""
     start = _METADATA.match(text)
-    if start is None:
+    if start is None or _ENTRY.match(text, start.end()) is None:
         return None
     entries: list[_Entry] = _ENTRY.findall(text, start.end())
     # Matches do not overlap: if they are as long as the text together, there is nothing between them.
@@ -118,7 +120,7 @@ def _stored(entries: list[_Entry], file: str) -> list[Stored]:
     for name, dtype, dims, begin_text, end_text, _ in entries:
         kind = dtype, dims
         if kind not in known:
-            known[kind] = _sized(name, dtype, [int(dim) if len(dim) < 19 else -1 for dim in _split(name, dims)])
+            known[kind] = _sized(name, dtype, _split(name, dims))
         shape, size = known[kind]
         begin, end = int(begin_text), int(end_text)
         if end - begin != size:
@@ -127,15 +129,18 @@ def _stored(entries: list[_Entry], file: str) -> list[Stored]:
     return out
 
 
-def _split(name: str, dims: str) -> list[str]:
+def _split(name: str, dims: str) -> list[int]:
     found = dims.split(",") if dims else []
-    if "" in found:
-        raise Damaged("header", f"{plainly(name)} with shape [{dims[:80]}]", "a list of integers")
-    return found
+    if not all(0 < len(dim) < 19 for dim in found):
+        raise Damaged("header", f"{plainly(name)} with shape [{dims[:80]}]", "a list of integers below 2**63")
+    return [int(dim) for dim in found]
 
 
 def _parsed(text: str, file: str) -> list[Stored]:
     """Of a header that another writer laid out: with spaces, keys in another order, or escapes."""
+    if len(text) > MOST_PARSED:
+        got = f"a header of {len(text)} characters that safetensors did not write"
+        raise Damaged("header", got, f"at most {MOST_PARSED} of such", "save the file again with safetensors")
     try:
         entries = parsed(text, "header")
     except CheckpointError as error:

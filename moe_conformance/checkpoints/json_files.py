@@ -51,7 +51,7 @@ def open_at_once(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
 
 
 def _text(path: Path) -> str:
-    """What a file says. Refused are a device, a pipe and a folder, which may have no end, and a file beyond all sizes."""
+    """What a file says. A device, a pipe, a folder, which may have no end, and a file beyond all sizes are refused."""
     with open(path, encoding="utf-8", opener=open_at_once) as stream:
         found = os.fstat(stream.fileno())
         if not stat.S_ISREG(found.st_mode):

@@ -40,31 +40,34 @@ class Judge:
         pieces = [piece for piece in group.spelling.pieces if piece.target in layer.tensors]
         if not pieces:
             return
-        fits: dict[Piece, tuple[Shape, ...]] = {}
         wrong: list[Stored] = []
         beyond: list[int] = []
-        known: dict[tuple[str, Shape], bool] = {}
+        shapes: dict[int, tuple[Shape, ...]] = {}
+        # Dtypes and shapes that fit, by place of the piece: nearly every tensor has one of few.
+        fitting: set[tuple[int, str, Shape]] = set()
+        is_plain = True
         for number, matrix in group.experts.items():
-            piece = _piece_of(pieces, number, layer)
-            if piece is None:
+            at = 0 if len(pieces) == 1 and pieces[0].experts == "routed" else _piece_of(pieces, number, layer)
+            if at is None or (number is not None and at == 0 and number >= layer.sizes.experts):
                 beyond.append(number or 0)
                 continue
-            if piece not in fits:
-                fits[piece] = self._shapes(piece, layer, number is not None)
             carrier = matrix.stored.get("weight")
-            if len(matrix.stored) == 1 and carrier is not None:
-                # As nearly all are: floats, of the shape that they should have.
-                seen = carrier.dtype, carrier.shape
-                if seen not in known:
-                    known[seen] = self._plain_fits(piece, carrier, fits[piece][0])
-                if known[seen]:
-                    continue
-            self._matrix(group.spelling, piece, matrix, fits[piece], wrong)
+            alone = carrier is not None and len(matrix.stored) == 1
+            if alone and carrier is not None and (at, carrier.dtype, carrier.shape) in fitting:
+                continue
+            piece = pieces[at]
+            if at not in shapes:
+                shapes[at] = self._shapes(piece, layer, number is not None)
+            if alone and carrier is not None and carrier.dtype in _dtypes(piece) and carrier.shape == shapes[at][0]:
+                fitting.add((at, carrier.dtype, carrier.shape))
+                continue
+            is_plain = False
+            self._matrix(group.spelling, piece, matrix, shapes[at], wrong)
         if wrong:
             self._misshapen(wrong, group, pieces, layer, index)
         if beyond:
             self._beyond(beyond, group, layer)
-        if len(group.experts) > 1:
+        if len(group.experts) > 1 and not (is_plain and len({dtype for _, dtype, _ in fitting}) == 1):
             self._alike(group, pieces)
 
     def _no_layer(self, stack: Stack, index: int, group: Group) -> None:
@@ -95,9 +98,6 @@ class Judge:
         if "transposed" in piece.ops or (self._layout.names.once_transposed and not by_expert and len(stored) == 3):
             found.append((*stored[:-2], stored[-1], stored[-2]))
         return tuple(found)
-
-    def _plain_fits(self, piece: Piece, carrier: Stored, want: Shape) -> bool:
-        return carrier.dtype in _dtypes(piece) and carrier.shape == want
 
     def _matrix(
         self, spelling: Spelling, piece: Piece, matrix: Matrix, shapes: tuple[Shape, ...], wrong: list[Stored]
@@ -254,16 +254,16 @@ class Judge:
             )
 
 
-def _piece_of(pieces: list[Piece], number: int | None, layer: Layer) -> Piece | None:
+def _piece_of(pieces: list[Piece], number: int | None, layer: Layer) -> int | None:
     """What an expert's number is of; None for one that the layer has not."""
     if number is None:
-        return pieces[0]
+        return 0
     experts = layer.sizes.experts
-    for piece in pieces:
+    for at, piece in enumerate(pieces):
         first = 0 if piece.experts == "routed" else experts
         count = layer.sizes.identity if piece.experts == "identity" else experts
         if first <= number < first + count:
-            return piece
+            return at
     return None
 
 

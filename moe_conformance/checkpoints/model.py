@@ -41,25 +41,26 @@ def model_of(folder: Folder, findings: Findings) -> Model:
         layout = Layout(Places(folder.config), folder.config)
         record, _ = family_of(folder.config)
         return Model(record.model_type if record.model_type != name else name, layout, scheme)
-    except DenseModelError as error:
-        if not any(".experts." in tensor for tensor in folder.tensors):
-            raise
-        first = next(tensor for tensor in folder.tensors if ".experts." in tensor)
-        findings.add(
-            "contradiction",
-            folder.tensors[first].file,
-            first,
-            got="experts in the tensors",
-            want=f"none, for {error}",
-            do=OTHER_MODEL,
-        )
-        return Model(name, None, scheme)
     except ConfigError as error:
-        if _has_record(folder.config):
+        dense = error if isinstance(error, DenseModelError) else error.__cause__
+        if isinstance(dense, DenseModelError):
+            _no_experts(dense, folder, findings)
+            return Model(name, None, scheme)
+        if _has_record(folder.config) or not isinstance(model_type, str | None):
             want, do = "a config that says what its layers are", "mend config.json, or take it from its release"
             findings.add("config", CONFIG, got=str(error), want=want, do=do)
             return Model(name, None, scheme)
         return Model(name, None, scheme, str(error))
+
+
+def _no_experts(error: DenseModelError, folder: Folder, findings: Findings) -> None:
+    """By its config; raises the error where its tensors have none either."""
+    first = next((tensor for tensor in folder.tensors if ".experts." in tensor), None)
+    if first is None:
+        raise error
+    file = folder.tensors[first].file
+    want = f"none, for {error}"
+    findings.add("contradiction", file, first, got="experts in the tensors", want=want, do=OTHER_MODEL)
 
 
 def _has_record(config: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from moe_conformance.checkpoints.findings import Findings
@@ -53,65 +53,88 @@ class Sorted(NamedTuple):
     outside: Outside
 
 
+class _Kind(NamedTuple):
+    """Names that differ in their numbers alone. spot: None outside the MoE blocks; then cut: how much their end takes.
+
+    layer, expert: where these numbers are among the parts of a name. held: by layer, expert and tensor.
+    """
+
+    spot: Spot | None
+    end: str
+    cut: int
+    layer: int
+    expert: int
+    held: dict[str, list[tuple[str, Stored]]]
+
+
 def sorted_out(tensors: Mapping[str, Stored], layout: Layout | None, findings: Findings) -> Sorted:
     """Every tensor in its place: in the MoE layers, or by the stem of its name."""
-    spots: dict[tuple[str, ...], Spot | None] = {}
-    raw: dict[tuple[Stack, str, Spelling], list[tuple[str | None, str, Stored]]] = {}
+    kinds: dict[tuple[str, ...], _Kind] = {}
+    others: list[_Kind] = []
     outside: Outside = {}
-    strangers: list[tuple[Spot, str, Stored]] = []
-    stems: dict[tuple[str, ...], tuple[int, str]] = {}
     split = CUT.split
     for name, entry in tensors.items():
-        cut = split(name)
-        words = tuple(cut[::2])
-        if words in spots:
-            spot = spots[words]
-        else:
-            spot = spots[words] = layout.spot(name) if layout else None
-        if spot is not None and any(cut[2 * at + 1] != text for at, text in spot.fixed):
-            spot = layout.spot(name) if layout else None
-        if spot is None:
-            found = stems.get(words)
-            if found is None:
-                stem, end = next(ends(name), (name, ""))
-                found = stems[words] = len(name) - len(stem), end
-            outside.setdefault(name[: len(name) - found[0]], {}).setdefault(found[1], entry)
+        parts = split(name)
+        words = tuple(parts[::2])
+        kind = kinds.get(words)
+        if kind is None:
+            kind = kinds[words] = _kind(name, layout)
+        if kind.spot is None:
+            outside.setdefault(name[: len(name) - kind.cut], {}).setdefault(kind.end, entry)
             continue
-        layer = cut[2 * spot.layer + 1]
-        if spot.spelling is None:
-            strangers.append((spot, layer, entry))
-            continue
-        expert = None if spot.expert is None else cut[2 * spot.expert + 1]
-        raw.setdefault((spot.stack, layer, spot.spelling), []).append((expert, spot.end, entry))
-    groups = dict(_grouped(raw, findings))
-    _strangers(strangers, layout, groups, findings)
+        if kind.spot.fixed and any(parts[2 * at + 1] != text for at, text in kind.spot.fixed):
+            kind = _kind(name, layout)
+            if kind.spot is None:
+                outside.setdefault(name[: len(name) - kind.cut], {}).setdefault(kind.end, entry)
+                continue
+            others.append(kind)
+        layer = parts[kind.layer]
+        held = kind.held.get(layer)
+        if held is None:
+            held = kind.held[layer] = []
+        held.append((parts[kind.expert], entry))
+    inside = [kind for kind in (*kinds.values(), *others) if kind.spot is not None]
+    groups = _grouped(inside, findings)
+    _strangers(inside, layout, groups, findings)
     return Sorted(groups, outside)
 
 
-def _grouped(
-    raw: Mapping[tuple[Stack, str, Spelling], list[tuple[str | None, str, Stored]]], findings: Findings
-) -> Iterator[tuple[Key, Group]]:
-    for (stack, digits, spelling), held in raw.items():
-        if not NUMBER.fullmatch(digits):
-            for _, _, entry in held:
-                _number(entry, findings)
+def _kind(name: str, layout: Layout | None) -> _Kind:
+    spot = layout.spot(name) if layout else None
+    if spot is None:
+        stem, end = next(ends(name), (name, ""))
+        return _Kind(None, end, len(name) - len(stem), 0, 0, {})
+    # What is no expert's has the text before the first number there, which is no number.
+    return _Kind(spot, spot.end, 0, 2 * spot.layer + 1, 0 if spot.expert is None else 2 * spot.expert + 1, {})
+
+
+def _grouped(kinds: Iterable[_Kind], findings: Findings) -> dict[Key, Group]:
+    groups: dict[Key, Group] = {}
+    numbers: dict[str, int] = {}
+    for kind in kinds:
+        spot, end = kind.spot, kind.end
+        if spot is None or spot.spelling is None:
             continue
-        experts: Experts = {}
-        for expert, end, entry in held:
-            if expert is None:
-                number = None
-            elif NUMBER.fullmatch(expert):
-                number = int(expert)
-            else:
-                _number(entry, findings)
+        for digits, held in kind.held.items():
+            if not NUMBER.fullmatch(digits):
+                for _, entry in held:
+                    _number(entry, findings)
                 continue
-            matrix = experts.get(number)
-            if matrix is None:
-                matrix = experts[number] = Matrix({})
-            other = matrix.stored.setdefault(end, entry)
-            if other is not entry:
-                again(other, entry, findings)
-        yield (stack, int(digits), spelling.pattern), Group(spelling, experts)
+            key = spot.stack, int(digits), spot.spelling.pattern
+            experts = groups.setdefault(key, Group(spot.spelling, {})).experts
+            for expert, entry in held:
+                number = numbers.get(expert) if kind.expert else None
+                if number is None and kind.expert:
+                    if not NUMBER.fullmatch(expert):
+                        _number(entry, findings)
+                        continue
+                    number = numbers[expert] = int(expert)
+                matrix = experts.get(number)
+                if matrix is None:
+                    experts[number] = Matrix({end: entry})
+                elif matrix.stored.setdefault(end, entry) is not entry:
+                    again(matrix.stored[end], entry, findings)
+    return groups
 
 
 def _number(entry: Stored, findings: Findings) -> None:
@@ -132,36 +155,39 @@ def again(held: Stored, entry: Stored, findings: Findings) -> None:
     )
 
 
-def _strangers(
-    strangers: list[tuple[Spot, str, Stored]], layout: Layout | None, groups: Mapping[Key, Group], findings: Findings
-) -> None:
+def _strangers(kinds: Iterable[_Kind], layout: Layout | None, groups: Mapping[Key, Group], findings: Findings) -> None:
     """Names within an MoE block that are in no spelling of the family."""
     if layout is None:
         return
     routed = {(stack, index) for stack, index, _ in groups}
-    for spot, digits, entry in strangers:
-        index = int(digits) if NUMBER.fullmatch(digits) else -1
-        layer, is_draft = layout.layer(spot.stack, index)
-        if layer is None or is_draft or (spot.stack, index) not in routed:
+    for kind in kinds:
+        if kind.spot is None or kind.spot.spelling is not None:
             continue
-        if any(spot.end == known or spot.end.startswith(f"{known}.") for known in layout.absent):
-            findings.add(
-                "contradiction",
-                entry.file,
-                entry.name,
-                got="a tensor of a part that config.json switches off",
-                want="none, or the key that switches it on",
-                do="take config.json from where the tensors come from",
-            )
-        else:
-            findings.add(
-                "extra",
-                entry.file,
-                entry.name,
-                got="a name in the MoE block that this family does not have",
-                want="the family's own names",
-                do="rename it or remove it: engines that read it by name do not find it",
-            )
+        is_absent = any(kind.end == known or kind.end.startswith(f"{known}.") for known in layout.absent)
+        for digits, held in kind.held.items():
+            index = int(digits) if NUMBER.fullmatch(digits) else -1
+            layer, is_draft = layout.layer(kind.spot.stack, index)
+            if layer is None or is_draft or (kind.spot.stack, index) not in routed:
+                continue
+            for _, entry in held:
+                if is_absent:
+                    findings.add(
+                        "contradiction",
+                        entry.file,
+                        entry.name,
+                        got="a tensor of a part that config.json switches off",
+                        want="none, or the key that switches it on",
+                        do="take config.json from where the tensors come from",
+                    )
+                else:
+                    findings.add(
+                        "extra",
+                        entry.file,
+                        entry.name,
+                        got="a name in the MoE block that this family does not have",
+                        want="the family's own names",
+                        do="rename it or remove it: engines that read it by name do not find it",
+                    )
 
 
 def beside(entry: Stored, end: str, matrix: Matrix) -> str:
