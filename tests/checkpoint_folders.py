@@ -134,6 +134,13 @@ def mxfp8(lead: tuple[int, ...], rows: int, columns: int) -> Tensors:
     return {"weight": T("F8_E4M3", (*lead, rows, columns)), "weight_scale": T("U8", (*lead, rows, _up(columns, 32)))}
 
 
+def mxfp6(lead: tuple[int, ...], rows: int, columns: int) -> Tensors:
+    return {
+        "weight_packed": T("U8", (*lead, rows, columns * 3 // 4)),
+        "weight_scale": T("U8", (*lead, rows, _up(columns, 32))),
+    }
+
+
 def mxfp4(lead: tuple[int, ...], rows: int, columns: int) -> Tensors:
     return {
         "weight_packed": T("U8", (*lead, rows, columns // 2)),

@@ -18,6 +18,7 @@ from checkpoint_folders import (
     config_of,
     file_of,
     floats,
+    mxfp6,
     quantised,
     write,
 )
@@ -75,6 +76,19 @@ def gpt_oss() -> tuple[dict[str, Any], Tensors]:
     return {**config, "quantization_config": {"quant_method": "mxfp4"}}, tensors
 
 
+def of_mxfp6() -> tuple[dict[str, Any], Tensors]:
+    """At sizes that its groups of 32 divide: it is told from mxfp4 by them."""
+    config = {**config_of("qwen3_moe"), "hidden_size": 64, "moe_intermediate_size": 32}
+    weights = {"num_bits": 6, "type": "float", "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "format": "mxfp6-pack-quantized"}}
+    tensors: Tensors = {}
+    for name, tensor in floats("qwen3_moe", config=config).items():
+        stem = name.removesuffix(".weight")
+        made = mxfp6((), *tensor.shape) if ".experts." in name else {"weight": tensor}
+        tensors |= {f"{stem}.{end}": held for end, held in made.items()}
+    return {**config, "quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}, tensors
+
+
 def draft(tensors: Tensors, before: str = "model.layers.9.") -> Tensors:
     """The last layer once more, as one for multi-token prediction."""
     last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.8.")}
@@ -107,6 +121,7 @@ def sound_variants() -> dict[str, tuple[dict[str, Any], Tensors]]:
     }
     return {
         "gpt-oss": gpt_oss(),
+        "mxfp6": of_mxfp6(),
         "mixed": ({**fp8_config, "quantization_config": ignore}, left_as_it_was(fp8, 3, 4)),
         "draft-counted": ({**v3_config, "num_nextn_predict_layers": 1}, draft(v3)),
         "draft-not-counted": (v3_config, draft(v3)),
@@ -434,6 +449,16 @@ def test_a_family_without_a_record_has_the_checks_that_hold_for_all(tmp_path: Pa
     assert found["misshapen"] == (f"{EXPERTS}.4.up_proj.weight",)
     assert found["mistyped"] == (f"{EXPERTS}.5.up_proj.weight",)
     assert found["scales-missing"] == (f"{EXPERTS}.5.up_proj.weight_scale_inv",)
+
+
+@pytest.mark.parametrize("method", ["quark", "compressed-tensors"])
+def test_a_method_that_is_not_known_is_a_note_and_its_weights_are_let_be(method: str, tmp_path: Path) -> None:
+    config, tensors = base("int4")
+    groups = {"group_0": {"weights": {"num_bits": 4}, "format": "of-next-year"}}
+    config["quantization_config"] = {"quant_method": method, "config_groups": groups}
+    del tensors[f"{EXPERTS}.3.up_proj.weight_shape"]
+    judgement = judged(write(tmp_path / "model", config, tensors))
+    assert findings(judgement) == [("note", "no-form")] and method in judgement.findings[0].got
 
 
 def test_modelopts_own_file_says_the_form_too(tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ def kind_of(members: Members) -> Kind | None:
         if members["weight_packed"].dtype != "U8":
             return "packed"
         scale = members.get("weight_scale")
+        if scale and scale.dtype in E8M0 and scale.shape and members["weight_packed"].shape[-1] == scale.shape[-1] * 24:
+            return "mxfp6"
         return "nvfp4" if "weight_global_scale" in members or (scale and scale.dtype in FP8) else "mxfp4"
     weight = members.get("weight")
     if weight is None:
@@ -139,7 +141,7 @@ def _is_mx(scale: Held | None, weight: Held) -> bool:
 def troubles_of(members: Members, want: Shape | None, scheme: Scheme | None) -> list[Trouble]:
     """What is wrong with a quantised matrix. want: its shape as floats, None where nobody says."""
     kind = kind_of(members)
-    if kind is None:
+    if kind is None or (scheme is not None and not scheme.known):
         return []
     judge = _Judge(members)
     shape = want or _inferred(kind, members, scheme)
@@ -166,6 +168,8 @@ def _inferred(kind: Kind, members: Members, scheme: Scheme | None) -> Shape | No
     carrier = members.get("weight") or members.get("weight_packed")
     if carrier is None or len(carrier.shape) < 2 or kind in ("packed", "bnb4"):
         return None
+    if kind == "mxfp6":
+        return (*carrier.shape[:-1], carrier.shape[-1] * 4 // 3)
     return (*carrier.shape[:-1], carrier.shape[-1] * (2 if kind in ("mxfp4", "nvfp4") else 1))
 
 
@@ -269,6 +273,12 @@ def _halved(judge: _Judge, carrier: str, lead: Shape, rows: int, columns: int) -
     return ((*lead, rows, -(-columns // per)),)
 
 
+def _mxfp6(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme) -> None:
+    """Four in three bytes."""
+    judge.want("weight_packed", ("U8",), ((*lead, rows, columns * 3 // 4),))
+    judge.want("weight_scale", E8M0, ((*lead, rows, -(-columns // 32)),))
+
+
 def _mxfp8(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme) -> None:
     judge.want("weight", FP8, ((*lead, rows, columns),))
     judge.want("weight_scale", E8M0, ((*lead, rows, -(-columns // 32)),))
@@ -339,6 +349,7 @@ _FORMS = {
     "int8": _int8,
     "packed": _packed,
     "mxfp4": _mxfp4,
+    "mxfp6": _mxfp6,
     "mxfp8": _mxfp8,
     "nvfp4": _nvfp4,
     "gptq": _gptq,

@@ -234,6 +234,15 @@ class Judge:
     def scheme(self) -> None:
         """Whether config and tensors agree that the model is quantised."""
         found = next(iter(self._quantised.items()), None)
+        if self._scheme is not None and not self._scheme.known:
+            self._findings.add(
+                "no-form",
+                CONFIG,
+                got=f"quantization_config of {self._scheme.method}",
+                want="a form that is known",
+                do="judged without its scales: what belongs to its weights was not looked at",
+                level="note",
+            )
         if found and self._scheme is None:
             kind, entry = found
             self._findings.add(

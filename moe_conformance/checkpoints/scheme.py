@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moe_conformance.model.families.bounds import DEEPEST, MOST_WIDTH
-from moe_conformance.quote import quoted
+from moe_conformance.quote import plainly, quoted
 
 # One form of weights with all that belongs to them; forms.py has the names and shapes of each.
-Kind = Literal["fp8", "int8", "packed", "mxfp4", "mxfp8", "nvfp4", "gptq", "awq", "bnb4", "bnb8"]
+Kind = Literal["fp8", "int8", "packed", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "gptq", "awq", "bnb4", "bnb8"]
 HF_QUANT = "hf_quant_config.json"
 KEYS = ("quantization_config", "compression_config")
 # Where names of modules that were left as they were stand.
@@ -29,6 +29,7 @@ class Scheme:
     method: as the config calls it. kinds: of the forms that it may have. blocks: rows and columns of a tile with a
     scale of its own. groups: columns that share one; 0 for a whole row. bits: of "packed", "gptq" and "awq". symmetric:
     has no zero points. static: activations have given scales. left: patterns of modules that are not quantised.
+    known: what belongs to weights of this method is known; if not, nothing is said of them.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Scheme:
     symmetric: frozenset[bool] = frozenset()
     static: bool = False
     left: tuple[str, ...] = ()
+    known: bool = True
 
     def leaves(self, module: str) -> bool:
         """Whether the config says that the module, by its path, is stored as it was."""
@@ -77,6 +79,7 @@ def _read(given: Mapping[str, Any]) -> Scheme:
     method = given.get("quant_method", given.get("quant_type", ""))
     if not isinstance(method, str):
         raise Contradiction(f"quant_method: got {quoted(method)}, want text")
+    method = plainly(method)
     left = _left(given)
     match method:
         case "fp8" | "fbgemm_fp8":
@@ -102,12 +105,12 @@ def _read(given: Mapping[str, Any]) -> Scheme:
             packing = str(given.get("packing_format", ""))
             if "awq" in packing or "gptq" in packing:
                 return _integers(method, "awq" if "awq" in packing else "gptq", given, left)
-            return Scheme(method, left=left)
+            return Scheme(method, left=left, known=False)
         case "bitsandbytes":
             four, eight = given.get("load_in_4bit"), given.get("load_in_8bit")
             kinds = {"bnb4"} if four else {"bnb8"} if eight else {"bnb4", "bnb8"}
             return Scheme(method, frozenset(kinds), left=left)  # type: ignore[arg-type]
-    return Scheme(method or "of an unnamed method", left=left)
+    return Scheme(method or "of an unnamed method", left=left, known=False)
 
 
 def _left(given: Mapping[str, Any]) -> tuple[str, ...]:
@@ -153,6 +156,7 @@ _FORMATS: Mapping[str, Kind] = {
     "pack-quantized": "packed",
     "nvfp4-pack-quantized": "nvfp4",
     "mxfp4-pack-quantized": "mxfp4",
+    "mxfp6-pack-quantized": "mxfp6",
     "mxfp8-quantized": "mxfp8",
 }
 
@@ -172,6 +176,8 @@ def _compressed(given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
             raise Contradiction(f"config_groups: {quoted(name)}: got {quoted(group)}, want a map with weights")
         said = group.get("format") or common
         kind = _FORMATS.get(said) if isinstance(said, str) else None
+        if said == "naive-quantized":
+            kind = "int8" if weights.get("type") == "int" else "fp8"
         if kind is None:
             is_open = True
         else:
@@ -187,7 +193,7 @@ def _compressed(given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
         inputs = group.get("input_activations")
         static |= isinstance(inputs, Mapping) and inputs.get("dynamic") is False
     if is_open:
-        return Scheme("compressed-tensors", left=left)
+        return Scheme("compressed-tensors", left=left, known=False)
     return Scheme(
         "compressed-tensors",
         frozenset(kinds),
