@@ -115,10 +115,10 @@ def test_what_many_tensors_share_is_one_finding(tmp_path: Path) -> None:
 
 
 def test_a_header_that_another_writer_laid_out_is_read(tmp_path: Path) -> None:
-    """Spaces, keys in another order, escapes, data in another order than the names."""
+    """Spaces, keys in another order or unheard of, escapes, data in another order than the names."""
     entries = {
         "b\u00e9": {"shape": [2], "data_offsets": [4, 8], "dtype": "BF16"},
-        "a": {"data_offsets": [0, 4], "dtype": "F32", "shape": []},
+        "a": {"data_offsets": [0, 4], "dtype": "F32", "shape": [], "more": 1},
     }
     text = json.dumps({"__metadata__": {"format": "mlx"}, **entries}, indent=1).encode()
     (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))

@@ -136,7 +136,7 @@ PLANTED: dict[str, tuple[str, Change, str, str]] = {
         "fp8-block/packed",
         put(f"{EXPERTS}.down_proj.weight", bytes(960), 3 * 960),
         "expert-zero",
-        "expert 3 of it",
+        "of its experts 3 all zero",
     ),
     "expert-equal": ("float", copy(f"{EXPERTS}.7.up_proj.weight", f"{UP}.weight"), "expert-equal", "experts.7.up_proj"),
     "gate-equal-to-up": ("float", copy(f"{GATES}.weight", f"{UP}.weight"), "expert-equal", GATES),
@@ -245,13 +245,15 @@ def test_progress_is_shown_on_a_terminal_and_wiped_at_its_end() -> None:
 
 
 BIG = """
-import sys, resource
+import sys
 from pathlib import Path
 from moe_conformance.checkpoints.command import judged
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def status(what):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))
+before = status("VmRSS")
 judgement = judged(Path(sys.argv[1]), values=True)
 assert judgement.is_sound, judgement.findings
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(status("VmHWM") - before)
 """
 
 

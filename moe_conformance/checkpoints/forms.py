@@ -15,7 +15,7 @@ from typing import NamedTuple
 from moe_conformance.checkpoints.scheme import Kind, Scheme
 from moe_conformance.model.specs import Shape
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F32", "BF16", "F16", "F64")
 FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 INTEGERS = ("I32", "I64")
 E8M0 = ("F8_E8M0", "U8")
@@ -50,6 +50,12 @@ class Held(NamedTuple):
 Members = Mapping[str, Held]
 
 
+def either(words: Iterable[str]) -> str:
+    """a, b or c"""
+    *most, last = tuple(words) or ("",)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 class Trouble(NamedTuple):
     """kind: of a Finding. end: which tensor of the matrix, by the end of its name."""
 
@@ -78,7 +84,7 @@ class _Judge:
         """The tensor with this end is of one of these dtypes and shapes."""
         self.unread.discard(end)
         held, dtypes, shapes = self.members.get(end), tuple(dtypes), tuple(dict.fromkeys(shapes))
-        wanted = f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}"
+        wanted = f"{either(dtypes)} {either(str(list(shape)) for shape in shapes)}".rstrip()
         if held is None:
             if must:
                 kind = "scales-missing" if "scale" in end or end in ("absmax", "SCB") else "missing"
@@ -150,11 +156,11 @@ def troubles_of(members: Members, want: Shape | None, scheme: Scheme | None) -> 
         judge.want("bias", FLOATS, (shape[:-1],), must=False)
         judge.troubles += [
             Trouble("extra", end, str(members[end]), f"none with {kind} weights", "remove it, or mend the export")
-            for end in sorted(judge.unread - {"bias"})
+            for end in sorted(judge.unread - {"bias", *CARRIERS})
         ]
     if scheme is not None and scheme.kinds and kind not in scheme.kinds:
         carrier = next(end for end in CARRIERS if end in members)
-        said = f"{' or '.join(sorted(scheme.kinds))}, as quantization_config says ({scheme.method})"
+        said = f"{either(sorted(scheme.kinds))}, as quantization_config says ({scheme.method})"
         do = "take config.json from where the tensors come from"
         judge.troubles.append(Trouble("contradiction", carrier, f"{kind} weights", said, do))
     return judge.troubles

@@ -149,7 +149,7 @@ def _parsed(text: str, file: str) -> list[Stored]:
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             raise Damaged("header", f"{plainly(name)}: {quoted(entry)}", "dtype, shape and data_offsets")
         dims, offsets = entry["shape"], entry["data_offsets"]
         if not _naturals(dims) or not _naturals(offsets) or len(offsets) != 2:

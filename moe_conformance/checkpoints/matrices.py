@@ -8,11 +8,11 @@ from typing import Any
 
 from moe_conformance.checkpoints.findings import Findings
 from moe_conformance.checkpoints.folder import CONFIG, Folder
-from moe_conformance.checkpoints.forms import FLOATS, INTEGERS, Trouble, kind_of, troubles_of
+from moe_conformance.checkpoints.forms import CARRIERS, FLOATS, INTEGERS, Trouble, either, kind_of, troubles_of
 from moe_conformance.checkpoints.headers import Stored
 from moe_conformance.checkpoints.layout import Spelling, stored_shape
 from moe_conformance.checkpoints.model import OTHER_MODEL, Model
-from moe_conformance.checkpoints.sorting import Group, Key, Matrix, Outside, beside
+from moe_conformance.checkpoints.sorting import Group, Key, Matrix, Outside, again, beside
 from moe_conformance.model.families.naming import Piece, Stack
 from moe_conformance.model.specs import Shape
 from moe_conformance.reference_impl.checkpoint.places import Layer
@@ -29,6 +29,8 @@ class Judge:
         self._folder, self._scheme, self._layout, self._findings = folder, model.scheme, model.layout, findings
         self._known: dict[tuple[Any, ...], list[Trouble]] = {}
         self._quantised: dict[str, Stored] = {}
+        # Quantised by a method that is not known.
+        self._is_open = model.scheme is not None and not model.scheme.known
 
     def group(self, key: Key, group: Group) -> None:
         assert self._layout is not None
@@ -102,10 +104,14 @@ class Judge:
     def _matrix(
         self, spelling: Spelling, piece: Piece, matrix: Matrix, shapes: tuple[Shape, ...], wrong: list[Stored]
     ) -> None:
+        carriers = [matrix.stored[end] for end in CARRIERS if end in matrix.stored]
+        if len(carriers) > 1:
+            again(carriers[0], carriers[1], self._findings)
         members = matrix.members
         kind = kind_of(members) if not piece.target.endswith("router.table") else None
         if kind is None:
-            self._plain(piece, matrix, shapes, wrong)
+            if not self._is_open or matrix.carrier.dtype in FLOATS:
+                self._plain(piece, matrix, shapes, wrong)
             return
         self._quantised.setdefault(kind, matrix.carrier)
         signature = (kind, shapes, tuple(sorted(members.items())))
@@ -147,13 +153,13 @@ class Judge:
             return
         dtypes = _dtypes(piece)
         if carrier.dtype not in dtypes:
-            got, want = f"{carrier.dtype} {list(carrier.shape)}", f"{' or '.join(dtypes)} {list(shapes[0])}"
+            got, want = f"{carrier.dtype} {list(carrier.shape)}", f"{either(dtypes)} {list(shapes[0])}"
             do = "take the form's other tensors along, or export it as floats"
             self._findings.add("mistyped", carrier.file, carrier.name, got=got, want=want, do=do)
         elif carrier.shape not in (shapes if self._turns(piece) else shapes[:1]):
             wrong.append(carrier)
         for end, entry in matrix.stored.items():
-            if end not in ("weight", "input_scale", "output_scale"):
+            if end not in ("weight", "input_scale", "output_scale") and not self._is_open:
                 got = f"{end} beside {carrier.dtype} weights"
                 do = "remove it, or take the quantised weights that it belongs to"
                 self._findings.add("extra", entry.file, entry.name, got=got, want="floats alone", do=do)
@@ -207,8 +213,12 @@ class Judge:
             self._findings.add("mistyped", carrier.file, carrier.name, got=form, want=f"{usual}, as its like", do=do)
 
     def _form(self, matrix: Matrix) -> str:
-        kind = kind_of(matrix.members)
-        return f"{kind} weights" if kind else f"{matrix.carrier.dtype} weights"
+        """What all experts of a layer have in common; of an unknown form, its dtype and shape."""
+        kind = None if self._is_open else kind_of(matrix.members)
+        carrier = matrix.carrier
+        if kind is None:
+            return f"{carrier.dtype} {list(carrier.shape)}" if self._is_open else f"{carrier.dtype} weights"
+        return f"{kind} weights"
 
     def _leaves(self, carrier: Stored) -> bool:
         return self._scheme is not None and self._scheme.leaves(carrier.name.rpartition(".")[0])
@@ -258,7 +268,7 @@ class Judge:
                 "contradiction",
                 CONFIG,
                 got=f"quantization_config of {self._scheme.method}, and no tensor in such a form",
-                want=" or ".join(sorted(self._scheme.kinds)),
+                want=either(sorted(self._scheme.kinds)),
                 do="take config.json from where the tensors come from",
             )
 

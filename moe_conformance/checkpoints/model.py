@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moe_conformance.checkpoints.findings import Findings
 from moe_conformance.checkpoints.folder import CONFIG, Folder
 from moe_conformance.checkpoints.layout import Layout
 from moe_conformance.checkpoints.scheme import Contradiction, Scheme, scheme_of
-from moe_conformance.errors import ConfigError, DenseModelError
-from moe_conformance.model.families.families import NESTED, RECORDS
+from moe_conformance.errors import ConfigError, DenseModelError, UnknownFamilyError
 from moe_conformance.reference_impl.checkpoint.names import family_of
 from moe_conformance.reference_impl.checkpoint.places import Places
 
@@ -46,11 +44,11 @@ def model_of(folder: Folder, findings: Findings) -> Model:
         if isinstance(dense, DenseModelError):
             _no_experts(dense, folder, findings)
             return Model(name, None, scheme)
-        if _has_record(folder.config) or not isinstance(model_type, str | None):
-            want, do = "a config that says what its layers are", "mend config.json, or take it from its release"
-            findings.add("config", CONFIG, got=str(error), want=want, do=do)
-            return Model(name, None, scheme)
-        return Model(name, None, scheme, str(error))
+        if isinstance(error, UnknownFamilyError):
+            return Model(name, None, scheme, str(error))
+        want, do = "a config that says what its layers are", "mend config.json, or take it from its release"
+        findings.add("config", CONFIG, got=str(error), want=want, do=do)
+        return Model(name, None, scheme)
 
 
 def _no_experts(error: DenseModelError, folder: Folder, findings: Findings) -> None:
@@ -61,10 +59,3 @@ def _no_experts(error: DenseModelError, folder: Folder, findings: Findings) -> N
     file = folder.tensors[first].file
     want = f"none, for {error}"
     findings.add("contradiction", file, first, got="experts in the tensors", want=want, do=OTHER_MODEL)
-
-
-def _has_record(config: Mapping[str, Any]) -> bool:
-    levels = [config, *(config.get(key) for key in NESTED)]
-    types = [level.get("model_type") for level in levels if isinstance(level, Mapping)]
-    found = [RECORDS.record_of(name) for name in types if isinstance(name, str)]
-    return any(record is not None and record.names is not None for record in found)

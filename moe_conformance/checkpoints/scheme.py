@@ -167,9 +167,12 @@ def _compressed(given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
         raise Contradiction(f"config_groups: got {quoted(groups)}, want a map")
     common = given.get("format")
     kinds: set[Kind] = set()
-    scheme: dict[str, set[Any]] = {"blocks": set(), "groups": set(), "strategies": set(), "bits": set()}
+    blocks: set[tuple[int, int]] = set()
+    sizes: set[int] = set()
+    strategies: set[str] = set()
+    bits: set[int] = set()
     symmetric: set[bool] = set()
-    is_open, static = not groups, False
+    known, static = bool(groups), False
     for name, group in (groups or {}).items():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):
@@ -179,28 +182,31 @@ def _compressed(given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
         if said == "naive-quantized":
             kind = "int8" if weights.get("type") == "int" else "fp8"
         if kind is None:
-            is_open = True
+            known = False
         else:
             kinds.add(kind)
         strategy = weights.get("strategy")
-        if strategy is not None:
-            scheme["strategies"].add(str(strategy))
+        if isinstance(strategy, str):
+            strategies.add(strategy)
         if (size := weights.get("group_size")) is not None and strategy in ("group", "tensor_group", None):
-            scheme["groups"].add(max(_whole("group_size", size, -1), 0))
-        scheme["blocks"] |= _block(weights.get("block_structure")) if strategy == "block" else set()
-        scheme["bits"].add(_whole("num_bits", weights.get("num_bits", 8), 1))
+            sizes.add(max(_whole("group_size", size, -1), 0))
+        blocks |= _block(weights.get("block_structure")) if strategy == "block" else set()
+        bits.add(_whole("num_bits", weights.get("num_bits", 8), 1))
         symmetric.add(weights.get("symmetric", True) is not False)
         inputs = group.get("input_activations")
         static |= isinstance(inputs, Mapping) and inputs.get("dynamic") is False
-    if is_open:
+    if not known:
         return Scheme("compressed-tensors", left=left, known=False)
     return Scheme(
         "compressed-tensors",
         frozenset(kinds),
-        **{key: frozenset(values) for key, values in scheme.items()},
-        symmetric=frozenset(symmetric),
-        static=static,
-        left=left,
+        frozenset(blocks),
+        frozenset(sizes),
+        frozenset(strategies),
+        frozenset(bits),
+        frozenset(symmetric),
+        static,
+        left,
     )
 
 

@@ -23,7 +23,7 @@ from moe_conformance.checkpoints.sorting import Group, Key, Matrix, Sorted
 from moe_conformance.errors import CheckpointError
 from moe_conformance.model.families.naming import Piece
 from moe_conformance.model.specs import Shape
-from moe_conformance.quote import plainly
+from moe_conformance.quote import few, plainly
 from moe_conformance.reference_impl.checkpoint.places import Layer
 
 STEP = 2**20  # bytes that are looked at together: half of a core's cache
@@ -261,15 +261,18 @@ class _Values:
         if not one.slices or not len(raw) or len(raw) % one.slices:
             return
         size = len(raw) // one.slices
+        zero: list[int] = []
         for number in range(one.slices):
             mine = raw[number * size : (number + 1) * size]
-            which = f"expert {number} of it" if one.slices > 1 else "it"
             if _is_zero(mine, one.entry.dtype):
-                do = "train or export again: this expert adds nothing"
-                self._add("expert-zero", one, f"{which} all zero", "weights", do)
+                zero.append(number)
                 continue
             key = size, mine[:PROBE].tobytes(), mine[-PROBE:].tobytes()
             self._seen.setdefault(key, []).append((one.entry, number, one.slices))
+        if zero:
+            which = f"of its experts {few(zero)}" if one.slices > 1 else "it"
+            do = "export again, or train on: these experts add nothing"
+            self._add("expert-zero", one, f"{which} all zero", "weights", do)
 
     def finish(self) -> None:
         """Compare what is alike at both ends, byte by byte."""
