@@ -228,6 +228,12 @@ def test_what_is_no_folder_is_refused(given: str, folder: Path) -> None:
     assert code == 2 and "point to the model's folder" in said
 
 
+def test_a_folder_of_everything_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_conformance.checkpoints.folder.MOST_FILES", 3)
+    code, said = invoke(str(folder))
+    assert code == 2 and "more than 3 files" in said
+
+
 def test_a_file_without_rights_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a user who may not read it; root, as whom tests may run, may read all."""
     real = os.open

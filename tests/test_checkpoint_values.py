@@ -273,21 +273,24 @@ def big(folder: Path, size: int) -> Path:
 
 @pytest.mark.nightly
 def test_four_gigabytes_are_read_as_fast_as_numpy_sums_them_in_little_memory(tmp_path: Path) -> None:
-    """At least 0.7 of the rate at which numpy sums the same file from a memory map, and under 1 GiB."""
+    """At least 0.7 of the rate at which numpy sums the same file from a memory map, and under 1 GiB.
+
+    By the processor's time, and the best of five: others compute beside.
+    """
     folder = big(tmp_path / "model", 4 * 10**9)
     file = folder / "model.safetensors"
     count = file.stat().st_size // 4
 
     def summed() -> float:
-        began = time.perf_counter()
+        began = time.process_time()
         with np.errstate(all="ignore"):
             np.memmap(file, np.float32, "r", shape=(count,)).sum()
-        return time.perf_counter() - began
+        return time.process_time() - began
 
     def looked() -> float:
-        began = time.perf_counter()
+        began = time.process_time()
         assert judged(folder, values=True).is_sound
-        return time.perf_counter() - began
+        return time.process_time() - began
 
     summed()  # into the page cache
     ratios = [summed() / looked() for _ in range(5)]
