@@ -111,10 +111,10 @@ def fp8_block(lead: tuple[int, ...], rows: int, columns: int) -> Tensors:
     }
 
 
-def fp8_e8m0(lead: tuple[int, ...], rows: int, columns: int) -> Tensors:
+def fp8_e8m0(lead: tuple[int, ...], rows: int, columns: int, tile: int = 16) -> Tensors:
     return {
         "weight": T("F8_E4M3", (*lead, rows, columns)),
-        "scale": T("F8_E8M0", (*lead, _up(rows, 16), _up(columns, 16))),
+        "scale": T("F8_E8M0", (*lead, _up(rows, tile), _up(columns, tile))),
     }
 
 

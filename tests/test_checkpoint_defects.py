@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,25 @@ from checkpoint_folders import (
     QUANTISED,
     T,
     Tensors,
+    awq,
     config_of,
     file_of,
     floats,
+    fp8_channel,
+    fp8_e8m0,
+    mxfp4_int8,
     mxfp6,
     quantised,
     write,
 )
 
 from moe_conformance.checkpoints.command import judged
-from moe_conformance.checkpoints.findings import Finding
+from moe_conformance.checkpoints.findings import Finding, Findings
+from moe_conformance.checkpoints.folder import Folder
+from moe_conformance.checkpoints.headers import Stored
+from moe_conformance.checkpoints.model import model_of
 from moe_conformance.checkpoints.report import Judgement
+from moe_conformance.checkpoints.whole import judge
 
 FIRST, LAST = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 # Of qwen3_moe's nine layers, 1, 5 and 7 have experts: eleven of 24 times 40.
@@ -89,6 +98,70 @@ def of_mxfp6() -> tuple[dict[str, Any], Tensors]:
     return {**config, "quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}, tensors
 
 
+def of_deepseek_v4() -> tuple[dict[str, Any], Tensors]:
+    """As published: e2m1 experts and fp8 shared ones, all with `scale` in e8m0, no prefix, and a draft layer apart."""
+    config = {**config_of("deepseek_v4"), "vocab_size": 64, "num_nextn_predict_layers": 1}
+    config["quantization_config"] = {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    tensors: Tensors = {}
+    for name, tensor in floats("deepseek_v4", config=config).items():
+        stem, bare = name.removesuffix(".weight"), name.removeprefix("model.")
+        if "experts" not in name:
+            tensors[bare] = tensor
+            continue
+        made = mxfp4_int8((), *tensor.shape) if ".experts." in name else fp8_e8m0((), *tensor.shape, 128)
+        tensors |= {f"{stem}.{end}".removeprefix("model."): held for end, held in made.items()}
+    last = {name: tensor for name, tensor in tensors.items() if name.startswith("layers.8.")}
+    return config, tensors | {name.replace("layers.8.", "mtp.0."): tensor for name, tensor in last.items()}
+
+
+def of_llama4() -> tuple[dict[str, Any], Tensors]:
+    """By ModelOpt: packed and transposed as the float ones, a scale a tensor, its name after an underscore."""
+    config = {"model_type": "llama4", "text_config": config_of("llama4_text")}
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    tensors = floats("llama4_text", config=config)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        tensors[name] = tensors[name]._replace(dtype="F8_E4M3")
+        tensors |= {f"{name}_weight_scale": T("F32", ()), f"{name}_input_scale": T("F32", ())}
+    return config, tensors
+
+
+def of_packed_tiles() -> tuple[dict[str, Any], Tensors]:
+    """By transformers' own float8 experts: packed, `_scale_inv` after the name."""
+    config, tensors = quantised("fp8-block", "packed")
+    return config, {
+        name.replace("_proj.weight_scale_inv", "_proj_scale_inv").replace("_proj.weight", "_proj"): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def of_split_gpt_oss() -> tuple[dict[str, Any], Tensors]:
+    """By llm-compressor: each expert's gate, up and down on their own, with their biases."""
+    config = {**config_of("gpt_oss"), "quantization_config": QUANTISED["fp8-channel"][0]}
+    tensors: Tensors = {}
+    for name, tensor in floats("gpt_oss").items():
+        if ".experts." not in name:
+            tensors[name] = tensor
+    for layer in range(9):
+        for expert in range(11):
+            for part, rows, columns in (("gate_proj", 24, 40), ("up_proj", 24, 40), ("down_proj", 40, 24)):
+                stem = f"model.layers.{layer}.mlp.experts.{expert}.{part}"
+                tensors |= {f"{stem}.{end}": held for end, held in fp8_channel((), rows, columns).items()}
+                tensors[f"{stem}.bias"] = T("BF16", (rows,))
+    return config, tensors
+
+
+def of_split_dbrx(first: str) -> tuple[dict[str, Any], Tensors]:
+    """DBRX, which stacks its experts, split below `first`."""
+    config = {**config_of("dbrx"), "quantization_config": QUANTISED["awq"][0]}
+    tensors = {name: tensor for name, tensor in floats("dbrx").items() if "router" in name}
+    for layer in range(9):
+        for expert in range(11):
+            for part, rows, columns in (("w1", 24, 40), ("v1", 24, 40), ("w2", 40, 24)):
+                stem = f"transformer.blocks.{layer}.ffn.{first}.{expert}.{part}"
+                tensors |= {f"{stem}.{end}": held for end, held in awq((), rows, columns).items()}
+    return config, tensors
+
+
 def draft(tensors: Tensors, before: str = "model.layers.9.") -> Tensors:
     """The last layer once more, as one for multi-token prediction."""
     last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.8.")}
@@ -122,6 +195,12 @@ def sound_variants() -> dict[str, tuple[dict[str, Any], Tensors]]:
     return {
         "gpt-oss": gpt_oss(),
         "mxfp6": of_mxfp6(),
+        "deepseek-v4": of_deepseek_v4(),
+        "llama4-modelopt": of_llama4(),
+        "packed-tiles": of_packed_tiles(),
+        "gpt-oss-split": of_split_gpt_oss(),
+        "dbrx-split": of_split_dbrx("experts"),
+        "dbrx-split-below-mlp": of_split_dbrx("experts.mlp"),
         "mixed": ({**fp8_config, "quantization_config": ignore}, left_as_it_was(fp8, 3, 4)),
         "draft-counted": ({**v3_config, "num_nextn_predict_layers": 1}, draft(v3)),
         "draft-not-counted": (v3_config, draft(v3)),
@@ -473,3 +552,62 @@ def test_modelopts_own_file_says_the_form_too(tmp_path: Path) -> None:
     assert ("defect", "contradiction") in findings(judged(folder))
     (folder / "config.json").write_text(json.dumps(config))
     assert ("defect", "config") in findings(judged(folder))
+
+
+def in_memory(config: dict[str, Any], tensors: Tensors) -> list[Finding]:
+    """What headers say of a folder that was never written."""
+    stored = {name: Stored(name, "x", tensor.dtype, tensor.shape, 0, 0) for name, tensor in tensors.items()}
+    folder, found = Folder(Path(), config, None, stored, {}, 0, True), Findings()
+    judge(folder, model_of(folder, found), found)
+    return [finding for finding in found.all() if finding.level == "defect"]
+
+
+def last_of_each_kind(tensors: Tensors) -> list[str]:
+    """One name for all that differ in their numbers alone."""
+    return list({re.sub(r"\d+", "N", name): name for name in tensors}.values())
+
+
+# Without them the weights are as whole.
+OPTIONAL = ("input_global_scale", "g_idx", "weight_format", ".bias")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_tensor_of_any_family_may_be_missing_or_of_another_shape(family: str) -> None:
+    config, tensors = config_of(family), floats(family)
+    assert in_memory(config, tensors) == []
+    identity = [f".experts.{e}." for e in range(11, 17)] if family == "longcat_flash" else []
+    for name in last_of_each_kind({n: t for n, t in tensors.items() if not any(part in n for part in identity)}):
+        found = in_memory(config, {n: t for n, t in tensors.items() if n != name})
+        assert [finding.kind for finding in found] == ["missing"], name
+        assert name in found[0].tensors
+        shape = tensors[name].shape
+        found = in_memory(config, tensors | {name: tensors[name]._replace(shape=(*shape[:-1], shape[-1] + 1))})
+        assert [finding.tensors for finding in found] == [(name,)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", QUANTISED)
+def test_no_tensor_of_any_form_may_be_missing_or_of_another_shape(form: str, layout: str) -> None:
+    config, tensors = quantised(form, layout)
+    for name in last_of_each_kind(tensors):
+        if name.endswith(OPTIONAL) or (name.endswith("input_scale") and form != "fp8-tensor"):
+            continue
+        found = in_memory(config, {n: t for n, t in tensors.items() if n != name})
+        assert found and any(name in finding.tensors for finding in found), name
+        shape = tensors[name].shape
+        if shape and "quant_state" not in name:
+            found = in_memory(config, tensors | {name: tensors[name]._replace(shape=(*shape[:-1], shape[-1] + 7))})
+            assert found and any(name in finding.tensors for finding in found), name
+        found = in_memory(config, tensors | {name: tensors[name]._replace(dtype="BOOL")})
+        assert found and any(name in finding.tensors for finding in found), name
+
+
+@pytest.mark.parametrize("variant", sound_variants())
+def test_no_tensor_that_releases_have_may_be_missing(variant: str) -> None:
+    config, tensors = sound_variants()[variant]
+    for name in last_of_each_kind(tensors):
+        beside = (*OPTIONAL, "input_scale", "eh_proj.weight", "embed_tokens.weight", "q_proj.weight")
+        if name.endswith(beside) or name.startswith("visual"):
+            continue
+        found = in_memory(config, {n: t for n, t in tensors.items() if n != name})
+        assert found and any(name in finding.tensors for finding in found), name

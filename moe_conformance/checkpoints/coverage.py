@@ -20,10 +20,13 @@ class Coverage:
 
     def __init__(self, folder: Folder, layout: Layout, findings: Findings) -> None:
         self._folder, self._layout, self._findings = folder, layout, findings
+        # Spellings that some layer has.
+        self._used: set[str] = set()
 
     def judge(self, groups: Mapping[Key, Group]) -> None:
         """Every canonical tensor of every layer, whole and once."""
         layout = self._layout
+        self._used = {pattern for _, _, pattern in groups}
         by_layer: dict[tuple[Stack, int], list[Group]] = {}
         for (stack, index, _), group in groups.items():
             by_layer.setdefault((stack, index), []).append(group)
@@ -119,7 +122,7 @@ class Coverage:
         self._findings.add("missing", like.file, names, got="no such tensor", want=want, do=do, count=gone)
 
     def _spelled(self, target: str, half: int | None, held: list[Group]) -> str:
-        """How the layer would call what it lacks: in the words of what it has."""
+        """How the layer would call what it lacks: as other layers do, or in the words of what it has."""
         by_expert = any(group.spelling.by_expert for group in held)
         options = [
             spelling
@@ -127,7 +130,10 @@ class Coverage:
             if any(p.target == target and (half is None or p.half in (None, half)) for p in spelling.pieces)
         ]
         present = {_block(group.spelling.pattern) for group in held}
-        best = sorted(options, key=lambda s: (_block(s.pattern) not in present, s.by_expert != by_expert))
+        best = sorted(
+            options,
+            key=lambda s: (s.pattern not in self._used, _block(s.pattern) not in present, s.by_expert != by_expert),
+        )
         return best[0].name.replace("{e}", "0") if best else target
 
     def _missing(self, before: str, name: str, got: str, held: list[Group]) -> None:

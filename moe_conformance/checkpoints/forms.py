@@ -36,6 +36,27 @@ ENDS = tuple(sorted((*CARRIERS, *COMPANIONS), key=len, reverse=True))
 ALWAYS = frozenset(
     ("input_scale", "input_global_scale", "input_zero_point", "input_scale_ub", "output_scale", "pre_quant_scale")
 )
+# By what weights of one dtype are told apart.
+DECIDING = frozenset(
+    (
+        *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "scale", "scale_inv"),
+        *("scales", "qzeros", "g_idx", "absmax", "quant_map", "SCB"),
+    )
+)
+# Carriers of each form, and their dtypes.
+_CARRIED: Mapping[Kind, Mapping[str, tuple[str, ...]]] = {
+    "fp8": {"weight": FP8},
+    "mxfp8": {"weight": FP8},
+    "int8": {"weight": ("I8",)},
+    "bnb8": {"weight": ("I8",)},
+    "bnb4": {"weight": ("U8",)},
+    "packed": {"weight_packed": ("I32",)},
+    "mxfp4": {"weight": ("U8", "I8", "F4"), "weight_packed": ("U8",), "blocks": ("U8",)},
+    "mxfp6": {"weight_packed": ("U8",)},
+    "nvfp4": {"weight": ("U8", "F4"), "weight_packed": ("U8",)},
+    "gptq": {"qweight": ("I32",)},
+    "awq": {"qweight": ("I32",)},
+}
 BNB_BLOCK, BNB_NESTED = 64, 256  # bitsandbytes' defaults, which its quantised files do not spell out
 
 
@@ -48,6 +69,7 @@ class Held(NamedTuple):
 
 
 Members = Mapping[str, Held]
+Ends = frozenset[str]
 
 
 def either(words: Iterable[str]) -> str:
@@ -71,9 +93,10 @@ MEND = "mend the export, or quantise again"
 
 @dataclass
 class _Judge:
-    """One matrix in one form. unread: its companions that nothing has asked for."""
+    """One matrix in one form. usual: ends that other matrices have. unread: companions that nothing has asked for."""
 
     members: Members
+    usual: Ends = frozenset()
     troubles: list[Trouble] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
 
@@ -98,13 +121,24 @@ class _Judge:
             self.troubles.append(Trouble(kind, end, str(held), wanted, MEND))
 
     def one_of(self, ends: Iterable[str]) -> str:
-        """The first of these ends that is there, or the first."""
+        """The first of these ends that is there, or that other matrices have, or the first."""
         names = tuple(ends)
-        return next((end for end in names if end in self.members), names[0])
+        usual = (end for end in names if end in self.usual)
+        return next((end for end in names if end in self.members), next(usual, names[0]))
 
 
-def kind_of(members: Members) -> Kind | None:
-    """The form that the carrier is in; None for floats, and for what is in none of these forms."""
+def kind_of(members: Members, scheme: Scheme | None = None, usual: Ends = frozenset()) -> Kind | None:
+    """The form that the carrier is in; None for floats, and for what is in none of these forms.
+
+    Where nothing that would tell it is there, scheme: what the config says, and usual: ends that other matrices have.
+    """
+    if not DECIDING & members.keys():
+        if scheme is not None and len(scheme.kinds) == 1:
+            (only,) = scheme.kinds
+            if any(end in members and members[end].dtype in dtypes for end, dtypes in _CARRIED[only].items()):
+                return only
+        if "weight" in members and members["weight"].dtype == "I8" and {"scale", "weight_scale"} & usual == {"scale"}:
+            return "mxfp4"
     if "blocks" in members:
         return "mxfp4"
     if "qweight" in members:
@@ -144,12 +178,14 @@ def _is_mx(scale: Held | None, weight: Held) -> bool:
     return scale.dtype == "U8" or scale.shape == (*weight.shape[:-1], -(-weight.shape[-1] // 32))
 
 
-def troubles_of(members: Members, want: Shape | None, scheme: Scheme | None) -> list[Trouble]:
+def troubles_of(
+    members: Members, want: Shape | None, scheme: Scheme | None, usual: Ends = frozenset()
+) -> list[Trouble]:
     """What is wrong with a quantised matrix. want: its shape as floats, None where nobody says."""
-    kind = kind_of(members)
+    kind = kind_of(members, scheme, usual)
     if kind is None or (scheme is not None and not scheme.known):
         return []
-    judge = _Judge(members)
+    judge = _Judge(members, usual)
     shape = want or _inferred(kind, members, scheme)
     if shape is not None and len(shape) >= 2:
         _FORMS[kind](judge, shape[:-2], shape[-2], shape[-1], scheme or Scheme(""))
@@ -192,7 +228,9 @@ def _rows(lead: Shape, rows: int, columns: int) -> tuple[Shape, ...]:
 
 def _fp8(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme) -> None:
     judge.want("weight", FP8, ((*lead, rows, columns),))
-    end = judge.one_of(("weight_scale_inv", "weight_scale", "scale_inv", "scale"))
+    tiled = scheme.blocks or not scheme.strategies
+    names = ("weight_scale_inv", "weight_scale") if tiled else ("weight_scale", "weight_scale_inv")
+    end = judge.one_of((*names, "scale_inv", "scale"))
     judge.want(end, (*FLOATS, "F8_E8M0"), _scales(lead, rows, columns, scheme, end.endswith("inv") or end == "scale"))
     if scheme.static:
         judge.want("input_scale", FLOATS, _whole(lead))

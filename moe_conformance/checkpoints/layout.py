@@ -6,7 +6,7 @@ Beside the names of the family's record: those of quantisers, which split packed
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ _NUMBERED = re.compile(r"(experts\.(?:mlp\.)?(?:expert_)?)([0-9]+)(?=\.)")
 NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 # The numbers in a name.
 CUT = re.compile(r"(?<=[._])([0-9]+)(?=\.)")
+# Of draft layers alone, whatever the config counts.
+DRAFT_MARKS = (".eh_proj.", ".enorm.", ".hnorm.", ".shared_head.")
 DRAFT_KEYS = (
     "num_nextn_predict_layers",
     "num_mtp_layers",
@@ -73,7 +75,7 @@ MTP = Stack("mtp", canonical="mtp")
 class Layout:
     """The MoE layers of a model, by stack and index, and where names belong.
 
-    drafts: indices of layers for multi-token prediction, of which a checkpoint may have none.
+    drafts: how many layers for multi-token prediction follow the model's own; a checkpoint may have none of them.
     """
 
     def __init__(self, places: Places, config: Mapping[str, Any]) -> None:
@@ -84,6 +86,7 @@ class Layout:
         mine = [layer for (stack, _), layer in self.layers.items() if stack == self.own]
         self.draft = mine[-1] if mine else None
         self.drafts = places.drafts or max(_drafts(config), default=0)
+        self._marked: set[int] = set()
         targets = {name for layer in self.layers.values() for name in layer.tensors}
         # By name as floats, and by the stem to which quantisers add their ends.
         self._exact: dict[str, Spelling] = {}
@@ -143,12 +146,19 @@ class Layout:
                 return spelling, end
         return None, generic
 
+    def find_drafts(self, indices: Iterable[int], names: Iterable[str]) -> None:
+        """Which of these layers beyond the config's own are draft layers by their other tensors."""
+        beyond = {f".{index}{mark}": index for index in indices for mark in DRAFT_MARKS if index >= self.num_layers}
+        if beyond:
+            self._marked = {index for name in names for part, index in beyond.items() if part in name}
+
     def layer(self, stack: Stack, index: int) -> tuple[Layer | None, bool]:
         """What lies there, and whether it is a draft layer, which may be absent."""
         if stack is MTP:
             return self.draft, True
         found = self.layers.get((stack, index))
-        if found is None and stack == self.own and self.num_layers <= index < self.num_layers + self.drafts:
+        counted = self.num_layers <= index < self.num_layers + self.drafts
+        if found is None and stack == self.own and (counted or index in self._marked):
             return self.draft, True
         return found, False
 

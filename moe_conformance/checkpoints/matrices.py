@@ -8,24 +8,35 @@ from typing import Any
 
 from moe_conformance.checkpoints.findings import Findings
 from moe_conformance.checkpoints.folder import CONFIG, Folder
-from moe_conformance.checkpoints.forms import CARRIERS, FLOATS, INTEGERS, Trouble, either, kind_of, troubles_of
+from moe_conformance.checkpoints.forms import (
+    CARRIERS,
+    FLOATS,
+    INTEGERS,
+    Ends,
+    Members,
+    Trouble,
+    either,
+    kind_of,
+    troubles_of,
+)
 from moe_conformance.checkpoints.headers import Stored
 from moe_conformance.checkpoints.layout import Spelling, stored_shape
 from moe_conformance.checkpoints.model import OTHER_MODEL, Model
+from moe_conformance.checkpoints.scheme import Kind
 from moe_conformance.checkpoints.sorting import Group, Key, Matrix, Outside, again, beside
 from moe_conformance.model.families.naming import Piece, Stack
 from moe_conformance.model.specs import Shape
 from moe_conformance.reference_impl.checkpoint.places import Layer
 
 MEND = "mend the export"
-# Of a draft layer, whatever the config counts.
-DRAFT_MARKS = ("eh_proj", "enorm", "hnorm", "shared_head")
 
 
 class Judge:
     """Judges groups, and remembers what it has judged once."""
 
-    def __init__(self, folder: Folder, model: Model, findings: Findings) -> None:
+    def __init__(self, folder: Folder, model: Model, usual: Ends, findings: Findings) -> None:
+        """usual: ends of names that the checkpoint has."""
+        self._usual = usual
         self._folder, self._scheme, self._layout, self._findings = folder, model.scheme, model.layout, findings
         self._known: dict[tuple[Any, ...], list[Trouble]] = {}
         self._quantised: dict[str, Stored] = {}
@@ -80,16 +91,9 @@ class Judge:
         entries = [matrix.carrier for matrix in group.experts.values()]
         if index < self._layout.num_layers:
             got, want = f"layer {index} with experts", "a dense one, as config.json says"
-        elif self._is_draft(index):
-            return
         else:
             got, want = f"layer {index}", f"{self._layout.num_layers} layers, as config.json says"
         self._findings.add("contradiction", entries[0].file, _names(entries), got=got, want=want, do=OTHER_MODEL)
-
-    def _is_draft(self, index: int) -> bool:
-        """Whether the layer has what only draft layers have."""
-        middle = f".{index}."
-        return any(middle in name and any(m in name for m in DRAFT_MARKS) for name in self._folder.tensors)
 
     def _shapes(self, piece: Piece, layer: Layer, by_expert: bool) -> tuple[Shape, ...]:
         """The shape as floats, and the others that a quantised form may be of."""
@@ -108,7 +112,7 @@ class Judge:
         if len(carriers) > 1:
             again(carriers[0], carriers[1], self._findings)
         members = matrix.members
-        kind = kind_of(members) if not piece.target.endswith("router.table") else None
+        kind = self._kind(members) if not piece.target.endswith("router.table") else None
         if kind is None:
             if not self._is_open or matrix.carrier.dtype in FLOATS:
                 self._plain(piece, matrix, shapes, wrong)
@@ -117,10 +121,13 @@ class Judge:
         signature = (kind, shapes, tuple(sorted(members.items())))
         troubles = self._known.get(signature)
         if troubles is None:
-            each = [troubles_of(members, shape, self._scheme) for shape in shapes]
+            each = [troubles_of(members, shape, self._scheme, self._usual) for shape in shapes]
             troubles = self._known[signature] = next((found for found in each if not found), each[0])
         self._say(matrix, troubles, spelling)
         self._is_left(matrix, kind)
+
+    def _kind(self, members: Members) -> Kind | None:
+        return kind_of(members, self._scheme, self._usual)
 
     def _say(self, matrix: Matrix, troubles: Iterable[Trouble], spelling: Spelling | None) -> None:
         carrier = matrix.carrier
@@ -148,7 +155,8 @@ class Judge:
             entry = matrix.carrier
             end = next(end for end, held in matrix.stored.items() if held is entry)
             want = "the weights that it belongs to"
-            name = beside(entry, "weight", matrix) if end != "bias" else entry.name
+            carriers = [carrier for carrier in CARRIERS if carrier in self._usual and carrier != "weight"]
+            name = beside(entry, next(iter(carriers), "weight"), matrix) if end != "bias" else entry.name
             self._findings.add("missing", entry.file, name, got=f"{end} alone", want=want, do=MEND)
             return
         dtypes = _dtypes(piece)
@@ -214,7 +222,7 @@ class Judge:
 
     def _form(self, matrix: Matrix) -> str:
         """What all experts of a layer have in common; of an unknown form, its dtype and shape."""
-        kind = None if self._is_open else kind_of(matrix.members)
+        kind = None if self._is_open else self._kind(matrix.members)
         carrier = matrix.carrier
         if kind is None:
             return f"{carrier.dtype} {list(carrier.shape)}" if self._is_open else f"{carrier.dtype} weights"
@@ -231,14 +239,14 @@ class Judge:
                 if entry.dtype in FLOATS:
                     continue
             matrix = Matrix(held)
-            kind = kind_of(matrix.members)
+            kind = self._kind(matrix.members)
             if kind is None:
                 continue
             self._quantised.setdefault(kind, matrix.carrier)
             signature = (kind, None, tuple(sorted(matrix.members.items())))
             troubles = self._known.get(signature)
             if troubles is None:
-                troubles = self._known[signature] = troubles_of(matrix.members, None, self._scheme)
+                troubles = self._known[signature] = troubles_of(matrix.members, None, self._scheme, self._usual)
             self._say(matrix, troubles, None)
 
     def scheme(self) -> None:

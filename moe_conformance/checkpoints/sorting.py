@@ -47,10 +47,14 @@ Outside = dict[str, dict[str, Stored]]
 
 
 class Sorted(NamedTuple):
-    """groups: what the MoE layers hold, by layer and spelling. outside: what is elsewhere, by stem and end."""
+    """groups: what the MoE layers hold, by layer and spelling. outside: what is elsewhere, by stem and end.
+
+    ends: of all names.
+    """
 
     groups: dict[Key, Group]
     outside: Outside
+    ends: frozenset[str]
 
 
 class _Kind(NamedTuple):
@@ -96,7 +100,7 @@ def sorted_out(tensors: Mapping[str, Stored], layout: Layout | None, findings: F
     inside = [kind for kind in (*kinds.values(), *others) if kind.spot is not None]
     groups = _grouped(inside, findings)
     _strangers(inside, layout, groups, findings)
-    return Sorted(groups, outside)
+    return Sorted(groups, outside, frozenset(kind.end for kind in (*kinds.values(), *others)))
 
 
 def _kind(name: str, layout: Layout | None) -> _Kind:
@@ -192,8 +196,11 @@ def _strangers(kinds: Iterable[_Kind], layout: Layout | None, groups: Mapping[Ke
 
 def beside(entry: Stored, end: str, matrix: Matrix) -> str:
     """The name of a tensor that is not there, of the matrix that the entry is of."""
+    own = next(known for known, held in matrix.stored.items() if held is entry)
     if end in OF_THE_WEIGHT:
         return f"{entry.name}.{end}"
-    own = next(known for known, held in matrix.stored.items() if held is entry)
+    if own in OF_THE_WEIGHT and entry.name.endswith(f".weight.{own}"):
+        return entry.name.removesuffix(f".{own}")
     stem = entry.name.removesuffix(own) if own and entry.name.endswith(own) else f"{entry.name}_"
-    return f"{stem}{end}"
+    # What is put after an underscore belongs to a tensor that is called by the stem alone.
+    return stem.removesuffix("_") if end == "weight" and stem.endswith("_") else f"{stem}{end}"

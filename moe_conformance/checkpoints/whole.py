@@ -17,7 +17,11 @@ from moe_conformance.checkpoints.sorting import Sorted, sorted_out
 def judge(folder: Folder, model: Model, findings: Findings) -> Sorted:
     """Everything that headers say. returns every tensor in its place."""
     held = sorted_out(folder.tensors, model.layout, findings)
-    matrices = Judge(folder, model, findings)
+    if model.layout is not None:
+        # At most a few: more are no draft layers.
+        indices = sorted({index for _, index, _ in held.groups}, reverse=True)[:8]
+        model.layout.find_drafts(indices, folder.tensors)
+    matrices = Judge(folder, model, held.ends, findings)
     for key, group in held.groups.items():
         matrices.group(key, group)
     if model.layout is not None:
