@@ -320,6 +320,7 @@ PLANTED: dict[str, tuple[str, Change, str, str]] = {
         "contradiction",
         "layers.5.mlp.gate_proj",
     ),
+    "another-prefix": ("float", rename("model.layers.", "lm.backbone.layers."), "missing", "elsewhere"),
     "no-experts-in-config": ("float", say(num_experts=0), "contradiction", "experts"),
     "config-null": ("float", say(moe_intermediate_size=None), "config", "moe_intermediate_size"),
     "fp8-scale-missing": ("fp8-block", drop(f"{EXPERTS}.3.up_proj.weight_scale_inv"), "scales-missing", "3.up_proj"),

@@ -8,14 +8,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from checkpoint_folders import FAMILIES, LAYOUTS, QUANTISED, T, Tensors, config_of, floats, quantised, write
 
+from moe_conformance.checkpoints import values
 from moe_conformance.checkpoints.command import judged
 from moe_conformance.checkpoints.findings import Finding
 from moe_conformance.checkpoints.values import STEP, Progress
+from moe_conformance.errors import CheckpointError
 
 EXPERTS = "model.layers.5.mlp.experts"
 UP = f"{EXPERTS}.3.up_proj"
@@ -220,6 +223,26 @@ def test_inputs_that_differ_between_experts_are_a_note(tmp_path: Path) -> None:
     judgement = judged(write(tmp_path / "model", config, tensors), values=True)
     assert judgement.is_sound
     assert {(finding.level, finding.kind) for finding in judgement.findings} == {("note", "scale-unequal")}
+
+
+@pytest.mark.parametrize("change", ["cut", "gone", "empty"])
+def test_a_file_that_changes_while_it_is_read_is_one_error(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "model", config_of("qwen3_moe"), filled(floats("qwen3_moe")))
+    file = folder / "model-00002-of-00002.safetensors"
+    real = values.look
+
+    def later(*arguments: Any) -> None:
+        content = file.read_bytes()
+        file.unlink()
+        if change != "gone":
+            file.write_bytes(content[: len(content) // 2] if change == "cut" else b"")
+        real(*arguments)
+
+    monkeypatch.setattr(values, "look", later)
+    with pytest.raises(CheckpointError, match=r"00002\.safetensors: .*; judge it again"):
+        judged(folder, values=True)
 
 
 class Terminal:

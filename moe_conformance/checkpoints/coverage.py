@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import islice
 
 from moe_conformance.checkpoints.findings import Findings
 from moe_conformance.checkpoints.folder import CONFIG, Folder
-from moe_conformance.checkpoints.layout import MTP, Layout
+from moe_conformance.checkpoints.layout import CUT, MTP, Layout
 from moe_conformance.checkpoints.model import OTHER_MODEL
 from moe_conformance.checkpoints.sorting import Group, Key, Matrix, again
 from moe_conformance.model.families.naming import Piece, Stack
@@ -55,12 +56,25 @@ class Coverage:
         if not self._folder.whole:
             return  # they may be in a shard that was not read, which has a finding of its own
         place = f"{self._layout.names.prefix}{stack.path}.{index}.{stack.inner}"
-        dense = next((n for n in self._folder.tensors if n.startswith(place) and "gate_proj" in n), None)
+        dense = self._dense.get(f"{self._layout.names.prefix}{stack.path}.{index}.")
         got = "no experts" + (f"; {plainly(dense)} in their place" if dense else "")
+        if not self._used and self._elsewhere:
+            got = f"no experts by that name; {plainly(self._elsewhere)} elsewhere"
         want = f"{layer.sizes.experts} experts in this layer, as config.json says"
         kind = "contradiction" if dense else "missing"
         do = OTHER_MODEL if dense else "download the missing shards, or mend the export"
         self._findings.add(kind, CONFIG, place, got=got, want=want, do=do)
+
+    @cached_property
+    def _dense(self) -> dict[str, str]:
+        """By what stands before the names of a layer, a tensor of a dense MLP there."""
+        names = (name for name in self._folder.tensors if "gate_proj" in name and ".experts." not in name)
+        return {name[: match.end() + 1]: name for name in names if (match := CUT.search(name))}
+
+    @cached_property
+    def _elsewhere(self) -> str | None:
+        """An expert, wherever it is."""
+        return next((name for name in self._folder.tensors if ".experts." in name), None)
 
     def _before(self, stack: Stack, index: int, held: list[Group]) -> str:
         """What precedes the layer's names."""

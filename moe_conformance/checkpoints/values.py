@@ -82,10 +82,13 @@ class Files:
     def bytes_of(self, entry: Stored) -> Bytes:
         """A view of the file."""
         mapped = self._mapped(entry.file)
-        if mapped is None:
-            return np.empty(0, np.uint8)
+        size = entry.end - entry.begin
         start = self._folder.data[entry.file] + entry.begin
-        return np.frombuffer(mapped, np.uint8, entry.end - entry.begin, start)
+        if size and (mapped is None or len(mapped) < start + size):
+            raise CheckpointError(f"{self._folder.path / entry.file}: changed while it was read; judge it again")
+        if mapped is None or not size:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(mapped, np.uint8, size, start)
 
     def read(self, entry: Stored, until: int) -> None:
         """Give pages back up to this byte of the entry."""
@@ -110,7 +113,9 @@ class Files:
             except ValueError:  # an empty file
                 self._map = None
             except OSError as error:
-                raise CheckpointError(f"{self._folder.path / file}: cannot be mapped ({error.strerror})") from error
+                raise CheckpointError(
+                    f"{self._folder.path / file}: cannot be mapped ({error.strerror}); judge it again"
+                ) from error
             self._file, self._given_back = file, 0
         return self._map
 
