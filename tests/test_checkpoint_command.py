@@ -18,6 +18,7 @@ from moe_conformance.checkpoints import engines
 from moe_conformance.checkpoints.command import judged
 from moe_conformance.checkpoints.findings import Findings
 from moe_conformance.checkpoints.headers import Damaged, read_header
+from moe_conformance.checkpoints.report import text
 from moe_conformance.cli import main
 
 UP = "model.layers.5.mlp.experts.3.up_proj.weight"
@@ -74,7 +75,7 @@ def test_json_is_whole_and_says_the_same(defect: str, sound: str) -> None:
     assert finding == {
         "kind": "missing",
         "level": "defect",
-        "file": "model-00001-of-00002.safetensors",
+        "files": ["model-00001-of-00002.safetensors"],
         "tensors": [UP],
         "count": 1,
         "got": "no such tensor",
@@ -112,6 +113,10 @@ def test_what_many_tensors_share_is_one_finding(tmp_path: Path) -> None:
         ("scales-missing", 3 * 11 * 2),
         ("scales-missing", 3 * 11),
     ]
+    first, _ = judgement.findings
+    assert len(first.files) == len(first.tensors) == 66
+    assert set(first.files) == {f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    assert "and 1 more file" in text(judgement)
 
 
 def test_a_header_that_another_writer_laid_out_is_read(tmp_path: Path) -> None:

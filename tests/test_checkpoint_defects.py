@@ -320,6 +320,7 @@ PLANTED: dict[str, tuple[str, Change, str, str]] = {
         "contradiction",
         "layers.5.mlp.gate_proj",
     ),
+    "two-carriers": ("gptq", put(f"{EXPERTS}.3.up_proj.weight_packed", "I32", 24, 5), "doubled", "3.up_proj.qweight"),
     "another-prefix": ("float", rename("model.layers.", "lm.backbone.layers."), "missing", "elsewhere"),
     "no-experts-in-config": ("float", say(num_experts=0), "contradiction", "experts"),
     "config-null": ("float", say(moe_intermediate_size=None), "config", "moe_intermediate_size"),
@@ -445,7 +446,7 @@ PLANTED: dict[str, tuple[str, Change, str, str]] = {
 
 
 def said(finding: Finding) -> str:
-    return " ".join((finding.file, *finding.tensors, finding.got, finding.want, finding.do))
+    return " ".join((*finding.files, *finding.tensors, finding.got, finding.want, finding.do))
 
 
 @pytest.mark.parametrize("defect", PLANTED)

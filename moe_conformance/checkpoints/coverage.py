@@ -93,7 +93,7 @@ class Coverage:
             if piece.target == target and piece.experts != "identity" and (half is None or piece.half in (None, half))
         ]
         if not fillers:
-            self._missing(before, self._spelled(target, half, held), "no such tensor", held)
+            self._missing(before + self._spelled(target, half, held), held)
             return
         if len(fillers) == 1 and _are_all(*fillers[0], layer.sizes.experts):
             return
@@ -150,13 +150,13 @@ class Coverage:
         )
         return best[0].name.replace("{e}", "0") if best else target
 
-    def _missing(self, before: str, name: str, got: str, held: list[Group]) -> None:
+    def _missing(self, name: str, held: list[Group]) -> None:
         if not self._folder.whole:
-            return
+            return  # it may be in a shard that was not read, which has a finding of its own
         file = next(iter(held[0].experts.values())).carrier.file
         do = "download the shard that has it, or mend the export"
         want = "it, as config.json says"
-        self._findings.add("missing", file, before + name, got=got, want=want, do=do)
+        self._findings.add("missing", file, name, got="no such tensor", want=want, do=do)
 
 
 def _are_all(group: Group, piece: Piece, experts: int) -> bool:

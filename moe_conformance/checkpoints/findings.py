@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,10 +14,11 @@ MOST_LISTED = 1000
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: a word for machines. tensors: the first that are meant, of `count`; file: where the first of them is."""
+    """kind: a word for machines. tensors: the first that are meant, of `count`. files: where each of them is, or should
+    be; of a finding without tensors, the files that are meant."""
 
     kind: str
-    file: str
+    files: tuple[str, ...]
     tensors: tuple[str, ...]
     got: str
     want: str
@@ -28,9 +29,9 @@ class Finding:
 
 @dataclass
 class Findings:
-    """Collects findings; those that differ in nothing but the tensor become one."""
+    """Collects findings; those that differ in nothing but the place become one."""
 
-    _found: dict[tuple[str, ...], tuple[Finding, list[str], list[int]]] = field(default_factory=dict)
+    _found: dict[tuple[str, Level, str, str, str], _Places] = field(default_factory=dict)
 
     def add(
         self,
@@ -46,15 +47,23 @@ class Findings:
     ) -> None:
         """count: of tensors, where not all that are meant are given."""
         names = (tensors,) if isinstance(tensors, str) else tuple(tensors)
-        finding = Finding(kind, file, (), got, want, do, level)
-        _, held, total = self._found.setdefault((kind, level, got, want, do), (finding, [], [0]))
-        held += names[: MOST_LISTED - len(held)]
-        total[0] += len(names) if count is None else count
+        places = self._found.setdefault((kind, level, got, want, do), _Places())
+        kept = names[: MOST_LISTED - len(places.tensors)]
+        places.tensors += kept
+        places.files += [file] * len(kept) if names else [file]
+        places.count += max(len(names), 1) if count is None else count
 
     def all(self) -> tuple[Finding, ...]:
         """Defects first, each kind in the order in which it was met."""
-        merged: Iterable[Finding] = (
-            Finding(one.kind, one.file, tuple(held), one.got, one.want, one.do, one.level, max(total[0], 1))
-            for one, held, total in self._found.values()
+        merged = (
+            Finding(kind, tuple(places.files), tuple(places.tensors), got, want, do, level, places.count)
+            for (kind, level, got, want, do), places in self._found.items()
         )
         return tuple(sorted(merged, key=lambda finding: finding.level != "defect"))
+
+
+@dataclass
+class _Places:
+    files: list[str] = field(default_factory=list)
+    tensors: list[str] = field(default_factory=list)
+    count: int = 0

@@ -20,7 +20,7 @@ from moe_conformance.checkpoints.forms import (
     troubles_of,
 )
 from moe_conformance.checkpoints.headers import Stored
-from moe_conformance.checkpoints.layout import Spelling, stored_shape
+from moe_conformance.checkpoints.layout import stored_shape
 from moe_conformance.checkpoints.model import OTHER_MODEL, Model
 from moe_conformance.checkpoints.scheme import Kind
 from moe_conformance.checkpoints.sorting import Group, Key, Matrix, Outside, again, beside
@@ -36,10 +36,11 @@ class Judge:
 
     def __init__(self, folder: Folder, model: Model, usual: Ends, findings: Findings) -> None:
         """usual: ends of names that the checkpoint has."""
-        self._usual = usual
-        self._folder, self._scheme, self._layout, self._findings = folder, model.scheme, model.layout, findings
+        self._folder, self._usual, self._findings = folder, usual, findings
+        self._scheme, self._layout = model.scheme, model.layout
         self._known: dict[tuple[Any, ...], list[Trouble]] = {}
         self._quantised: dict[str, Stored] = {}
+        self._left = frozenset(model.scheme.left if model.scheme else ())
         # Quantised by a method that is not known.
         self._is_open = model.scheme is not None and not model.scheme.known
 
@@ -60,8 +61,8 @@ class Judge:
         fitting: set[tuple[int, str, Shape]] = set()
         is_plain = True
         for number, matrix in group.experts.items():
-            at = 0 if len(pieces) == 1 and pieces[0].experts == "routed" else _piece_of(pieces, number, layer)
-            if at is None or (number is not None and at == 0 and number >= layer.sizes.experts):
+            at = _piece_of(pieces, number, layer)
+            if at is None:
                 beyond.append(number or 0)
                 continue
             carrier = matrix.stored.get("weight")
@@ -75,9 +76,9 @@ class Judge:
                 fitting.add((at, carrier.dtype, carrier.shape))
                 continue
             is_plain = False
-            self._matrix(group.spelling, piece, matrix, shapes[at], wrong)
+            self._matrix(piece, matrix, shapes[at], wrong)
         if wrong:
-            self._misshapen(wrong, group, pieces, layer, index)
+            self._misshapen(wrong, group, pieces, layer)
         if beyond:
             self._beyond(beyond, group, layer)
         if len(group.experts) > 1 and not (is_plain and len({dtype for _, dtype, _ in fitting}) == 1):
@@ -105,9 +106,7 @@ class Judge:
             found.append((*stored[:-2], stored[-1], stored[-2]))
         return tuple(found)
 
-    def _matrix(
-        self, spelling: Spelling, piece: Piece, matrix: Matrix, shapes: tuple[Shape, ...], wrong: list[Stored]
-    ) -> None:
+    def _matrix(self, piece: Piece, matrix: Matrix, shapes: tuple[Shape, ...], wrong: list[Stored]) -> None:
         carriers = [matrix.stored[end] for end in CARRIERS if end in matrix.stored]
         if len(carriers) > 1:
             again(carriers[0], carriers[1], self._findings)
@@ -123,13 +122,13 @@ class Judge:
         if troubles is None:
             each = [troubles_of(members, shape, self._scheme, self._usual) for shape in shapes]
             troubles = self._known[signature] = next((found for found in each if not found), each[0])
-        self._say(matrix, troubles, spelling)
+        self._say(matrix, troubles)
         self._is_left(matrix, kind)
 
     def _kind(self, members: Members) -> Kind | None:
         return kind_of(members, self._scheme, self._usual)
 
-    def _say(self, matrix: Matrix, troubles: Iterable[Trouble], spelling: Spelling | None) -> None:
+    def _say(self, matrix: Matrix, troubles: Iterable[Trouble]) -> None:
         carrier = matrix.carrier
         for trouble in troubles:
             entry = matrix.stored.get(trouble.end)
@@ -139,7 +138,7 @@ class Judge:
 
     def _is_left(self, matrix: Matrix, kind: str) -> None:
         module = matrix.carrier.name.rpartition(".")[0]
-        if self._scheme is not None and module in self._scheme.left:
+        if module in self._left:
             self._findings.add(
                 "contradiction",
                 matrix.carrier.file,
@@ -176,7 +175,7 @@ class Judge:
         assert self._layout is not None
         return self._layout.names.once_transposed and ".experts." in f".{piece.target}"
 
-    def _misshapen(self, wrong: list[Stored], group: Group, pieces: list[Piece], layer: Layer, index: int) -> None:
+    def _misshapen(self, wrong: list[Stored], group: Group, pieces: list[Piece], layer: Layer) -> None:
         """All of a layer's: config and tensors contradict each other. Some: these are wrong."""
         piece = pieces[0]
         by_expert = None not in group.experts
@@ -247,7 +246,7 @@ class Judge:
             troubles = self._known.get(signature)
             if troubles is None:
                 troubles = self._known[signature] = troubles_of(matrix.members, None, self._scheme, self._usual)
-            self._say(matrix, troubles, None)
+            self._say(matrix, troubles)
 
     def scheme(self) -> None:
         """Whether config and tensors agree that the model is quantised."""
@@ -283,9 +282,9 @@ class Judge:
 
 def _piece_of(pieces: list[Piece], number: int | None, layer: Layer) -> int | None:
     """What an expert's number is of; None for one that the layer has not."""
-    if number is None:
-        return 0
     experts = layer.sizes.experts
+    if number is None or (number < experts and pieces[0].experts == "routed"):
+        return 0
     for at, piece in enumerate(pieces):
         first = 0 if piece.experts == "routed" else experts
         count = layer.sizes.identity if piece.experts == "identity" else experts

@@ -57,6 +57,11 @@ def _what(finding: Finding) -> str:
     return shown + (f" and {more:,} more" if more > 0 else "")
 
 
+def _where(finding: Finding) -> str:
+    first, *others = dict.fromkeys(finding.files)
+    return plainly(first) + (f" and {_count(len(others), 'more file')}" if others else "")
+
+
 def text(judgement: Judgement) -> str:
     return "\n".join(_lines(judgement))
 
@@ -65,7 +70,7 @@ def _lines(judgement: Judgement) -> Iterator[str]:
     yield f"{plainly(judgement.folder)}: {judgement.heading}"
     for finding in judgement.findings:
         yield ""
-        yield f"{finding.level}: {finding.kind}: {plainly(finding.file)}"
+        yield f"{finding.level}: {finding.kind}: {_where(finding)}"
         if finding.tensors:
             yield f"  {_what(finding)}"
         yield f"  got {finding.got}"
@@ -83,7 +88,7 @@ def markdown(judgement: Judgement) -> str:
         cells = (
             finding.level,
             finding.kind,
-            plainly(finding.file),
+            _where(finding),
             _what(finding),
             finding.got,
             finding.want,
@@ -109,7 +114,7 @@ def as_json(judgement: Judgement) -> str:
         "bytes": judgement.size,
         "values": judgement.values,
         "findings": [
-            {**vars(finding), "file": plainly(finding.file), "tensors": list(finding.tensors)}
+            {**vars(finding), "files": list(map(plainly, finding.files)), "tensors": list(finding.tensors)}
             for finding in judgement.findings
         ],
     }
