@@ -19,9 +19,9 @@ from moe_conformance.checkpoints.folder import Folder
 from moe_conformance.checkpoints.forms import CARRIERS, E8M0, FP8, INTEGERS, kind_of
 from moe_conformance.checkpoints.headers import BITS, Stored
 from moe_conformance.checkpoints.layout import Layout, stored_shape
-from moe_conformance.checkpoints.sorting import Group, Key, Matrix, Sorted
+from moe_conformance.checkpoints.sorting import Group, Matrix, Sorted
 from moe_conformance.errors import CheckpointError
-from moe_conformance.model.families.naming import Piece
+from moe_conformance.model.families.naming import Piece, Stack
 from moe_conformance.model.specs import Shape
 from moe_conformance.quote import few, plainly
 from moe_conformance.reference_impl.checkpoint.places import Layer
@@ -126,8 +126,15 @@ def look(folder: Folder, layout: Layout | None, held: Sorted, findings: Findings
     looks = sorted(_looks(folder, layout, held), key=lambda one: (one.entry.file, one.entry.begin))
     for one in looks:
         values.tensor(one)
-    for key, group in held.groups.items():
-        values.shared(key, group, held.groups)
+    halves: dict[tuple[Stack, int, str], dict[int | None, Group]] = {}
+    for (stack, index, pattern), group in held.groups.items():
+        values.of_all(group)
+        for piece in group.spelling.pieces:
+            if piece.target.endswith("experts.w13"):
+                halves.setdefault((stack, index, pattern.rpartition(".")[0]), {})[piece.half] = group
+    for both in halves.values():
+        if both.keys() >= {0, 1}:
+            values.of_both(both[0], both[1])
     values.finish()
 
 
@@ -172,7 +179,6 @@ def _groups(matrix: Matrix) -> int:
 class _Values:
     def __init__(self, folder: Folder, findings: Findings, report: Report) -> None:
         self._files, self._findings, self._report = Files(folder), findings, report
-        self._tensors = folder.tensors
         # Experts' weights by length and the bytes at both ends: name, place in the tensor.
         self._seen: dict[tuple[int, bytes, bytes], list[tuple[Stored, int, int]]] = {}
         self._single: dict[str, float] = {}
@@ -305,52 +311,37 @@ class _Values:
         self._files.forget()
         return True
 
-    def shared(self, key: Key, group: Group, groups: Mapping[Key, Group]) -> None:
-        """Scales that gate and up of an expert have in common in an engine, and those of all experts."""
-        halves = {piece.half for piece in group.spelling.pieces if piece.target.endswith("experts.w13")}
-        by_end: dict[str, list[tuple[float, Stored]]] = {}
-        for matrix in group.experts.values():
-            for end in OF_ALL:
-                entry = matrix.stored.get(end)
-                if entry is not None and entry.name in self._single:
-                    by_end.setdefault(end, []).append((self._single[entry.name], entry))
-        for end, found in by_end.items():
-            if len({value for value, _ in found}) > 1:
-                names = [entry.name for _, entry in found]
+    def of_all(self, group: Group) -> None:
+        """Scales that all experts have in common in an engine."""
+        for end in OF_ALL:
+            entries = [matrix.stored[end] for matrix in group.experts.values() if end in matrix.stored]
+            found = {entry.name: self._single[entry.name] for entry in entries if entry.name in self._single}
+            if len(set(found.values())) > 1:
                 self._findings.add(
                     "scale-unequal",
-                    found[0][1].file,
-                    names,
+                    entries[0].file,
+                    list(found),
                     got=f"{end} of experts that differ",
                     want="one for all experts",
                     do="know that engines take the largest for all",
                     level="note",
                 )
-        if halves == {0}:
-            self._both(key, group, groups)
 
-    def _both(self, key: Key, gates: Group, groups: Mapping[Key, Group]) -> None:
-        stack, index, pattern = key
-        block = pattern.rpartition(".")[0]
-        for (other_stack, other_index, other), ups in groups.items():
-            is_up = any(piece.target.endswith("experts.w13") and piece.half == 1 for piece in ups.spelling.pieces)
-            if not is_up or (other_stack, other_index, other.rpartition(".")[0]) != (stack, index, block):
-                continue
-            for number, gate in gates.experts.items():
-                up = ups.experts.get(number)
-                for end in OF_BOTH if up is not None else ():
-                    assert up is not None
-                    one, two = gate.stored.get(end), up.stored.get(end)
-                    if one and two and self._single.get(one.name) != self._single.get(two.name):
-                        got = f"{end} {self._single.get(one.name)} of gate and {self._single.get(two.name)} of up"
-                        self._findings.add(
-                            "scale-unequal",
-                            one.file,
-                            (one.name, two.name),
-                            got=got,
-                            want="one for both: engines keep one for the matrix that they make of them",
-                            do="quantise gate and up together",
-                        )
+    def of_both(self, gates: Group, ups: Group) -> None:
+        """Scales that gate and up of an expert have in common in an engine, which makes one matrix of them."""
+        for number, gate in gates.experts.items():
+            up = ups.experts.get(number)
+            for end in OF_BOTH if up is not None else ():
+                one, two = gate.stored.get(end), up.stored.get(end) if up else None
+                if one and two and self._single.get(one.name) != self._single.get(two.name):
+                    self._findings.add(
+                        "scale-unequal",
+                        one.file,
+                        (one.name, two.name),
+                        got=f"{end} {self._single.get(one.name)} of gate and {self._single.get(two.name)} of up",
+                        want="one for both: engines keep one for the matrix that they make of them",
+                        do="quantise gate and up together",
+                    )
 
     def _add(self, kind: str, one: Look, got: str, want: str, do: str) -> None:
         self._findings.add(kind, one.entry.file, one.entry.name, got=got, want=want, do=do)
