@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import moe_conformance
 from moe_conformance.errors import UsageError
+
+if TYPE_CHECKING:
+    from moe_conformance.catalogue.case import Case
 
 RUN = """Run the suites. Other options go to pytest: -n, -k, -x, and so on.
 
@@ -27,16 +31,13 @@ CHECKPOINT = """Say whether an MoE checkpoint is whole, before it is served. Hea
 exit code 0: sound. 1: a defect. 2: wrong usage, or nothing that can be judged."""
 
 
-ONLY_CLASS = "only this bug class"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `moe-conformance`; ends by SystemExit."""
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     command: Callable[[argparse.Namespace, list[str]], int] = options.command
     if others and command is not run:
-        parser.error(f"got {' '.join(others)}, which this command does not take")
+        parser.error(f"got {' '.join(others)}, which this command does not take{_near(others, options.known_options)}")
     try:
         code = command(options, others)
         sys.stdout.flush()
@@ -48,25 +49,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Suggests the near name where a command or a value is none of those that there are."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += _near([found[1]], re.findall(r"[\w-]+", found[2]))
+        super().error(message)
+
+
+def _near(names: Sequence[str], there: Sequence[str]) -> str:
+    """What somebody may have meant, as the end of a message."""
+    from difflib import get_close_matches
+
+    near = [match for name in names for match in get_close_matches(name.partition("=")[0], there, n=1)]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "moe-conformance",
         description="Judge Mixture-of-Experts inference engines against the contract of their models.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"moe-conformance {moe_conformance.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parsers: list[argparse.ArgumentParser] = []
 
-    def add(name: str, command: Callable[[argparse.Namespace, list[str]], int], about: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Callable[[argparse.Namespace, list[str]], int], about: str, aliases: Sequence[str] = ()
+    ) -> argparse.ArgumentParser:
         made = commands.add_parser(
             name,
+            aliases=aliases,
             help=about.partition(".")[0] + ".",
             description=about,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         made.set_defaults(command=command)
+        parsers.append(made)
         return made
+
+    def filters(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--engine", metavar="NAME", help="only of stages that it offers; or package.module:Class")
+        for name, about in (("class", "bug class"), ("stage", "stage"), ("family", "model family, or its model type")):
+            made.add_argument(
+                f"--{name}",
+                action="append",
+                default=[],
+                metavar="NAME",
+                dest=f"{name}_names",
+                help=f"only this {about}",
+            )
 
     this = add("run", run, RUN)
     this.add_argument("--engine", action="append", default=[], metavar="NAME", help="or package.module:Class")
@@ -74,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
         "--class", action="append", default=[], metavar="SLUG", dest="classes", help="only this bug class"
     )
     this.add_argument("--case", action="append", default=[], metavar="ID", help="only this case, of any tier")
+    this.add_argument(
+        "--stage",
+        action="append",
+        default=[],
+        metavar="S",
+        help="only this stage; with --tier smoke, says its form first",
+    )
+    this.add_argument("--shard", metavar="N/M", help="only this part of the cases; `merge` joins the parts")
     this.add_argument("--tier", default="core", choices=["smoke", "core", "full", "gpu"], help="default: core")
     this.add_argument("--known", action="append", default=[], metavar="FILE", help="TOML file of known failures")
     this.add_argument("--out", metavar="FOLDER", help="write verdicts.jsonl, summary.md and junit.xml here")
@@ -84,16 +127,36 @@ def _parser() -> argparse.ArgumentParser:
     this.add_argument(
         "--in-process", action="store_true", help="run checks in pytest's own process, for --pdb, coverage, profilers"
     )
-    add("engines", engines, "List the engines that are registered, and whether they can start here.")
-    add("doctor", doctor, "Say what is installed, which engines can start here, and which model families are covered.")
+    this = add(
+        "doctor",
+        doctor,
+        "Say what is installed, which engines can start here, and which model families are covered.",
+        ["engines"],  # its name of old
+    )
+    this.add_argument("--families", action="store_true", help="list the families that have a record, too")
     this = add("features", features, "List the optional features of each stage: what capabilities() may declare.")
     this.add_argument("stage", nargs="*", help="only of these stages")
-    this = add("cases", cases, "List the cases: id, tier, level, stage, bug class.")
-    this.add_argument(
-        "--class", action="append", default=[], metavar="SLUG", dest="classes", help="only this bug class"
+    filters(add("cases", cases, "List the cases: id, tier, level, stage, bug class."))
+    this = add("explain", explain, "Say what cases try and why, without running them.")
+    this.add_argument("case", nargs="*", help="default: all that the options leave")
+    filters(this)
+    this = add("merge", merge, "Join the results of all shards of a run. The exit code is that of the whole run.")
+    this.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="a folder of `run --shard N/M --out`")
+    this.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for verdicts.jsonl and summary.md")
+    this = add(
+        "annotate",
+        annotate,
+        "Write each distinct failure of a run as an annotation of GitHub Actions. Exit code 1 if the run is not whole.",
     )
-    this = add("explain", explain, "Say what a case tries and why, without running it.")
-    this.add_argument("case")
+    this.add_argument("results", type=Path, metavar="RESULTS", help="a folder of `run --out`, or its verdicts.jsonl")
+    this = add(
+        "new-engine",
+        new_engine,
+        "Write the package of an adapter. The stages named work as written, in plain torch; the others are stubs.",
+    )
+    this.add_argument("name", help="of the engine, such as my-engine")
+    this.add_argument("--stage", action="append", required=True, metavar="S", help="that is to work; repeatable")
+    this.add_argument("--into", type=Path, default=Path(), metavar="FOLDER", help="where its folder goes (here)")
     this = add("checkpoint", checkpoint, CHECKPOINT)
     this.add_argument("folder", type=Path, help="with config.json and safetensors")
     this.add_argument("--values", action="store_true", help="read every tensor: scales, NaN, experts that are alike")
@@ -107,6 +170,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     this.add_argument("before", type=Path)
     this.add_argument("after", type=Path)
+    this = add(
+        "report",
+        report,
+        "Make runs a page of one HTML file, given as folders, folders of folders, or verdicts.jsonl files.",
+    )
+    this.add_argument("results", type=Path, nargs="+")
+    this.add_argument("--html", type=Path, metavar="FILE", help="the page: no network is needed to read it")
+    this.add_argument("--badge", type=Path, metavar="FILE.svg", help="an image that says how many MUSTs hold")
+    for made in parsers:
+        made.set_defaults(known_options=re.findall(r"--[\w-]+", made.format_usage()))
     return parser
 
 
@@ -116,12 +189,19 @@ def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
     from moe_conformance.catalogue.aliases import current
     from moe_conformance.catalogue.case import catalogue
     from moe_conformance.catalogue.clauses import BUG_CLASSES
+    from moe_conformance.protocol.stages import STAGES
     from moe_conformance.running.discovery import resolve
 
     for name in options.engine:
         resolve(name)
     classes = current("class", options.classes, BUG_CLASSES, aliases.CLASSES)
     cases = current("case", options.case, catalogue(), aliases.CASES)
+
+    stages = current("stage", options.stage, STAGES)
+    if stages and options.tier == "smoke":  # as whoever writes a stage asks
+        from moe_conformance.protocol.form import form
+
+        print(form(stages), end="\n\n", flush=True)
 
     import pytest
 
@@ -133,21 +213,28 @@ def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
     alone = options.in_process or any(given.startswith("--pdb") for given in pytest_arguments)
     if not alone and not any(given.startswith(("-n", "--numprocesses")) for given in pytest_arguments):
         arguments += ["-n", "auto"]
-    listed = {"engine": options.engine, "class": classes, "case": cases, "known": options.known}
+    listed = {"engine": options.engine, "class": classes, "stage": stages, "case": cases, "known": options.known}
     arguments += [f"--moe-{name}={value}" for name, values in listed.items() for value in values]
     arguments += [f"--moe-tier={options.tier}", f"--moe-timeout={options.timeout}"]
-    for name, amount in (("engine-timeout", options.engine_timeout), ("memory", options.memory)):
+    optional = {"engine-timeout": options.engine_timeout, "memory": options.memory, "shard": options.shard}
+    for name, amount in optional.items():
         arguments += [f"--moe-{name}={amount}"] if amount is not None else []
     arguments += ["--moe-strict"] * options.strict + ["--moe-in-process"] * options.in_process
     if options.out is not None:
         arguments += [f"--moe-out={options.out}", f"--junitxml={Path(options.out) / 'junit.xml'}"]
+    if not alone and not any(given.startswith("--tb") for given in pytest_arguments):
+        arguments.append("--tb=no")  # the report tells each distinct fault once
+    from moe_conformance.running.progress import Progress
+
     witness = _Witness()
     try:
-        code = int(pytest.main([*arguments, *pytest_arguments], plugins=[witness]))
+        code = int(pytest.main([*arguments, *pytest_arguments], plugins=[witness, Progress()]))
     except KeyboardInterrupt:  # a second Ctrl-C, while pytest was at the end that the first one asked for
         return 130
     except SystemExit as error:  # of somebody's plug-in
         code = error.code if isinstance(error.code, int) else 1
+    if code == 4 and (near := _near([given for given in pytest_arguments if given[:2] == "--"], options.known_options)):
+        print(f"moe-conformance: among the options of pytest{near}", file=sys.stderr)
     if code == 0 and not witness.saw_the_end:
         print("moe-conformance: the run ended before its footer: what it judged is not whole", file=sys.stderr)
         code = 1
@@ -165,40 +252,12 @@ class _Witness:
         self.saw_the_end = accounts is not None and accounts.report.is_finished
 
 
-def engines(options: argparse.Namespace, _: list[str]) -> int:
-    from moe_conformance.running.discovery import registered
-    from moe_conformance.running.survey import surveys
-
-    found = registered()
-    for (name, target), survey in zip(
-        sorted(found.items()), surveys([found[name] for name in sorted(found)]), strict=True
-    ):
-        print(f"{name:14} {target.path:55} {survey.why or 'available'}")
-    return 0
-
-
 def doctor(options: argparse.Namespace, _: list[str]) -> int:
     """What is installed, which engines start, and which model families are covered."""
-    from moe_conformance.model.families.families import RECORDS
-    from moe_conformance.model.families.installed import installed
-    from moe_conformance.reporting.report import run_facts
+    from moe_conformance.reporting.doctor import doctor as lines
 
-    facts = run_facts()
-    print(f"moe-conformance {moe_conformance.__version__} on Python {facts.pop('python')}, {facts.pop('platform')}")
-    print(f"GPUs: {facts.pop('gpus')}; " + ", ".join(f"{name} {found or 'missing'}" for name, found in facts.items()))
-    print("\nengines")
-    engines(options, [])
-    there = installed()
-    print(f"\nfamilies: {len(RECORDS)} have a record, and are judged so far where an engine has them")
-    for record in RECORDS.values():
-        away = "" if there is None or record.model_type in there.all else f"; not in transformers {there.version}"
-        print(f"  {record.slug:24} {record.model_type:28} {record.covers}{away}")
-    if there is None:
-        print("  transformers is not installed: whether it has others cannot be said")
-    elif there.without_record:
-        print(f"\nfamilies of transformers {there.version} without a record, of which nothing is judged")
-        for name in there.without_record:
-            print(f"  {name:53} {there.experts[name]}")
+    for line in lines(options.families):
+        print(line)
     return 0
 
 
@@ -212,14 +271,8 @@ def features(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def cases(options: argparse.Namespace, _: list[str]) -> int:
-    from moe_conformance.catalogue import aliases
-    from moe_conformance.catalogue.case import catalogue
-    from moe_conformance.catalogue.clauses import BUG_CLASSES
-
-    wanted = aliases.current("class", options.classes, BUG_CLASSES, aliases.CLASSES)
-    for case in catalogue().values():
-        if not wanted or case.bug_class in wanted:
-            print(f"{case.id:50} {case.tier:6} {case.level:6} {case.stage:16} {case.bug_class}")
+    for case in _selected(options):
+        print(f"{case.id:50} {case.tier:6} {case.level:6} {case.stage:16} {case.bug_class}")
     return 0
 
 
@@ -228,10 +281,60 @@ def explain(options: argparse.Namespace, _: list[str]) -> int:
     from moe_conformance.catalogue.case import catalogue, checks
     from moe_conformance.reporting.explain import explain as text
 
-    (case,) = aliases.current("case", [options.case], catalogue(), aliases.CASES)
-    if case != options.case:
-        print(f"{options.case} is {case} now")
-    print(text(catalogue()[case], checks()[case]))
+    named = aliases.current("case", options.case, catalogue(), aliases.CASES)
+    narrowed = options.engine or options.class_names or options.stage_names or options.family_names
+    if not named and not narrowed:
+        raise UsageError("explain: got no case, want some, or --engine, --class, --stage or --family")
+    chosen = [case for case in _selected(options) if not named or case.id in named]
+    if not chosen:
+        raise UsageError("explain: got options that leave no case; take one of them out")
+    for old, new in zip(options.case, named, strict=True):
+        if old != new:
+            print(f"{old} is {new} now")
+    print("\n\n".join(text(case, checks()[case.id]) for case in chosen))
+    return 0
+
+
+def _selected(options: argparse.Namespace) -> list[Case]:
+    from moe_conformance.catalogue.selection import selected
+
+    offered = None
+    if options.engine is not None:
+        from moe_conformance.running.discovery import resolve
+        from moe_conformance.running.survey import surveys
+
+        (survey,) = surveys([resolve(options.engine)])
+        if survey.unloadable or survey.trouble:
+            raise UsageError(f"--engine: {survey.why}")
+        offered = survey.stages
+    return selected(options.class_names, options.stage_names, options.family_names, offered)
+
+
+def new_engine(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.starter.new_engine import new_engine as write
+
+    folder = write(options.name, options.stage, options.into)
+    print(f"{folder} is written; its README.md says what to do next.")
+    return 0
+
+
+def merge(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.running.merge import merge as join
+
+    return join(options.results, options.out)
+
+
+def annotate(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.reporting.stream import read
+    from moe_conformance.running.annotations import annotated, command
+
+    try:
+        results = read(options.results)
+    except UsageError as error:  # as where the run died, which a reader of the job must see, too
+        print(command("error", "moe-conformance", str(error)))
+        return 1
+    for line in annotated(results):
+        print(line)
     return 0
 
 
@@ -258,6 +361,21 @@ def diff(options: argparse.Namespace, _: list[str]) -> int:
     worse = sum(change.is_worse for change in changes)
     print(f"{len(changes)} changed, {worse} worse")
     return int(worse > 0)
+
+
+def report(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.reporting.page import write
+    from moe_conformance.reporting.runs import gather
+
+    if not (options.html or options.badge):
+        raise UsageError("report: got no --html and no --badge, want one of them, or both")
+    runs = gather(options.results)
+    for found in runs:
+        for trouble in found.troubles:
+            print(f"{found.name}: {trouble}", file=sys.stderr)
+    for line in write(runs, options.html, options.badge):
+        print(line)
+    return 0
 
 
 if __name__ == "__main__":

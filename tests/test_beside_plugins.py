@@ -132,7 +132,7 @@ def test_what_is_run_again_says_why_it_failed(sites: dict[str, Path], tmp_path: 
     done = run(tmp_path / "run", sites["pytest-rerunfailures"], "-n", "0", "--reruns", "2", engines=engines)
     assert done.code == 1
     assert "2 rerun" in done.text and "1 failed" in done.text
-    assert "no package fake-engine; pip install fake-engine" in done.text.partition("= conformance =")[0]
+    assert "no package fake-engine; pip install fake-engine" in done.text.partition("1 distinct fault =")[2]
 
 
 @pytest.mark.nightly

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,13 +16,17 @@ import pytest
 
 from moe_conformance.catalogue import aliases
 from moe_conformance.catalogue.case import Case, catalogue
+from moe_conformance.catalogue.recipe_words import meaning, unused
 from moe_conformance.cli import main
 from moe_conformance.errors import UsageError
 from moe_conformance.model.specs import MLPSpec, RoutingSpec
 from moe_conformance.protocol.stages import STAGES
+from moe_conformance.reporting import doctor
+from moe_conformance.reporting.doctor import TRIES, fastest_loop
 from moe_conformance.reporting.explain import explain, spelled
 from moe_conformance.reporting.stream import compare, read
 from moe_conformance.running import known
+from moe_conformance.running.discovery import Target
 
 FOOTER = {"kind": "footer", "exit": 0, "results": 1, "counts": {}}
 
@@ -44,6 +49,8 @@ def invoke(*arguments: str) -> tuple[int, str]:
         (["--case", "layer-tiny-plane"], "layer-tiny-plain"),
         (["--case", "layer-tiny-plane"], "did you mean 'layer-tiny-plain'?"),
         (["--tier", "huge"], "'smoke', 'core', 'full', 'gpu'"),
+        (["--tier", "smok"], "did you mean smoke?"),
+        (["--engin", "reference", "-n", "0"], "did you mean --engine?"),
     ],
 )
 def test_a_misspelt_name_is_a_usage_error_that_lists_what_there_is(arguments: list[str], words: str) -> None:
@@ -114,9 +121,23 @@ def test_features_are_listed_by_stage_with_what_is_not_judged_without_them() -> 
     assert "did you mean 'route'?" in invoke("features", "rout")[1]
 
 
-def test_a_command_takes_no_stray_options() -> None:
-    code, output = invoke("cases", "--tier", "smoke")
-    assert (code, "got --tier smoke, which this command does not take" in output) == (2, True)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["cases", "--tier", "smoke"], "got --tier smoke, which this command does not take"),
+        (["cases", "--famly", "mixtral"], "this command does not take; did you mean --family?"),
+        (["doktor"], "did you mean doctor?"),
+        (["cases", "--family", "mixtrl"], "did you mean 'mixtral'?"),
+        (["cases", "--stage", "rout"], "did you mean 'route'?"),
+        (["cases", "--engine", "refrence"], "did you mean 'reference'?"),
+        (["explain", "layer-tiny-plane"], "did you mean 'layer-tiny-plain'?"),
+        (["explain"], "got no case, want some, or --engine"),
+        (["explain", "layer-tiny-plain", "--stage", "route"], "got options that leave no case"),
+    ],
+)
+def test_a_command_that_is_asked_wrongly_says_what_is_near(arguments: list[str], words: str) -> None:
+    code, output = invoke(*arguments)
+    assert (code, words in " ".join(output.split())) == (2, True), output
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
@@ -131,6 +152,65 @@ def test_lists_name_every_engine_and_the_cases_of_a_class() -> None:
     cases = invoke("cases", "--class", "closure-capture")[1].splitlines()
     assert len(cases) > 30
     assert all(line.endswith("closure-capture") for line in cases)
+
+
+def test_cases_are_those_of_an_engine_a_stage_and_a_family() -> None:
+    def ids(*arguments: str) -> set[str]:
+        return {line.split()[0] for line in invoke("cases", *arguments)[1].splitlines()}
+
+    everything = ids()
+    assert ids("--stage", "layer") == {case.id for case in catalogue().values() if case.stage == "layer"}
+    mixtral = ids("--family", "mixtral")
+    assert mixtral == ids("--family", "mixtral", "--stage", "block", "--stage", "load", "--stage", "remap") | {
+        name for name in mixtral if name.startswith(("config-", "capture-shape-", "generate-"))
+    }
+    assert {"family-mixtral-route", "load-mixtral-hub", "config-mixtral"} <= mixtral
+    assert not any("qwen" in name or "deepseek" in name for name in mixtral)
+    # By the style of its names, and by a model type within its config.
+    assert {"load-gemma4-packed-one-file", "capture-shape-gemma4-hub"} <= ids("--family", "gemma4_text")
+    offered = ids("--engine", "triton")
+    assert 0 < len(offered) < len(everything)
+    assert ids("--engine", "triton", "--stage", "describe") == set()
+
+
+def test_explain_says_what_each_word_of_a_recipe_means() -> None:
+    used = {(case.stage, word) for case in catalogue().values() for word in case.recipe}
+    assert [pair for pair in sorted(used) if meaning(*pair) is None] == []
+    assert unused(used) == []
+    output = invoke("explain", "layer-tiny-plain", "replicate-load-dropped", "--class", "eplb")[1]
+    assert "  copies = (0, 1, 2, 3, 4, 5, 2, 5)\n      the logical expert that each physical one" in output
+    assert "  padding = 5\n      rows behind the real ones" in output and "layer-tiny-plain" not in output
+
+
+def test_doctor_says_what_is_here_which_engines_start_and_how_fast_the_machine_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Engines are asked all at once: two that take a second each take less than two."""
+    found = {
+        "fake": "fake_engines:NotInstalled",
+        "gone": "no.such.module:Engine",
+        "mine": "fake_engines:AlwaysWrong",
+        "slow": "slow_engines:Slow",
+        "slower": "slow_engines:Slow",
+    }
+    monkeypatch.setattr(doctor, "registered", lambda: {name: Target(name, path) for name, path in found.items()})
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    output = invoke("doctor")[1]
+    for words in (
+        r"^moe-conformance [\d.]+ on Python 3",
+        r"^machine: \d+ cores, \d+ GiB, (no|\d+) GPU$",
+        r"^speed: 100,000 additions in a Python loop take \d+\.\d ms \(best of 5\)$",
+        r"^installed: torch [\d.]+.*, pytest [\d.]+",
+        r"^  mine +fake_engines:AlwaysWrong +starts, 1 stages$",
+        r"^  fake +fake_engines:NotInstalled +does not start: no package fake-engine; pip install fake-engine$",
+        r"^  gone +no\.such\.module:Engine +does not start: engine .* No module named 'no'",
+        r"^families: \d+ have a record",
+    ):
+        assert re.search(words, output, re.MULTILINE), (words, output)
+    starts = [float(words) for words in re.findall(r"does not start: asked at (\d+\.\d+)", output)]
+    assert len(starts) == 2 and abs(starts[0] - starts[1]) < 1.0, output
+    assert fastest_loop() < 1.0 / TRIES
+    assert invoke("doctor", "--families")[1].count("\n") > invoke("engines")[1].count("\n") + 50
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -284,4 +364,4 @@ def test_ratios_are_printed_beside_what_they_are_to() -> None:
     assert (name, most, beside, unit) == ("help", "3", ["python", "-c", "pass:"], "s")
     assert float(ratio) == pytest.approx(float(seconds) / float(empty), rel=0.3)
     refused = subprocess.run([*tool, "halp"], text=True, capture_output=True)
-    assert (refused.returncode, "got halp, want some of help, smoke, run, tests" in refused.stderr) == (2, True)
+    assert (refused.returncode, "got halp, want some of help, doctor, smoke, run, tests" in refused.stderr) == (2, True)

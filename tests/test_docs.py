@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
 ADAPTER = PAGE.partition("```python\n")[2].partition("```")[0]
 ENGINE = re.findall(r"^class (\w+)", ADAPTER, re.MULTILINE)[-1]
-COMMAND = PAGE.partition("```bash\nmoe-conformance ")[2].partition("\n")[0].split()
+COMMAND = PAGE.rpartition("```bash\nmoe-conformance ")[2].partition("\n")[0].split()
 
 
 def _judge(folder: Path, source: str, *more: str) -> subprocess.CompletedProcess[str]:

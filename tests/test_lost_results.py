@@ -45,6 +45,12 @@ def run(folder: Path, plugin: str, *arguments: str, engine: str = "reference") -
     return Run(done.returncode, verdicts, done.stdout + done.stderr)
 
 
+def failed(done: Run) -> str:
+    """Of the class of all CASES, as the table has it: failed of judged."""
+    _, _, table = done.text.partition("\nMUST: failed of judged  reference\n")
+    return table.partition("\n")[0].removeprefix("shape-mismatch").strip()
+
+
 def with_error(case: str) -> list[tuple[str, str]]:
     return sorted((name, "error" if name == case else "pass") for name in CASES)
 
@@ -52,7 +58,24 @@ def with_error(case: str) -> list[tuple[str, str]]:
 def test_what_another_plugin_skips_was_not_judged_and_is_an_error(tmp_path: Path) -> None:
     done = run(tmp_path, f"def pytest_runtest_setup(item):\n    {OF_ONE} pytest.skip('flaky')", "--in-process")
     assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent"))
-    assert "reference  2/3, 1 error" in done.text
+    assert failed(done) == "1/3"
+
+
+@pytest.mark.nightly
+def test_what_a_worker_skips_is_an_error_of_a_run_by_the_packages_name(tmp_path: Path) -> None:
+    """From another folder: the workers' node ids begin at the suites' folder, wherever pytest's root is."""
+    (tmp_path / "other_plugin.py").write_text(
+        f"import pytest\ndef pytest_runtest_setup(item):\n    {OF_ONE} pytest.skip('flaky')"
+    )
+    options = ["--moe-engine", "reference", *(f"--moe-case={case}" for case in CASES), "-k", "padding_never", "-n", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--pyargs", "moe_conformance.suites", "-p", "other_plugin", *options],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name[:6] != "PYTEST"} | {"PYTHONPATH": str(tmp_path)},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 1 and "reference  2/3, 1 error" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.nightly
@@ -110,7 +133,7 @@ def pytest_runtest_setup(item):
     done = run(tmp_path, kill, "-n", "2")
     assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent"))
     assert " 0 deselected" not in done.text  # by -k, of which the workers tell
-    assert "reference  2/3, 1 error" in done.text
+    assert failed(done) == "1/3"
 
 
 AT_ONE = f"def pytest_runtest_setup(item):\n    {OF_ONE} raise KeyboardInterrupt\n"
@@ -133,7 +156,7 @@ def test_what_a_ctrl_c_kept_from_running_is_no_error_of_its_case(tmp_path: Path,
     done = run(tmp_path, AT_ONE + again, "--in-process")
     (judged,) = done.verdicts
     assert (done.code, judged) == (130, ("layer-tiny-plain", "pass"))
-    assert "reference  1/1\n" in done.text and "Traceback" not in done.text
+    assert failed(done) == "0/1" and "Traceback" not in done.text
     assert done.text.count("interrupted: 2 of 3 selected items were not run") == 1
 
 
@@ -147,7 +170,7 @@ def pytest_runtest_setup(item):
 def test_what_a_full_disk_and_a_ctrl_c_leave_is_said(tmp_path: Path) -> None:
     done = run(tmp_path, f"{LITTLE_DISK}    {OF_ONE} raise KeyboardInterrupt\n{AT_ONCE}", "--in-process")
     assert (done.code, done.verdicts) == (130, [])
-    assert "reference  1/1\n" in done.text and "Traceback" not in done.text
+    assert failed(done) == "0/1" and "Traceback" not in done.text
     assert done.text.count("interrupted: 2 of 3 selected items were not run\n") == 1
     assert "out: [Errno 27] File too large; free space, or name another folder\n" in done.text
     assert "at the end of the run: [Errno 27] File too large; free space, and run again\n" in done.text
@@ -160,7 +183,7 @@ def test_a_full_disk_costs_files_and_no_verdict(tmp_path: Path) -> None:
     (tmp_path / "out" / "summary.md").symlink_to("/dev/full")
     done = run(tmp_path, LITTLE_DISK, "--in-process")
     assert done.code == 1 and len(done.verdicts) < 3
-    assert "reference  3/3\n" in done.text and "Traceback" not in done.text
+    assert failed(done) == "0/3" and "Traceback" not in done.text
     for trouble in ("[Errno 27] File too large", "[Errno 28] No space left on device"):
         assert f"out: {trouble}; free space, or name another folder\n" in done.text
     assert "at the end of the run: [Errno 27] File too large; free space, and run again" in done.text

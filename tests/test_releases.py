@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import release_cache
-from release_report import WIDTH, distinct, faults, tables
+from release_report import fault_lines
 from tiny_release import RELEASES
 
 from moe_conformance.judging.verdict import Result, Verdict
+from moe_conformance.reporting.faults import distinct
 
 TOOL = Path(__file__).parent.parent / "tools" / "releases.py"
 CASE = "route-plain-e128-k8-t63-fp32-distinct"
@@ -37,8 +38,11 @@ def test_a_distinct_fault_is_one_line_with_cases_and_releases_behind_it() -> Non
         for version in ("0.19.0", "0.20.0")
     }
     releases["0.21.0"] = [_result("b", Verdict.PASS, "")]
-    releases["0.22.1"] = [_result("a-1", Verdict.FAIL, _failure(7.5)), _result("c", Verdict.CRASH, "ids\nsignal 11")]
-    said = list(faults(releases, lambda version, result: f"again {version} {result.case}"))
+    releases["0.22.1"] = [
+        _result("a-1", Verdict.FAIL, _failure(7.5)),
+        _result("c", Verdict.CRASH, "ids\nsignal 11\nstage:    route"),
+    ]
+    said = list(fault_lines(releases, lambda version, result: f"again {version} {result.case}"))
     assert said == [
         "routing-semantics: fail: ids: ids[0, 1]: got 7.5, want 'x7.5' at most",
         "    3 cases, 0.19.0 to 0.20.0, 0.22.1",
@@ -48,25 +52,6 @@ def test_a_distinct_fault_is_one_line_with_cases_and_releases_behind_it() -> Non
         "    again 0.22.1 c",
     ]
     assert distinct(_failure(1)) == distinct(_failure(2e-5)) != distinct("ids\nweights[0, 1]: got 3, want 'x' at most")
-
-
-def test_a_table_says_must_should_and_what_was_not_judged_in_blocks() -> None:
-    results = [
-        _result("a", Verdict.FAIL, ""),
-        _result("b", Verdict.PASS, ""),
-        _result("c", Verdict.BROKEN_SHOULD, "", "SHOULD"),
-        _result("d", Verdict.UNSUPPORTED, ""),
-    ]
-    versions = [f"0.{minor}.0" for minor in range(19, 34)]
-    lines = list(tables(dict.fromkeys(versions, results)))
-    assert max(map(len, lines)) <= WIDTH
-    assert [line.split() for line in lines if line.startswith("routing-semantics")] == [
-        ["routing-semantics", *[cell] * part]
-        for cell, parts in (("1/2", (9, 6)), ("1/1", (9, 6)), ("1/4", (10, 5)))
-        for part in parts
-    ]
-    heads = [line.partition("  ")[0] for line in lines if line and not line.startswith("routing")]
-    assert heads[::2] == ["MUST: failed of judged", "SHOULD: broken of judged", "not judged"]
 
 
 @pytest.fixture(scope="module")

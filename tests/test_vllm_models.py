@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_conformance.engine import RECORDS, Target, checkpoint_of
 from moe_conformance.engines.vllm import decoder, loading, models, published
+from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 from moe_conformance.suites.block.blocks import tensors_of
 from moe_conformance.suites.block.configs import VARIANTS
@@ -153,8 +154,28 @@ def test_what_no_loader_wrote_is_seen() -> None:
     assert not models.unwritten(module.weight).any()
 
 
-def test_an_absent_op_and_an_assertion_of_its_own_are_refusals() -> None:
-    with pytest.raises(Unsupported, match="no attribute 'topk'"), models.refusals():
-        _ = torch.ops.unheard_of.topk
-    with pytest.raises(AssertionError), models.refusals():
-        raise AssertionError("of ours")
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (NotImplementedError("no kernel"), "vLLM: no kernel"),
+        (ImportError("No module named 'cutlass'"), "No module named 'cutlass'"),
+        (RuntimeError("biased_topk_cpu: unsupported num_experts 40"), "num_experts 40"),
+        (AttributeError("'_OpNamespace' '_moe_C' object has no attribute 'topk_softmax'"), "topk_softmax"),
+    ],
+)
+def test_what_a_build_lacks_is_refused_in_its_words(error: Exception, words: str) -> None:
+    with pytest.raises(Unsupported, match=words), refusals():
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), AssertionError("rows"), ValueError("wrong"), KeyError()]
+)
+def test_what_goes_wrong_is_no_refusal(error: Exception) -> None:
+    with pytest.raises(type(error)), refusals():
+        raise error
+
+
+def test_a_refusal_of_ours_keeps_its_words() -> None:
+    with pytest.raises(Unsupported, match=r"^route: unsupported$"), refusals():
+        raise Unsupported("route: unsupported")

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from moe_conformance.reporting.stream import read
+from moe_conformance.starter.stages import OFFERED
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -57,6 +60,8 @@ def test_the_wheel_installs_nothing_but_its_namespace(wheel: Path) -> None:
     assert "moe_conformance/py.typed" in names
     assert any(name.startswith("moe_conformance/golden/closure-capture/") for name in names)
     assert "moe_conformance/kernels/tuned/Some_GPU.json" in names
+    templates = {file.name for file in (ROOT / "moe_conformance" / "reporting" / "templates").iterdir()}
+    assert templates == {name.rpartition("/")[2] for name in names if "/reporting/templates/" in name} != set()
 
 
 def packages_of_the_tree() -> dict[str, Path]:
@@ -86,12 +91,23 @@ def test_the_wheel_has_every_module_of_every_package(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} - here == set()
 
 
+def test_the_wheel_has_every_file_that_is_read(wheel: Path) -> None:
+    """Goldens, templates, durations, pytest.ini: all that lies in a package's folder and is no module."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for package, folder in settings["package-dir"].items():
+        listed = ["git", "ls-files", "-z", "--", folder]
+        files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        data = {Path(name).relative_to(folder) for name in files if name and not name.endswith((".py", ".md"))}
+        assert {f"{package.replace('.', '/')}/{name.as_posix()}" for name in data} - names == set()
+
+
 @pytest.mark.nightly
 def test_the_wheel_judges_the_reference_by_name_of_its_package(installed: dict[str, str], tmp_path: Path) -> None:
     command = ["-m", "pytest", "--pyargs", "moe_conformance.suites", "--moe-engine", "reference", "--moe-tier", "smoke"]
     done = subprocess.run([sys.executable, *command, "-q"], cwd=tmp_path, env=installed, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "reference" in done.stdout and " passed" in done.stdout and "failed" not in done.stdout
+    assert "reference" in done.stdout and " passed" in done.stdout and "failed" not in done.stdout.splitlines()[-1]
     assert str(ROOT) not in done.stdout
 
 
@@ -114,3 +130,32 @@ def test_a_fault_in_the_readmes_adapter_is_noticed(installed: dict[str, str], tm
     done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=installed, text=True, capture_output=True)
     assert done.returncode == 1
     assert "must be cut before" in done.stdout
+
+
+@pytest.mark.nightly
+def test_a_worker_that_is_called_by_its_path_judges(installed: dict[str, str], tmp_path: Path) -> None:
+    """As docs/ci.md says: it is given the controller's import path, and node ids begin at the suites' folder."""
+    options = ["--moe-engine=reference", "--moe-case=layer-tiny-plain", "--moe-case=align-e60-k6", "--dist=loadscope"]
+    options += [f"--tx=popen//python={sys.executable}", "--moe-out=out"]
+    command = [sys.executable, "-m", "pytest", "--pyargs", "moe_conformance.suites", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=installed, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {result.case for result in read(tmp_path / "out")} == {"layer-tiny-plain", "align-e60-k6"}
+
+
+@pytest.mark.nightly
+def test_what_new_engine_writes_is_typed(installed: dict[str, str], tmp_path: Path) -> None:
+    """Against the installed package, whose types are seen there alone."""
+    stages = [f"--stage={stage}" for stage in OFFERED]
+    written = [sys.executable, "-m", "moe_conformance", "new-engine", "brand-new", *stages]
+    subprocess.run(written, cwd=tmp_path, env=installed, check=True)
+    folder = tmp_path / "brand-new-conformance"
+    mypy = [sys.executable, "-m", "mypy", "-p", "brand_new_conformance", "--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run(mypy, cwd=folder, env=installed, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    adapter = folder / "brand_new_conformance" / "adapter.py"
+    right = "def route(self, inputs: RouteInputs) -> Routing"
+    text = adapter.read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    adapter.write_text(text.replace(right, "def route(self, inputs: int) -> Routing"), encoding="utf-8")
+    assert subprocess.run(mypy, cwd=folder, env=installed, capture_output=True).returncode == 1

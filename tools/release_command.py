@@ -19,11 +19,12 @@ from pathlib import Path
 import click
 from packaging.version import InvalidVersion, Version
 from release_cache import MOST_GIGABYTES, Cache, Place, install_project, released, user_cache, write
-from release_report import faults, stages, tables
+from release_report import fault_lines, stages
 
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.verdict import Result, Verdict
 from moe_conformance.reporting.stream import read
+from moe_conformance.reporting.tables import as_text
 
 BROKEN = {Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.UNAVAILABLE}
 SECONDS_BETWEEN_WORDS = 15
@@ -191,7 +192,7 @@ def _bisect(judge: _Judge, asked: Asked, versions: Sequence[str]) -> None:
 
 
 def _report(judge: _Judge, asked: Asked) -> None:
-    text = "\n".join(tables(judge.results)).lstrip("\n")
+    text = "\n".join(as_text(judge.results)).lstrip("\n")
     # An engine that came from an address is asked for by that, and has another name in its results.
     addressed = [engine for engine in asked.engines if ":" in engine]
 
@@ -199,7 +200,7 @@ def _report(judge: _Judge, asked: Asked) -> None:
         engines = " ".join(_engines(addressed or [result.engine]))
         return f"tools/releases.py {version} {engines} --case {result.case}"
 
-    lines = list(faults(judge.results, again))
+    lines = list(fault_lines(judge.results, again))
     if lines:
         text += "\n\ndistinct faults:\n" + "\n".join(lines)
     write(judge.out / "releases.txt", text + "\n")

@@ -20,6 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MOE = ("-m", "moe_conformance.cli")
 KNOWN = ("--known", str(ROOT / "ci" / "known_transformers.toml"))
 EMPTY, TORCH = ("-c", "pass"), ("-c", "import torch")
+# Every registered engine is asked whether it starts, and nothing else is done.
+ANSWERS = (
+    "-c",
+    "from moe_conformance.running.discovery import registered; from moe_conformance.running.survey import surveys; "
+    "surveys(list(registered().values()))",
+)
 # As people have it: with what Python compiled kept from run to run. Without, everything here takes twice as long.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | {"NO_COLOR": "1"}
 
@@ -36,6 +42,8 @@ class Timed:
 # What a contributor waits for; a change that does not fit goes to a nightly job.
 COMMANDS = {
     "help": Timed((*MOE, "--help"), EMPTY, 3),
+    # What it adds to the engines' answers.
+    "doctor": Timed((*MOE, "doctor"), ANSWERS, 1.5),
     "smoke": Timed((*MOE, "run", "--tier", "smoke", *KNOWN), TORCH, 8),
     "run": Timed((*MOE, "run", *KNOWN), TORCH, 40),
     "tests": Timed(("-m", "pytest", "-q", "-n", "auto"), TORCH, 120),

@@ -52,6 +52,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe-e300": ("qwen3_moe", {"decoder_sparse_step": 1, "mlp_only_layers": [1], "num_experts": 300}),
     "gemma4": ("gemma4_text", {"hidden_size_per_layer_input": 0, "global_head_dim": 32}),
     "granitemoe": ("granitemoe", {}),
+    "qwen3-moe-alike": ("qwen3_moe", {"decoder_sparse_step": 1, "mlp_only_layers": [0], "norm_topk_prob": True}),
     "olmoe": ("olmoe", {"eos_token_id": None, "pad_token_id": None}),
 }
 
@@ -105,7 +106,7 @@ def _folded(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
 def _answers(name: str, model: Any) -> dict[str, Any]:
     layers = [int(block.prefix.split(".")[1]) for block in blocks(model)]
     for attempt in range(200):
-        prompts = _prompts(f"{name} {attempt}")
+        prompts = _prompts(f"{name} {attempt}", name.endswith("-alike"))
         want = [_answer(model, prompt) for prompt in prompts]
         varied = all(len(set(tokens)) > NEW_TOKENS // 2 for tokens, _ in want)
         if varied and all(others == want for others in _otherwise(model, prompts)):
@@ -114,12 +115,14 @@ def _answers(name: str, model: Any) -> dict[str, Any]:
     raise SystemExit(f"{name}: no requests found whose answers do not hang on roundings; draw more, or other values")
 
 
-def _prompts(seed: str) -> list[list[int]]:
-    """One of 23 tokens, one with its first 17 and others behind, one of a single token, one of 9."""
+def _prompts(seed: str, alike: bool) -> list[list[int]]:
+    """One of 40 tokens, one with its first 33 and others behind, one of a single token, one of 9; or four of 30."""
+    if alike:
+        return integers((4, 30), seed, VOCABULARY).tolist()
     first, second, third, fourth = (
-        integers((length,), f"{seed} {length}", VOCABULARY).tolist() for length in (23, 5, 1, 9)
+        integers((length,), f"{seed} {length}", VOCABULARY).tolist() for length in (40, 6, 1, 9)
     )
-    return [first, first[:17] + second, third, fourth]
+    return [first, first[:33] + second, third, fourth]
 
 
 def _answer(model: Any, prompt: list[int]) -> tuple[list[int], list[list[list[int]]]]:

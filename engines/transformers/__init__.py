@@ -73,7 +73,7 @@ class Transformers(Engine):
 
         found = {stage: offered(stage) for stage in ("route", "router_module", "experts", "layer")}
         found |= {"block": block.features(), "load": loading.styles(), "remap": block.model_types()}
-        found["generate"] = block.model_types() | {"routed_experts", "step_tokens"}
+        found["generate"] = block.model_types() | {"routed_experts", "step_tokens", "bfloat16"}
         return {"describe": frozenset(), **found}
 
     def limits(self) -> Mapping[str, Limits]:

@@ -21,7 +21,7 @@ def generate(inputs: GenerateInputs, implementation: str, device: str) -> Genera
         raise Unsupported("generate: transformers shares no cache between requests")
     disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = class_of_folder(inputs.folder).from_pretrained(
-        inputs.folder, dtype=torch.float32, local_files_only=True, experts_implementation=implementation
+        inputs.folder, dtype=getattr(torch, inputs.dtype), local_files_only=True, experts_implementation=implementation
     )
     every = list(blocks(model.to(device)))
     layers = model.config.get_text_config().num_hidden_layers

@@ -78,7 +78,7 @@ def for_router(routing: RoutingSpec, experts: int, vocabulary: int, dtype: str) 
     """A family whose block routes so, and a small layer of it."""
 
     def small(setting: inverse.Setting) -> LayerSpec:
-        return _small(setting.spec, routing, experts, vocab_size=vocabulary)
+        return inverse.small(setting.spec, routing, experts, UNSEEN, vocab_size=vocabulary)
 
     if found := _search(small, dtype, ("routing", "num_experts")):
         return found
@@ -90,7 +90,7 @@ def for_router_module(logits: LogitsSpec, routing: RoutingSpec, experts: int, hi
     """A family whose router, given hidden states, routes so by itself, and a small layer of it."""
 
     def small(setting: inverse.Setting) -> LayerSpec:
-        return _small(setting.spec, routing, experts, logits=logits, hidden_size=hidden)
+        return inverse.small(setting.spec, routing, experts, UNSEEN, logits=logits, hidden_size=hidden)
 
     if found := _search(small, dtype, ("routing", "logits", "num_experts", "hidden_size"), _is_a_module):
         return found
@@ -111,7 +111,7 @@ def for_experts(mlp: MLPSpec, experts: int, identity_experts: int, top_k: int, w
         if "routing.top_k" not in setting.decided and routing.top_k != top_k:
             return None
         routing = replace(routing, identity_experts=identity_experts, top_k=top_k, groups=1, top_groups=1)
-        spec = _small(setting.spec, routing, experts, hidden_size=width, unseen=mlp.width)
+        spec = inverse.small(setting.spec, routing, experts, mlp.width, hidden_size=width)
         latent = spec.latent and replace(spec.latent, width=width)
         return _with_shared(replace(spec, experts=mlp, latent=latent), setting)
 
@@ -145,18 +145,6 @@ def router_of(moe: Any) -> Any:
     return moe.gate if hasattr(moe, "gate") else moe.router
 
 
-def _small(layer: LayerSpec, routing: RoutingSpec, experts: int, unseen: int = UNSEEN, **others: Any) -> LayerSpec:
-    """The layer with that routing among that many experts; all else as small as may be."""
-    # A router of several layers: none but the last is as wide as the logits are.
-    sized: dict[str, Any] = {"routing": routing, "num_experts": experts, "hidden_size": UNSEEN, **others}
-    sized["experts"] = replace(layer.experts, width=unseen)
-    for name in ("shared", "dense"):
-        part = getattr(layer, name)
-        sized[name] = part and replace(part, mlp=replace(part.mlp, width=unseen))
-    sized["latent"] = layer.latent and replace(layer.latent, width=unseen)
-    return replace(layer, **sized)
-
-
 def _search(
     spec_for: Callable[[inverse.Setting], LayerSpec | None],
     dtype: str,
@@ -178,21 +166,11 @@ def _search(
 
 def _expressed(setting: inverse.Setting, spec: LayerSpec, narrow: bool, parts: tuple[str, ...]) -> Found | None:
     """The family's spec with the values of this one and a config that says it, if the parts named are then equal."""
-    if inverse.is_out_of_reach(setting, spec, parts):
+    if (answer := inverse.expressed(setting, spec, parts, narrow, _shared_as_in)) is None:
         return None
-    said = inverse.with_values(setting, spec)
-    if said.routing.selection_bias and not spec.routing.selection_bias:
-        spec = replace(spec, routing=replace(spec.routing, selection_bias=True))  # of zeros, as it is initialised
-    want = inverse.at_rest(spec, narrow)
-
-    def fits(found: LayerSpec) -> bool:
-        row = inverse.at_rest(_shared_as_in(found, said), narrow)
-        return all(getattr(row, part) == getattr(want, part) for part in parts)
-
-    if not fits(said) or (read := inverse.config_of(setting, said, fits)) is None:
-        return None
-    own_shared = "shared" in parts and read.spec != _shared_as_in(read.spec, said)
-    found = Found(setting, said, read.config, own_shared)
+    wanted, read = answer
+    own_shared = "shared" in parts and read.spec != _shared_as_in(read.spec, wanted)
+    found = Found(setting, wanted, read.config, own_shared)
     return found if not own_shared or shared_class(found.block().moe) else None
 
 

@@ -17,9 +17,11 @@ from moe_conformance.engine import (
     AlignInputs,
     BlockInputs,
     BlockOutput,
+    CaptureReader,
     CaptureSession,
     CaptureShape,
     CaptureSpec,
+    CaptureStore,
     CheckpointName,
     Engine,
     EngineInfo,
@@ -50,19 +52,21 @@ class VLLM(Engine):
     _kernel = ""
 
     # Kernels of experts, the first that takes a call computes it; a subclass may judge the others.
-    kernels: tuple[Literal["cpu", "triton", "fused_experts"], ...] = ("cpu", "triton", "fused_experts")
-    # Platforms whose routers are asked, in this order.
-    platforms: tuple[Literal["cpu", "gpu", "rocm"], ...] = ("cpu", "gpu", "rocm")
+    kernels: tuple[Literal["native", "triton", "fused_experts"], ...] = ("native", "triton", "fused_experts")
+    # Whose routers are asked, in this order: the device's own, and on a CPU those of GPUs.
+    platforms: tuple[Literal["native", "gpu", "rocm"], ...] = ("native", "gpu", "rocm")
 
     @classmethod
     def environment(cls) -> Mapping[str, str]:
         """A small CPU cache, no network, no telemetry, few words. Set before vllm is imported.
 
-        Its Triton kernels are interpreted, and what torch would compile runs as it is, which computes the same.
+        On a CPU its Triton kernels are interpreted; what torch would compile runs as it is, which computes the same.
         """
+        from moe_conformance.engines.vllm import device
+
         return {
             "TORCHDYNAMO_DISABLE": "1",
-            "TRITON_INTERPRET": "1",
+            "TRITON_INTERPRET": str(int(device.interprets())),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error",
@@ -77,9 +81,9 @@ class VLLM(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        from moe_conformance.engines.vllm import runtime
+        from moe_conformance.engines.vllm import device, runtime
 
-        return EngineInfo(self.name, runtime.release(), "cpu")
+        return EngineInfo(self.name, runtime.release(), device.kind())
 
     @cached_property
     def _offered(self) -> Mapping[str, frozenset[str]]:
@@ -92,6 +96,7 @@ class VLLM(Engine):
             "layer": _layer,
             "block": _block,
             "capture_session": _capture_session,
+            "capture_store": _capture_store,
             "expert_map": _expert_map,
             "replicate": _replicate,
             "shard": _shard,
@@ -133,9 +138,10 @@ class VLLM(Engine):
 
     def router_module(self, spec: RouterSpec) -> RouterHandle:
         self._want("router_module")
-        from moe_conformance.engines.vllm import closure as stage
+        from moe_conformance.engines.vllm import routers as stage
 
-        return stage.router_module(spec)
+        answer, self._kernel = stage.router_module(spec)
+        return answer
 
     def align(self, inputs: AlignInputs) -> Aligned:
         self._want("align")
@@ -191,6 +197,17 @@ class VLLM(Engine):
 
         return stage.Session(spec)
 
+    def capture_store(self, spec: CaptureSpec) -> CaptureStore:
+        self._want("capture_store")
+        from moe_conformance.engines.vllm import store as stage
+
+        return stage.open_store(spec)
+
+    def capture_reader(self, address: Any) -> CaptureReader:
+        from moe_conformance.engines.vllm import store as stage
+
+        return stage.open_reader(address)
+
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str | Target, ...]]:
         self._want("remap")
         from moe_conformance.engines.vllm import loading, weights
@@ -223,9 +240,15 @@ def _capture_shape() -> frozenset[str]:
 def _capture_session() -> frozenset[str]:
     from moe_conformance.engines.vllm import capture as stage
 
-    # Not "expert_bounds": ids come from its own router. Not "padding_rows": of several data-parallel ranks each counts
-    # its padding among its tokens, so that no row arrives behind those that are counted.
+    # Not "expert_bounds": ids come from its own router.
     return stage.row_kinds()
+
+
+def _capture_store() -> frozenset[str]:
+    from moe_conformance.engines.vllm import store as stage
+
+    stage.is_offered()
+    return frozenset()
 
 
 def _gemma4() -> None:
@@ -239,8 +262,11 @@ def _route() -> frozenset[str]:
 
 
 def _router_module() -> frozenset[str]:
-    _gemma4()
-    return frozenset({"softmax", "renormalize", "per_expert_scale", "gemma4_input", "from_meta"})
+    from moe_conformance.engines.vllm import routing as stage
+
+    return stage.features() - {"padding_rows", "fused_shared", "table"} | {
+        "gemma4_input", "proj_bias", "float32_logits",
+    }  # fmt: skip
 
 
 def _align() -> frozenset[str]:

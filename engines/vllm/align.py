@@ -20,7 +20,7 @@ def align(inputs: AlignInputs) -> Aligned:
     ids, expert_map = inputs.ids.int().contiguous(), inputs.expert_map
     routing.refuse_dropped(ids, on_cpu=False)
     if expert_map is None and (ids < 0).any():
-        expert_map = torch.arange(inputs.experts, dtype=torch.int32)
+        expert_map = torch.arange(inputs.experts, dtype=torch.int32, device=ids.device)
     slots, blocks, count = moe_align_block_size(
         ids, inputs.block, inputs.experts, expert_map, ignore_invalid_experts=expert_map is not None
     )

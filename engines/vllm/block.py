@@ -22,11 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import BlockInputs, BlockOutput, Routing, Unsupported, called_by_engine, checkpoint_of
-from moe_conformance.engines.vllm import models, runtime
-from moe_conformance.engines.vllm.decoder import whole_layer
+from moe_conformance.engines.vllm import device, interpreted, models, routing, runtime
+from moe_conformance.engines.vllm.built import experts_of, scratch
+from moe_conformance.engines.vllm.decoder import Around, whole_layer
+from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import CheckpointError, ConfigError
 
 Tensors = Mapping[str, Tensor]
+Platform = routing.Platform
+# Whose kernels and routers are asked, in this order: the device's own, and on a CPU those of GPUs.
+PLATFORMS: tuple[Platform, ...] = ("native", "gpu", "rocm")
+# What is over, compute_identity_kernel leaves out; every model that has such experts is a multiple of it wide.
+_IDENTITY_MULTIPLE = 256
 
 
 def features() -> frozenset[str]:
@@ -35,22 +42,40 @@ def features() -> frozenset[str]:
 
 @torch.no_grad()
 def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
-    """The answer, its routing as vLLM's router hands it to the expert kernel; and that kernel's name."""
+    """The answer, its routing as vLLM's router hands it to the expert kernel; and that kernel's name.
+
+    What vLLM has no kernel or router for on a CPU is computed by those that it has for a GPU, as far as they are torch
+    or interpreted. Raises Unsupported with the reasons of both.
+    """
+    runtime.start()
+    config, reasons = json.dumps(dict(inputs.config)), []
+    for platform in PLATFORMS if device.is_cpu() else PLATFORMS[:1]:
+        try:
+            return _block(inputs, Key(config, inputs.layer, inputs.x.dtype, inputs.tensors, platform))
+        except Unsupported as refusal:
+            reasons.append(str(refusal))
+    raise Unsupported("; ".join(dict.fromkeys(reasons)))
+
+
+def _block(inputs: BlockInputs, key: Key) -> tuple[BlockOutput, str]:
     from vllm.forward_context import create_forward_context, override_forward_context
 
-    runtime.start()
-    key = Key(json.dumps(dict(inputs.config)), inputs.layer, inputs.x.dtype, inputs.tensors)
     found = _CACHED.pop(key, None) or _ready(key)
+    if hasattr(getattr(found.experts, "router", None), "zero_expert_type") and inputs.x.shape[-1] % _IDENTITY_MULTIPLE:
+        raise Unsupported(
+            f"vLLM's kernel of identity experts takes {_IDENTITY_MULTIPLE} columns at a time, got {inputs.x.shape[-1]}"
+        )
     x = inputs.x.flatten(0, -2).clone()  # a real step's activations are the block's to overwrite
     ids = None if inputs.token_ids is None else inputs.token_ids.flatten()
     context = override_forward_context(create_forward_context(None, found.config))
-    with found.running(), context, models.refusals(), Tap(found.experts, inputs.routing) as tap:
+    with found.running(), context, refusals(), Tap(found.experts, inputs.routing) as tap:
         output = found(x, ids)
     _CACHED[key] = found  # one that broke off half-way is not run again
     if inputs.routing is not None and tap.seen is None:
         raise Unsupported(f"block: {type(found.experts).__name__} asks no router in a place where a routing can be put")
     answer = BlockOutput(output.reshape(x.shape), None if inputs.routing else tap.seen)
-    return answer, f"{type(found.root).__name__}, {kernel_of(found.experts)}"
+    ran = kernel_of(found.experts)
+    return answer, f"{found.name}, {ran if key.platform == 'native' else interpreted.said(ran)}"
 
 
 def kernel_of(experts: Any) -> str:
@@ -67,15 +92,15 @@ def kernel_of(experts: Any) -> str:
 
 
 class Key:
-    """Config, layer, dtype and tensors of a block; equal where all of them are."""
+    """Config, layer, dtype and tensors of a block, and whose kernels it has; equal where all of them are."""
 
-    def __init__(self, config: str, layer: int, dtype: torch.dtype, tensors: Tensors) -> None:
-        self.config, self.layer, self.dtype, self.tensors = config, layer, dtype, tensors
+    def __init__(self, config: str, layer: int, dtype: torch.dtype, tensors: Tensors, platform: Platform) -> None:
+        self.config, self.layer, self.dtype, self.tensors, self.platform = config, layer, dtype, tensors, platform
         digest = hashlib.sha256()
         for name in sorted(tensors):
             digest.update(name.encode())
-            digest.update(tensors[name].detach().contiguous().view(torch.uint8).numpy().tobytes())
-        self.identity = (config, layer, dtype, digest.hexdigest())
+            digest.update(tensors[name].detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        self.identity = (config, layer, dtype, platform, digest.hexdigest())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Key) and self.identity == other.identity
@@ -87,15 +112,21 @@ class Key:
 class Block:
     """A filled block. root: the module whose forward is the block; experts: vLLM's expert layer in it."""
 
-    def __init__(self, config: Any, root: nn.Module, experts: nn.Module, dtype: torch.dtype) -> None:
-        self.config, self.root, self.experts, self.dtype = config, root, experts, dtype
+    def __init__(
+        self, config: Any, root: nn.Module, experts: nn.Module, dtype: torch.dtype, platform: Platform
+    ) -> None:
+        self.config, self.root, self.experts, self.dtype, self.platform = config, root, experts, dtype, platform
         self.takes = inspect.signature(root.forward).parameters
         # Blocks of vLLM's backend for transformers are transformers' own, which take sequences.
         self.in_sequences = type(root).__module__.startswith("transformers.")
 
+    @property
+    def name(self) -> str:
+        return type(self.root.layer if isinstance(self.root, Around) else self.root).__name__
+
     @contextmanager
     def running(self) -> Iterator[None]:
-        with models.current(self.config, self.dtype):
+        with _as_on(self.platform, self.dtype), models.current(self.config, self.dtype):
             yield
 
     def __call__(self, x: Tensor, token_ids: Tensor | None) -> Tensor:
@@ -134,14 +165,35 @@ def _built(key: Key) -> Block:
     """Build the model, load the layer's tensors, and make the block ready as vLLM does after loading."""
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-    record, values = models.as_published(json.loads(key.config))
-    with models.folder_of(values) as folder:
-        built = models.build(folder, key.dtype)
-    layer = next((layer for layer in built.moe_layers() if layer.number == key.layer), None)
+    found = loaded(json.loads(key.config), key.layer, key.dtype, key.tensors, platform=key.platform)
+    with found.running(), refusals():
+        process_weights_after_loading(found.root, found.config.model_config, torch.device(device.kind()))
+    return found
+
+
+@contextmanager
+def _as_on(platform: Platform, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, blocks are made and run with the experts and routers that vLLM has there, as far as they run here."""
+    if platform == "native":
+        yield
+        return
+    interpreted.require(dtype)
+    with routing.routers_of(platform), experts_of("triton"), scratch():
+        yield
+
+
+def loaded(
+    config: Any, number: int, dtype: torch.dtype, tensors: Tensors, runs: bool = True, platform: Platform = "native"
+) -> Block:
+    """The block of a layer with these tensors, as its loader leaves it. runs: as for models.build."""
+    record, values = models.as_published(config)
+    with _as_on(platform, dtype), models.folder_of(values) as folder:
+        built = models.build(folder, dtype, runs)
+    layer = next((layer for layer in built.moe_layers() if layer.number == number), None)
     if layer is None:
-        raise ConfigError(f"{type(built.model).__name__}: layer {key.layer} has no routed experts")
-    with models.current(built.config, key.dtype):
-        built.model.load_weights(iter(list(checkpoint_of(record, values, key.layer, key.tensors))))
+        raise ConfigError(f"{type(built.model).__name__}: layer {number} has no routed experts")
+    with models.current(built.config, dtype):
+        built.model.load_weights(iter(list(checkpoint_of(record, values, number, tensors))))
     whole = built.model.get_submodule(layer.path)
     written = [name for name, parameter in whole.named_parameters() if not models.unwritten(parameter).any()]
     inner = layer.inner.partition(".")[0]
@@ -150,9 +202,7 @@ def _built(key: Key) -> Block:
     left = [name for name, parameter in root.named_parameters() if models.unwritten(parameter).any()]
     if left:
         raise CheckpointError(f"{type(root).__name__}: loading left {', '.join(left)} unwritten")
-    with models.current(built.config, key.dtype), models.refusals():
-        process_weights_after_loading(root, built.config.model_config, torch.device("cpu"))
-    return Block(built.config, root, layer.experts, key.dtype)
+    return Block(built.config, root, layer.experts, dtype, platform)
 
 
 # Modules whose select_experts the expert layers for CPUs of older releases call.
@@ -165,6 +215,18 @@ def _modules() -> Iterator[Any]:
             yield import_module(f"vllm.model_executor.layers.fused_moe.{place}")
 
 
+def routing_places(experts: Any) -> list[Any]:
+    """Objects and modules whose select_experts an expert layer calls: its router's, and in older releases for CPUs a
+    function of its own module."""
+    return [place for place in (getattr(experts, "router", experts), *_modules()) if hasattr(place, "select_experts")]
+
+
+def late_scale(experts: Any) -> float:
+    """What an expert layer multiplies its sum by; otherwise the factor of that name is the router's."""
+    runner = getattr(experts, "runner", experts)
+    return float(runner.routed_scaling_factor) if hasattr(runner, "_maybe_apply_routed_scale_to_output") else 1.0
+
+
 class Tap:
     """Inside, the expert kernel gets `given` in place of the router's answer, if there is one.
 
@@ -172,15 +234,10 @@ class Tap:
     """
 
     def __init__(self, experts: Any, given: Routing | None) -> None:
-        runner = getattr(experts, "runner", experts)
-        # Otherwise the factor of that name is the router's.
-        late = hasattr(runner, "_maybe_apply_routed_scale_to_output")
-        self.scale = float(runner.routed_scaling_factor) if late else 1.0
+        self.scale = late_scale(experts)
         self.given = given
         self.seen: Routing | None = None
-        router = getattr(experts, "router", experts)
-        # Expert layers for CPUs of older releases call a function of their own module.
-        self.places = [place for place in (router, *_modules()) if hasattr(place, "select_experts")]
+        self.places = routing_places(experts)
         self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> Tap:

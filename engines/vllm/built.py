@@ -1,7 +1,7 @@
 """vLLM's expert layer with an expert kernel of its own inside: built by its factory, filled, made ready, run.
 
-kernel: "cpu", what vLLM selects on a CPU; "triton", its Triton experts, interpreted ("fused_experts" is no layer:
-engines/vllm/experts.py). Where vLLM refuses a layer, its own words are the reason.
+kernel: "native", what vLLM selects on this device; "triton", its Triton experts, interpreted on a CPU ("fused_experts"
+is no layer: engines/vllm/experts.py). Where vLLM refuses a layer, its own words are the reason.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import inspect
 import itertools
 import math
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -24,10 +23,11 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import MLPSpec
-from moe_conformance.engines.vllm import interpreted, runtime
+from moe_conformance.engines.vllm import device, interpreted, runtime
+from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 
-Kernel = Literal["cpu", "triton", "fused_experts"]
+Kernel = Literal["native", "triton", "fused_experts"]
 
 _PREFIXES = (f"model.layers.0.experts_{i}" for i in itertools.count())
 # Columns that vLLM's compiled CPU kernel takes; its runner pads x to the layer's width, whatever x has.
@@ -177,9 +177,9 @@ class Built:
     def _inside(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(runtime.building(self._config, self.layer.dtype, any_width=False))
-            stack.enter_context(_kernel(self.kernel))
+            stack.enter_context(experts_of(self.kernel))
             if self.kernel == "triton":
-                stack.enter_context(_scratch())
+                stack.enter_context(scratch())
                 stack.enter_context(interpreted.activations_of(self.layer.mlp.width))
             yield
 
@@ -259,7 +259,7 @@ def _write_first(target: Tensor, source: Tensor, mlp: MLPSpec, interleaved: bool
 def _construct(layer: Layer, kernel: Kernel) -> Any:
     asked = words(layer.mlp)
     hidden, intermediate = layer.padded_hidden or layer.width, layer.padded_intermediate or layer.mlp.width
-    if kernel == "cpu" and hasattr(torch.ops._C, "prepack_moe_weight"):
+    if kernel == "native" and hasattr(torch.ops._C, "prepack_moe_weight"):
         hidden = -(-hidden // _CPU_MULTIPLE) * _CPU_MULTIPLE
         # It pads the width of experts itself, but for those of gpt-oss.
         if asked["activation"] == "swigluoai" and layer.tensor_parallel is None:
@@ -291,17 +291,17 @@ def _construct(layer: Layer, kernel: Kernel) -> Any:
 
 
 @contextlib.contextmanager
-def _kernel(kernel: Kernel) -> Iterator[None]:
+def experts_of(kernel: Kernel) -> Iterator[None]:
     """Inside, vLLM selects an expert kernel of this kind, by its own rules of what the kernel supports."""
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
 
     select: Any = getattr(method, "select_unquantized_moe_backend", None)
-    if select is None:
+    if select is None or (kernel == "native" and not device.is_cpu()):
         yield
         return
     from vllm.model_executor.layers.fused_moe.oracle import unquantized
 
-    backend = getattr(unquantized.UnquantizedMoeBackend, kernel.upper())
+    backend = getattr(unquantized.UnquantizedMoeBackend, "CPU" if kernel == "native" else kernel.upper())
     try:
         found = unquantized.backend_to_kernel_cls(backend)
     except ValueError:  # a release whose CPU has no class of kernels
@@ -329,7 +329,7 @@ def _kernel(kernel: Kernel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[None]:
+def scratch() -> Iterator[None]:
     """Inside, kernels of releases that ask a worker's manager for scratch memory have fresh memory."""
     from vllm.model_executor.layers.fused_moe import modular_kernel
 
@@ -352,39 +352,3 @@ def _supported(experts: Any, moe_config: Any) -> Any:
         if not fits:
             raise Unsupported(f"vLLM's {experts.__name__}: {reason}")
     return experts
-
-
-# Words of errors that refuse a form of call, among those of errors that check what was computed.
-_REFUSING = (
-    "is only implemented for",
-    "Unsupported FusedMoe activation",
-    "unsupported num_experts",
-    "range must be a power of 2",
-    " is not supported.",
-    'assert scoring_func == "softmax"',
-    'assert self.scoring_func == "softmax"',
-)
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Turn vLLM's own refusals into Unsupported, in its words: no kernel, no such shape, no such operator."""
-    try:
-        yield
-    except NotImplementedError as error:
-        raise Unsupported(f"vLLM: {error}") from error
-    except AttributeError as error:
-        if "_OpNamespace" not in str(error):
-            raise
-        raise Unsupported(f"vLLM: {error}") from error
-    except Exception as error:
-        said = str(error) or _asserted(error)
-        if not any(words in said for words in _REFUSING):
-            raise
-        raise Unsupported(f"vLLM: {said}") from error
-
-
-def _asserted(error: Exception) -> str:
-    """What an assertion without words asserts."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return last.line or "" if isinstance(error, AssertionError) else ""

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import CodeType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +30,7 @@ def row_kinds() -> frozenset[str]:
     """
     from vllm.forward_context import DPMetadata
 
-    kinds = {"local"}
+    kinds = {"local", "padding_rows"}
     words = _words_of_capturers()
     if "num_tokens_across_dp_cpu" in words:
         kinds.add("concatenated")
@@ -55,7 +56,7 @@ def _words(code: CodeType) -> set[Any]:
 
 
 @functools.lru_cache(maxsize=16)
-def _model_config(layers: int, top_k: int, experts: int) -> Any:
+def model_config(layers: int, top_k: int, experts: int) -> Any:
     """The real ModelConfig of a model of these sizes whose every layer has experts, under the names most models use."""
     values = {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_hidden_layers": layers,
@@ -75,17 +76,32 @@ class Session:
         self.spec = spec
         self.rec = sizes.recorder()
         config = sizes.vllm_config_of(
-            _model_config(spec.layers, spec.top_k, spec.experts), spec.dp_rank, spec.dp_size, spec.tp_size
+            model_config(spec.layers, spec.top_k, spec.experts), spec.dp_rank, spec.dp_size, spec.tp_size
         )
         self._stack = contextlib.ExitStack()
-        self._capturer = self._stack.enter_context(sizes.capturer(config, spec.max_tokens, spec.tp_rank))
+        # As large as the largest batch, with the padding to the size of a graph.
+        rows = spec.max_tokens + runtime.MAX_TOKENS
+        self._capturer = self._stack.enter_context(sizes.capturer(config, rows, spec.tp_rank))
         self._step_is_over = True
 
     def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
         if rows.kind.startswith("sequence") and self.spec.dp_size == 1:
             raise Unsupported("vLLM splits rows among tensor-parallel ranks with two data-parallel ranks or more only")
+        if rows.valid_rows is not None:
+            rows = self._with_padding_counted(rows, len(ids))
         with self._begun_step(), self._forward(rows):
-            self._capturer.real.capture(layer_id, ids)
+            _captured(lambda given: self._capturer.real.capture(layer_id, given), ids)
+
+    def _with_padding_counted(self, rows: Rows, given: int) -> Rows:
+        """Rows as the runner says them: what pads a rank's batch to the size of a graph counts among its tokens."""
+        own = self.spec.dp_rank
+        if self.spec.dp_size > 1 and rows.kind != "local":
+            raise Unsupported(
+                "vLLM's ranks each count their padding among their tokens: no row lies behind all of them"
+            )
+        if rows.valid_rows != rows.counts[own]:
+            raise Unsupported("vLLM has one number for a rank's tokens and their padding, and none for either")
+        return replace(rows, counts=(*rows.counts[:own], given, *rows.counts[own + 1 :]), valid_rows=None)
 
     @contextlib.contextmanager
     def _begun_step(self) -> Iterator[None]:
@@ -137,10 +153,23 @@ class Session:
         self._stack.close()
 
 
+def _captured(call: Callable[[Tensor], None], ids: Tensor) -> None:
+    """On a GPU, where decoding runs as CUDA graphs, the call is one, recorded with other ids than it replays."""
+    if not ids.is_cuda:
+        call(ids)
+        return
+    given = ids.clone().zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(given)
+    given.copy_(ids)
+    graph.replay()
+
+
 def _dp_metadata(counts: tuple[int, ...]) -> Any:
     from vllm.forward_context import DPMetadata
 
-    tokens = torch.tensor(counts, dtype=torch.int32)
+    tokens = torch.tensor(counts, dtype=torch.int32, device="cpu")
     offered = {"num_tokens_across_dp_cpu": tokens, "max_tokens_across_dp_cpu": tokens.max()}
     names = {item.name for item in dataclasses.fields(DPMetadata)}
     return DPMetadata(**{name: value for name, value in offered.items() if name in names})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import Replicated, ReplicateInputs
-from moe_conformance.engines.vllm import interpreted, runtime
+from moe_conformance.engines.vllm import device, interpreted, runtime
 
 _ROUTER = "vllm.model_executor.layers.fused_moe.router.base_router"
 
@@ -38,21 +38,21 @@ def state_of(physical_to_logical: Tensor, experts: int) -> Any:
     """What the balancer keeps of a model of one MoE layer, with its maps of these copies."""
     from vllm.distributed.eplb import eplb_state
 
-    copies = len(physical_to_logical)
+    copies, where = len(physical_to_logical), physical_to_logical.device
     state = SimpleNamespace(
-        physical_to_logical_map=torch.full((1, copies), -1),
+        physical_to_logical_map=torch.full((1, copies), -1, device=where),
         # As many slots as its own state has for an expert.
-        logical_to_physical_map=torch.full((1, experts, 1024), -1),
-        logical_replica_count=torch.zeros((1, experts), dtype=torch.int64),
-        expert_load_pass=torch.zeros((1, copies), dtype=torch.int32),
-        expert_load_window=torch.zeros((1, 1, copies), dtype=torch.int32),
+        logical_to_physical_map=torch.full((1, experts, 1024), -1, device=where),
+        logical_replica_count=torch.zeros((1, experts), dtype=torch.int64, device=where),
+        expert_load_pass=torch.zeros((1, copies), dtype=torch.int32, device=where),
+        expert_load_window=torch.zeros((1, 1, copies), dtype=torch.int32, device=where),
         model=SimpleNamespace(
             num_logical_experts=experts, num_moe_layers=1, num_physical_experts=copies, num_expert_groups=1
         ),
         model_name="one layer",
         rebalanced=False,
         eplb_stats=None,
-        num_unpadded_tokens_tensors=[torch.zeros((), dtype=torch.int32)],
+        num_unpadded_tokens_tensors=[torch.zeros((), dtype=torch.int32, device=where)],
     )
     eplb_state._commit_eplb_maps(state, physical_to_logical[None])
     return state
@@ -68,7 +68,7 @@ def physical_ids(ids: Tensor, state: Any, tokens: int) -> Tensor:
         "expert_load_view": state.expert_load_pass[0],
         "logical_to_physical_map": state.logical_to_physical_map[0],
         "logical_replica_count": state.logical_replica_count[0],
-        "record_enabled": torch.ones((), dtype=torch.bool),
+        "record_enabled": torch.ones((), dtype=torch.bool, device=ids.device),
         "num_unpadded_tokens": unpadded,
     }
     with interpreted.library():
@@ -86,7 +86,7 @@ def _load(state: Any) -> Tensor:
     with runtime.gemma4_config({}) as config, contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(eplb_state, "CpuGpuEvent", event, create=True))
         stack.enter_context(patch.object(torch.cuda, "Event", event))
-        balancer = eplb_state.EplbState(config.parallel_config, torch.device("cpu"))
+        balancer = eplb_state.EplbState(config.parallel_config, torch.device(device.kind()))
     balancer.model_states = {"one layer": state}
     # What add_model sets.
     balancer.num_valid_physical_experts = state.model.num_physical_experts

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import ExpertsInputs, called_by_engine
-from moe_conformance.engines.vllm import built, interpreted, routing, runtime
+from moe_conformance.engines.vllm import built, device, interpreted, routing, runtime
+from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 
 # Columns that the kernel of identity experts writes at a time; it leaves out what does not fill so many.
@@ -46,7 +47,7 @@ def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]
             raise Unsupported(
                 "vLLM: what identity experts pass on is added to the sum over ranks, and to no rank's part"
             )
-        if kernel == "cpu" and routing.select_experts() is not None:
+        if kernel == "native" and routing.select_experts() is not None:
             raise Unsupported("vLLM: this release's kernel for a CPU routes by itself, and has no identity experts")
         inputs = _widened(inputs, _IDENTITY_BLOCK)
     ids, weights, expert_map = _said(inputs, kernel)
@@ -57,7 +58,7 @@ def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]
 
     arguments: dict[str, Any] = {"custom_routing_function": route}
     if inputs.identity_experts:
-        bias = torch.zeros(inputs.experts + inputs.identity_experts)
+        bias = torch.zeros(inputs.experts + inputs.identity_experts, device=inputs.x.device)
         arguments = {"zero_expert_type": "identity", "e_score_correction_bias": nn.Parameter(bias, requires_grad=False)}
     if inputs.output_scale != 1:
         # The router of identity experts scales its weights, for what it passes on is added behind the scaled sum.
@@ -66,7 +67,7 @@ def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]
     layer = built.Layer(
         inputs.mlp, inputs.x.shape[-1], ids.shape[-1], inputs.x.dtype, inputs.tensors, arguments, expert_map=expert_map
     )
-    logits = torch.zeros(len(inputs.x), inputs.experts + inputs.identity_experts, dtype=inputs.x.dtype)
+    logits = inputs.x.new_zeros(len(inputs.x), inputs.experts + inputs.identity_experts)
     with _routing_of_zero_experts(weights, ids) if inputs.identity_experts else contextlib.nullcontext():
         made = built.Built(layer, kernel)
         return made.run(inputs.x, logits)[:, :width], made.name
@@ -75,12 +76,12 @@ def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]
 def _said(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids, weights and map, with "no expert" as vLLM's routers say it: -1 at weight 0, to kernels that have a map."""
     ids, weights, expert_map = inputs.ids.int(), inputs.weights.float(), inputs.expert_map
-    routing.refuse_dropped(ids, on_cpu=kernel == "cpu")
+    routing.refuse_dropped(ids, on_cpu=kernel == "native" and device.is_cpu())
     absent = ids < 0
     if absent.any():
         weights = weights.masked_fill(absent, 0)
         if expert_map is None:
-            expert_map = torch.arange(inputs.experts)
+            expert_map = torch.arange(inputs.experts, device=inputs.x.device)
     return ids, weights, expert_map
 
 
@@ -130,7 +131,7 @@ def _by_function(inputs: ExpertsInputs) -> tuple[Tensor, str]:
     biases = (inputs.tensors.get(f"experts.b{first}"), inputs.tensors.get("experts.b2"))
     config = quantisation.biased_moe_quant_config(*biases) if inputs.mlp.bias else None
     settings = set_current_vllm_config(built.vllm_config(inputs.x.dtype))
-    with settings, interpreted.activations_of(inputs.mlp.width), built.refusals():
+    with settings, interpreted.activations_of(inputs.mlp.width), refusals():
         found = fused_experts(
             inputs.x.contiguous(),
             inputs.tensors[f"experts.w{first}"].contiguous(),

@@ -14,7 +14,8 @@ from typing import NoReturn
 
 import torch
 
-from moe_conformance.engine import RECORDS, Generated, GenerateInputs, called_by_engine
+from moe_conformance.engine import RECORDS, Generated, GenerateInputs, Unsupported, called_by_engine
+from moe_conformance.engines.vllm import device
 
 
 def features() -> frozenset[str]:
@@ -26,7 +27,8 @@ def features() -> frozenset[str]:
         raise ImportError("vllm._C")
     returns_routes = "enable_return_routed_experts" in inspect.signature(EngineArgs).parameters
     types = {record.model_type for record in RECORDS.values()}
-    return frozenset({"step_tokens", "prefix_cache", *types, *(["routed_experts"] * returns_routes)})
+    schedules = {"step_tokens", "prefix_cache", "answers_each", "preemption", "withdrawn", "ranks", "bfloat16"}
+    return frozenset({*schedules, *types, *(["routed_experts"] * returns_routes)})
 
 
 class EngineFailed(Exception):
@@ -35,6 +37,11 @@ class EngineFailed(Exception):
 
 def generate(inputs: GenerateInputs) -> Generated:
     """Raises EngineFailed with what the engine raised, or how it died."""
+    if inputs.routed and device.interprets():
+        if inputs.answers_each > 1:
+            raise Unsupported("vLLM draws several answers by a Triton kernel that Triton's interpreter does not take")
+        if inputs.ranks > 1:
+            raise Unsupported("vLLM spawns its ranks for a CPU, where none has the Triton that returning routes takes")
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch) / "question.json", Path(scratch) / "answer.json"
         question.write_text(json.dumps({**asdict(inputs), "folder": str(inputs.folder)}))
@@ -44,8 +51,9 @@ def generate(inputs: GenerateInputs) -> Generated:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "TORCHDYNAMO_DISABLE": "1",
             "VLLM_CACHE_ROOT": scratch,
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             # Its runner that returns routes wants Triton, which is interpreted then.
-            "TRITON_INTERPRET": str(int(inputs.routed)),
+            "TRITON_INTERPRET": str(int(inputs.routed and device.interprets())),
         }
         command = [sys.executable, "-P", "-m", "moe_conformance.engines.vllm.serving", str(question), str(answer)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import called_by_engine
+from moe_conformance.engines.vllm import device
 from moe_conformance.errors import Unsupported
 
 
@@ -67,6 +68,8 @@ def require(dtype: torch.dtype | None = None) -> None:
 
     if not HAS_TRITON:
         raise Unsupported("vLLM's Triton kernels: this build of vLLM has switched Triton off")
+    if not device.is_cpu():  # they are compiled
+        return
     if dtype is torch.bfloat16:
         raise Unsupported("vLLM's Triton kernels: Triton's interpreter computes with the raw bits of bfloat16")
     _stand_in()
@@ -99,7 +102,7 @@ class _AsGPU:
 def as_gpu(*modules: ModuleType) -> Iterator[None]:
     """Inside, these modules take the platform for a GPU."""
     with contextlib.ExitStack() as stack:
-        for module in modules:
+        for module in modules if device.is_cpu() else ():
             if hasattr(module, "current_platform"):
                 stack.enter_context(patch.object(module, "current_platform", _AsGPU(module.current_platform)))
         yield
@@ -108,6 +111,8 @@ def as_gpu(*modules: ModuleType) -> Iterator[None]:
 @functools.cache
 def read_as_gpu(name: str) -> ModuleType:
     """A second copy of a module of vLLM's, which defines what it would on a GPU. Raises ImportError if it is absent."""
+    if not device.is_cpu():
+        return importlib.import_module(name)
     from vllm import platforms
 
     spec = importlib.util.find_spec(name)
@@ -171,6 +176,9 @@ def library() -> Iterator[None]:
     Sorting a block step by step takes seconds a row; a device's library of functions is compiled; a mask that a scalar
     was combined into is made of integers, which atomics do not take.
     """
+    if not device.is_cpu():
+        yield
+        return
     import numpy as np
     import triton.language as tl
     from triton.language.extra import libdevice
@@ -205,7 +213,7 @@ _CPU_COLUMNS = 32
 def activations_of(width: int) -> Iterator[None]:
     """Inside, experts of this width have vLLM's own torch for the compiled activations that take no such width."""
     with contextlib.ExitStack() as stack:
-        if width % _CPU_COLUMNS:
+        if width % _CPU_COLUMNS and device.is_cpu():
             for name, (_, function) in ACTIVATIONS.items():
                 stack.enter_context(patch.object(torch.ops._C, name, function))
         yield
@@ -217,6 +225,8 @@ STAND_INS = {"moe_align_block_size": "_moe_C", "moe_sum": "_moe_C"}
 
 def said(name: str) -> str:
     """How a result names a Triton kernel of vLLM's that ran here."""
+    if not device.is_cpu():
+        return name
     return f"{name}, interpreted, with stand-ins for {', '.join(STAND_INS)}"
 
 

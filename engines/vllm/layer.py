@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import LayerInputs, MLPSpec, SharedSpec
-from moe_conformance.engines.vllm import built, closure, routing, runtime
+from moe_conformance.engines.vllm import built, gemma4, routing, runtime
 from moe_conformance.errors import Unsupported
 
 
@@ -71,9 +71,9 @@ def _layer(inputs: LayerInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
 
 def _routing(inputs: LayerInputs, kernel: built.Kernel) -> dict[str, Any]:
     spec = inputs.spec.routing
-    if closure.is_gemma4(spec):
+    if gemma4.is_gemma4(spec):
         scale = inputs.tensors["router.per_expert_scale"]
-        return {"custom_routing_function": closure.routing_function(spec, scale.float()), "renormalize": True}
+        return {"custom_routing_function": gemma4.routing_function(spec, scale.float()), "renormalize": True}
     asked = routing.arguments(spec, inputs.tensors, inputs.logits.shape[-1])
     if kernel == "triton" and (select := routing.select_experts()) is not None:
         # A release whose kernel for a CPU routes by itself has no such router: what that kernel calls is handed in.

@@ -13,13 +13,12 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
-import os
 import re
 import sys
 import tempfile
-import traceback
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -28,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import RECORDS, Unsupported
-from moe_conformance.engines.vllm import published, runtime
+from moe_conformance.engines.vllm import device, published, runtime
+from moe_conformance.engines.vllm.refusing import said
 
 # No config that is judged has fewer positions.
 MAX_LENGTH = 64
@@ -109,10 +109,15 @@ def current(config: Any, dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with set_current_vllm_config(config):
+        with set_current_vllm_config(config), _on_device():
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _on_device() -> AbstractContextManager[Any]:
+    """New tensors are on the GPU, as in vLLM's own worker; a CPU needs no word for it."""
+    return contextlib.nullcontext() if device.is_cpu() else torch.device(device.kind())
 
 
 def build(folder: Path, dtype: torch.dtype, runs: bool = True) -> Built:
@@ -123,14 +128,11 @@ def build(folder: Path, dtype: torch.dtype, runs: bool = True) -> Built:
     from vllm.model_executor.model_loader.utils import initialize_model
 
     config = engine_config(folder, str(dtype).removeprefix("torch."))
-    with (current if runs else runtime.building)(config, dtype), torch.device("cpu"), _beside_experts(), refusals():
+    with (current if runs else runtime.building)(config, dtype), torch.device(device.kind()), _beside_experts():
         try:
             model = initialize_model(config)
-        except (NotImplementedError, ImportError, AssertionError):
-            raise
         except Exception as error:
-            where = type(error).__name__
-            raise Unsupported(f"vLLM does not build this model here: {where}: {_line(error)}") from error
+            raise Unsupported(f"vLLM does not build this model here: {type(error).__name__}: {said(error)}") from error
     clear(model)
     return Built(model.eval(), config)
 
@@ -163,7 +165,7 @@ def engine_config(folder: Path, dtype: str) -> Any:
             _give_back_model_types(found.model_config)
             return found
         except Exception as error:
-            raise Unsupported(f"vLLM makes no config of this: {'; '.join(reasons) or _line(error)}") from error
+            raise Unsupported(f"vLLM makes no config of this: {'; '.join(reasons) or said(error)}") from error
 
 
 def _give_back_model_types(model_config: Any) -> None:
@@ -177,38 +179,6 @@ def _give_back_model_types(model_config: Any) -> None:
         if own and cls.model_type not in own:
             config.model_type = cls.model_type
             cls.model_type = own[0]
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """What vLLM refuses, as Unsupported in its own words: what it says it lacks, and an assertion in its own files."""
-    try:
-        yield
-    except (NotImplementedError, ImportError) as error:
-        raise Unsupported(f"vLLM: {_line(error)}") from error
-    except RuntimeError as error:
-        if "unsupported" not in str(error):  # as its kernels say of a size that they do not take
-            raise
-        raise Unsupported(f"vLLM: {_line(error)}") from error
-    except AttributeError as error:
-        if "'_OpNamespace'" not in str(error):  # an op that this build was not compiled with
-            raise
-        raise Unsupported(f"vLLM: {_line(error)}") from error
-    except AssertionError as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        if f"{os.sep}vllm{os.sep}" not in frame.filename or __file__ == frame.filename:
-            raise
-        place = frame.filename.rpartition(f"{os.sep}vllm{os.sep}")[2]
-        raise Unsupported(f"vLLM: {place}: {frame.line}{f': {_line(error)}' if str(error) else ''}") from error
-
-
-def _line(error: Exception) -> str:
-    """What an error says, in a line; of pydantic's several the one with the reason."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    found = next((line for line in lines if line.startswith(("Value error, ", "Assertion failed, "))), lines[0])
-    if found.endswith(":") and found != lines[-1]:
-        found = f"{found} {lines[lines.index(found) + 1]}"
-    return found.removeprefix("Value error, ").split(" [type=")[0]
 
 
 @contextlib.contextmanager

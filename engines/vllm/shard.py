@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import MLPSpec, ShardInputs, called_by_engine
-from moe_conformance.engines.vllm import built, eplb, routing, runtime
+from moe_conformance.engines.vllm import built, device, eplb, routing, runtime
 from moe_conformance.errors import Unsupported
 
 
@@ -49,9 +49,9 @@ def _part(inputs: ShardInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
         state = eplb.state_of(inputs.physical_to_logical, whole.experts)
         ids = eplb.physical_ids(ids, state, len(ids))
     absent = ids < 0
-    routing.refuse_dropped(ids, on_cpu=kernel == "cpu")
+    routing.refuse_dropped(ids, on_cpu=kernel == "native" and device.is_cpu())
     if inputs.ep_size == 1:
-        expert_map = torch.arange(len(inputs.expert_map)) if absent.any() else None
+        expert_map = torch.arange(len(inputs.expert_map), device=whole.x.device) if absent.any() else None
     weights = whole.weights.float().masked_fill(absent, 0)
 
     @called_by_engine
@@ -72,7 +72,7 @@ def _part(inputs: ShardInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
     )  # fmt: skip
     with _as_rank(inputs.tp_rank, inputs.tp_size):
         part = built.Built(layer, kernel)
-    return part.run(whole.x, torch.zeros(len(whole.x), whole.experts, dtype=whole.x.dtype)), part.name
+    return part.run(whole.x, whole.x.new_zeros(len(whole.x), whole.experts)), part.name
 
 
 @contextlib.contextmanager

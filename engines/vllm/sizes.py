@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import CaptureShape
-from moe_conformance.engines.vllm import runtime
+from moe_conformance.engines.vllm import device, runtime
 from moe_conformance.errors import Unsupported
 
 
@@ -107,21 +107,21 @@ def capturer(vllm_config: Any, max_tokens: int, tp_rank: int = 0) -> Iterator[Ca
         return
     offered: dict[str, Any] = {
         "enable": True, "model_config": vllm_config.model_config, "num_fused_shared_experts": 0,
-        "max_num_batched_tokens": max_tokens, "max_model_len": max_tokens, "device": "cpu", "skip_host_cache": True,
-        "vllm_config": vllm_config,
+        "max_num_batched_tokens": max_tokens, "max_model_len": max_tokens, "device": device.kind(),
+        "skip_host_cache": True, "vllm_config": vllm_config,
     }  # fmt: skip
     build = getattr(cls, "create", cls)
     wanted = inspect.signature(build).parameters
     if "kv_cache_config" in wanted:
-        offered["kv_cache_config"] = _kv_cache_config()
+        offered["kv_cache_config"] = kv_cache_config()
     yield Capturer(build(**{name: value for name, value in offered.items() if name in wanted}))
 
 
-def _kv_cache_config() -> Any:
+def kv_cache_config(blocks: int = 1, block_size: int = 16) -> Any:
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
-    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    return KVCacheConfig(num_blocks=1, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+    spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    return KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
 
 
 @contextlib.contextmanager
@@ -149,7 +149,7 @@ def _reader(rec: ModuleType, vllm_config: Any) -> Iterator[tuple[int, int]]:
                 reader._host_buffer_view = None
                 reader.cleanup()
     elif hasattr(rec, "RoutedExpertsManager"):
-        yield rec.RoutedExpertsManager(vllm_config, _kv_cache_config()).routed_experts_by_slot.shape[1:]
+        yield rec.RoutedExpertsManager(vllm_config, kv_cache_config()).routed_experts_by_slot.shape[1:]
     elif hasattr(rec, "create_shared_host_cache"):
         with patch.object(rec, "_shared_host_cache", None):
             cache = rec.create_shared_host_cache(vllm_config.model_config, 1)
@@ -183,7 +183,7 @@ def _connector_shape(vllm_config: Any) -> tuple[int, int]:
         config = copy.copy(config)
         config.model_config = vllm_config.model_config
         connector = worker.AuxOutputWorkerConnector(
-            vllm_config=config, model=torch.nn.Module(), kv_cache_config=_kv_cache_config()
+            vllm_config=config, model=torch.nn.Module(), kv_cache_config=kv_cache_config()
         )
         try:
             return connector._buffer._rows.shape[2:]

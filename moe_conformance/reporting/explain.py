@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from moe_conformance.catalogue.case import Case
+from moe_conformance.catalogue.recipe_words import meaning
 from moe_conformance.protocol.features import Feature, feature, words
 from moe_conformance.protocol.stages import STAGES
 
@@ -36,7 +37,7 @@ def failure(engine: str, case: Case, check: str, message: str) -> str:
 
 def explain(case: Case, checks: Mapping[str, str]) -> str:
     """A case without running it; `checks` maps the names of its checks to their docstrings."""
-    recipe = "\n".join(_entry(key, value) for key, value in case.recipe.items()) or "  (none)"
+    recipe = "\n".join(_entry(case, key, value) for key, value in case.recipe.items()) or "  (none)"
     asked = "\n".join(
         f"  {name.replace('_', ' ')}" + (f"\n{textwrap.indent(doc, '      ')}" if doc else "")
         for name, doc in checks.items()
@@ -49,9 +50,11 @@ def explain(case: Case, checks: Mapping[str, str]) -> str:
     )
 
 
-def _entry(key: str, value: Any) -> str:
+def _entry(case: Case, key: str, value: Any) -> str:
+    """A word of the recipe, and what it means."""
     text = f"{key} = {spelled(value)}"
-    return textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+    filled = textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+    return "\n".join([filled, *(f"      {said}" for said in [meaning(case.stage, key)] if said)])
 
 
 def spelled(value: Any) -> str:

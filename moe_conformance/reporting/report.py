@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,36 +15,36 @@ import pytest
 
 from moe_conformance import __version__
 from moe_conformance.catalogue.case import catalogue
-from moe_conformance.catalogue.clauses import BUG_CLASSES, Level
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.plain import fence, plain
 from moe_conformance.judging.verdict import Result, Verdict
 from moe_conformance.model.families.installed import installed
 from moe_conformance.protocol.stages import PROTOCOL_VERSION
+from moe_conformance.reporting.facts import run_facts
+from moe_conformance.reporting.faults import Fault, faults, told
 from moe_conformance.reporting.refusals import listed
-from moe_conformance.running.devices import gpu_count
+from moe_conformance.reporting.tables import Columns, as_markdown, as_text
 from moe_conformance.running.discovery import Target
 
 IN_PROCESS = "in process: checks ran in pytest's own process, where a crash or a hang is no verdict"
 # Reasons of refusals that the terminal shows of an engine and kind; summary.md has all.
 REASONS_SHOWN = 8
-
-
-def run_facts() -> dict[str, Any]:
-    """Where a run happens, found without importing anything heavy."""
-    packages: dict[str, str | None] = {}
-    for name in ("torch", "triton", "transformers", "safetensors", "pytest"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {"python": platform.python_version(), "platform": platform.platform(), "gpus": gpu_count(), **packages}
+# Cases that summary.md names behind one fault.
+CASES_LISTED = 20
 
 
 class Report:
     """Gathers results on the controller and writes them as they come."""
 
-    def __init__(self, config: pytest.Config, targets: Sequence[Target], away: Mapping[str, str], cases: int) -> None:
+    def __init__(
+        self,
+        config: pytest.Config,
+        targets: Sequence[Target],
+        away: Mapping[str, str],
+        cases: int,
+        about: Mapping[str, Any],
+    ) -> None:
+        """about: more for the header, or other values for what stands in it."""
         self.targets = [target.name for target in targets]
         self.away = away
         self.cases = cases
@@ -64,17 +63,18 @@ class Report:
                 self._stream = (self.folder / "verdicts.jsonl").open("w", encoding="utf-8")
             except OSError as error:
                 raise UsageError(f"--out: cannot write to {self.folder}: {error}") from error
-        self._write(
-            kind="header",
-            suite=__version__,
-            protocol=PROTOCOL_VERSION,
-            engines=self.targets,
-            cases=cases,
-            in_process=self.in_process,
-            strict=self.strict,
-            started=datetime.now(UTC).isoformat(timespec="seconds"),
+        header = {
+            "kind": "header",
+            "suite": __version__,
+            "protocol": PROTOCOL_VERSION,
+            "engines": self.targets,
+            "cases": cases,
+            "in_process": self.in_process,
+            "strict": self.strict,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             **run_facts(),
-        )
+        }
+        self._write(**{**header, **about})
         if self.troubles:
             raise UsageError(self.troubles[0])
 
@@ -113,52 +113,45 @@ class Report:
     def finish(self, terminal: pytest.TerminalReporter, exitstatus: int, deselected: int) -> None:
         """Write the footer and files, and print the table. Runs last, whatever happened before."""
         counts = Counter(str(result.verdict) for result in self.results)
-        self._write(kind="footer", exit=int(exitstatus), results=len(self.results), counts=dict(counts))
-        rows = table(self.results, self.targets)
+        footer = {"exit": int(exitstatus), "results": len(self.results), "counts": dict(counts)}
+        self._write(kind="footer", **footer, deselected=deselected)
+        columns = by_engine(self.results, self.targets)
+        found = faults(columns)
         below = [_not_run(self.results, deselected), *_marks(self.in_process, self.strict), *strangers()]
         terminal.section("conformance", sep="=")
-        for line in [*_aligned(rows), *below, *listed(self.results, REASONS_SHOWN)]:
+        for line in [*as_text(columns), "", *below, *listed(self.results, REASONS_SHOWN)]:
             terminal.write_line(line)
         for name, reason in self.away.items():
             terminal.write_line(f"not judged: {name} ({plain(reason)})")
+        if found:
+            terminal.section(f"{len(found)} distinct fault{'s' * (len(found) > 1)}", sep="=")
+        for line in told(found):
+            terminal.write_line(line)
         if self.folder is not None:
-            text = markdown(self.results, rows, below, self.engines)
+            text = markdown(columns, below, self.engines)
             with self._told():
                 (self.folder / "summary.md").write_text(text, encoding="utf-8")
+        terminal.write_line("")
+        terminal.write_line(self._where())
         self.is_finished = True
 
+    def _where(self) -> str:
+        """Where the files lie, or how to have some."""
+        if self.folder is None:
+            return "nothing was written; --out FOLDER keeps verdicts.jsonl, summary.md and junit.xml"
+        folder = shlex.quote(str(self.folder))
+        return (
+            f"written to {self.folder}: verdicts.jsonl, summary.md, junit.xml; "
+            f"as a page: moe-conformance report {folder} --html report.html"
+        )
 
-def table(results: Iterable[Result], engines: Sequence[str]) -> list[list[str]]:
-    """Rows of engine by bug class; a cell says passed of judged, and what else there is."""
-    cells: dict[tuple[str, str], Counter[tuple[Level, Verdict]]] = {}
+
+def by_engine(results: Iterable[Result], engines: Sequence[str]) -> dict[str, list[Result]]:
+    """The columns of a run's tables: these engines, and whatever else there are results of."""
+    found: dict[str, list[Result]] = {name: [] for name in engines}
     for result in results:
-        cells.setdefault((result.engine, result.bug_class), Counter())[result.level, result.verdict] += 1
-    # "?": of what was lost before anybody knew its class.
-    classes = [name for name in (*BUG_CLASSES, "?") if any(bug_class == name for _, bug_class in cells)]
-    shown = [*engines, *sorted({engine for engine, _ in cells} - {*engines})]
-    rows = [["engine", *classes]]
-    rows += [[engine, *(_cell(cells.get((engine, name), Counter())) for name in classes)] for engine in shown]
-    return rows
-
-
-def _cell(counts: Counter[tuple[Level, Verdict]]) -> str:
-    """For instance "11/12, 1 fail; should 2/3, 1 broken": 11 of 12 MUSTs passed that were judged, 2 of 3 SHOULDs."""
-    if not counts:
-        return "-"
-    must = _share({verdict: count for (level, verdict), count in counts.items() if level == "MUST"})
-    should = _share({verdict: count for (level, verdict), count in counts.items() if level == "SHOULD"})
-    return "; ".join([must] * bool(must) + [f"should {should}"] * bool(should)) or "unsupported"
-
-
-def _share(counts: Mapping[Verdict, int]) -> str:
-    """Passed of judged, and what else there is; empty where there is nothing but unsupported."""
-    judged = sum(count for verdict, count in counts.items() if verdict.was_judged)
-    others = [
-        f"{count} {'broken' if verdict is Verdict.BROKEN_SHOULD else verdict.replace('_', ' ')}"
-        for verdict, count in sorted(counts.items())
-        if verdict not in (Verdict.PASS, Verdict.UNSUPPORTED)
-    ]
-    return ", ".join([f"{counts.get(Verdict.PASS, 0)}/{judged}"] * bool(judged) + others)
+        found.setdefault(result.engine, []).append(result)
+    return found
 
 
 def _not_run(results: Sequence[Result], deselected: int) -> str:
@@ -166,7 +159,7 @@ def _not_run(results: Sequence[Result], deselected: int) -> str:
     unavailable = sum(result.verdict is Verdict.UNAVAILABLE for result in results)
     share = (unsupported + unavailable) / len(results) if results else 0.0
     return (
-        f"cells: passed/judged. Not judged: {unsupported} unsupported, {unavailable} unavailable "
+        f"Not judged: {unsupported} unsupported, {unavailable} unavailable "
         f"({share:.0%} of {len(results)} results), {deselected} deselected."
     )
 
@@ -190,45 +183,37 @@ def strangers() -> list[str]:
     ]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def markdown(
-    results: Sequence[Result],
-    rows: Sequence[Sequence[str]],
-    below: Sequence[str],
-    engines: Mapping[str, Mapping[str, str]],
-) -> str:
-    """A summary that fits a CI job's page: the table, every bad result with its message folded, broken SHOULDs apart,
-    and what was not judged."""
+def markdown(columns: Columns, below: Sequence[str], engines: Mapping[str, Mapping[str, str]]) -> str:
+    """A summary that fits a CI job's page: the tables, each distinct fault with its message folded, broken SHOULDs
+    apart, and what was not judged."""
     lines = ["# MoE conformance", ""]
     lines += [f"- {name} {facts['version']} on {facts['device']}" for name, facts in engines.items()]
-    lines += ["", *(f"| {' | '.join(row)} |" for row in rows[:1]), "|---" * len(rows[0]) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows[1:]]
-    lines += ["", *(f"{line}\n" for line in below)]
-    for result in results:
-        if result.verdict.is_bad:
-            lines += _folded(result)
-    if broken := [result for result in results if result.verdict is Verdict.BROKEN_SHOULD]:
-        lines += ["## Broken SHOULDs", ""]
-        for result in broken:
-            lines += _folded(result)
-    if refused := list(listed(results)):
+    lines += ["", *as_markdown(columns), *(f"{line}\n" for line in below)]
+    found = faults(columns)
+    for title, part in (
+        ("Failures", [fault for fault in found if fault.verdict.is_bad]),
+        ("Broken SHOULDs", [fault for fault in found if not fault.verdict.is_bad]),
+    ):
+        if part:
+            lines += [f"## {title}", "", *(line for fault in part for line in _folded(fault))]
+    if refused := list(listed(result for results in columns.values() for result in results)):
         mark = fence("\n".join(refused))
         lines += ["## Not judged", "", f"{mark}text", *refused, mark]
     return "\n".join(lines) + "\n"
 
 
-def _folded(result: Result) -> list[str]:
+def _folded(fault: Fault) -> list[str]:
+    cases, message = fault.cases, fault.first.message
+    where = f"{', '.join(fault.columns)} on {cases[0]}" + f" and {len(cases) - 1} more" * (len(cases) > 1)
+    others = [f"And of: {', '.join(cases[1:CASES_LISTED])}{', ...' * (len(cases) > CASES_LISTED)}", ""]
     return [
-        f"<details><summary>{result.verdict}: {result.engine} on {result.case} ({result.bug_class})</summary>",
+        f"<details><summary>{fault.verdict}: {where} ({fault.bug_class})</summary>",
         "",
-        f"{(mark := fence(result.message))}text",
-        result.message,
+        f"{(mark := fence(message))}text",
+        message,
         mark,
         "",
+        *others * (len(cases) > 1),
         "</details>",
         "",
     ]

@@ -26,7 +26,7 @@ def read(path: Path) -> list[Result]:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         kinds = [line["kind"] for line in lines]
         protocol = lines[0].get("protocol", 1) if lines else 1
-        results = [_result(line, protocol) for line in lines if line["kind"] == "result"]
+        results = [result_of(line, protocol) for line in lines if line["kind"] == "result"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = f"{type(error).__name__}: {error}"
         raise UsageError(f"{file}: got {said}, want a verdict stream of `moe-conformance run --out`") from error
@@ -36,7 +36,8 @@ def read(path: Path) -> list[Result]:
     return results
 
 
-def _result(line: Mapping[str, Any], protocol: int) -> Result:
+def result_of(line: Mapping[str, Any], protocol: int) -> Result:
+    """A line's result in the names of today. Raises ValueError where it is none."""
     # Before protocol 2 there was one level, and a refusal gave no kind.
     since = {"level": "MUST", "refusal": None} if protocol < 2 else {}
     result = Result.from_line({**since, **line})

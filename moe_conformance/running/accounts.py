@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +24,13 @@ class Accounts:
         self.config = config
         self.session = session
         try:
-            self.report = Report(config, session.targets, session.away, len(session.cases))
+            about = {
+                "selection": session.selection,
+                "shard": asdict(session.shard) if session.shard else None,
+                "chosen": session.is_chosen,
+                "away": session.away,
+            }
+            self.report = Report(config, session.targets, session.away, len(session.cases), about)
         except UsageError as error:
             raise pytest.UsageError(str(error)) from error
         # What makes the run a bad one although no result is, a line each.
@@ -65,7 +73,11 @@ class Accounts:
         self.pytest_session = session
         try:
             self._close(exitstatus)
-            return (yield)
+            yielded = yield
+            # Behind the yield, because syrupy sets the status to what it was before.
+            if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.session.shard is not None:
+                session.exitstatus = pytest.ExitCode.OK
+            return yielded
         except KeyboardInterrupt:  # again, and still with a table
             self._interrupt()
         except OSError as error:  # of pytest's own files, as junit.xml is
@@ -97,7 +109,9 @@ class Accounts:
         if ran_through and not option.collectonly:
             for nodeid in sorted(self.collected - self.heard):
                 self.report.lost(nodeid, "it was selected, and no result came of it")
-            self.complaints += self._unjudged()
+            # A shard may have nothing that its engine offers: `merge` looks at the whole.
+            if self.session.shard is None:
+                self.complaints += unjudged(self.report.results, self.session.is_chosen)
         if ran_through and not self.session.deselected:
             self.complaints += [
                 stray for entry in self.session.known.values() for stray in entry.strays(self.report.results)
@@ -108,18 +122,6 @@ class Accounts:
         if is_bad and exitstatus == pytest.ExitCode.OK:
             self.pytest_session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def _unjudged(self) -> list[str]:
-        """Engines asked for of which nothing was judged; where none was asked for by name, that none was."""
-        by_engine: dict[str, list[Result]] = {}
-        for result in self.report.results:
-            by_engine.setdefault(result.engine, []).append(result)
-        unjudged = {
-            name: results for name, results in by_engine.items() if not any(r.verdict.was_judged for r in results)
-        }
-        if not self.session.is_chosen and len(unjudged) < len(by_engine):
-            return []
-        return [f"{name}: nothing was judged: {_most(results)}" for name, results in unjudged.items()]
-
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         exitstatus = self.pytest_session.exitstatus  # as it is now; the reporter's is that of before
         self.report.finish(terminalreporter, exitstatus, self.session.deselected)
@@ -129,8 +131,24 @@ class Accounts:
             terminalreporter.write_line(complaint, red=True)
 
 
+def unjudged(results: Iterable[Result], is_chosen: bool) -> list[str]:
+    """Engines asked for of which nothing was judged; where none was asked for by name, that none was."""
+    by_engine: dict[str, list[Result]] = {}
+    for result in results:
+        by_engine.setdefault(result.engine, []).append(result)
+    found = {name: theirs for name, theirs in by_engine.items() if not any(r.verdict.was_judged for r in theirs)}
+    if not is_chosen and len(found) < len(by_engine):
+        return []
+    return [f"{name}: nothing was judged: {_most(theirs)}" for name, theirs in found.items()]
+
+
 def _in_suites(nodeid: str, config: pytest.Config) -> bool:
-    return SUITES in (config.rootpath / nodeid.partition("::")[0]).resolve().parents
+    """Whether a node id is of our suites.
+
+    By --pyargs it begins at the suites' folder, not at pytest's root; that of a worker elsewhere at its own root.
+    """
+    path = Path(nodeid.partition("::")[0])
+    return SUITES in (config.rootpath / path).resolve().parents or SUITES.joinpath(*path.parts[-2:]).is_file()
 
 
 def _most(results: list[Result]) -> str:

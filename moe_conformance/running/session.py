@@ -23,6 +23,7 @@ from moe_conformance.errors import UsageError
 from moe_conformance.judging.goldens import Amber, recorded
 from moe_conformance.judging.plain import plain
 from moe_conformance.judging.verdict import Outcome, Refusal, Result, Verdict, at_level
+from moe_conformance.protocol.stages import STAGES
 from moe_conformance.reporting.explain import failure
 from moe_conformance.reporting.report import IN_PROCESS
 from moe_conformance.running import known
@@ -30,6 +31,7 @@ from moe_conformance.running.devices import gpu_count, pinned
 from moe_conformance.running.discovery import Target, registered, resolve
 from moe_conformance.running.in_process import InProcess, at_the_check, refuse_unless_alone
 from moe_conformance.running.process import PROBING, Allowed, EngineProcess
+from moe_conformance.running.shards import Shard
 from moe_conformance.running.survey import Survey, here, named, surveys
 
 SUITES = Path(moe_conformance.suites.__path__[0]).resolve()
@@ -78,12 +80,29 @@ class Session:
     def _read_options(self, config: pytest.Config) -> None:
         classes = current("class", config.getoption("--moe-class"), BUG_CLASSES, aliases.CLASSES)
         wanted = current("case", config.getoption("--moe-case"), catalogue(), aliases.CASES)
+        stages = current("stage", config.getoption("--moe-stage"), STAGES)
         (tier,) = current("tier", [config.getoption("--moe-tier")], TIERS)
         self.cases = {
             case.id: case
             for case in catalogue().values()
-            if (case.id in wanted if wanted else in_tier(case, tier)) and (not classes or case.bug_class in classes)
+            if (case.id in wanted if wanted else in_tier(case, tier))
+            and (not classes or case.bug_class in classes)
+            and (not stages or case.stage in stages)
         }
+        # What was asked for, in the words of the header: shards of one run agree on it.
+        self.selection = {
+            "tier": tier,
+            "classes": classes,
+            "stages": stages,
+            "cases": wanted,
+            "keyword": config.getoption("keyword"),
+            "total": len(self.cases),
+        }
+        given = config.getoption("--moe-shard")
+        self.shard = None if given is None else Shard.parse(given)
+        if self.shard is not None:
+            mine = self.shard.pick(self.cases)
+            self.cases = {name: case for name, case in self.cases.items() if name in mine}
         self.strict = bool(config.getoption("--moe-strict"))
         self.allowed = _allowed(config)
         self.in_process = bool(config.getoption("--moe-in-process"))

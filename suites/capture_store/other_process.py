@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import CaptureSpec, Engine
-from moe_conformance.errors import Nonconformance
+from moe_conformance.errors import Nonconformance, Unsupported
 
 # An engine may take long to import; nothing here computes.
 START_SECONDS = 120.0
@@ -79,7 +79,7 @@ class OtherProcess:
             )
 
     def wait(self) -> Any:
-        """The function's result, or what it told. Raises Nonconformance if it failed."""
+        """The function's result, or what it told. Raises Unsupported if it was refused, Nonconformance if it failed."""
         give_up = time.monotonic() + START_SECONDS
         while not self._reply.exists():
             if self._process.poll() is not None and not self._reply.exists():
@@ -89,6 +89,8 @@ class OtherProcess:
                 raise Nonconformance(f"other process: got no answer in {START_SECONDS:g} s, want one")
             time.sleep(0.01)
         told = pickle.loads(self._reply.read_bytes())
+        if isinstance(told, _Failure) and told.is_refusal:
+            raise Unsupported(told.text)
         if isinstance(told, _Failure):
             raise Nonconformance(f"other process: got {told.text}, want an answer")
         return told
@@ -111,8 +113,9 @@ class OtherProcess:
 
 
 class _Failure:
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, error: Exception) -> None:
+        self.is_refusal = isinstance(error, Unsupported)
+        self.text = str(error) if self.is_refusal else f"{type(error).__name__}: {error}"
 
 
 def _write(path: Path, what: Any) -> None:
@@ -128,7 +131,7 @@ def _main(request: str) -> None:
     try:
         told = globals()[part](getattr(importlib.import_module(module), name)(), *arguments)
     except Exception as error:
-        told = _Failure(f"{type(error).__name__}: {error}")
+        told = _Failure(error)
     _write(reply, told)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -15,17 +16,41 @@ from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
 from moe_conformance.suites.generate.models import WholeModel, whole_model
 
+_OPTIONS = tuple(item.name for item in fields(GenerateInputs) if item.name not in ("folder", "prompts", "new_tokens"))
+
 
 def served(engine: Engine, case: Case) -> tuple[WholeModel, Generated]:
+    """The model, of which each answer has an entry, and the answers; those of withdrawn requests are left out."""
     model = whole_model(case["model"])
-    options = {name: case[name] for name in ("routed", "step_tokens", "shares_prefixes") if name in case.recipe}
+    options = {name: case[name] for name in _OPTIONS if name in case.recipe}
     with tempfile.TemporaryDirectory() as folder:
         model.write(Path(folder))
         prompts = tuple(map(tuple, model.prompts))
         answer = engine.generate(GenerateInputs(Path(folder), prompts, model.new_tokens, **options))
-    if len(answer.tokens) != len(prompts):
-        raise Nonconformance(f"generate: got {len(answer.tokens)} answers, want {len(prompts)}, one a request")
-    return model, answer
+    each = options.get("answers_each", 1)
+    if len(answer.tokens) != len(prompts) * each:
+        raise Nonconformance(
+            f"generate: got {len(answer.tokens)} answers, want {len(prompts) * each}, {each} a request"
+        )
+    kept = [number for number in range(len(prompts)) if number not in options.get("withdrawn", ())]
+    return _of(model, [number for number in kept for _ in range(each)]), _kept(answer, kept, each)
+
+
+def _of(model: WholeModel, requests: Sequence[int]) -> WholeModel:
+    return replace(
+        model,
+        prompts=[model.prompts[number] for number in requests],
+        tokens=[model.tokens[number] for number in requests],
+        routed=[model.routed[number] for number in requests],
+    )
+
+
+def _kept(answer: Generated, requests: Sequence[int], each: int) -> Generated:
+    places = [number * each + copy for number in requests for copy in range(each)]
+    routed = answer.routed
+    if routed is not None and len(routed) == len(answer.tokens):
+        routed = tuple(routed[place] for place in places)
+    return Generated(tuple(answer.tokens[place] for place in places), routed)
 
 
 def wrong_tokens(model: WholeModel, answer: Generated) -> Iterator[str]:
@@ -56,6 +81,43 @@ def wrong_routes(model: WholeModel, answer: Generated) -> Iterator[str]:
                 f"request {number}: position {at}: experts {rows[at]}, want {want[at]} of layers {model.moe_layers}"
                 f"{_whose(rows[at], number, at, model.routed)}"
             )
+
+
+# Of fewer rows a few that are others could be most.
+_ENOUGH_ROWS = 8
+
+
+def misplaced(model: WholeModel, answer: Generated) -> Iterator[str]:
+    """A line for each request of whose prompt most rows are another place's; of new tokens nothing is said.
+
+    In a narrow dtype single rows may be others. Rows of a place are never most rows of another one, in this model.
+    """
+    if answer.routed is None or len(answer.routed) != len(model.prompts):
+        yield f"routed experts of {len(answer.routed or ())} requests, want of {len(model.prompts)}"
+        return
+    for number, (got, want) in enumerate(zip(answer.routed, model.routed, strict=True)):
+        compare.shape_and_type(
+            f"request {number}: routed experts [P + G - 1, L, K]",
+            got,
+            [len(want), model.layers, len(want[0][0])],
+            integer=True,
+        )
+        length = len(model.prompts[number])
+        rows = got.long().sort().values[:length, model.moe_layers].tolist()
+        wrong = [place for place in range(length) if _shared(rows[place], want[place]) < 0.5]
+        if 2 * len(wrong) > length >= _ENOUGH_ROWS:
+            at = wrong[0]
+            yield (
+                f"request {number}: of {length} rows of the prompt {len(wrong)} share less than half of their experts "
+                f"with their own; position {at}: experts {rows[at]}, want {want[at]}"
+                f"{_whose(rows[at], number, at, model.routed)}"
+            )
+
+
+def _shared(row: list[list[int]], want: list[list[int]]) -> float:
+    """The part of a row's experts that are those wanted."""
+    pairs = [len(set(got) & set(ids)) / len(ids) for got, ids in zip(row, want, strict=True)]
+    return sum(pairs) / len(pairs)
 
 
 def _whose(row: list[list[int]], number: int, position: int, routed: Sequence[list[list[list[int]]]]) -> str:

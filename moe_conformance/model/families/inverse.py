@@ -113,6 +113,44 @@ def config_of(setting: Setting, spec: LayerSpec, fits: Callable[[LayerSpec], boo
     return None
 
 
+def expressed(
+    setting: Setting,
+    spec: LayerSpec,
+    parts: Collection[str],
+    narrow: bool,
+    alike: Callable[[LayerSpec, LayerSpec], LayerSpec] = lambda found, _: found,
+) -> tuple[LayerSpec, Said] | None:
+    """The family's layer with the values of this spec, and a config that says it; None unless these parts are equal.
+
+    narrow: x is not float32. alike: what is read of a config, with what it may say otherwise as in the layer wanted.
+    """
+    if is_out_of_reach(setting, spec, parts):
+        return None
+    wanted = with_values(setting, spec)
+    if wanted.routing.selection_bias and not spec.routing.selection_bias:
+        spec = replace(spec, routing=replace(spec.routing, selection_bias=True))  # of zeros, as it is initialised
+    want = at_rest(spec, narrow)
+
+    def fits(found: LayerSpec) -> bool:
+        row = at_rest(alike(found, wanted), narrow)
+        return all(getattr(row, part) == getattr(want, part) for part in parts)
+
+    said = config_of(setting, wanted, fits) if fits(wanted) else None
+    return None if said is None else (wanted, said)
+
+
+def small(layer: LayerSpec, routing: RoutingSpec, experts: int, unseen: int, **others: Any) -> LayerSpec:
+    """The layer with that routing among that many experts, and other fields; all else is `unseen` wide."""
+    # A router of several layers: none but the last is as wide as the logits are.
+    sized: dict[str, Any] = {"routing": routing, "num_experts": experts, "hidden_size": unseen, **others}
+    sized["experts"] = replace(layer.experts, width=unseen)
+    for name in ("shared", "dense"):
+        part = getattr(layer, name)
+        sized[name] = part and replace(part, mlp=replace(part.mlp, width=unseen))
+    sized["latent"] = layer.latent and replace(layer.latent, width=unseen)
+    return replace(layer, **sized)
+
+
 def is_out_of_reach(setting: Setting, spec: LayerSpec, parts: Collection[str]) -> bool:
     """Whether some field of these parts that is never at rest is otherwise, and no key decides it: a quick answer."""
     return any(

@@ -1,0 +1,48 @@
+"""What vLLM refuses, told from what it gets wrong: Unsupported in its own words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+from collections.abc import Iterator
+
+from moe_conformance.engine import Unsupported
+
+# Words of errors that refuse a form of call, among those of errors that check what was computed.
+_REFUSING = (
+    "is only implemented for",
+    "nsupported",
+    "range must be a power of 2",
+    " is not supported.",
+    'assert scoring_func == "softmax"',
+    'assert self.scoring_func == "softmax"',
+)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turn vLLM's own refusals into Unsupported: no kernel, no such shape or operator, a package that is absent."""
+    try:
+        yield
+    except Unsupported:
+        raise
+    except Exception as error:
+        kinds = isinstance(error, (NotImplementedError, ImportError))
+        if not kinds and "'_OpNamespace'" not in str(error) and not any(word in said(error) for word in _REFUSING):
+            raise
+        raise Unsupported(f"vLLM: {said(error)}") from error
+
+
+def said(error: Exception) -> str:
+    """What an error says, in a line: of pydantic's several the one with the reason, of an assertion its place."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, AssertionError):
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = frame.filename.rpartition(f"{os.sep}vllm{os.sep}")[2]
+        lines = [": ".join(filter(None, (place, frame.line, *lines[:1])))]
+    lines = lines or [type(error).__name__]
+    found = next((line for line in lines if line.startswith(("Value error, ", "Assertion failed, "))), lines[0])
+    if found.endswith(":") and found != lines[-1]:
+        found = f"{found} {lines[lines.index(found) + 1]}"
+    return found.removeprefix("Value error, ").split(" [type=")[0]

@@ -1,0 +1,114 @@
+"""Distinct faults: failures of one check whose words are the same up to numbers, names and lists, told once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moe_conformance.catalogue.case import catalogue
+from moe_conformance.judging.verdict import Result, Verdict
+from moe_conformance.reporting.explain import rerun
+from moe_conformance.reporting.tables import Columns, cut
+
+# Where the part of a message ends that is said of this result alone: reporting/explain.py, failure().
+_ABOUT = "\nstage:    "
+_RERUN = re.compile(r"\nrerun:    (moe-conformance run --engine [\w.:+-]+ --case [a-z0-9-]+)$")
+# \b: a word without a dot is looked at once, and not from each of its letters.
+_VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\b\w+(?:\.\w+)+|[-+]?\d[\d.e+-]*")
+# In the terminal: lines of a message, characters of a line, faults. summary.md and the report have more.
+LINES, LONG, SHOWN = 6, 300, 20
+
+
+@dataclass(frozen=True)
+class Fault:
+    """hits: the column, which is an engine or a release, and the result."""
+
+    bug_class: str
+    check: str
+    verdict: Verdict
+    hits: tuple[tuple[str, Result], ...]
+
+    @property
+    def first(self) -> Result:
+        return self.hits[0][1]
+
+    @property
+    def cases(self) -> list[str]:
+        return list(dict.fromkeys(result.case for _, result in self.hits))
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(column for column, _ in self.hits))
+
+    @property
+    def title(self) -> str:
+        return f"{self.verdict.replace('_', ' ')}: {self.bug_class}: {self.check.replace('_', ' ')}"
+
+
+def faults(columns: Columns) -> list[Fault]:
+    """What fails a run before what does not; by bug class, the most frequent first."""
+    found: dict[tuple[str, str, Verdict, str], list[tuple[str, Result]]] = {}
+    for column, results in columns.items():
+        for result in results:
+            if result.verdict.badness:
+                key = (result.bug_class, result.check, result.verdict, distinct(result.message))
+                found.setdefault(key, []).append((column, result))
+    made = [Fault(*key[:3], tuple(hits)) for key, hits in found.items()]
+    return sorted(made, key=lambda fault: (-fault.verdict.badness, fault.bug_class, -len(fault.hits)))
+
+
+def own_words(message: str) -> str:
+    """A failure's message without its check, which comes first, and what is said of its case below."""
+    said, mark, _ = message.rpartition(_ABOUT)
+    return said.partition("\n")[2] if mark else message
+
+
+def words(message: str, most: int = 200) -> str:
+    """What is wrong, in a line."""
+    said = _in_a_line(message)
+    return said if len(said) <= most else f"{said[: most - 3]}..."
+
+
+def _in_a_line(message: str) -> str:
+    return " ".join(own_words(message).split()) or "no message"
+
+
+def distinct(message: str) -> str:
+    """The words of a message without lists, quoted and dotted names, and numbers; in time linear in its length."""
+    text = _in_a_line(message)
+    for first, last in ("[]", "()"):
+        start, end = text.find(first), text.rfind(last)
+        if -1 < start < end:
+            text = f"{text[:start]}#{text[end + 1 :]}"
+    return _VARIES.sub("#", text)
+
+
+def command(result: Result) -> str:
+    """What reruns it; empty where there is no such case. The message says it as the engine was asked for."""
+    if said := _RERUN.search(result.message):
+        return said[1]
+    case = catalogue().get(result.case)
+    return rerun(result.engine, case) if case is not None else ""
+
+
+def told(found: list[Fault]) -> Iterator[str]:
+    """Lines for a terminal: each fault with the first of its messages, the cases behind it, and what reruns one."""
+    for number, fault in enumerate(found[:SHOWN], 1):
+        cases = len(fault.cases)
+        yield ""
+        yield f"{number}. {fault.title}"
+        yield f"   {cases} case{'s' * (cases > 1)} of {', '.join(fault.columns)}; of {fault.first.case}:"
+        lines = [line for line in own_words(fault.first.message).splitlines() if line.strip()]
+        if len(lines) > LINES:  # of a traceback, what matters most comes last
+            lines[LINES // 2 : -LINES // 2] = [f"... {len(lines) - LINES} lines left out ..."]
+        yield from (f"     {cut(line, LONG)}" for line in lines)
+        if case := catalogue().get(fault.first.case):
+            yield f"   {fault.first.level}: {case.contract.text}"
+            if case.contract.upstream:
+                yield f"   upstream: {', '.join(case.contract.upstream)}"
+        if again := command(fault.first):
+            yield f"   rerun: {again}"
+    if left := found[SHOWN:]:
+        yield ""
+        yield f"and {len(left)} more distinct faults, {sum(len(fault.hits) for fault in left)} results"
