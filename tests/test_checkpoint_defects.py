@@ -320,6 +320,7 @@ PLANTED: dict[str, tuple[str, Change, str, str]] = {
         "contradiction",
         "layers.5.mlp.gate_proj",
     ),
+    "layer-with-zeros": ("float", rename("model.layers.5.", "model.layers.05."), "extra", "layers.05."),
     "two-carriers": ("gptq", put(f"{EXPERTS}.3.up_proj.weight_packed", "I32", 24, 5), "doubled", "3.up_proj.qweight"),
     "another-prefix": ("float", rename("model.layers.", "lm.backbone.layers."), "missing", "elsewhere"),
     "no-experts-in-config": ("float", say(num_experts=0), "contradiction", "experts"),
