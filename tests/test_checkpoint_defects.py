@@ -134,6 +134,28 @@ def of_packed_tiles() -> tuple[dict[str, Any], Tensors]:
     }
 
 
+def of_transformers_experts(block: int | None, e2m1: bool) -> tuple[dict[str, Any], Tensors]:
+    """By transformers' FP8Experts: halves of gate and up with tiles of their own, scales of activations by expert."""
+    config = {**config_of("qwen3_moe"), "quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}}
+    if block:
+        config["quantization_config"]["weight_block_size"] = [block, block]
+    tensors: Tensors = {}
+    for name, tensor in floats("qwen3_moe", "modules").items():
+        if not name.endswith("_proj"):
+            tensors[name] = tensor
+            continue
+        experts, rows, columns = tensor.shape
+        halves = 2 if "gate_up" in name else 1
+        tiles = (halves * -(-rows // halves // block), -(-columns // block)) if block else (halves, 1)
+        tensors[name] = T("F8_E4M3", tensor.shape)
+        if e2m1:
+            tiles = (rows, -(-columns // 32))
+            tensors[name] = T("I8", (experts, rows, columns // 2))
+        tensors[f"{name}_scale_inv"] = T("F32", (experts, *tiles))
+        tensors[f"{name}_activation_scale"] = T("F32", (experts,))
+    return config, tensors
+
+
 def of_split_gpt_oss() -> tuple[dict[str, Any], Tensors]:
     """By llm-compressor: each expert's gate, up and down on their own, with their biases."""
     config = {**config_of("gpt_oss"), "quantization_config": QUANTISED["fp8-channel"][0]}
@@ -198,6 +220,9 @@ def sound_variants() -> dict[str, tuple[dict[str, Any], Tensors]]:
         "deepseek-v4": of_deepseek_v4(),
         "llama4-modelopt": of_llama4(),
         "packed-tiles": of_packed_tiles(),
+        "transformers-tiles": of_transformers_experts(20, e2m1=False),
+        "transformers-tensor": of_transformers_experts(None, e2m1=False),
+        "transformers-e2m1": of_transformers_experts(128, e2m1=True),
         "gpt-oss-split": of_split_gpt_oss(),
         "dbrx-split": of_split_dbrx("experts"),
         "dbrx-split-below-mlp": of_split_dbrx("experts.mlp"),
@@ -321,6 +346,7 @@ PLANTED: dict[str, tuple[str, Change, str, str]] = {
         "layers.5.mlp.gate_proj",
     ),
     "layer-with-zeros": ("float", rename("model.layers.5.", "model.layers.05."), "extra", "layers.05."),
+    "switched-off": ("cohere2_moe", say(num_shared_experts=0), "contradiction", "switches off"),
     "two-carriers": ("gptq", put(f"{EXPERTS}.3.up_proj.weight_packed", "I32", 24, 5), "doubled", "3.up_proj.qweight"),
     "another-prefix": ("float", rename("model.layers.", "lm.backbone.layers."), "missing", "elsewhere"),
     "no-experts-in-config": ("float", say(num_experts=0), "contradiction", "experts"),
@@ -609,7 +635,14 @@ def test_no_tensor_of_any_form_may_be_missing_or_of_another_shape(form: str, lay
 def test_no_tensor_that_releases_have_may_be_missing(variant: str) -> None:
     config, tensors = sound_variants()[variant]
     for name in last_of_each_kind(tensors):
-        beside = (*OPTIONAL, "input_scale", "eh_proj.weight", "embed_tokens.weight", "q_proj.weight")
+        beside = (
+            *OPTIONAL,
+            "input_scale",
+            "activation_scale",
+            "eh_proj.weight",
+            "embed_tokens.weight",
+            "q_proj.weight",
+        )
         if name.endswith(beside) or name.startswith("visual"):
             continue
         found = in_memory(config, {n: t for n, t in tensors.items() if n != name})

@@ -184,6 +184,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], int, str]] = {
         1,
         "weight_block_size",
     ),
+    "block-no-list": (configured(quantization_config={"quant_method": "fp8", "weight_block_size": 128}), 1, "rows and"),
+    "method-no-text": (configured(quantization_config={"quant_method": 8}), 1, "quant_method: got 8"),
+    "ignore-no-list": (
+        configured(quantization_config={"quant_method": "fp8", "ignore": "lm_head"}),
+        1,
+        "list of names",
+    ),
     "group-of-nothing": (configured(quantization_config={"quant_method": "gptq", "group_size": -7}), 1, "group_size"),
     "ignore-of-a-slow-pattern": (
         configured(quantization_config={"quant_method": "fp8", "ignore": ["re:(a+)+$", "re:(.*)*" * 100]}),

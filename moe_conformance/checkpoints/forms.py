@@ -25,7 +25,7 @@ CARRIERS = ("weight", "weight_packed", "qweight", "blocks")
 COMPANIONS = (
     *("weight_scale_inv", "weight_scale_2", "weight_scale", "weight_global_scale", "scale_inv", "scale_2", "scale"),
     *("input_scale", "input_global_scale", "weight_zero_point", "input_zero_point", "weight_shape", "weight_g_idx"),
-    *("output_scale", "pre_quant_scale", "input_scale_ub"),
+    *("output_scale", "pre_quant_scale", "input_scale_ub", "activation_scale"),
     *("qzeros", "scales", "g_idx", "SCB", "weight_format", "bias"),
     *("absmax", "quant_map", "nested_absmax", "nested_quant_map"),
     *("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"),
@@ -34,7 +34,10 @@ COMPANIONS = (
 ENDS = tuple(sorted((*CARRIERS, *COMPANIONS), key=len, reverse=True))
 # An activation's scale may be there in every form; engines that quantise activations themselves skip it.
 ALWAYS = frozenset(
-    ("input_scale", "input_global_scale", "input_zero_point", "input_scale_ub", "output_scale", "pre_quant_scale")
+    (
+        *("input_scale", "input_global_scale", "input_zero_point", "input_scale_ub"),
+        *("activation_scale", "output_scale", "pre_quant_scale"),
+    )
 )
 # By what weights of one dtype are told apart.
 DECIDING = frozenset(
@@ -93,10 +96,15 @@ MEND = "mend the export, or quantise again"
 
 @dataclass
 class _Judge:
-    """One matrix in one form. usual: ends that other matrices have. unread: companions that nothing has asked for."""
+    """One matrix in one form.
+
+    usual: ends that other matrices have. halves: gate and up lie one above the other in it. unread: companions that
+    nothing has asked for.
+    """
 
     members: Members
     usual: Ends = frozenset()
+    halves: bool = False
     troubles: list[Trouble] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
 
@@ -137,7 +145,8 @@ def kind_of(members: Members, scheme: Scheme | None = None, usual: Ends = frozen
             (only,) = scheme.kinds
             if any(end in members and members[end].dtype in dtypes for end, dtypes in _CARRIED[only].items()):
                 return only
-        if "weight" in members and members["weight"].dtype == "I8" and {"scale", "weight_scale"} & usual == {"scale"}:
+        tiled = not {"scale", "scale_inv", "weight_scale_inv"}.isdisjoint(usual) and "weight_scale" not in usual
+        if tiled and "weight" in members and members["weight"].dtype == "I8":
             return "mxfp4"
     if "blocks" in members:
         return "mxfp4"
@@ -162,13 +171,19 @@ def kind_of(members: Members, scheme: Scheme | None = None, usual: Ends = frozen
     if weight.dtype == "I8":
         if "SCB" in members:
             return "bnb8"
-        return "mxfp4" if members.get("scale", Held("", ())).dtype in E8M0 else "int8"
+        tiles = [members[end].shape[-1:] for end in ("scale", "weight_scale_inv", "scale_inv") if end in members]
+        return "mxfp4" if _groups_of(weight, 16) in tiles else "int8"
     if weight.dtype in ("U8", "F4"):
         if any(end in members for end in ("absmax", "quant_map")) or any(e.startswith("quant_state") for e in members):
             return "bnb4"
         scale = members.get("weight_scale", members.get("scale"))
         return "mxfp4" if scale and scale.dtype in E8M0 else "nvfp4"
     return None
+
+
+def _groups_of(weight: Held, size: int) -> Shape:
+    """How many groups of as many stored columns a row has."""
+    return (-(-weight.shape[-1] // size),) if weight.shape else (0,)
 
 
 def _is_mx(scale: Held | None, weight: Held) -> bool:
@@ -179,13 +194,16 @@ def _is_mx(scale: Held | None, weight: Held) -> bool:
 
 
 def troubles_of(
-    members: Members, want: Shape | None, scheme: Scheme | None, usual: Ends = frozenset()
+    members: Members, want: Shape | None, scheme: Scheme | None, usual: Ends = frozenset(), halves: bool = False
 ) -> list[Trouble]:
-    """What is wrong with a quantised matrix. want: its shape as floats, None where nobody says."""
+    """What is wrong with a quantised matrix.
+
+    want: its shape as floats, None where nobody says. halves: gate and up lie one above the other in it.
+    """
     kind = kind_of(members, scheme, usual)
     if kind is None or (scheme is not None and not scheme.known):
         return []
-    judge = _Judge(members, usual)
+    judge = _Judge(members, usual, halves)
     shape = want or _inferred(kind, members, scheme)
     if shape is not None and len(shape) >= 2:
         _FORMS[kind](judge, shape[:-2], shape[-2], shape[-1], scheme or Scheme(""))
@@ -228,23 +246,27 @@ def _rows(lead: Shape, rows: int, columns: int) -> tuple[Shape, ...]:
 
 def _fp8(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme) -> None:
     judge.want("weight", FP8, ((*lead, rows, columns),))
-    tiled = scheme.blocks or not scheme.strategies
-    names = ("weight_scale_inv", "weight_scale") if tiled else ("weight_scale", "weight_scale_inv")
+    names = ["weight_scale", "weight_scale_inv"]
+    if scheme.blocks or not scheme.strategies:
+        names.reverse()
     end = judge.one_of((*names, "scale_inv", "scale"))
-    judge.want(end, (*FLOATS, "F8_E8M0"), _scales(lead, rows, columns, scheme, end.endswith("inv") or end == "scale"))
+    shapes = _scales(judge, lead, rows, columns, scheme, tiled=end.endswith("inv") or end == "scale")
+    judge.want(end, (*FLOATS, "F8_E8M0"), shapes)
     if scheme.static:
-        judge.want("input_scale", FLOATS, _whole(lead))
+        judge.want(judge.one_of(("input_scale", "activation_scale")), FLOATS, _whole(lead))
 
 
-def _scales(lead: Shape, rows: int, columns: int, scheme: Scheme, tiled: bool) -> tuple[Shape, ...]:
+def _scales(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme, tiled: bool) -> tuple[Shape, ...]:
     """Shapes that the scales of 8-bit weights may have. tiled: their name says that they are of tiles."""
     found: tuple[Shape, ...] = ()
     blocks = scheme.blocks or frozenset(((128, 128),))
     said = scheme.strategies or frozenset(("block",) if tiled and scheme.blocks else ("block", "tensor", "channel"))
     if "block" in said:
         found += tuple((*lead, -(-rows // high), -(-columns // wide)) for high, wide in sorted(blocks))
+        if judge.halves:  # the tiles of either half begin anew
+            found += tuple((*lead, 2 * -(-rows // (2 * high)), -(-columns // wide)) for high, wide in sorted(blocks))
     if "tensor" in said:
-        found += _whole(lead)
+        found += (*_whole(lead), *(((*lead, 2), (*lead, 2, 1)) if judge.halves else ()))
     if said & {"channel", "token"}:
         found += _rows(lead, rows, columns)
     if "group" in said:
@@ -254,7 +276,7 @@ def _scales(lead: Shape, rows: int, columns: int, scheme: Scheme, tiled: bool) -
 
 def _int8(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme) -> None:
     judge.want("weight", ("I8",), ((*lead, rows, columns),))
-    shapes = _scales(lead, rows, columns, scheme, tiled=False)
+    shapes = _scales(judge, lead, rows, columns, scheme, tiled=False)
     end = judge.one_of(("weight_scale", "weight_scale_inv", "scale"))
     judge.want(end, FLOATS, shapes)
     asymmetric = False in scheme.symmetric and True not in scheme.symmetric
@@ -308,7 +330,9 @@ def _mxfp4(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme) 
         return
     carrier = judge.one_of(("weight_packed", "weight"))
     judge.want(carrier, ("U8", "I8", "F4"), _halved(judge, carrier, lead, rows, columns))
-    judge.want(judge.one_of(("weight_scale", "scale")), E8M0, (groups,))
+    end = judge.one_of(("weight_scale", "scale", "weight_scale_inv", "scale_inv"))
+    # transformers keeps DeepSeek-V4's as floats where it may not have e8m0.
+    judge.want(end, (*E8M0, "F32") if end.endswith("inv") else E8M0, (groups,))
 
 
 def _halved(judge: _Judge, carrier: str, lead: Shape, rows: int, columns: int) -> tuple[Shape, ...]:
@@ -335,8 +359,7 @@ def _nvfp4(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme) 
     counts = (-(-columns // 16), max(columns // 16, 1))
     judge.want("weight_scale", ("F8_E4M3",), ((*lead, rows, count) for count in counts))
     end = "weight_global_scale" if carrier == "weight_packed" else judge.one_of(("weight_scale_2", "scale_2"))
-    # Gate and up of packed experts may have one each.
-    judge.want(end, ("F32",), (*_whole(lead), *(((*lead, 2),) if lead else ())))
+    judge.want(end, ("F32",), (*_whole(lead), *(((*lead, 2),) if judge.halves else ())))
 
 
 def _gptq(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme) -> None:

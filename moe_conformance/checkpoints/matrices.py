@@ -117,10 +117,11 @@ class Judge:
                 self._plain(piece, matrix, shapes, wrong)
             return
         self._quantised.setdefault(kind, matrix.carrier)
-        signature = (kind, shapes, tuple(sorted(members.items())))
+        halves = piece.half is None and piece.target.endswith("w13")
+        signature = (kind, shapes, halves, tuple(sorted(members.items())))
         troubles = self._known.get(signature)
         if troubles is None:
-            each = [troubles_of(members, shape, self._scheme, self._usual) for shape in shapes]
+            each = [troubles_of(members, shape, self._scheme, self._usual, halves) for shape in shapes]
             troubles = self._known[signature] = next((found for found in each if not found), each[0])
         self._say(matrix, troubles)
         self._is_left(matrix, kind)
