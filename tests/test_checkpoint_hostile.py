@@ -191,6 +191,12 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], int, str]] = {
         1,
         "list of names",
     ),
+    "groups-a-list": (
+        configured(quantization_config={"quant_method": "compressed-tensors", "config_groups": [3]}),
+        1,
+        "config_groups: got [3]",
+    ),
+    "modelopt-a-list": (replaced("hf_quant_config.json", b'{"quantization": [3]}'), 1, "quantization: got [3]"),
     "group-of-nothing": (configured(quantization_config={"quant_method": "gptq", "group_size": -7}), 1, "group_size"),
     "ignore-of-a-slow-pattern": (
         configured(quantization_config={"quant_method": "fp8", "ignore": ["re:(a+)+$", "re:(.*)*" * 100]}),
