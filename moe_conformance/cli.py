@@ -26,6 +26,10 @@ exit code 0: every judged case passes, is a declared known failure, or breaks a 
              of which nothing was judged; a run that ended before its footer.
           2: wrong usage."""
 
+CHECKPOINT = """Say whether an MoE checkpoint is whole, before it is served. Headers alone are read, and no torch.
+
+exit code 0: sound. 1: a defect. 2: wrong usage, or nothing that can be judged."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `moe-conformance`; ends by SystemExit."""
@@ -153,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     this.add_argument("name", help="of the engine, such as my-engine")
     this.add_argument("--stage", action="append", required=True, metavar="S", help="that is to work; repeatable")
     this.add_argument("--into", type=Path, default=Path(), metavar="FOLDER", help="where its folder goes (here)")
+    this = add("checkpoint", checkpoint, CHECKPOINT)
+    this.add_argument("folder", type=Path, help="with config.json and safetensors")
+    this.add_argument("--values", action="store_true", help="read every tensor: scales, NaN, experts that are alike")
+    form = this.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for machines")
+    form.add_argument("--markdown", action="store_true", help="for a summary of a CI job")
     this = add(
         "diff",
         diff,
@@ -326,6 +336,20 @@ def annotate(options: argparse.Namespace, _: list[str]) -> int:
     for line in annotated(results):
         print(line)
     return 0
+
+
+def checkpoint(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.checkpoints import report
+    from moe_conformance.checkpoints.command import judged
+    from moe_conformance.errors import CheckpointError, DenseModelError
+
+    try:
+        found = judged(options.folder, options.values)
+    except (CheckpointError, DenseModelError) as error:
+        print(f"moe-conformance: {error}", file=sys.stderr)
+        return 2
+    print(report.as_json(found) if options.json else (report.markdown if options.markdown else report.text)(found))
+    return int(not found.is_sound)
 
 
 def diff(options: argparse.Namespace, _: list[str]) -> int:

@@ -40,6 +40,10 @@ class DenseModelError(ConfigError):
     """The config describes a model without routed experts."""
 
 
+class UnknownFamilyError(ConfigError):
+    """The config is of a model whose checkpoint names no record has."""
+
+
 class InputError(MoEConformanceError, ValueError):
     """A tensor argument has the wrong shape, dtype, range or layout."""
 

@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from moe_conformance.checkpoints.command import judged as judged_folder
+from moe_conformance.checkpoints.report import text
 from moe_conformance.engine import CheckpointName
 from moe_conformance.engines.reference import Reference
 from moe_conformance.errors import MoEConformanceError
@@ -797,6 +799,8 @@ def tries(hostile: Hostile) -> Iterator[list[tuple[str, Callable[[], Any]]]]:
             calls: list[tuple[str, Callable[[], Any]]] = [
                 ("load", lambda: Reference().load(folder)),
                 ("remap", lambda: Reference().remap(config, names)),
+                ("headers", lambda: text(judged_folder(folder))),
+                ("values", lambda: text(judged_folder(folder, values=True))),
             ]
             if saves:
                 tensors, shards = given(hostile.base, saves)

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_conformance.model.families.naming import Op, Piece
-
-
-class Sizes(NamedTuple):
-    """Counts of a layer: routed experts, shared experts, and identity experts that have rows all the same."""
-
-    experts: int
-    shared: int = 1
-    identity: int = 0
+from moe_conformance.reference_impl.checkpoint.places import Sizes
 
 
 def part(tensor: Tensor, piece: Piece, expert: int | None) -> Tensor:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import stat
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,11 +9,10 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from moe_conformance.checkpoints.json_files import read_json
 from moe_conformance.errors import CheckpointError
-from moe_conformance.quote import FEW, few, plainly, quoted
+from moe_conformance.quote import FEW, plainly, quoted
 
-# Bytes; as safetensors allows its headers. The index of DeepSeek-V3 has 9 MB.
-MOST_JSON = 100_000_000
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -31,45 +26,6 @@ class Stored(NamedTuple):
 
     def __str__(self) -> str:
         return f"{plainly(self.name)} in {plainly(self.shard)}"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in which no key is given twice. Raises CheckpointError."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = sorted(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-            raise CheckpointError(f"{path}: {few(twice)} given twice; keep the one that is meant")
-        return found
-
-    try:
-        found = json.loads(_text(path), object_pairs_hook=once)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: not there; point to a folder with config.json and safetensors") from None
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({plainly(str(error))}); download it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: got a JSON {type(found).__name__}, want an object; download it again")
-    return found
-
-
-def _text(path: Path) -> str:
-    """What a file says; of a device, a pipe or a folder, which may have no end, and of a file beyond all sizes nothing.
-
-    Opened without waiting: a pipe that nobody writes to would keep its reader for ever.
-    """
-
-    def at_once(file: str, flags: int) -> int:
-        return os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
-
-    with open(path, encoding="utf-8", opener=at_once) as stream:
-        found = os.fstat(stream.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise CheckpointError(f"{path}: got a pipe or a device, want a file; download it again")
-        if found.st_size > MOST_JSON:
-            raise CheckpointError(f"{path}: got {found.st_size} bytes, want at most {MOST_JSON}; download it again")
-        return stream.read()
 
 
 def open_shards(folder: Path, stack: ExitStack) -> tuple[dict[str, Any], list[Stored]]:

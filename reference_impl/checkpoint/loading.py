@@ -19,13 +19,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from moe_conformance.checkpoints.json_files import read_json
 from moe_conformance.errors import CheckpointError
 from moe_conformance.model.families.naming import Piece
 from moe_conformance.model.specs import Shape
 from moe_conformance.quote import FEW, few, plainly, quoted
-from moe_conformance.reference_impl.checkpoint.arrange import Sizes, part, to_canonical, to_stored
-from moe_conformance.reference_impl.checkpoint.files import CONFIG, Stored, is_quantised, open_shards, read_json
-from moe_conformance.reference_impl.checkpoint.places import Places
+from moe_conformance.reference_impl.checkpoint.arrange import part, to_canonical, to_stored
+from moe_conformance.reference_impl.checkpoint.files import CONFIG, Stored, is_quantised, open_shards
+from moe_conformance.reference_impl.checkpoint.places import Places, Sizes
 
 # The tensor that carries the weights themselves: as numbers, or as packed integers of GPTQ, AWQ, compressed-tensors.
 CARRIERS = ("weight", "qweight", "weight_packed")

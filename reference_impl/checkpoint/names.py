@@ -7,7 +7,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from moe_conformance.errors import ConfigError
+from moe_conformance.errors import ConfigError, UnknownFamilyError
 from moe_conformance.model.families.describe import find
 from moe_conformance.model.families.families import NESTED, NESTED_LAST, RECORDS, Families
 from moe_conformance.model.families.naming import Names
@@ -50,9 +50,9 @@ def family_of(config: Mapping[str, Any], families: Families = RECORDS) -> tuple[
     return alike[0], scope
 
 
-def _unknown(model_type: str, why: str) -> ConfigError:
+def _unknown(model_type: str, why: str) -> UnknownFamilyError:
     nearest = ", ".join(get_close_matches(model_type, NAMED, n=3, cutoff=0.5))
-    return ConfigError(
+    return UnknownFamilyError(
         f"model_type: got {plainly(model_type) or 'none'}, whose checkpoint names are not known ({why}); set it to "
         f"that of a family that is laid out alike{f', as {nearest} may be' if nearest else ''}"
     )

@@ -16,7 +16,6 @@ from moe_conformance.model.families.naming import Piece, Stack
 from moe_conformance.model.families.scope import Scope
 from moe_conformance.model.specs import LayerSpec, Shape
 from moe_conformance.quote import few, quoted
-from moe_conformance.reference_impl.checkpoint.arrange import Sizes
 from moe_conformance.reference_impl.checkpoint.names import READ_PREFIXES, family_of, names_of
 
 VISION = "vision."
@@ -41,6 +40,14 @@ _NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 _NUMBERED = re.compile(r"(experts\.(?:expert_)?)([0-9]+)(?=\.)")
 
 
+class Sizes(NamedTuple):
+    """Counts of a layer: routed experts, shared experts, and identity experts that have rows all the same."""
+
+    experts: int
+    shared: int = 1
+    identity: int = 0
+
+
 class Place(NamedTuple):
     """tensor: canonical name, layers.I.experts.w13 for example. suffix: "weight" for the weights themselves."""
 
@@ -61,7 +68,9 @@ class Layer(NamedTuple):
 class Places:
     """The MoE layers of a model and the names of their tensors, from its config.json.
 
-    wanted, sizes: shape, and counts of its layer, of every canonical tensor of the model.
+    wanted, sizes: shape, and counts of its layer, of every canonical tensor of the model. by_stack: its MoE layers.
+    patterns: of the names of each stack, with the layer and what follows as groups.
+    num_layers, drafts: of the model's own layers, and of those for multi-token prediction that its config counts.
     """
 
     def __init__(self, config: Mapping[str, Any], families: Families = RECORDS) -> None:
@@ -71,17 +80,17 @@ class Places:
         spec = describe(config, families)
         if not spec.layers:
             layer_of(config, (spec.moe_layers or spec.encoder_moe_layers)[0], families)  # raises, and says why
-        self._layers = {
+        self.by_stack = {
             (stack, index): self._layer(stack, index, layer, level)
             for stack in self.names.stacks
             for index, layer in _layers_of(stack, spec, level)
         }
-        layers = self._layers.values()
+        layers = self.by_stack.values()
         self.wanted = {layer.prefix + name: shape for layer in layers for name, shape in layer.tensors.items()}
         self.sizes = {layer.prefix + name: layer.sizes for layer in layers for name in layer.tensors}
         # Layers for multi-token prediction, which follow the model's own, are no part of it.
-        self._first_extra = spec.num_layers
-        self._last = spec.num_layers + level.optional("layers for prediction", "num_nextn_predict_layers", 0)
+        self.num_layers = spec.num_layers
+        self.drafts = level.optional("layers for prediction", "num_nextn_predict_layers", 0)
         self._moe_layers = spec.moe_layers
         self._by_pattern: dict[str, list[Piece]] = {}
         targets = {name for layer in layers for name in layer.tensors}
@@ -91,7 +100,7 @@ class Places:
         # A name below one of these belongs to the block, known or not.
         self._roots = tuple({f"{piece.pattern.split('.')[0]}." for piece in self.names.pieces})
         prefixes = "|".join(re.escape(prefix) for prefix in {*READ_PREFIXES, self.names.prefix})
-        self._stacks = {
+        self.patterns = {
             stack: re.compile(
                 rf"(?:{prefixes}){re.escape(stack.path)}\.([0-9]+)\.{re.escape(stack.inner)}(.+)", re.DOTALL
             )
@@ -113,7 +122,7 @@ class Places:
 
     def layers(self) -> Iterator[tuple[str, Layer]]:
         """Each MoE layer with what precedes its tensors' names in a checkpoint."""
-        for (stack, index), layer in self._layers.items():
+        for (stack, index), layer in self.by_stack.items():
             yield f"{self.names.prefix}{stack.path}.{index}.{stack.inner}", layer
 
     def locate(self, name: str) -> list[Place]:
@@ -122,7 +131,7 @@ class Places:
         returns [] for a tensor outside the MoE blocks, and for one that nothing reads. Raises CheckpointError for a
         name within a block that is none of the family's, and for a layer or expert that the model lacks.
         """
-        for stack, pattern in self._stacks.items():
+        for stack, pattern in self.patterns.items():
             if match := pattern.fullmatch(name):
                 return self._in_layer(stack, name, match[1], match[2])
         return []
@@ -134,7 +143,7 @@ class Places:
         if not pieces and not f"{rest}.".startswith(self._roots):
             return []
         index = index_of(name, "layer", layer_digits)
-        layer = self._layers.get((stack, index))
+        layer = self.by_stack.get((stack, index))
         if layer is None:
             if not pieces or self._is_extra(index):
                 return []
@@ -163,7 +172,7 @@ class Places:
         return [], ""
 
     def _is_extra(self, index: int) -> bool:
-        return self._first_extra <= index < self._last
+        return self.num_layers <= index < self.num_layers + self.drafts
 
     def _filled(self, name: str, layer: Layer, pieces: list[Piece], expert: int | None, suffix: str) -> Iterator[Place]:
         experts, _, identity = layer.sizes

@@ -12,6 +12,7 @@ from moe_conformance.model.families.configs import (
     SCALED,
     TYPES,
 )
+from moe_conformance.model.families.keys import Key
 from moe_conformance.model.families.layers import leading_dense, typed
 from moe_conformance.model.families.naming import BIAS, EACH, PACKED, ROUTER, Names
 from moe_conformance.model.families.record import Block, Method, Record, Sizes, Tiny, Variant
@@ -21,7 +22,11 @@ RECORD = Record(
     model_type="mimo_v2_flash",
     config_class="MiMoV2FlashConfig",
     sizes=Sizes(layers=typed(leading_dense(1))),
-    method=Method(noaux(1.0), FLOAT32),
+    # The published config.json has null, which the config class reads as 1.
+    method=Method(
+        {**noaux(None), "scale": Key("routed_scaling_factor", 1.0, lambda scale: 1.0 if scale is None else scale)},
+        FLOAT32,
+    ),
     names=Names(EACH + ROUTER + BIAS, PACKED),
     config=MODEL | N_ROUTED | OWN_WIDTH | TYPES,
     beside=NOAUX_TC,

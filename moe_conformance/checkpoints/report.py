@@ -1,0 +1,121 @@
+"""A judgement in words: as text, as Markdown, and as JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moe_conformance.checkpoints.findings import Finding
+from moe_conformance.quote import plainly
+
+SHOWN = 3  # names of tensors in a line
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """model: what it was taken for, in words. record: whether a record has its names. values: they were read, too."""
+
+    folder: str
+    model: str
+    record: bool
+    tensors: int
+    shards: int
+    size: int
+    values: bool
+    findings: tuple[Finding, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        return not any(finding.level == "defect" for finding in self.findings)
+
+    @property
+    def heading(self) -> str:
+        files = _count(self.shards, "file")
+        return f"{plainly(self.model)}; {self.tensors:,} tensors in {files}, {_bytes(self.size)}"
+
+    @property
+    def outcome(self) -> str:
+        defects = sum(finding.level == "defect" for finding in self.findings)
+        notes = len(self.findings) - defects
+        read = "headers and values" if self.values else "headers alone; --values reads the numbers too"
+        return f"{_count(defects, 'defect')}, {_count(notes, 'note')} ({read})"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number or 'no'} {what}{'s' * (number != 1)}"
+
+
+def _what(finding: Finding) -> str:
+    shown = ", ".join(plainly(name) for name in finding.tensors[:SHOWN])
+    more = finding.count - min(len(finding.tensors), SHOWN) if finding.tensors else 0
+    return shown + (f" and {more:,} more" if more > 0 else "")
+
+
+def _where(finding: Finding) -> str:
+    first, *others = dict.fromkeys(finding.files)
+    return plainly(first) + (f" and {_count(len(others), 'more file')}" if others else "")
+
+
+def text(judgement: Judgement) -> str:
+    return "\n".join(_lines(judgement))
+
+
+def _lines(judgement: Judgement) -> Iterator[str]:
+    yield f"{plainly(judgement.folder)}: {judgement.heading}"
+    for finding in judgement.findings:
+        yield ""
+        yield f"{finding.level}: {finding.kind}: {_where(finding)}"
+        if finding.tensors:
+            yield f"  {_what(finding)}"
+        yield f"  got {finding.got}"
+        yield f"  want {finding.want}"
+        yield f"  {finding.do}"
+    yield ""
+    yield judgement.outcome
+
+
+def markdown(judgement: Judgement) -> str:
+    lines = [f"# `{_cell(plainly(judgement.folder))}`", "", f"{judgement.heading}.", "", f"**{judgement.outcome}**"]
+    if judgement.findings:
+        lines += ["", "| | what | file | tensor | got | want | to do |", "|---|---|---|---|---|---|---|"]
+    for finding in judgement.findings:
+        cells = (
+            finding.level,
+            finding.kind,
+            _where(finding),
+            _what(finding),
+            finding.got,
+            finding.want,
+            finding.do,
+        )
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return "\n".join(lines)
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def as_json(judgement: Judgement) -> str:
+    """ASCII alone, so that no name of a tensor can do harm to a terminal."""
+    found: dict[str, Any] = {
+        "folder": judgement.folder,
+        "sound": judgement.is_sound,
+        "model": judgement.model,
+        "record": judgement.record,
+        "tensors": judgement.tensors,
+        "files": judgement.shards,
+        "bytes": judgement.size,
+        "values": judgement.values,
+        "findings": [
+            {**vars(finding), "files": list(map(plainly, finding.files)), "tensors": list(finding.tensors)}
+            for finding in judgement.findings
+        ],
+    }
+    return json.dumps(found, indent=2)

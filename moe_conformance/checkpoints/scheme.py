@@ -1,0 +1,248 @@
+"""What a config says of the form in which weights are stored: quantization_config, and ModelOpt's own file."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moe_conformance.model.families.bounds import DEEPEST, MOST_WIDTH
+from moe_conformance.quote import plainly, quoted
+
+# One form of weights with all that belongs to them; forms.py has the names and shapes of each.
+Kind = Literal["fp8", "int8", "packed", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "gptq", "awq", "bnb4", "bnb8"]
+HF_QUANT = "hf_quant_config.json"
+KEYS = ("quantization_config", "compression_config")
+# Where names of modules that were left as they were stand.
+LEFT = (
+    *("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules", "exclude"),
+    *("llm_int8_skip_modules", "modules_in_block_to_quantize_not"),
+)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What the weights of a checkpoint may look like; empty sets leave it open.
+
+    method: as the config calls it. kinds: of the forms that it may have. blocks: rows and columns of a tile with a
+    scale of its own. groups: columns that share one; 0 for a whole row. bits: of "packed", "gptq" and "awq". symmetric:
+    has no zero points. static: activations have given scales. left: patterns of modules that are not quantised.
+    known: what belongs to weights of this method is known; if not, nothing is said of them.
+    """
+
+    method: str
+    kinds: frozenset[Kind] = frozenset()
+    blocks: frozenset[tuple[int, int]] = frozenset()
+    groups: frozenset[int] = frozenset()
+    strategies: frozenset[str] = frozenset()
+    bits: frozenset[int] = frozenset()
+    symmetric: frozenset[bool] = frozenset()
+    static: bool = False
+    left: tuple[str, ...] = ()
+    known: bool = True
+
+    def leaves(self, module: str) -> bool:
+        """Whether the config says that the module, by its path, is stored as it was."""
+        return any(_is_meant(pattern, module) for pattern in self.left)
+
+
+class Contradiction(Exception):
+    """A value that no writer of that key writes."""
+
+
+def scheme_of(config: Mapping[str, Any], modelopt: Mapping[str, Any] | None) -> Scheme | None:
+    """None for a model that is not quantised. modelopt: the content of hf_quant_config.json. Raises Contradiction."""
+    found = [value for level in _levels(config) for key in KEYS if (value := level.get(key)) is not None]
+    if wrong := [value for value in found if not isinstance(value, Mapping)]:
+        raise Contradiction(f"quantization_config: got {quoted(wrong[0])}, want a map")
+    own = [_read(value) for value in found if value]
+    theirs = [_modelopt(modelopt)] if modelopt is not None else []
+    if own and theirs and own[0].kinds and theirs[0].kinds and not own[0].kinds & theirs[0].kinds:
+        raise Contradiction(
+            f"config.json says {own[0].method} ({', '.join(sorted(own[0].kinds))}) and {HF_QUANT} "
+            f"{', '.join(sorted(theirs[0].kinds))}, want one form"
+        )
+    return next(iter(own + theirs), None)
+
+
+def _levels(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    yield config
+    for key in ("text_config", "language_config", "llm_config", "thinker_config"):
+        below = config.get(key)
+        if isinstance(below, Mapping) and depth < DEEPEST:
+            yield from _levels(below, depth + 1)
+
+
+def _read(given: Mapping[str, Any]) -> Scheme:
+    method = given.get("quant_method", given.get("quant_type", ""))
+    if not isinstance(method, str):
+        raise Contradiction(f"quant_method: got {quoted(method)}, want text")
+    method = plainly(method)
+    left = _left(given)
+    match method:
+        case "fp8" | "fbgemm_fp8":
+            block = given.get("weight_block_size")
+            # DeepSeek-V4 says fp8 and stores its experts as e2m1 with scales in e8m0.
+            return Scheme(
+                method,
+                frozenset(("fp8", "mxfp4", "mxfp8")),
+                _block(block),
+                strategies=frozenset() if block is None else frozenset(("block",)),
+                static=given.get("activation_scheme") == "static",
+                left=left,
+            )
+        case "mxfp4":
+            return Scheme(method, frozenset(("mxfp4",)), groups=frozenset((32,)), left=left)
+        case "compressed-tensors":
+            return _compressed(given, left)
+        case "modelopt" | "modelopt_fp4":
+            return _modelopt(given)
+        case "gptq" | "awq" | "gptq_marlin" | "awq_marlin":
+            return _integers(method, "gptq" if method.startswith("gptq") else "awq", given, left)
+        case "auto-round" | "intel/auto-round":
+            packing = str(given.get("packing_format", ""))
+            if "awq" in packing or "gptq" in packing:
+                return _integers(method, "awq" if "awq" in packing else "gptq", given, left)
+            return Scheme(method, left=left, known=False)
+        case "bitsandbytes":
+            four, eight = given.get("load_in_4bit"), given.get("load_in_8bit")
+            kinds = {"bnb4"} if four else {"bnb8"} if eight else {"bnb4", "bnb8"}
+            return Scheme(method, frozenset(kinds), left=left)  # type: ignore[arg-type]
+    return Scheme(method or "of an unnamed method", left=left, known=False)
+
+
+def _left(given: Mapping[str, Any]) -> tuple[str, ...]:
+    found: list[str] = []
+    for key in LEFT:
+        value = given.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(entry, str) for entry in value)):
+            raise Contradiction(f"{key}: got {quoted(value)}, want a list of names")
+        found += value or ()
+    return tuple(found)
+
+
+def _block(value: Any) -> frozenset[tuple[int, int]]:
+    if value is None:
+        return frozenset()
+    if not isinstance(value, list) or len(value) != 2:
+        raise Contradiction(f"weight_block_size: got {quoted(value)}, want rows and columns")
+    return frozenset(((_whole("weight_block_size", value[0]), _whole("weight_block_size", value[1])),))
+
+
+def _whole(key: str, value: Any, least: int = 1) -> int:
+    if type(value) is not int or not least <= value <= MOST_WIDTH:
+        raise Contradiction(f"{key}: got {quoted(value)}, want an integer from {least} to {MOST_WIDTH}")
+    return value
+
+
+def _integers(method: str, kind: Kind, given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
+    """GPTQ and AWQ, whose zero points are stored where they are all the same, too."""
+    bits, group = given.get("bits", given.get("w_bit", 4)), given.get("group_size", given.get("q_group_size", 128))
+    return Scheme(
+        method,
+        frozenset((kind,)),
+        bits=frozenset((_whole("bits", bits, 2),)),
+        groups=frozenset((max(_whole("group_size", group, -1), 0),)),
+        left=left,
+    )
+
+
+# compressed-tensors' words; what is not here may be anything.
+_FORMATS: Mapping[str, Kind] = {
+    "float-quantized": "fp8",
+    "int-quantized": "int8",
+    "pack-quantized": "packed",
+    "nvfp4-pack-quantized": "nvfp4",
+    "mxfp4-pack-quantized": "mxfp4",
+    "mxfp6-pack-quantized": "mxfp6",
+    "mxfp8-quantized": "mxfp8",
+}
+
+
+def _compressed(given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
+    groups = given.get("config_groups")
+    if groups is not None and not isinstance(groups, Mapping):
+        raise Contradiction(f"config_groups: got {quoted(groups)}, want a map")
+    common = given.get("format")
+    kinds: set[Kind] = set()
+    blocks: set[tuple[int, int]] = set()
+    sizes: set[int] = set()
+    strategies: set[str] = set()
+    bits: set[int] = set()
+    symmetric: set[bool] = set()
+    known, static = bool(groups), False
+    for name, group in (groups or {}).items():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            raise Contradiction(f"config_groups: {quoted(name)}: got {quoted(group)}, want a map with weights")
+        said = group.get("format") or common
+        kind = _FORMATS.get(said) if isinstance(said, str) else None
+        if said == "naive-quantized":
+            kind = "int8" if weights.get("type") == "int" else "fp8"
+        if kind is None:
+            known = False
+        else:
+            kinds.add(kind)
+        strategy = weights.get("strategy")
+        if isinstance(strategy, str):
+            strategies.add(strategy)
+        if (size := weights.get("group_size")) is not None and strategy in ("group", "tensor_group", None):
+            sizes.add(max(_whole("group_size", size, -1), 0))
+        blocks |= _block(weights.get("block_structure")) if strategy == "block" else set()
+        bits.add(_whole("num_bits", weights.get("num_bits", 8), 1))
+        symmetric.add(weights.get("symmetric", True) is not False)
+        inputs = group.get("input_activations")
+        static |= isinstance(inputs, Mapping) and inputs.get("dynamic") is False
+    if not known:
+        return Scheme("compressed-tensors", left=left, known=False)
+    return Scheme(
+        "compressed-tensors",
+        frozenset(kinds),
+        frozenset(blocks),
+        frozenset(sizes),
+        frozenset(strategies),
+        frozenset(bits),
+        frozenset(symmetric),
+        static,
+        left,
+    )
+
+
+def _modelopt(given: Mapping[str, Any]) -> Scheme:
+    """As in hf_quant_config.json, below `quantization`, or as in config.json."""
+    found = given.get("quantization", given)
+    if not isinstance(found, Mapping):
+        raise Contradiction(f"quantization: got {quoted(found)}, want a map")
+    algorithm = str(found.get("quant_algo") or "").upper()
+    left = _left(found) + (_left(given) if found is not given else ())
+    kinds: Mapping[str, Kind] = {
+        "FP8": "fp8",
+        "FP8_PB_WO": "fp8",
+        "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
+        "NVFP4": "nvfp4",
+        "NVFP4_AWQ": "nvfp4",
+        "W4A16_NVFP4": "nvfp4",
+        "MXFP4": "mxfp4",
+        "W4A8_MXFP4_FP8": "mxfp4",
+        "MXFP8": "mxfp8",
+    }
+    kind = kinds.get(algorithm)
+    return Scheme("modelopt", frozenset((kind,)) if kind else frozenset(), left=left)
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.*\-]*")
+
+
+def _is_meant(pattern: str, module: str) -> bool:
+    """A name, a part of a path, a glob, or a regular expression (re:) that is a glob in other words.
+
+    A regular expression of any other kind may take for ever, so that it is taken to mean every module.
+    """
+    if pattern.startswith("re:"):
+        bare = pattern[3:].removeprefix("^").removesuffix("$").replace(".*", "*").replace(r"\.", ".")
+        return not _PLAIN.fullmatch(bare) or fnmatch.fnmatchcase(module, bare + "*" * (not pattern.endswith("$")))
+    if "*" in pattern:
+        return fnmatch.fnmatchcase(module, pattern)
+    return f".{pattern}." in f".{module}." or module.startswith(pattern)
