@@ -101,7 +101,7 @@ class Journey:
         )
         if str(env.resolve()) not in str(Path(home.split()[0]).resolve()):
             sys.exit(f"journey: got {home.split()[0]}, want the package of {env}")
-        self.step("doctor", "moe-conformance", "doctor", words=["reference", "available"])
+        self.step("doctor", "moe-conformance", "doctor", words=["reference", "starts"])
         self.step("smoke, the reference", *self.run("reference", "--tier", "smoke"), words=["reference"])
 
         self.step("new-engine", "moe-conformance", "new-engine", ENGINE, "--stage", "layer")

@@ -134,7 +134,7 @@ class Block:
     ) -> None:
         self.config, self.root, self.experts, self.dtype, self.platform = config, root, experts, dtype, platform
         # A weight of vLLM's router, times this, is a weight of the model.
-        self.scale = _late_scale(experts) / output_scale
+        self.scale = _late_scale(root, experts) / output_scale
         self.takes = inspect.signature(root.forward).parameters
         # Blocks of vLLM's backend for transformers are transformers' own, which take sequences.
         self.in_sequences = type(root).__module__.startswith("transformers.")
@@ -239,10 +239,14 @@ def routing_places(experts: Any) -> list[Any]:
     return [place for place in (getattr(experts, "router", experts), *_modules()) if hasattr(place, "select_experts")]
 
 
-def _late_scale(experts: Any) -> float:
-    """What an expert layer multiplies its sum by; otherwise the factor of that name is the router's."""
+def _late_scale(root: Any, experts: Any) -> float:
+    """What an expert layer multiplies its sum by, or in 0.19 the block does; otherwise that factor is the router's."""
     runner = getattr(experts, "runner", experts)
-    return float(runner.routed_scaling_factor) if hasattr(runner, "_maybe_apply_routed_scale_to_output") else 1.0
+    if hasattr(runner, "_maybe_apply_routed_scale_to_output"):
+        return float(runner.routed_scaling_factor)
+    return (
+        1.0 if getattr(experts, "routed_scaling_factor", 1.0) != 1 else float(getattr(root, "routed_scaling_factor", 1))
+    )
 
 
 class Tap:

@@ -304,12 +304,14 @@ def experts_of(kernel: Kernel) -> Iterator[None]:
     backend = getattr(unquantized.UnquantizedMoeBackend, "CPU" if kernel == "native" else kernel.upper())
     try:
         found = unquantized.backend_to_kernel_cls(backend)
-    except ValueError:  # a release whose CPU has no class of kernels
+    except (AttributeError, ValueError):  # a release without classes of kernels, or without one for a CPU
         found = []
     classes = found if isinstance(found, (list, tuple)) else [found]
 
     def selected(moe_config: Any, *args: Any, **kwargs: Any) -> Any:
         if kernel == "triton":
+            if not classes:
+                raise Unsupported("vLLM: this release chooses Triton experts without a class of kernels")
             with interpreted.as_gpu(sys.modules[classes[0].__module__]):
                 return backend, _supported(classes[0], moe_config)
         try:

@@ -51,6 +51,7 @@ def state_of(physical_to_logical: Tensor, experts: int) -> Any:
         ),
         model_name="one layer",
         rebalanced=False,
+        pending_global_ready_check=False,
         eplb_stats=None,
         num_unpadded_tokens_tensors=[torch.zeros((), dtype=torch.int32, device=where)],
     )

@@ -26,6 +26,7 @@ from moe_conformance.engine import (
     normal,
 )
 from moe_conformance.engines.vllm import block, models
+from moe_conformance.engines.vllm.refusing import refusals
 
 # Families that are asked first, by model type: those that a method is known by.
 _FIRST = ("deepseek_v2", "deepseek_v3", "deepseek_v4", "gemma4_text", "gpt_oss", "mixtral", "olmoe")
@@ -54,7 +55,7 @@ class Router(nn.Module):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         experts = next(module for module in self.root.modules() if models.is_experts(module))
         of = self._block.of
-        with of.running(), _as_layer(of.config, experts), _stopping(experts, of.scale):
+        with of.running(), _as_layer(of.config, experts), _stopping(experts, of.scale), refusals():
             try:
                 self.root(hidden)
             except _Answer as answer:
@@ -93,6 +94,10 @@ def _as_layer(config: Any, experts: Any) -> Iterator[None]:
 def _stopping(experts: Any, scale: float) -> Iterator[None]:
     """Inside, the answer of the layer's router is raised, its weights times the scale."""
     with contextlib.ExitStack() as stack:
+        # Kernels that route by themselves are not there yet; the layer has a router all the same.
+        for method in _methods(experts):
+            if hasattr(type(method), "is_monolithic"):
+                stack.enter_context(patch.object(type(method), "is_monolithic", False))
         for place in block.routing_places(experts):
             stack.enter_context(patch.object(place, "select_experts", _raising(place.select_experts, scale)))
         try:
@@ -101,6 +106,12 @@ def _stopping(experts: Any, scale: float) -> Iterator[None]:
             # What shared experts have put out, nobody takes.
             if hasattr(shared := getattr(experts, "_shared_experts", None), "_output"):
                 shared._output[:] = [None] * len(shared._output)
+
+
+def _methods(experts: Any) -> Iterator[Any]:
+    """What the layer, its weights and its runner compute with."""
+    for owner in (experts, *(getattr(experts, name, None) for name in ("routed_experts", "runner"))):
+        yield from filter(None, (getattr(owner, name, None) for name in ("quant_method", "_quant_method")))
 
 
 def _raising(real: Any, scale: float) -> Any:

@@ -306,6 +306,8 @@ def _gemma4_by_triton(inputs: RouteInputs) -> Routing:
     interpreted.require()
     from vllm.model_executor.models import gemma4 as model
 
+    if not hasattr(model, "gemma4_fused_routing_kernel_triton"):
+        raise Unsupported("vLLM: this release's Gemma 4 routes by torch on a GPU, too")
     # A GPU's projection puts out float32, too.
     logits = inputs.logits.float()
     scale = inputs.tensors["router.per_expert_scale"]
