@@ -51,7 +51,9 @@ def state_of(physical_to_logical: Tensor, experts: int) -> Any:
         ),
         model_name="one layer",
         rebalanced=False,
+        # 0.19 asks whether experts are under way to other ranks.
         pending_global_ready_check=False,
+        ep_buffer_ready=False,
         eplb_stats=None,
         num_unpadded_tokens_tensors=[torch.zeros((), dtype=torch.int32, device=where)],
     )

@@ -51,7 +51,7 @@ def generate(inputs: GenerateInputs) -> Generated:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "TORCHDYNAMO_DISABLE": "1",
             "VLLM_CACHE_ROOT": scratch,
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            **({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if inputs.ranks > 1 else {}),
             # Its runner that returns routes wants Triton, which is interpreted then.
             "TRITON_INTERPRET": str(int(inputs.routed and device.interprets())),
         }
@@ -62,6 +62,9 @@ def generate(inputs: GenerateInputs) -> Generated:
             _fail(f"LLM: exit code {done.returncode}: {' / '.join(last)}")
         said = json.loads(answer.read_text())
     if "failed" in said:
+        # What a build lacks, and a machine on which its workers do not start.
+        if any(words in said["failed"] for words in ("not supported", "WorkerProc initialization failed")):
+            raise Unsupported(f"vLLM: {said['failed']}")
         _fail(said["failed"])
     routed = said["routed"] and tuple(map(torch.tensor, said["routed"]))
     return Generated(tuple(map(tuple, said["tokens"])), routed or None)
