@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_conformance.engine import Replicated, ReplicateInputs
 from moe_conformance.engines.vllm import device, interpreted, runtime
+from moe_conformance.engines.vllm.refusing import refusals
 
 _ROUTER = "vllm.model_executor.layers.fused_moe.router.base_router"
 
@@ -97,6 +98,7 @@ def _load(state: Any) -> Tensor:
     balancer.expert_rearrangement_step_interval = 1
     # The policy runs in a thread of its own then, which is not started here.
     balancer.is_async = True
-    balancer.step()
+    with refusals():
+        balancer.step()
     load: Tensor = state.eplb_stats.global_expert_load_window[0]
     return load
