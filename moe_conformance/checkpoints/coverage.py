@@ -45,6 +45,8 @@ class Coverage:
         if not routed:
             self._no_experts(stack, index, layer)
             return
+        if not any(group.experts for group in held):
+            return  # none that can be read, and each has a finding of its own
         before = self._before(stack, index, held)
         for target in layer.tensors:
             halves: tuple[int | None, ...] = (0, 1) if target.rpartition(".")[2] in ("w13", "b13") else (None,)
@@ -78,7 +80,7 @@ class Coverage:
 
     def _before(self, stack: Stack, index: int, held: list[Group]) -> str:
         """What precedes the layer's names."""
-        name = next(iter(held[0].experts.values())).carrier.name
+        name = next(matrix.carrier.name for group in held for matrix in group.experts.values())
         middle = f".{index}."
         inner = self._layout.own.inner if stack is MTP else stack.inner
         return name[: name.index(middle) + len(middle)] + inner
