@@ -44,12 +44,18 @@ class Router(nn.Module):
         self._block = _Kept(found)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Router:
-        """Copies share what belongs to the process: its groups, and the config it was started with."""
+        """Copies share what belongs to the process: its groups, and the config it was started with.
+
+        Raises Unsupported where the block holds on to something else that Python cannot copy.
+        """
         for module in self.modules():
             memo |= {id(one): one for one in vars(module).values() if isinstance(one, ProcessGroup)}
         twin = self.__new__(Router)
         memo[id(self)] = twin
-        twin.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        try:
+            twin.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        except TypeError as error:
+            raise Unsupported(f"router_module: {self._block.of.name} cannot be copied: {error}") from error
         return twin
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +110,16 @@ def _stopping(experts: Any, scale: float) -> Iterator[None]:
             yield
         finally:
             # What shared experts have put out, nobody takes.
-            if hasattr(shared := getattr(experts, "_shared_experts", None), "_output"):
-                shared._output[:] = [None] * len(shared._output)
+            for shared in _shared(experts):
+                if isinstance(getattr(shared, "_output", None), list):
+                    shared._output[:] = [None] * len(shared._output)
+
+
+def _shared(experts: Any) -> Iterator[Any]:
+    """What computes shared experts beside the routed ones: the layer's, or in older releases its runner's."""
+    for owner in (experts, getattr(experts, "runner", None)):
+        if (found := getattr(owner, "_shared_experts", None)) is not None:
+            yield found
 
 
 def _methods(experts: Any) -> Iterator[Any]:
@@ -183,7 +197,10 @@ def _as_loaded(root: nn.Module) -> None:
     under two names is listed under one, for torch.func.functional_call leaves such a module with the new value.
     """
     seen = set()
-    for _, parent in list(root.named_modules()):
+    layers = [module for module in root.modules() if models.is_experts(module)]
+    # Which is no part of the block where a runner, which is none, has it.
+    beside = [layer for one in layers for shared in _shared(one) if (layer := getattr(shared, "_layer", None))]
+    for parent in dict.fromkeys(module for top in (root, *beside) for module in top.modules()):
         for name, module in list(parent.named_children()):
             if module in seen:
                 del parent._modules[name]
