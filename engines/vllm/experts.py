@@ -89,7 +89,8 @@ def _said(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, Tensor, 
 def _routing_of_zero_experts(weights: Tensor, ids: Tensor) -> Iterator[None]:
     """Inside, vLLM's router of identity experts has this from its compiled top-k, and does the rest itself."""
     interpreted.require()
-    from vllm.model_executor.layers.fused_moe.router import zero_expert_router
+    with refusals():  # a release without such a router
+        from vllm.model_executor.layers.fused_moe.router import zero_expert_router
 
     @called_by_engine
     def fused_topk_bias(**_: Any) -> tuple[Tensor, Tensor]:
