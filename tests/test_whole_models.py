@@ -13,7 +13,7 @@ from moe_conformance.engine import Generated
 from moe_conformance.errors import Nonconformance
 from moe_conformance.suites.generate import cases
 from moe_conformance.suites.generate.models import PLACE, whole_model
-from moe_conformance.suites.generate.served import as_stored, wrong_routes, wrong_tokens
+from moe_conformance.suites.generate.served import as_stored, misplaced, wrong_routes, wrong_tokens
 
 
 def test_every_model_is_served_and_every_file_made() -> None:
@@ -64,3 +64,20 @@ def test_what_is_wrong_is_said_with_whose_it_is() -> None:
         _wrong(_right(routed=(torch.cat([routed[0], routed[0][-1:]]), *routed[1:])))
     with pytest.raises(Nonconformance, match="want an integer"):
         _wrong(_right(routed=(routed[0].float(), *routed[1:])))
+
+
+def test_rows_in_other_places_are_told_where_single_ones_are_not() -> None:
+    """What is judged in a narrow dtype: no shift, no other request's rows; but one row in four may be others."""
+    model = whole_model("qwen3-moe")
+    _, routed = _right()
+    assert routed is not None
+    assert list(misplaced(model, _right())) == []
+    for shift in (1, 2, 7, -1):
+        wrong = list(misplaced(model, _right(routed=tuple(rows.roll(shift, 0) for rows in routed))))
+        assert [line.partition(":")[0] for line in wrong] == ["request 0", "request 1", "request 3"]
+    stale = (torch.cat([routed[3], routed[0]])[: len(routed[0])], *routed[1:])
+    assert len(list(misplaced(model, _right(routed=stale)))) == 1
+    flipped = tuple(rows.clone() for rows in routed)
+    for rows in flipped:
+        rows[::4] = (rows[::4] + 1) % 8
+    assert list(misplaced(model, _right(routed=flipped))) == []

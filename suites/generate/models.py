@@ -42,6 +42,11 @@ class WholeModel:
     def layers(self) -> int:
         return int(self.config["num_hidden_layers"])
 
+    @property
+    def experts(self) -> int:
+        """Routed ones of a layer, under the name that the family's config has."""
+        return next(int(self.config[key]) for key in ("num_experts", "num_local_experts") if key in self.config)
+
     def shapes(self) -> Iterator[tuple[str, list[int]]]:
         for name, shape in self.tensors.items():
             if "*" not in name:

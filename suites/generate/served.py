@@ -83,14 +83,15 @@ def wrong_routes(model: WholeModel, answer: Generated) -> Iterator[str]:
             )
 
 
-# Of fewer rows a few that are others could be most.
+# Of fewer rows a few that are others weigh too much.
 _ENOUGH_ROWS = 8
 
 
 def misplaced(model: WholeModel, answer: Generated) -> Iterator[str]:
-    """A line for each request of whose prompt most rows are another place's; of new tokens nothing is said.
+    """A line for each request the rows of whose prompt share too few experts with their own; new tokens are left out.
 
-    In a narrow dtype single rows may be others. Rows of a place are never most rows of another one, in this model.
+    In a narrow dtype single rows may be others, so that nearly all experts are their own; of rows in wrong places the
+    part K / E is, by chance. What lies below the middle of the two is wrong.
     """
     if answer.routed is None or len(answer.routed) != len(model.prompts):
         yield f"routed experts of {len(answer.routed or ())} requests, want of {len(model.prompts)}"
@@ -104,11 +105,11 @@ def misplaced(model: WholeModel, answer: Generated) -> Iterator[str]:
         )
         length = len(model.prompts[number])
         rows = got.long().sort().values[:length, model.moe_layers].tolist()
-        wrong = [place for place in range(length) if _shared(rows[place], want[place]) < 0.5]
-        if 2 * len(wrong) > length >= _ENOUGH_ROWS:
-            at = wrong[0]
+        shared = [_shared(row, own) for row, own in zip(rows, want, strict=False)]
+        if length >= _ENOUGH_ROWS and sum(shared) / length < (1 + len(want[0][0]) / model.experts) / 2:
+            at = min(range(length), key=shared.__getitem__)
             yield (
-                f"request {number}: of {length} rows of the prompt {len(wrong)} share less than half of their experts "
+                f"request {number}: the {length} rows of the prompt share {sum(shared) / length:.0%} of their experts "
                 f"with their own; position {at}: experts {rows[at]}, want {want[at]}"
                 f"{_whose(rows[at], number, at, model.routed)}"
             )
