@@ -26,13 +26,17 @@ highlight_language = "none"
 html_theme = "alabaster"
 html_theme_options = {
     "description": "Conformance of Mixture-of-Experts engines",
-    "page_width": "1160px",
+    "page_width": "1280px",
     "body_max_width": "none",
-    "fixed_sidebar": True,
+    "sidebar_width": "250px",
+    "font_family": "system-ui, sans-serif",
+    "font_size": "15px",
+    "code_font_size": "13px",
 }
 html_sidebars = {"**": ["about.html", "searchfield.html", "navigation.html"]}
 html_show_sourcelink = False
 html_copy_source = False
+html_use_index = False
 
 NAVIGATION = {
     "Judging an engine": ["reading", "ci", "checkpoint", "tolerances", "trust", "stability", "migrating"],

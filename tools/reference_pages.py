@@ -51,12 +51,12 @@ def contract() -> str:
     lines = [CONTRACT, f"{len(CLAUSES)} clauses, {cases.total():,} cases, {mutants.total()} mutants.", ""]
     for bug_class in BUG_CLASSES:
         own = {name: clause for name, clause in CLAUSES.items() if clause.bug_class == bug_class}
-        lines += [f"## {bug_class}", "", "| clause | | stages | cases | mutants |", "|---|---|---|---|---|"]
+        lines += [f"## {bug_class}", "", "| clause | cases | mutants |", "|---|---|---|"]
         for name, clause in own.items():
             threads = ", ".join(_link(thread) for thread in clause.upstream)
-            said = f"**{clause.level}** {clause.text}" + (f" Broken in {threads}." if threads else "")
+            said = f"**{clause.level}** `{name}`: {clause.text}" + (f" Broken in {threads}." if threads else "")
             asked = ", ".join(f"`{stage}`" for stage in sorted(stages.get(name, ())))
-            lines.append(f"| `{name}` | {said} | {asked} | {cases[name]} | {mutants[name]} |")
+            lines.append(f"| {said} Stages: {asked}. | {cases[name]} | {mutants[name]} |")
         lines.append("")
     return "\n".join(lines)
 
