@@ -44,6 +44,11 @@ def test_the_adapter_takes_under_forty_lines() -> None:
     assert 0 < len(ADAPTER.splitlines()) < 40
 
 
+def test_the_adapter_is_called_otherwise_than_the_package_written_before_it() -> None:
+    """Two engines of one name are refused, and the package is registered by then."""
+    assert set(re.findall(r"new-engine ([\w-]+)", PAGE)).isdisjoint(re.findall(r'name = "([\w-]+)"', ADAPTER))
+
+
 @pytest.mark.nightly
 def test_the_adapter_is_judged_at_the_sizes_of_models_and_passes(tmp_path: Path) -> None:
     done = _judge(tmp_path, ADAPTER, "--out", "results")
