@@ -28,16 +28,16 @@ from moe_conformance.reporting.threads import address
 
 T = TypeVar("T")
 _TEMPLATES = Path(__file__).with_name("templates")
-# A page that a mail server and a phone still take.
+# Size of a page that a mail server and a phone still accept.
 MOST_BYTES = 20_000_000
-# Characters of one message, tried in turn until the page is small enough, and quick to take in for a browser.
+# Characters of one message, tried in turn until the page is small enough for a browser to open quickly.
 _FOLDS = (4000, 1000, 400, 150, 60)
 _MOST_CHARACTERS = 32_000_000
 _MARKS = {Verdict.PASS: "✓", Verdict.BROKEN_SHOULD: "~", Verdict.KNOWN_FAILURE: "≈", Verdict.UNSUPPORTED: "○"}
 
 
 def write(runs: Sequence[Run], page: Path | None, image: Path | None) -> Iterator[str]:
-    """Write what is asked for; says what was written. Raises UsageError where a file cannot be."""
+    """Write what is asked for; returns a line for each file. Raises UsageError if a file cannot be written."""
     for file, make in ((page, html), (image, badge)):
         if file is None:
             continue
@@ -63,7 +63,7 @@ def html(runs: Sequence[Run]) -> str:
         lines=_lines(shown),
         fallback="\n".join([*as_text(by_label), *told(found)]),
         script=script,
-        # The browser runs this script, and none that somebody's message might bring.
+        # The browser runs this script only, not one that a message might contain.
         script_hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
         style=(_TEMPLATES / "report.css").read_text(encoding="utf-8"),
         data=_packed(runs, shown, found),
@@ -71,7 +71,7 @@ def html(runs: Sequence[Run]) -> str:
 
 
 def badge(runs: Sequence[Run]) -> str:
-    """An SVG that says how many MUSTs of how many hold."""
+    """An SVG that shows how many MUSTs hold, of how many."""
     shown = columns(runs)
     counted = cells({column.label: column.results for column in shown})
     musts = [cell.must for row in counted.values() for cell in row.values()]
@@ -123,7 +123,7 @@ class _Line:
 
 
 def _lines(shown: Sequence[Column]) -> list[_Line]:
-    """Of each engine that is there in several versions or runs."""
+    """One line for each engine that appears in several versions or runs."""
     made = []
     for engine in dict.fromkeys(column.engine for column in shown):
         own = [column for column in shown if column.engine == engine]
@@ -141,7 +141,7 @@ def _lines(shown: Sequence[Column]) -> list[_Line]:
 
 
 class _Interned(Generic[T]):
-    """Values in the order of their first sight, each once."""
+    """Values in the order in which they first appear, each once."""
 
     def __init__(self) -> None:
         self.places: dict[T, int] = {}

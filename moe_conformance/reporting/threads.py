@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# A repository whose owner is not certain has no address, and its threads are shown as text.
+# A repository whose owner is uncertain is not listed; its threads are shown as text.
 _OWNERS = {
     "Automodel": "NVIDIA-NeMo",
     "Megatron-Bridge": "NVIDIA-NeMo",
