@@ -1,4 +1,5 @@
-"""Wheels for a GPU machine without a network, in one folder: this project's, and of what it needs what is not there.
+"""Wheels for a GPU machine without a network, in one folder: this project's, and its dependencies that are missing
+there.
 
     python tools/wheels.py --out wheels                # ci/gpu.sh finds them there, or takes --wheels FOLDER
     python tools/wheels.py --also transformers==5.24.0 --also huggingface_hub==1.31.0
