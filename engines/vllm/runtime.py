@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 
-from moe_conformance.engines.vllm import device, interpreted
+from moe_conformance.engines.vllm import absent, device, interpreted
 from moe_conformance.errors import Unsupported
 
 # Before anything imports vllm.
@@ -147,7 +147,7 @@ def model_config(folder: Path) -> Any:
     """vLLM's real ModelConfig of a folder. Raises Unsupported, with the reason, where vLLM cannot make one."""
     from vllm.config import ModelConfig
 
-    with _inspected_here() as reasons:
+    with _inspected_here() as reasons, absent.imports():
         try:
             return ModelConfig(
                 model=str(folder), tokenizer=str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True
