@@ -152,9 +152,11 @@ def engine_config(folder: Path, dtype: str) -> Any:
     offered = {
         "model": str(folder), "skip_tokenizer_init": True, "enforce_eager": True, "dtype": dtype,
         "max_model_len": MAX_LENGTH, "max_num_seqs": 4, "max_num_batched_tokens": runtime.MAX_TOKENS,
-        "enable_prefix_caching": False, "language_model_only": True,
+        "enable_prefix_caching": False, "language_model_only": True, **device.backend(),
     }  # fmt: skip
     names = {item.name for item in dataclasses.fields(EngineArgs)}
+    if not device.backend().keys() <= names:
+        raise Unsupported("EngineArgs of this release has no argument moe_backend")
     with runtime._inspected_here() as reasons, absent.imports():
         try:
             found = EngineArgs(**{k: v for k, v in offered.items() if k in names}).create_engine_config()
