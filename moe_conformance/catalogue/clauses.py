@@ -10,7 +10,8 @@ Level = Literal["MUST", "SHOULD"]
 
 @dataclass(frozen=True)
 class Clause:
-    """text: a full sentence with "must" or "should". upstream: public threads where an engine broke it.
+    """text: a full sentence with "must" or "should". upstream: public threads where an engine broke it. origin: where
+    it comes from else.
 
     level: MUST for a wrong result, a crash, a model that does not load; SHOULD for leniency. A broken SHOULD is a
     verdict of its own, which fails a run only with --strict.
@@ -20,6 +21,7 @@ class Clause:
     text: str
     upstream: tuple[str, ...] = ()
     level: Level = "MUST"
+    origin: str = ""
 
 
 CLAUSES: dict[str, Clause] = {
@@ -50,6 +52,7 @@ CLAUSES: dict[str, Clause] = {
     "config.refuse-dense": Clause(
         "config-keys",
         "A dense model must be refused by name before anything of it is loaded.",
+        ("vllm#41401",),
     ),
     "router-module.current-values": Clause(
         "closure-capture",
@@ -76,6 +79,7 @@ CLAUSES: dict[str, Clause] = {
     "load.refuse-broken": Clause(
         "weight-coverage",
         "A truncated, mistyped or hostile checkpoint must be refused whole, with nothing half-loaded.",
+        origin="tools/fuzz.py, and what mutated files did to the first loaders",
     ),
     "capture.own-rows": Clause(
         "dp-assertions",
@@ -96,14 +100,17 @@ CLAUSES: dict[str, Clause] = {
     "capture.layers": Clause(
         "capture-replay",
         "Each layer's ids must be read at that layer, whichever other layers of the model route nothing.",
+        origin="models whose dense and draft layers lie between those with experts",
     ),
     "capture.bounds": Clause(
         "capture-replay",
         "Layer ids out of range, and expert ids that do not fit, must be rejected and must change nothing.",
+        origin="findings/vllm_capture_ids.py",
     ),
     "capture.narrow": Clause(
         "capture-replay",
         "Every legal expert id must survive the dtype it is stored in.",
+        origin="findings/vllm_capture_ids.py",
     ),
     "capture.other-process": Clause(
         "capture-replay",

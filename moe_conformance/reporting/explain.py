@@ -28,6 +28,8 @@ def about(case: Case) -> str:
     lines.append(f"clause:   {case.contract.text}")
     if case.contract.upstream:
         lines.append(f"upstream: {', '.join(case.contract.upstream)}")
+    if case.contract.origin:
+        lines.append(f"origin: {case.contract.origin}")
     return "\n".join(lines)
 
 
