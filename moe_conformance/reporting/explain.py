@@ -29,7 +29,7 @@ def about(case: Case) -> str:
     if case.contract.upstream:
         lines.append(f"upstream: {', '.join(case.contract.upstream)}")
     if case.contract.origin:
-        lines.append(f"origin: {case.contract.origin}")
+        lines.append(f"origin:   {case.contract.origin}")
     return "\n".join(lines)
 
 
