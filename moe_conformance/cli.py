@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         made = commands.add_parser(
             name,
             aliases=aliases,
-            help=about.partition(".")[0] + ".",
+            help=re.split(r"\.\s", about)[0].rstrip(".") + ".",
             description=about,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

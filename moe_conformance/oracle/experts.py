@@ -1,6 +1,6 @@
 """What experts compute, and the largest error of an engine that computes them: one MLP, and the routed sum.
 
-Written apart from reference_impl, so that a fault there is not repeated here.
+Written independently of reference_impl, so that a fault there is not repeated here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Tensors = Mapping[str, Tensor]
 
 
 def expected_experts(inputs: ExpertsInputs, storage: Storage | None = None) -> tuple[Tensor, Bound]:
-    """The exact routed sum [T, D] in float64, and the largest error of an engine that stores as storage says.
+    """The exact routed sum [T, D] in float64, and the largest error of an engine with this storage policy.
 
-    storage: None for an engine that stores every tensor in x's dtype. A pair adds nothing where its id is -1, out of
-    range, or of an expert that expert_map gives to another rank. Raises InputError for quantised or adapted experts.
+    storage: None for an engine that stores every tensor in x's dtype. A pair adds nothing if its id is -1, out of
+    range, or an expert that expert_map gives to another rank. Raises InputError for quantised or adapted experts.
     """
     if inputs.quant is not None or inputs.lora is not None:
         raise InputError("experts: got quant or lora, want neither; the oracle computes plain weights")
@@ -127,9 +127,9 @@ def expected_parts(
 ) -> tuple[Tensor, Bound]:
     """The exact sum of all ranks' parts [T, D], and how far that of size x tp correct ranks may be from it.
 
-    An expert divided among tp ranks rounds as tp narrower experts do that have the same weight, and a divided shared
-    expert as so many shared ones. Where tp does not divide a width, the next number that does is counted. What a rank
-    stores is one of the partial sums of `Storage.stored`, whichever pairs are in it.
+    An expert divided among tp ranks rounds like tp narrower experts with the same weight; a divided shared expert
+    likewise. If tp does not divide a width, the next larger divisor is counted instead. What a rank stores is one of
+    the partial sums of `Storage.stored`, whichever pairs are in it.
     """
     exact, _ = expected_experts(whole)
     storage, x = Storage.stored(whole.x.dtype), Value.of(whole.x)
@@ -167,7 +167,7 @@ def divisor(width: int, parts: int) -> int:
 def divided(name: str, tensor: Tensor, mlp: MLPSpec, slices: int) -> Tensor:
     """[E, ...] -> [E slices, ...], the tensor of MLPs cut into slices of their width; the first one has b2.
 
-    The output norm, which no slice has alone, stays as it is.
+    The output norm stays as it is: it spans all slices.
     """
     match name.rpartition(".")[2]:
         case "output_norm":
