@@ -211,14 +211,6 @@ class Int64ReadAsInt32(FaultyIds):
         return inputs.ids.contiguous().view(torch.int32).flatten()[: inputs.ids.numel()].reshape(inputs.ids.shape)
 
 
-class StridesAreIgnored(FaultyIds):
-    """Ids are read as if one lay behind the other; what names no expert is dropped."""
-
-    def seen(self, inputs: AlignInputs) -> Tensor:
-        ids = inputs.ids.as_strided(inputs.ids.shape, (inputs.ids.shape[1], 1))
-        return ids.where((ids >= 0) & (ids < inputs.experts), -1)
-
-
 class LastOddTokenIsLost(FaultyIds):
     """Tokens are read two at a time."""
 
@@ -292,7 +284,6 @@ MUTANTS = tuple(
         (OnlyTheFirst512Experts, "pairs of experts from the 512th on are not counted", "e896-k16", _COUNT),
         (NineBitsOfAnId, "sort keys keep nine bits of an id", "all-on-last-of-896", _PLACE),
         (Int64ReadAsInt32, "int64 ids are read as int32", "e5-k5-int64", _PLACE),
-        (StridesAreIgnored, "ids are read as if contiguous", "rows-apart", _PLACE),
         (LastOddTokenIsLost, "the last of an odd number of tokens is lost", "permuted-e60-k6", _MOVED),
         (OnlyOneLaunch, "pairs from the 1024th on are not seen", "e60-k8-1048-pairs", _PLACE),
         (LocalIdsAreLookedUp, "the map is looked up with local ids", "map-last-ranks", _PLACE),

@@ -205,6 +205,17 @@ CLAUSES: dict[str, Clause] = {
         "Where an engine checks ids: one out of range must raise or add nothing; it must never wrap to an expert.",
         ("vllm#46408", "flashinfer#1469"),
     ),
+    "inputs.strides": Clause(
+        "dtype-stride-arguments",
+        "Whatever strides and offset a tensor has must be honoured or refused: columns of wider rows, a transpose, "
+        "rows of stride 0, memory that begins elsewhere.",
+        ("Liger-Kernel#1377", "vllm#28841"),
+    ),
+    "inputs.dtypes": Clause(
+        "dtype-stride-arguments",
+        "Each dtype of ids and of routing weights must be honoured or refused, beside every dtype of x.",
+        ("aiter#5255", "vllm#20166", "vllm#26162", "sglang#25380"),
+    ),
     "shard.same-output": Clause(
         "eplb",
         "Redundant experts, and moving them, must leave the output unchanged.",

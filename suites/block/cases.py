@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import cycle
 from typing import Any
 
 from moe_conformance.catalogue.case import Case
@@ -168,6 +169,12 @@ NO_EXPERT_CASES = tuple(
 ALWAYS_ON = tuple(slug for slug in GIVEN if (spec := spec_of(slug)).shared or spec.dense or spec.output_bias)
 SHARED_CASES = tuple(_case(slug, "shared", "block.shared", _tier(slug, SOME), routing="zero") for slug in ALWAYS_ON)
 
+# Sequences behind tokens, columns of wider rows, a transpose: x as other parts of a model hand it on.
+ARGUMENT_CASES = tuple(
+    _case(slug, f"x-{layout}", "inputs.strides", "core", arguments={"x": layout})
+    for slug, layout in zip(SMOKE, cycle(("swapped", "columns")))
+)
+
 CASES = (
     *ROUTE_CASES,
     *NARROW_ROUTE_CASES,
@@ -176,4 +183,5 @@ CASES = (
     *DROPPED_CASES,
     *NO_EXPERT_CASES,
     *SHARED_CASES,
+    *ARGUMENT_CASES,
 )

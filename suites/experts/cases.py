@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_conformance.catalogue.case import Case
+from moe_conformance.catalogue.layouts import LAYOUTS
 from moe_conformance.model.specs import MLPSpec
 
 # T tokens, E experts, K of them, D hidden, F intermediate width. 2F > D.
@@ -50,11 +51,12 @@ FUNCTIONS: dict[str, MLPSpec] = {
 def _case(name: str, clause: str, dims: dict[str, int] = TINY, tier: str = "core", **recipe: Any) -> Case:
     """function: by name. owners, rank: the rank of each expert and whose part is asked for; local ids rotated.
 
-    dropped: of 20 ids so many are -1. hot: an expert that is every token's first.
+    dropped: of 20 ids so many are -1. hot: an expert that is every token's first. arguments: how x, ids, weights and
+    tensors are given, where that is not contiguous and in the protocol's dtype.
     """
     recipe = {"function": "silu", "dropped": 0, "hot": None, "dtype": "float32", **recipe}
     mlp = replace(FUNCTIONS[recipe.pop("function")], width=dims["F"])
-    recipe = {"output_scale": 1.0, "identity_experts": 0, "owners": (), "rank": 0, "layout": "contiguous", **recipe}
+    recipe = {"output_scale": 1.0, "identity_experts": 0, "owners": (), "rank": 0, "arguments": {}, **recipe}
     return Case(
         f"experts-{name}",
         stage="experts",
@@ -106,8 +108,6 @@ SUM_CASES = (
         function="relu2-not-gated-bias",
         dtype="bfloat16",
     ),
-    _case("strided", "experts.combine", layout="strided"),
-    _case("strided-131-tokens", "experts.combine", {**NARROW, "T": 131}, layout="strided"),
     _case("hundreds-one-token", "experts.combine", {**HUNDREDS, "T": 1}),
     _case("beyond-512", "experts.combine", BEYOND_512),
     _case("beyond-512-many", "experts.combine", {**BEYOND_512, "T": 70, "K": 22}, "full"),
@@ -145,4 +145,38 @@ OUTSIDE_CASES = (
     _case("id-e-ep3", "experts.out-of-range", owners=SCATTERED, rank=1, outside=11),
 )
 
-CASES = (*FUNCTION_CASES, *SUM_CASES, *NO_EXPERT_CASES, *OUTSIDE_CASES)
+_PARTS = ("x", "ids", "weights", "tensors")
+_SLICED = {"x": "sliced", "ids": "sliced", "weights": "sliced"}
+# Each argument in each layout, and no two arguments in the same, so that strides of one taken for another's show.
+_MIXED = tuple(
+    {part: LAYOUTS[(start + place) % len(LAYOUTS)] for place, part in enumerate(_PARTS)}
+    for start in range(len(LAYOUTS))
+)
+
+ARGUMENT_CASES = (
+    _case("strided", "inputs.strides", arguments=_SLICED, tier="smoke"),
+    _case("strided-131-tokens", "inputs.strides", {**NARROW, "T": 131}, arguments=_SLICED),
+    *(_case(f"x-{mixed['x']}", "inputs.strides", arguments=mixed, function="silu-bias") for mixed in _MIXED),
+    *(_case(f"x-{mixed['x']}-bf16", "inputs.strides", NARROW, arguments=mixed, dtype="bfloat16") for mixed in _MIXED),
+    # Strides of a dim of one element may be anything.
+    *(_case(f"x-{mixed['x']}-one-token", "inputs.strides", {**TINY, "T": 1}, arguments=mixed) for mixed in _MIXED[:3]),
+    _case(
+        "x-columns-ep3",
+        "inputs.strides",
+        arguments=_MIXED[0],
+        function="relu2-not-gated-bias",
+        owners=SCATTERED,
+        rank=1,
+        dropped=6,
+    ),
+    *(
+        _case(f"ids-int32-{short}", "inputs.dtypes", NARROW, arguments={"ids": "int32"}, dtype=long, dropped=dropped)
+        for short, long, dropped in (("fp32", "float32", 6), ("bf16", "bfloat16", 0), ("fp16", "float16", 0))
+    ),
+    _case("ids-int32-ep3", "inputs.dtypes", arguments={"ids": "int32"}, owners=SCATTERED, rank=2),
+    _case("ids-int32-one-token", "inputs.dtypes", {**TINY, "T": 1}, arguments={"ids": "int32"}),
+    _case("weights-bf16", "inputs.dtypes", NARROW, arguments={"weights": "bfloat16"}, dtype="bfloat16"),
+    _case("weights-fp16", "inputs.dtypes", NARROW, arguments={"weights": "float16"}, dtype="float16"),
+)
+
+CASES = (*FUNCTION_CASES, *SUM_CASES, *NO_EXPERT_CASES, *OUTSIDE_CASES, *ARGUMENT_CASES)

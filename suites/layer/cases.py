@@ -31,7 +31,7 @@ GPT_OSS = {"T": 2, "E": 2, "K": 1, "H": 2880, "D": 0, "F": 2880, "Fs": 0, "Hp": 
 
 def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "core", **changes: Any) -> Case:
     """routing: by name as in suites/route/methods.py. experts: fields of MLPSpec; shared: of its MLPSpec or its
-    SharedSpec; latent: of LatentSpec. scale: of the routed sum."""
+    SharedSpec; latent: of LatentSpec. scale: of the routed sum. arguments: how x, logits and tensors are given."""
     changes = {
         "routing": "renorm",
         "experts": {},
@@ -40,6 +40,8 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
         "scale": 2.5,
         "dtype": "float32",
         "tokens": dims["T"],
+        "clause": "layer.cut-before-add",
+        "arguments": {},
         **changes,
     }
     has, latent = set(parts), "latent" in parts
@@ -56,13 +58,14 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
     return Case(
         "-".join(["layer", name, *(part.replace("_", "-") for part in parts or ("plain",))]),
         stage="layer",
-        clause="layer.cut-before-add",
+        clause=changes["clause"],
         recipe={
             "spec": spec,
             "tokens": changes["tokens"],
             "dtype": changes["dtype"],
             "padded_hidden": dims["Dp" if latent else "Hp"] if "padded_hidden" in has else None,
             "padded_intermediate": dims["Fp"] if "padded_intermediate" in has else None,
+            **({"arguments": changes["arguments"]} if changes["arguments"] else {}),
         },
         tier=tier,
     )
@@ -164,4 +167,25 @@ TRACE_CASES = tuple(
     if case.id.startswith(("layer-tiny-scale1", "layer-both"))
 )
 
-CASES = (*VALUE_CASES, *TRACE_CASES)
+# x, logits and tensors in three layouts at a time; engines that pad x copy it, and those that do not read it as it is.
+ARGUMENT_CASES = tuple(
+    _case(
+        f"arguments-{name}",
+        {**NARROW, "T": tokens},
+        parts,
+        scale=1.0,
+        dtype=dtype,
+        clause="inputs.strides",
+        arguments=dict(zip(("x", "logits", "tensors"), layouts, strict=True)),
+    )
+    for name, tokens, dtype, parts, layouts in (
+        ("columns", 7, "float32", (), ("columns", "transposed", "sliced")),
+        ("transposed", 7, "float32", ("shared",), ("transposed", "sliced", "columns")),
+        ("sliced-bf16", 7, "bfloat16", ("padded_hidden",), ("sliced", "columns", "transposed")),
+        ("expanded", 7, "float32", ("shared", "latent"), ("expanded", "offset", "contiguous")),
+        ("offset-one-token", 1, "float32", (), ("offset", "expanded", "transposed")),
+        ("sliced-one-token-bf16", 1, "bfloat16", ("shared",), ("sliced", "sliced", "contiguous")),
+    )
+)
+
+CASES = (*VALUE_CASES, *TRACE_CASES, *ARGUMENT_CASES)

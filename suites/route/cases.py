@@ -251,4 +251,19 @@ FUSED_CASES = tuple(
     )
 )
 
-CASES = (*METHOD_CASES, *TIE_CASES, *NONE_CASES, *UNIQUE_CASES, *PADDING_CASES, *FUSED_CASES)
+# Layouts that the cases of the methods have not: those have columns of wider rows with steps, and a transpose.
+ARGUMENT_CASES = tuple(
+    _case("inputs.strides", row)
+    for row in (
+        "renorm      128  8  9 fp32 fine columns  smoke",
+        "renorm      128  8  1 bf16 fine sliced   core",
+        "deepseek-v3 256  8  9 fp32 fine columns  core",
+        "deepseek-v3 256  8  9 bf16 fine transposed core",
+        "deepseek-v2 160  6  9 fp32 fine offset   core",
+        "chosen      128  8  9 bf16 fine columns  core",
+        "biased      384  8  9 fp32 fine expanded core",
+        "gemma4      128  8 131 bf16 fine columns core",
+    )
+)
+
+CASES = (*METHOD_CASES, *TIE_CASES, *NONE_CASES, *UNIQUE_CASES, *PADDING_CASES, *FUSED_CASES, *ARGUMENT_CASES)

@@ -150,4 +150,28 @@ ONE_TOKEN_CASES = tuple(
     )
 )
 
-CASES = (*CLOSURE_CASES, *ROUTER_CASES, *ONE_TOKEN_CASES)
+ARGUMENT_CASES = tuple(
+    Case(
+        f"router-{name}-x-{layout}-{short}",
+        stage="router_module",
+        clause="inputs.strides",
+        recipe={
+            "logits": logits,
+            "routing": method(name, 8),
+            "experts": 128,
+            "hidden": 72,
+            "tokens": 9,
+            "dtype": dtype,
+            "arguments": {"x": layout},
+        },
+    )
+    for name, logits, layout, short, dtype in (
+        ("renorm", PLAIN, "columns", "fp32", "float32"),
+        ("gemma4", GEMMA4, "transposed", "fp32", "float32"),
+        ("deepseek-v3", IN_FLOAT32, "sliced", "bf16", "bfloat16"),
+        ("chosen", LogitsSpec(bias=True), "expanded", "bf16", "bfloat16"),
+        ("plain", PLAIN, "offset", "fp32", "float32"),
+    )
+)
+
+CASES = (*CLOSURE_CASES, *ROUTER_CASES, *ONE_TOKEN_CASES, *ARGUMENT_CASES)

@@ -58,6 +58,7 @@ def _shard(
         "hot": None,
         "copies": (),
         "dtype": "float32",
+        "arguments": {},
         **recipe,
     }
     if dims["F"] % recipe["tp"]:
@@ -147,4 +148,12 @@ REPLICAS = (
     _shard("replicas-tp2-bias", "shard.same-output", copies=COPIES, tp=2, bias=True),
 )
 
-CASES = (*SUMS, *NOTHING, *OUT_OF_RANGE, *SHARED, *REPLICAS)
+ARGUMENTS = (
+    _shard("x-columns", "inputs.strides", arguments={"x": "columns", "ids": "sliced", "weights": "transposed"}),
+    _shard("x-transposed-bias", "inputs.strides", arguments={"x": "transposed", "ids": "columns"}, bias=True),
+    _shard("x-sliced-tp2", "inputs.strides", arguments={"x": "sliced", "tensors": "transposed"}, tp=2),
+    _shard("x-expanded-bf16", "inputs.strides", arguments={"x": "expanded", "weights": "sliced"}, dtype="bfloat16"),
+    _shard("ids-int32", "inputs.dtypes", arguments={"ids": "int32"}, owners=OWNERS["scattered"], dropped=6),
+)
+
+CASES = (*SUMS, *NOTHING, *OUT_OF_RANGE, *SHARED, *REPLICAS, *ARGUMENTS)
