@@ -41,6 +41,26 @@ class WantsContiguous(Innocent):
         return super().route(inputs)
 
 
+class MorePrecisely(Innocent):
+    """Everything is float64 inside, also what a model computes in the dtype of its logits."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        spec = replace(inputs.routing, score_dtype="float32")
+        ids, weights = super().route(replace(inputs, logits=inputs.logits.double(), routing=spec))
+        return Routing(ids, weights.float())
+
+
+class NarrowWhereItMay(Innocent):
+    """Weights of a method that scores in the logits' dtype are handed on in that dtype."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        ids, weights = super().route(inputs)
+        if inputs.routing.score_dtype != "input" or inputs.routing.per_expert_scale:
+            return Routing(ids, weights)
+        return Routing(ids, weights.to(inputs.logits.dtype))
+
+
+_BITS = "scores_keep_their_bits"
 _GIVEN = "arguments_are_read_as_given"
 
 ACCUSED = tuple(
@@ -51,5 +71,8 @@ ACCUSED = tuple(
         (WantsContiguous, "inputs.strides", "experts-x-columns", _GIVEN, Verdict.UNSUPPORTED),
         (WantsContiguous, "inputs.strides", "experts-x-sliced", _GIVEN, Verdict.UNSUPPORTED),
         (WantsContiguous, "inputs.dtypes", "experts-weights-bf16", _GIVEN, Verdict.UNSUPPORTED),
+        (MorePrecisely, "routing.precision", "route-chosen-e128-k8-t131-bf16-fine", _BITS, Verdict.PASS),
+        (MorePrecisely, "routing.precision", "route-plain-e128-k8-t1-bf16-close", _BITS, Verdict.PASS),
+        (NarrowWhereItMay, "routing.precision", "route-deepseek-v4-e128-k8-t131-bf16-fine", _BITS, Verdict.PASS),
     )
 )

@@ -126,6 +126,12 @@ CLAUSES: dict[str, Clause] = {
         "A router must select and weigh exactly by the model's method: order of score, top-k, renormalisation, scale.",
         ("transformers#39581", "PaddleFormers#3452", "megablocks#87"),
     ),
+    "routing.precision": Clause(
+        "router-precision",
+        "Logits, scores, selection and weights must be computed in float32 where the model does, and never narrower "
+        "than they are stored, for one token as for many.",
+        ("torchtitan#2389", "vllm-ascend#9617"),
+    ),
     "route.fused-shared": Clause(
         "shared-experts",
         "Shared experts that are further slots of a routing must stand behind the chosen experts, each once in every "

@@ -53,7 +53,7 @@ def assert_honoured(stage: str, arguments: Mapping[str, str], judge: Callable[[C
 
     arguments: name -> how it is given. judge: raises Nonconformance where the stage is wrong when the arguments of
     these names are given so, and the others as usual. Raises Unsupported where the stage raises for them and for
-    nothing else.
+    nothing else, and where it is wrong however they are given, which is for the checks of other classes.
     """
     said = ", ".join(f"{name} {how}" for name, how in arguments.items())
     try:
@@ -61,9 +61,10 @@ def assert_honoured(stage: str, arguments: Mapping[str, str], judge: Callable[[C
     except Unsupported:
         raise
     except Nonconformance as error:
-        judge(())
+        if _is_wrong(judge, ()):
+            raise Unsupported(f"{stage}: not judged with {said}, for it is wrong without, too") from error
         for name in arguments:
-            if _is_wrong(judge, name):
+            if _is_wrong(judge, (name,)):
                 said = f"{name} {arguments[name]}"
                 break
         raise Nonconformance(f"with {said}, and right without: {error}") from error
@@ -73,9 +74,9 @@ def assert_honoured(stage: str, arguments: Mapping[str, str], judge: Callable[[C
         raise Unsupported(f"{stage}: refuses {said}: {type(error).__name__}: {reason}") from error
 
 
-def _is_wrong(judge: Callable[[Collection[str]], None], name: str) -> bool:
+def _is_wrong(judge: Callable[[Collection[str]], None], given: Collection[str]) -> bool:
     try:
-        judge((name,))
+        judge(given)
     except Nonconformance:
         return True
     except Exception:

@@ -19,6 +19,7 @@ _OWNERS = {
     "sglang": "sgl-project",
     "sglang-jax": "sgl-project",
     "tokenspeed": "lightseekorg",
+    "torchtitan": "pytorch",
     "transformers": "huggingface",
     "vllm": "vllm-project",
     "vllm-ascend": "vllm-project",

@@ -108,27 +108,12 @@ REAL_CASES = (
         for name, E, K in (*((name, 128, 8) for name in AT_REAL_SIZES), ("deepseek-v2", 160, 6), ("longcat", 512, 12))
         for T in (1, 131)
     ),
-    *(
-        _case("routing.method", f"{name} 128 8 131 bf16 fine contiguous core")
-        for name in ("plain", "renorm", "biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
-    ),
     # One expert a token, renormalised all the same.
     _case("routing.method", "renorm 8 1 9 fp32 fine contiguous core"),
     _case("routing.method", "biased 128 1 9 fp32 fine contiguous core"),
     # Scores of DeepSeek-V4 are roots of softplus, which overflows or vanishes where it is computed as log(1 + exp).
     _case("routing.method", "deepseek-v4 256 8 9 fp32 wide contiguous core"),
     _case("routing.method", "switch 8 1 24 fp32 fine contiguous core", sequences=3),
-    *(
-        _case("routing.method", f"{name} {E} {K} 9 bf16 fine contiguous core")
-        for name, (E, K) in AT_OWN_SIZES.items()
-        if name not in ("doge", "deepseek-v4-hash")
-    ),
-    # Logits stored in a narrow dtype, scores in float32 or not as the model says.
-    *(
-        _case("routing.method", f"{name} {E} {K} 9 bf16 normal sliced {'full' if E > 384 else 'core'}")
-        for name in ("biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
-        for E, K in REAL_SIZES
-    ),
     # Sums of scores so small that what is added to them, or is a floor under them, shows.
     *(
         _case("routing.method", f"{name} {E} {K} 9 fp32 tiny contiguous core", lenient)
@@ -142,6 +127,48 @@ REAL_CASES = (
 )
 
 METHOD_CASES = SOFTMAX_CASES + REAL_CASES
+
+# Logits stored in a narrow dtype, scores in float32 or not as the model says, at the sizes of models, in the branch of
+# one token and in that of many.
+PRECISION_CASES = (
+    *(
+        _case("routing.precision", f"{name} 128 8 131 bf16 fine contiguous core")
+        for name in ("plain", "renorm", "biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
+    ),
+    *(
+        _case("routing.precision", f"{name} {E} {K} 9 bf16 fine contiguous core")
+        for name, (E, K) in AT_OWN_SIZES.items()
+        if name not in ("doge", "deepseek-v4-hash")
+    ),
+    *(
+        _case("routing.precision", f"{name} {E} {K} 9 bf16 normal sliced {'full' if E > 384 else 'core'}")
+        for name in ("biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
+        for E, K in REAL_SIZES
+    ),
+    # Neighbours of the logits' dtype, whose scores are one number in that dtype: selection needs float32.
+    *(
+        _case("routing.precision", row)
+        for row in (
+            "plain       128  8   9 bf16 close contiguous smoke",
+            "plain       128  8   1 bf16 close contiguous core",
+            "renorm      256  8   1 bf16 close contiguous core",
+            "renorm      128  8 131 fp16 close contiguous core",
+            "gemma4      128  8   1 bf16 close contiguous core",
+            "biased      128  8   1 bf16 close contiguous core",
+            "deepseek-v3 256  8   1 bf16 close contiguous core",
+            "deepseek-v3 256  8   9 fp16 close contiguous core",
+            "deepseek-v2 160  6   1 bf16 close contiguous core",
+            "deepseek-v2 160  6   9 bf16 close contiguous core",
+            "llama4       16  1   1 bf16 close contiguous core",
+            "laguna      256  8   1 bf16 close contiguous core",
+            # Float32 logits that two bytes cannot hold apart.
+            "plain       128  8   1 fp32 close contiguous core",
+            "renorm      128  8  65 fp32 close contiguous core",
+            "deepseek-v2 160  6   9 fp32 close contiguous core",
+            "renorm      512 22   9 bf16 close contiguous full",
+        )
+    ),
+)
 
 # Spaced at least 1/16 apart and exact after the shift, so that the answer is the same and not only near.
 SHIFT_CASES = tuple(case for case in SOFTMAX_CASES if case["logits"] == "distinct" and case["tokens"])
@@ -266,4 +293,13 @@ ARGUMENT_CASES = tuple(
     )
 )
 
-CASES = (*METHOD_CASES, *TIE_CASES, *NONE_CASES, *UNIQUE_CASES, *PADDING_CASES, *FUSED_CASES, *ARGUMENT_CASES)
+CASES = (
+    *METHOD_CASES,
+    *PRECISION_CASES,
+    *TIE_CASES,
+    *NONE_CASES,
+    *UNIQUE_CASES,
+    *PADDING_CASES,
+    *FUSED_CASES,
+    *ARGUMENT_CASES,
+)

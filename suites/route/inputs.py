@@ -67,6 +67,13 @@ def logits_of(case: Case) -> Tensor:
                 wanted = torch.where(torch.arange(tokens) % 3 == 2, classes - 1, 0)
                 values[torch.arange(tokens), wanted] += 10
             return values
+        case "close":  # neighbours in the dtype, of both signs, whose scores two bytes do not hold apart
+            eps = torch.finfo(getattr(torch, case["dtype"])).eps
+            first, steps = (1 / 4, 2048) if case["dtype"] == "float32" else (1 / 64, round(1 / eps))
+            order = bits(shape, case.id).argsort(dim=-1) - classes // 2
+            place = torch.where(order < 0, -1 - order, order)
+            sizes = first * 2.0 ** (place // steps) * (1 + (place % steps) / steps)
+            return torch.where(order < 0, -sizes, sizes)
         case "tiny":  # the sigmoid's scores are exp of these, about the number that is added to their sum
             return fine(shape, case.id, std=0.5) + math.log(spec.epsilon) / spec.logit_scale
         case "wide":  # spans 1e4: most scores underflow
@@ -101,6 +108,8 @@ def bias_of(case: Case, size: int) -> Tensor:
         return torch.full((size,), std)
     if case["logits"] == "tiny":  # of a size with the scores: all are chosen by both
         return (fine((size,), seed, 0.25) * spec.epsilon).float()
+    if case["logits"] == "close":  # as far apart as the scores are
+        std = 2.0**-10
     return (fine((size,), seed, std) + constant_of(case)).float()
 
 

@@ -102,7 +102,7 @@ ROUTER_CASES = tuple(
     Case(
         f"router-{name}-e{experts}-k{top_k}-{'bf16' if dtype == 'bfloat16' else 'fp32'}",
         stage="router_module",
-        clause="routing.method",
+        clause="routing.precision" if dtype == "bfloat16" else "routing.method",
         recipe={
             "logits": logits,
             "routing": method(name, top_k),
@@ -132,7 +132,7 @@ ONE_TOKEN_CASES = tuple(
     Case(
         f"router-{name}-e128-k8-{kind}",
         stage="router_module",
-        clause="routing.method",
+        clause="routing.method" if dtype == "float32" else "routing.precision",
         recipe={
             "logits": logits,
             "routing": method(name, 8),
@@ -146,6 +146,9 @@ ONE_TOKEN_CASES = tuple(
         ("chosen", LogitsSpec(bias=True), "one-token-bf16", 1, "bfloat16"),
         ("deepseek-v3", IN_FLOAT32, "one-token-bf16", 1, "bfloat16"),
         ("gemma4", GEMMA4, "one-token-bf16", 1, "bfloat16"),
+        ("deepseek-v3", IN_FLOAT32, "131-tokens-bf16", 131, "bfloat16"),
+        ("renorm", PLAIN, "one-token-bf16", 1, "bfloat16"),
+        ("biased", IN_FLOAT32, "one-token-fp16", 1, "float16"),
         ("gemma4", LogitsSpec("gemma4", norm_eps=0.0625), "epsilon", 9, "float32"),
     )
 )
