@@ -9,6 +9,7 @@ from innocents import Accused, Innocent
 from torch import Tensor
 
 from moe_conformance.engine import ExpertsInputs, LayerInputs, RouteInputs, Routing
+from moe_conformance.engines.mutants.calls import InvariantInDouble
 from moe_conformance.errors import InputError
 from moe_conformance.judging.verdict import Verdict
 
@@ -60,6 +61,47 @@ class NarrowWhereItMay(Innocent):
         return Routing(ids, weights.to(inputs.logits.dtype))
 
 
+class OutputsInWiderRows(Innocent):
+    """A kernel writes rows of padded width, and the answer is a view of them; what is behind is never written."""
+
+    def wider(self, output: Tensor) -> Tensor:
+        rows, width = output.shape
+        return output.new_empty(rows, width + 12)[:, :width].copy_(output)
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        return self.wider(super().experts(inputs))
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        return self.wider(super().layer(inputs))
+
+
+class PreparesOnce(Innocent):
+    """Weights are prepared once for each tensor, which it keeps alive, and again once they have changed."""
+
+    def __init__(self) -> None:
+        self.prepared: dict[str, tuple[Tensor, int, Tensor]] = {}
+
+    def prepare(self, name: str, tensor: Tensor) -> Tensor:
+        held = self.prepared.get(name)
+        if held is None or held[0] is not tensor or held[1] != tensor._version:
+            held = self.prepared[name] = (tensor, tensor._version, tensor.clone())
+        return held[2]
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        tensors = {name: self.prepare(name, tensor) for name, tensor in inputs.tensors.items()}
+        return super().experts(replace(inputs, tensors=tensors))
+
+
+class InDouble(InvariantInDouble):
+    """Bits do not depend on the batch, and are not those of float32 sums."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        return self.in_double(inputs)
+
+
+_WRITTEN = "every_element_is_written"
+_BETWEEN = "another_call_between_leaves_no_trace"
+_BATCH = "rows_keep_their_bits_in_any_batch"
 _BITS = "scores_keep_their_bits"
 _GIVEN = "arguments_are_read_as_given"
 
@@ -71,6 +113,12 @@ ACCUSED = tuple(
         (WantsContiguous, "inputs.strides", "experts-x-columns", _GIVEN, Verdict.UNSUPPORTED),
         (WantsContiguous, "inputs.strides", "experts-x-sliced", _GIVEN, Verdict.UNSUPPORTED),
         (WantsContiguous, "inputs.dtypes", "experts-weights-bf16", _GIVEN, Verdict.UNSUPPORTED),
+        (OutputsInWiderRows, "outputs.written", "experts-written-wide-tail", _WRITTEN, Verdict.PASS),
+        (OutputsInWiderRows, "outputs.written", "layer-written-one-token-plain", _WRITTEN, Verdict.PASS),
+        (PreparesOnce, "calls.same-result", "experts-after-others", _BETWEEN, Verdict.PASS),
+        (PreparesOnce, "calls.same-bits", "experts-again", _BETWEEN, Verdict.PASS),
+        (InDouble, "rows.batch-invariant", "experts-rows-alone", _BATCH, Verdict.PASS),
+        (CopiesFirst, "rows.batch-invariant", "experts-rows-alone", _BATCH, Verdict.UNSUPPORTED),
         (MorePrecisely, "routing.precision", "route-chosen-e128-k8-t131-bf16-fine", _BITS, Verdict.PASS),
         (MorePrecisely, "routing.precision", "route-plain-e128-k8-t1-bf16-close", _BITS, Verdict.PASS),
         (NarrowWhereItMay, "routing.precision", "route-deepseek-v4-e128-k8-t131-bf16-fine", _BITS, Verdict.PASS),

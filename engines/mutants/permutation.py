@@ -268,7 +268,6 @@ MUTANTS = tuple(
         (TokensForPairs, "slots name tokens", "e60-k6", _PLACE),
         (PairsByColumn, "pairs are numbered column by column", "e60-k6", _PLACE),
         (PaddingIsPairZero, "padding is marked 0", "e60-k6", _PLACE),
-        (PaddingIsLeftUnwritten, "padding is what the memory held", "e60-k6", _COUNT),
         (LastBlockIsTheNextExperts, "the last block's expert is off by one", "e60-k6", _PLACE),
         (BoundariesBelongToThePreviousExpert, "first blocks name the expert before", "no-padding", _PLACE),
         (BlocksNameGlobalExperts, "blocks name global experts", "map-last-ranks", _PLACE),

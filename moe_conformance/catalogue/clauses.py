@@ -222,6 +222,30 @@ CLAUSES: dict[str, Clause] = {
         "Each dtype of ids and of routing weights must be honoured or refused, beside every dtype of x.",
         ("aiter#5255", "vllm#20166", "vllm#26162", "sglang#25380"),
     ),
+    "outputs.written": Clause(
+        "unwritten-output",
+        "Every element of every output must be written, whatever fresh memory holds: rows without an expert, ranks and "
+        "experts without a token, ends that fill no tile, no tokens at all.",
+        ("vllm#39510", "flashinfer#3840", "FastDeploy#4102"),
+    ),
+    "calls.same-result": Clause(
+        "determinism-state",
+        "A call must give the result of its arguments, whatever was called before: other shapes, other dtypes, another "
+        "layer of the same shape, nothing at all.",
+        ("TileOPs#640", "vllm#20392"),
+    ),
+    "calls.same-bits": Clause(
+        "determinism-state",
+        "The same call again should give the same bits.",
+        ("vllm#45683",),
+        "SHOULD",
+    ),
+    "rows.batch-invariant": Clause(
+        "batch-invariance",
+        "A token's row should have the same bits whatever rows are beside it, in whatever order.",
+        ("vllm#57016", "sglang#17424"),
+        "SHOULD",
+    ),
     "shard.same-output": Clause(
         "eplb",
         "Redundant experts, and moving them, must leave the output unchanged.",

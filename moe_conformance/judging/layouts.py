@@ -62,12 +62,12 @@ def assert_honoured(stage: str, arguments: Mapping[str, str], judge: Callable[[C
         raise
     except Nonconformance as error:
         if _is_wrong(judge, ()):
-            raise Unsupported(f"{stage}: not judged with {said}, for it is wrong without, too") from error
+            raise Unsupported(f"{stage}: not judged with {said}, for it is wrong otherwise, too") from error
         for name in arguments:
             if _is_wrong(judge, (name,)):
                 said = f"{name} {arguments[name]}"
                 break
-        raise Nonconformance(f"with {said}, and right without: {error}") from error
+        raise Nonconformance(f"with {said}, and right otherwise: {error}") from error
     except Exception as error:
         judge(())
         reason = str(error).partition("\n")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 # A repository whose owner is not certain has no address, and its threads are shown as text.
 _OWNERS = {
     "Automodel": "NVIDIA-NeMo",
+    "FastDeploy": "PaddlePaddle",
     "Liger-Kernel": "linkedin",
     "Megatron-Bridge": "NVIDIA-NeMo",
     "PaddleFormers": "PaddlePaddle",

@@ -137,6 +137,13 @@ PERMUTED = tuple(
     )
 )
 
+WRITTEN = (
+    _align("written-no-tokens", "outputs.written", T=0, E=5, K=2, tier="smoke"),
+    _align("written-idle", "outputs.written", held=MAPS["idle"], T=7),
+    _align("written-all-dropped", "outputs.written", dropped=20, T=7, E=5, K=2, block=64),
+    _align("written-unpicked", "outputs.written", T=3, K=2, block=64, dtype="int64"),
+)
+
 ARGUMENTS = (
     _align("rows-apart", "inputs.strides", layout="rows", tier="smoke"),
     _align("both-apart", "inputs.strides", layout="both"),
@@ -151,4 +158,4 @@ SPELLED_OUT = (
     _align("spelled-out-map", "align.no-expert", T=7, E=5, K=2, block=4, dropped=5, held=(4, 0, 3)),
 )
 
-CASES = (*WHOLE_BLOCKS, *NO_EXPERT, *OUT_OF_RANGE, *EARLIER_CALLS, *PERMUTED, *ARGUMENTS, *SPELLED_OUT)
+CASES = (*WHOLE_BLOCKS, *NO_EXPERT, *OUT_OF_RANGE, *EARLIER_CALLS, *PERMUTED, *WRITTEN, *ARGUMENTS, *SPELLED_OUT)

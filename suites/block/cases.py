@@ -175,6 +175,11 @@ ARGUMENT_CASES = tuple(
     for slug, layout in zip(SMOKE, cycle(("swapped", "columns")))
 )
 
+WRITTEN_CASES = tuple(
+    _case(slug, f"written-{kind}", "outputs.written", "core", shape=shape)
+    for slug, (kind, shape) in zip(SMOKE, cycle((("one-token", (1, 1)), ("no-tokens", (1, 0)), ("17-tokens", (1, 17)))))
+)
+
 CASES = (
     *ROUTE_CASES,
     *NARROW_ROUTE_CASES,
@@ -184,4 +189,5 @@ CASES = (
     *NO_EXPERT_CASES,
     *SHARED_CASES,
     *ARGUMENT_CASES,
+    *WRITTEN_CASES,
 )

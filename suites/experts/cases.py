@@ -179,4 +179,50 @@ ARGUMENT_CASES = (
     _case("weights-fp16", "inputs.dtypes", NARROW, arguments={"weights": "float16"}, dtype="float16"),
 )
 
-CASES = (*FUNCTION_CASES, *SUM_CASES, *NO_EXPERT_CASES, *OUTSIDE_CASES, *ARGUMENT_CASES)
+# Fresh memory is poisoned in every case; here much of it is for nobody.
+WRITTEN_CASES = (
+    _case("written-rows-without-expert", "outputs.written", tier="smoke", dropped=12),
+    _case("written-all-dropped-bf16", "outputs.written", {**NARROW, "T": 5}, dropped=20, dtype="bfloat16"),
+    _case("written-idle-experts", "outputs.written", {**NARROW, "T": 3, "E": 40, "K": 2}),
+    _case("written-idle-experts-bf16", "outputs.written", {**TINY, "T": 1, "E": 40, "K": 8, "D": 72}, dtype="bfloat16"),
+    _case("written-one-token-fp16", "outputs.written", {**NARROW, "T": 1, "D": 33}, dtype="float16"),
+    _case("written-ep3", "outputs.written", {**TINY, "T": 3}, owners=SCATTERED, rank=0, dropped=6),
+    _case("written-no-tokens", "outputs.written", {**TINY, "T": 0}),
+    _case("written-no-tokens-bias-ep3", "outputs.written", {**TINY, "T": 0}, function="silu-bias", owners=SCATTERED),
+    _case("written-wide-tail", "outputs.written", {**TINY, "T": 17, "D": 136, "F": 68}, function="silu-bias"),
+)
+
+# What is called before the same call again: another layer of the same shape, and calls of other sizes and dtypes.
+_OTHER_LAYER: dict[str, Any] = {}
+_OTHERS = (_OTHER_LAYER, {"T": 131}, {"dtype": "bfloat16"}, {"T": 1, "E": 3, "K": 2}, {"T": 0})
+
+STATE_CASES = (
+    _case("after-others", "calls.same-result", tier="smoke", between=_OTHERS),
+    _case(
+        "after-others-bf16", "calls.same-result", NARROW, dtype="bfloat16", between=(*_OTHERS[:2], {"dtype": "float32"})
+    ),
+    _case("after-others-bias", "calls.same-result", {**NARROW, "T": 70}, function="silu-bias", between=_OTHERS[:2]),
+    _case("after-others-one-token", "calls.same-result", {**TINY, "T": 1}, between=_OTHERS[:2]),
+    _case("after-others-ep3", "calls.same-result", owners=SCATTERED, rank=1, dropped=6, between=_OTHERS[:2]),
+    _case("after-wider", "calls.same-result", between=({"D": 40}, {"D": 12, "T": 70})),
+    _case("again", "calls.same-bits", {**NARROW, "T": 131}, between=(_OTHER_LAYER,)),
+    _case("again-bf16", "calls.same-bits", dtype="bfloat16", between=(_OTHER_LAYER,)),
+    _case("again-hot", "calls.same-bits", {**NARROW, "T": 70, "K": 2}, hot=9, between=()),
+)
+
+INVARIANT_CASES = (
+    _case("rows-alone", "rows.batch-invariant", {**TINY, "T": 35}, tier="smoke"),
+    _case("rows-alone-bf16", "rows.batch-invariant", {**NARROW, "T": 70, "E": 64, "K": 8}, dtype="bfloat16"),
+    _case("rows-alone-wide", "rows.batch-invariant", {**TINY, "T": 18, "D": 72, "F": 136}, function="silu-bias"),
+)
+
+CASES = (
+    *FUNCTION_CASES,
+    *SUM_CASES,
+    *NO_EXPERT_CASES,
+    *OUTSIDE_CASES,
+    *ARGUMENT_CASES,
+    *WRITTEN_CASES,
+    *STATE_CASES,
+    *INVARIANT_CASES,
+)

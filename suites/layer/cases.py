@@ -188,4 +188,39 @@ ARGUMENT_CASES = tuple(
     )
 )
 
-CASES = (*VALUE_CASES, *TRACE_CASES, *ARGUMENT_CASES)
+WRITTEN_CASES = tuple(
+    _case(
+        f"written{suffix}", {**NARROW, "T": tokens}, parts, scale=1.0, dtype=dtype, clause="outputs.written", tier=tier
+    )
+    for suffix, tokens, dtype, parts, tier in (
+        ("-one-token", 1, "float32", (), "smoke"),
+        ("-one-token-bf16", 1, "bfloat16", ("shared", "latent"), "core"),
+        ("-bf16", 17, "bfloat16", ("latent", *BOTH), "core"),
+        ("-no-tokens", 0, "float32", ("shared",), "core"),
+        ("-no-tokens-bf16", 0, "bfloat16", (), "core"),
+    )
+)
+
+# Another layer of the same shape, then a batch of another size, between two calls.
+STATE_CASES = (
+    *(
+        _case("after-others", dims, parts, scale=scale, dtype=dtype, clause="calls.same-result")
+        for dims, parts, scale, dtype in (
+            (TINY, (), 1.0, "float32"),
+            ({**NARROW, "T": 35}, ("shared",), 1.0, "float32"),
+            (TINY, ("shared", "latent", "padded_hidden"), 2.5, "float32"),
+            (NARROW, BOTH, 1.0, "bfloat16"),
+        )
+    ),
+    *(
+        _case("again", TINY, parts, scale=scale, clause="calls.same-bits")
+        for parts, scale in (((), 1.0), (("shared", "latent"), 1.0), (("shared", *BOTH), 2.5))
+    ),
+)
+
+INVARIANT_CASES = tuple(
+    _case("rows-alone", {**NARROW, "T": 18}, parts, scale=1.0, dtype=dtype, clause="rows.batch-invariant")
+    for parts, dtype in (((), "float32"), (("shared",), "bfloat16"), (("padded_hidden",), "float32"))
+)
+
+CASES = (*VALUE_CASES, *TRACE_CASES, *ARGUMENT_CASES, *WRITTEN_CASES, *STATE_CASES, *INVARIANT_CASES)

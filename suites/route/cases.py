@@ -293,6 +293,40 @@ ARGUMENT_CASES = tuple(
     )
 )
 
+WRITTEN_CASES = tuple(
+    _case("outputs.written", row)
+    for row in (
+        "renorm        7  7   1 fp32 fine   contiguous smoke",
+        "plain         1  1   3 bf16 fine   contiguous core",
+        "renorm      100  3   5 fp16 fine   contiguous core",
+        "deepseek-v3  72 22   5 bf16 fine   contiguous core",
+        "gemma4      128 22   1 bf16 fine   contiguous core",
+        "biased      896 22   3 fp32 fine   contiguous core",
+        "llama4       17  1   5 fp32 fine   contiguous core",
+        "renorm      128  8   0 bf16 normal contiguous core",
+    )
+)
+
+# Between two calls: another router of the same shape, and others.
+STATE_CASES = tuple(
+    _case("calls.same-result", row, between=({}, {"tokens": 131}, {"dtype": "bfloat16"}, {"tokens": 0}))
+    for row in (
+        "renorm       96  6  9 fp32 fine contiguous core",
+        "deepseek-v3  96  6  9 fp32 fine contiguous core",
+        "gemma4       96  6  9 bf16 fine contiguous core",
+        "chosen       96  6  1 fp32 fine contiguous core",
+    )
+)
+
+INVARIANT_CASES = tuple(
+    _case("rows.batch-invariant", row)
+    for row in (
+        "renorm      100  6 35 fp32 fine contiguous smoke",
+        "deepseek-v3 160  6 18 bf16 fine contiguous core",
+        "gemma4      100 22 18 fp32 fine contiguous core",
+    )
+)
+
 CASES = (
     *METHOD_CASES,
     *PRECISION_CASES,
@@ -302,4 +336,7 @@ CASES = (
     *PADDING_CASES,
     *FUSED_CASES,
     *ARGUMENT_CASES,
+    *WRITTEN_CASES,
+    *STATE_CASES,
+    *INVARIANT_CASES,
 )

@@ -156,4 +156,16 @@ ARGUMENTS = (
     _shard("ids-int32", "inputs.dtypes", arguments={"ids": "int32"}, owners=OWNERS["scattered"], dropped=6),
 )
 
-CASES = (*SUMS, *NOTHING, *OUT_OF_RANGE, *SHARED, *REPLICAS, *ARGUMENTS)
+WRITTEN = (
+    _shard("written-empty-rank", "outputs.written", owners=OWNERS["empty-rank"], T=3),
+    _shard("written-all-dropped", "outputs.written", dropped=20, T=5),
+    _shard("written-no-tokens-tp2", "outputs.written", T=0, tp=2),
+    _shard("written-one-token", "outputs.written", owners=OWNERS["scattered"], T=1, dtype="bfloat16"),
+)
+
+STATE = (
+    _shard("after-others", "calls.same-result", owners=OWNERS["scattered"], dropped=6),
+    _shard("after-others-tp2", "calls.same-result", tp=2, T=7),
+)
+
+CASES = (*SUMS, *NOTHING, *OUT_OF_RANGE, *SHARED, *REPLICAS, *ARGUMENTS, *WRITTEN, *STATE)

@@ -124,14 +124,15 @@ def judge_sum(engine: Engine, what: str, layer: ShardInputs, everybody: Sequence
     total = torch.zeros(layer.whole.x.shape, dtype=torch.float64)
     for inputs in everybody:
         total += part_of(engine, inputs)
-    compare.close(what, total, *_expected(everybody[0]))
+    compare.close(what, total, *expected(everybody[0]))
 
 
 def same_part(engine: Engine, what: str, got: Tensor, want: Tensor, inputs: ShardInputs) -> None:
     """Two parts of the same rank that must not differ: in bits, or for an engine without "same_bits" by roundings."""
     own = with_pairs(inputs, ids=inputs.whole.ids.where(held_pairs(inputs), -1))
-    assert_repeats(what, engine, "shard", got, want, _expected(own)[1])
+    assert_repeats(what, engine, "shard", got, want, expected(own)[1])
 
 
-def _expected(inputs: ShardInputs) -> tuple[Tensor, Bound]:
+def expected(inputs: ShardInputs) -> tuple[Tensor, Bound]:
+    """The exact sum of all parts, and how far that of correct ranks may be from it."""
     return expected_parts(inputs.whole, inputs.shared, inputs.shared_tensors, inputs.ep_size, inputs.tp_size)
