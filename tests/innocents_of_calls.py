@@ -99,6 +99,31 @@ class InDouble(InvariantInDouble):
         return self.in_double(inputs)
 
 
+class StoresTransposed(Innocent):
+    """Matrices lie transposed in its memory, whatever their shape."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        tensors = {name: t.mT.contiguous().mT if t.ndim > 2 else t for name, t in inputs.tensors.items()}
+        return super().experts(replace(inputs, tensors=tensors))
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        tensors = {name: t.mT.contiguous().mT if t.ndim > 1 else t for name, t in inputs.tensors.items()}
+        return super().layer(replace(inputs, tensors=tensors))
+
+
+class InChunks(Innocent):
+    """No more than 50 tokens at a time."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        if len(inputs.x) <= 50 or inputs.lora is not None:
+            return super().experts(inputs)
+        rows = zip(inputs.x.split(50), inputs.ids.split(50), inputs.weights.split(50), strict=True)
+        parts = [super(InChunks, self).experts(replace(inputs, x=x, ids=ids, weights=w)) for x, ids, w in rows]
+        return torch.cat(parts)
+
+
+_LAYOUT = "no_shape_decides_a_layout"
+_MANY = "any_number_of_tokens_is_computed"
 _WRITTEN = "every_element_is_written"
 _BETWEEN = "another_call_between_leaves_no_trace"
 _BATCH = "rows_keep_their_bits_in_any_batch"
@@ -113,6 +138,10 @@ ACCUSED = tuple(
         (WantsContiguous, "inputs.strides", "experts-x-columns", _GIVEN, Verdict.UNSUPPORTED),
         (WantsContiguous, "inputs.strides", "experts-x-sliced", _GIVEN, Verdict.UNSUPPORTED),
         (WantsContiguous, "inputs.dtypes", "experts-weights-bf16", _GIVEN, Verdict.UNSUPPORTED),
+        (StoresTransposed, "matrices.orientation", "experts-all-are-one-silu-bf16", _LAYOUT, Verdict.PASS),
+        (StoresTransposed, "matrices.orientation", "layer-oriented-all-are-one-shared-latent", _LAYOUT, Verdict.PASS),
+        (InChunks, "batches.any-size", "experts-hot", _MANY, Verdict.PASS),
+        (InChunks, "batches.any-size", "experts-257-tokens", _MANY, Verdict.PASS),
         (OutputsInWiderRows, "outputs.written", "experts-written-wide-tail", _WRITTEN, Verdict.PASS),
         (OutputsInWiderRows, "outputs.written", "layer-written-one-token-plain", _WRITTEN, Verdict.PASS),
         (PreparesOnce, "calls.same-result", "experts-after-others", _BETWEEN, Verdict.PASS),

@@ -118,13 +118,14 @@ class OneTokenProjectedNarrow(Faulty):
 
 
 class _NarrowForOne(Router):
-    def forward(self, x: Tensor) -> Any:
-        weights, ids = super().forward(x)
-        if len(x) != 1 or self.spec.logits.dtype != "float32":
+    def forward(self, hidden: Tensor, *, state: Tensor | None = None, **batch: Any) -> tuple[Tensor, Tensor]:
+        weights, ids = super().forward(hidden, state=state, **batch)
+        if len(hidden) != 1 or self.spec.logits.dtype != "float32":
             return weights, ids
-        narrow = Router(replace(self.spec, logits=replace(self.spec.logits, dtype="input"))).to(x.device)
+        narrow = Router(replace(self.spec, logits=replace(self.spec.logits, dtype="input"))).to(hidden.device)
         narrow.load_state_dict(self.state_dict())
-        return narrow(x)
+        found: tuple[Tensor, Tensor] = narrow(hidden, state=state, **batch)
+        return found
 
 
 # Narrow scores are wrong weights wherever logits are narrow.

@@ -222,6 +222,18 @@ CLAUSES: dict[str, Clause] = {
         "Each dtype of ids and of routing weights must be honoured or refused, beside every dtype of x.",
         ("aiter#5255", "vllm#20166", "vllm#26162", "sglang#25380"),
     ),
+    "matrices.orientation": Clause(
+        "weight-orientation",
+        "Which dim of a matrix is which must follow from what is declared, never from its shape: 2F = D, F = D, E = D, "
+        "2F < D, F > D.",
+        ("torchtitan#4373", "vllm#47874", "transformers#46818"),
+    ),
+    "batches.any-size": Clause(
+        "chunking",
+        "However many tokens there are, and pairs of one expert, and however they are cut into chunks and tiles: each "
+        "token's result must be its own.",
+        ("vllm#20392", "sglang#3679", "vllm#21963"),
+    ),
     "outputs.written": Clause(
         "unwritten-output",
         "Every element of every output must be written, whatever fresh memory holds: rows without an expert, ranks and "

@@ -48,6 +48,21 @@ def given_as(arguments: Mapping[str, str], given: Collection[str] | None, name: 
     return laid_out(tensor, how).contiguous() if how == "expanded" else tensor
 
 
+def assert_holds(stage: str, what: str, judge: Callable[[bool], None]) -> None:
+    """The stage is right with something special, of which its clause is about: judge(True), otherwise judge(False).
+
+    Raises Unsupported where it is wrong otherwise, too, which is for the checks of other classes.
+    """
+    try:
+        judge(True)
+    except Nonconformance as error:
+        try:
+            judge(False)
+        except Nonconformance:
+            raise Unsupported(f"{stage}: not judged with {what}, for it is wrong otherwise, too") from error
+        raise Nonconformance(f"with {what}, and right otherwise: {error}") from error
+
+
 def assert_honoured(stage: str, arguments: Mapping[str, str], judge: Callable[[Collection[str]], None]) -> None:
     """The stage reads its arguments as they are given, or refuses them.
 

@@ -188,6 +188,31 @@ ARGUMENT_CASES = tuple(
     )
 )
 
+ORIENTED_CASES = tuple(
+    _case(f"oriented-{name}", {**TINY, **dims}, parts, scale=1.0, dtype=dtype, clause="matrices.orientation")
+    for name, dims, parts, dtype in (
+        ("2f-is-h", {"H": 16, "F": 8}, (), "float32"),
+        ("f-is-h", {"H": 16, "F": 16}, (), "bfloat16"),
+        ("2f-below-h", {"H": 24, "F": 5}, (), "bfloat16"),
+        ("e-is-h", {"E": 16, "H": 16, "F": 6}, (), "float32"),
+        ("d-is-h", {"H": 16, "D": 16, "F": 10}, ("latent",), "float32"),
+        ("2fs-is-h", {"H": 16, "F": 10, "Fs": 8}, ("shared",), "float32"),
+        ("fs-is-h", {"H": 16, "F": 10, "Fs": 16}, ("shared",), "float32"),
+        ("all-are-one", {"T": 16, "E": 16, "H": 16, "D": 16, "F": 16, "Fs": 16}, ("shared", "latent"), "float32"),
+    )
+)
+
+CHUNK_CASES = tuple(
+    _case(f"{tokens}-tokens", {**NARROW, "T": tokens}, parts, tier, scale=1.0, dtype=dtype, clause="batches.any-size")
+    for tokens, parts, dtype, tier in (
+        (65, ("shared",), "float32", "core"),
+        (129, (), "float32", "core"),
+        (130, ("padded_hidden",), "bfloat16", "core"),
+        (257, (), "bfloat16", "core"),
+        (1025, ("shared",), "float32", "full"),
+    )
+)
+
 WRITTEN_CASES = tuple(
     _case(
         f"written{suffix}", {**NARROW, "T": tokens}, parts, scale=1.0, dtype=dtype, clause="outputs.written", tier=tier
@@ -223,4 +248,13 @@ INVARIANT_CASES = tuple(
     for parts, dtype in (((), "float32"), (("shared",), "bfloat16"), (("padded_hidden",), "float32"))
 )
 
-CASES = (*VALUE_CASES, *TRACE_CASES, *ARGUMENT_CASES, *WRITTEN_CASES, *STATE_CASES, *INVARIANT_CASES)
+CASES = (
+    *VALUE_CASES,
+    *TRACE_CASES,
+    *ARGUMENT_CASES,
+    *ORIENTED_CASES,
+    *CHUNK_CASES,
+    *WRITTEN_CASES,
+    *STATE_CASES,
+    *INVARIANT_CASES,
+)

@@ -37,8 +37,8 @@ def test_a_second_run_gives_the_same_bits(engine: Any, case: Case) -> None:
             assert_output(engine, other)
         except Nonconformance as error:
             raise Nonconformance(f"after another layer of the same shape: {error}") from error
-    more = {"x": other.x.repeat(5, 1), "logits": other.logits.repeat(5, 1)}
-    answer(engine, replace(other, **more), "layer output of more tokens")
+    more = replace(other, x=other.x.repeat(5, 1), logits=other.logits.repeat(5, 1))
+    answer(engine, more, "layer output of more tokens")
     again, what = answer(engine, inputs), "layer output of the same call again, against the first"
     if case.level == "SHOULD":
         compare.equal(what, again, first)

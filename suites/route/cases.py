@@ -293,6 +293,16 @@ ARGUMENT_CASES = tuple(
     )
 )
 
+CHUNK_CASES = tuple(
+    _case("batches.any-size", f"{name} {E} {K} {T} {dtype} fine contiguous {'full' if T > 257 else 'core'}")
+    for name, E, K, dtype, tokens in (
+        ("renorm", 60, 4, "fp32", (63, 64, 65, 127, 128, 129, 257, 4097)),
+        ("deepseek-v3", 96, 6, "bf16", (65, 129, 257, 1025)),
+        ("gemma4", 60, 10, "fp32", (130, 257)),
+    )
+    for T in tokens
+)
+
 WRITTEN_CASES = tuple(
     _case("outputs.written", row)
     for row in (
@@ -336,6 +346,7 @@ CASES = (
     *PADDING_CASES,
     *FUSED_CASES,
     *ARGUMENT_CASES,
+    *CHUNK_CASES,
     *WRITTEN_CASES,
     *STATE_CASES,
     *INVARIANT_CASES,

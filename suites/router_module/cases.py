@@ -177,4 +177,26 @@ ARGUMENT_CASES = tuple(
     )
 )
 
-CASES = (*CLOSURE_CASES, *ROUTER_CASES, *ONE_TOKEN_CASES, *ARGUMENT_CASES)
+# As many experts as columns: the projection and its transpose have one shape.
+ORIENTED_CASES = tuple(
+    Case(
+        f"router-{name}-square-{short}",
+        stage="router_module",
+        clause="matrices.orientation",
+        recipe={
+            "logits": logits,
+            "routing": method(name, 6),
+            "experts": 96,
+            "hidden": 96,
+            "tokens": 9,
+            "dtype": dtype,
+        },
+    )
+    for name, logits, short, dtype in (
+        ("renorm", PLAIN, "fp32", "float32"),
+        ("gemma4", GEMMA4, "fp32", "float32"),
+        ("chosen", LogitsSpec(bias=True), "bf16", "bfloat16"),
+    )
+)
+
+CASES = (*CLOSURE_CASES, *ROUTER_CASES, *ONE_TOKEN_CASES, *ARGUMENT_CASES, *ORIENTED_CASES)
