@@ -6,13 +6,17 @@ from functools import cache
 
 import pytest
 from every_check import CHECKS, verdict
-from innocents import ACCUSED, Accused, SumsInAnyOrder
+from innocents import ACCUSED as OF_STAGES
+from innocents import Accused, SumsInAnyOrder
+from innocents_of_calls import ACCUSED as OF_CALLS
 
 from moe_conformance.engine import STAGES
 from moe_conformance.engines.reference import Reference
 from moe_conformance.judging.judge import Judge
 from moe_conformance.judging.verdict import Verdict
 from moe_conformance.running.discovery import Target
+
+ACCUSED = (*OF_STAGES, *OF_CALLS)
 
 
 @cache

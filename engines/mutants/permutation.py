@@ -211,14 +211,6 @@ class Int64ReadAsInt32(FaultyIds):
         return inputs.ids.contiguous().view(torch.int32).flatten()[: inputs.ids.numel()].reshape(inputs.ids.shape)
 
 
-class StridesAreIgnored(FaultyIds):
-    """Ids are read as if one lay behind the other; what names no expert is dropped."""
-
-    def seen(self, inputs: AlignInputs) -> Tensor:
-        ids = inputs.ids.as_strided(inputs.ids.shape, (inputs.ids.shape[1], 1))
-        return ids.where((ids >= 0) & (ids < inputs.experts), -1)
-
-
 class LastOddTokenIsLost(FaultyIds):
     """Tokens are read two at a time."""
 
@@ -309,7 +301,6 @@ MUTANTS = tuple(
         (TokensForPairs, "slots name tokens", "e60-k6", _PLACE),
         (PairsByColumn, "pairs are numbered column by column", "e60-k6", _PLACE),
         (PaddingIsPairZero, "padding is marked 0", "e60-k6", _PLACE),
-        (PaddingIsLeftUnwritten, "padding is what the memory held", "e60-k6", _COUNT),
         (LastBlockIsTheNextExperts, "the last block's expert is off by one", "e60-k6", _PLACE),
         (BoundariesBelongToThePreviousExpert, "first blocks name the expert before", "no-padding", _PLACE),
         (BlocksNameGlobalExperts, "blocks name global experts", "map-last-ranks", _PLACE),
@@ -325,7 +316,6 @@ MUTANTS = tuple(
         (OnlyTheFirst512Experts, "pairs of experts from the 512th on are not counted", "e896-k16", _COUNT),
         (NineBitsOfAnId, "sort keys keep nine bits of an id", "all-on-last-of-896", _PLACE),
         (Int64ReadAsInt32, "int64 ids are read as int32", "e5-k5-int64", _PLACE),
-        (StridesAreIgnored, "ids are read as if contiguous", "rows-apart", _PLACE),
         (LastOddTokenIsLost, "the last of an odd number of tokens is lost", "permuted-e60-k6", _MOVED),
         (OnlyOneLaunch, "pairs from the 1024th on are not seen", "e60-k8-1048-pairs", _PLACE),
         (LocalIdsAreLookedUp, "the map is looked up with local ids", "map-last-ranks", _PLACE),

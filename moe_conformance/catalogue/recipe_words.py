@@ -15,6 +15,7 @@ _WORDS: Mapping[str, str] = {
     "K": "experts chosen for each token (top-k)",
     "T": "number of tokens",
     "answers_each": "how many answers each request gets",
+    "arguments": "how arguments are given: their layout in memory, with poison between the values, or their dtype",
     "baseline": "the naming style whose targets this one must share",
     "between": "the larger call that is made between two calls of this one",
     "block": "slots of a block (BLOCK_SIZE_M)",

@@ -5,6 +5,8 @@ from __future__ import annotations
 # A repository whose owner is not certain has no address, and its threads are shown as text.
 _OWNERS = {
     "Automodel": "NVIDIA-NeMo",
+    "FastDeploy": "PaddlePaddle",
+    "Liger-Kernel": "linkedin",
     "Megatron-Bridge": "NVIDIA-NeMo",
     "PaddleFormers": "PaddlePaddle",
     "SkyRL": "NovaSky-AI",
@@ -18,6 +20,7 @@ _OWNERS = {
     "sglang": "sgl-project",
     "sglang-jax": "sgl-project",
     "tokenspeed": "lightseekorg",
+    "torchtitan": "pytorch",
     "transformers": "huggingface",
     "vllm": "vllm-project",
     "vllm-ascend": "vllm-project",
