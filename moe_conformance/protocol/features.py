@@ -377,6 +377,7 @@ _SWITCHES: dict[str, Any] = {
     "padding_rows": _if("padding_rows"),
     "dropped": _if("dropped_ids"),
     "held": lambda value: {"expert_map"} if value is not None else set(),  # a rank may hold none
+    "lora": _if("lora"),
     "outside": lambda value: {"expert_bounds"},
     "routed": _if("routed_experts"),
     "step_tokens": _if("step_tokens"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 # A repository whose owner is not certain has no address, and its threads are shown as text.
 _OWNERS = {
     "Automodel": "NVIDIA-NeMo",
+    "Model-Optimizer": "NVIDIA",
     "Megatron-Bridge": "NVIDIA-NeMo",
     "PaddleFormers": "PaddlePaddle",
     "SkyRL": "NovaSky-AI",
@@ -13,12 +14,14 @@ _OWNERS = {
     "TransformerEngine": "NVIDIA",
     "Triton-distributed": "ByteDance-Seed",
     "aiter": "ROCm",
+    "auto-round": "intel",
     "flashinfer": "flashinfer-ai",
     "megablocks": "databricks",
     "sglang": "sgl-project",
     "sglang-jax": "sgl-project",
     "tokenspeed": "lightseekorg",
     "transformers": "huggingface",
+    "unsloth-zoo": "unslothai",
     "vllm": "vllm-project",
     "vllm-ascend": "vllm-project",
     "vllm-gaudi": "vllm-project",

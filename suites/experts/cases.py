@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.model.specs import MLPSpec
+from moe_conformance.suites.experts import stored
 
 # T tokens, E experts, K of them, D hidden, F intermediate width. 2F > D.
 TINY = {"T": 33, "E": 11, "K": 4, "D": 20, "F": 12}
@@ -145,4 +146,4 @@ OUTSIDE_CASES = (
     _case("id-e-ep3", "experts.out-of-range", owners=SCATTERED, rank=1, outside=11),
 )
 
-CASES = (*FUNCTION_CASES, *SUM_CASES, *NO_EXPERT_CASES, *OUTSIDE_CASES)
+CASES = (*FUNCTION_CASES, *SUM_CASES, *NO_EXPERT_CASES, *OUTSIDE_CASES, *stored.CASES)
