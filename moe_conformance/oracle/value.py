@@ -115,7 +115,8 @@ class Value:
 
         def largest(tensor: Tensor) -> Tensor:
             padded = torch.nn.functional.pad(tensor, (0, -width % group), value=-math.inf)
-            return padded.unflatten(-1, (-1, group)).amax(-1).repeat_interleave(group, -1)[..., :width]
+            most: Tensor = padded.unflatten(-1, (-1, group)).amax(-1)
+            return most.repeat_interleave(group, -1)[..., :width]
 
         return self.map(largest)
 
