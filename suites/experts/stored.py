@@ -88,8 +88,8 @@ _CORE = (
     _stored("int4-group", "cut", CUT),
     _stored("int4-group-zero", tier="smoke"),
     _stored("int4-group-zero", "cut", CUT),
-    _stored("mxfp4"),
-    _stored("mxfp4", "cut-swiglu-oai", CUT, function="swiglu-oai"),
+    _stored("mxfp4", "swiglu-oai", function="swiglu-oai"),
+    _stored("mxfp4", "cut", CUT),
     _stored("nvfp4", "ep", owners=_SCATTERED, rank=1),
     _stored("nvfp4-halves"),
 )
