@@ -135,7 +135,9 @@ class Linear:
     def _product(self, name: str, x: Value) -> Value:
         storage, weight, quant = self.storage, self.tensors[name], self.quant
         if quant is None or self.stored is None:
-            return x.project(weight, storage.compute)
+            # An adapter may be merged into the weights of the tokens that have it.
+            whole = weight if self.lora is None else Value.of(weight).stored(storage.x)
+            return x.project(whole, storage.compute)
         tile = {"block": quant.block[1], "group": quant.group}.get(quant.granularity, x.exact.shape[-1])
         if quant.activations != "no":
             given = self.stored[f"experts.{name}.input_scale"][self.expert] if quant.activations == "static" else None

@@ -46,7 +46,7 @@ def stored_tensors(
             case "global_scale":
                 found[name] = _spread(shape, name, size - 3)
             case "input_scale":
-                one = torch.full(shape, 1.375 * 2.0**-5)
+                one = torch.full(shape, 1.375 * 2.0 ** (-2 if matrix_name == "w2" else -5))
                 found[name] = one * 2.0 ** (torch.arange(experts) % 3 - 1) if input_scale_each else one
     return found
 
