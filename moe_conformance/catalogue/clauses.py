@@ -73,6 +73,12 @@ CLAUSES: dict[str, Clause] = {
         "A load must write every parameter with the checkpoint's values and consume every key, or say which not.",
         ("vllm#41206", "sglang#29659", "Megatron-Bridge#4706"),
     ),
+    "load.stored": Clause(
+        "quantised-scales",
+        "A quantised checkpoint must load with every weight the number that its code, zero point and scales make, in "
+        "every published form: by expert, packed, split by a quantiser, or left as it was in part.",
+        ("vllm#49638", "sglang#37679", "vllm#54047"),
+    ),
     "load.refuse-broken": Clause(
         "weight-coverage",
         "A truncated, mistyped or hostile checkpoint must be refused whole, with nothing half-loaded.",
