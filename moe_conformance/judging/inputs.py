@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_conformance.judging.draws import salt
+
 
 def _mix(counter: Tensor, seed: int) -> Tensor:
     """Splitmix64 (Steele, Lea, Flood 2014) of counter + seed, in wrapping int64."""
@@ -25,8 +27,9 @@ def _mix(counter: Tensor, seed: int) -> Tensor:
 
 
 def bits(shape: Sequence[int], seed: str) -> Tensor:
-    """int64 hash values in [0, 2^62) of the given shape; another seed string gives another stream."""
-    key = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little", signed=True)
+    """int64 hash values in [0, 2^62) of the given shape; another seed string gives another stream, as does a run's
+    --seed."""
+    key = int.from_bytes(hashlib.sha256((seed + salt()).encode()).digest()[:8], "little", signed=True)
     counter = torch.arange(math.prod(shape), dtype=torch.int64) * -0x61C8864680B583EB  # golden gamma
     return (_mix(counter, key) >> 2 & (1 << 62) - 1).reshape(tuple(shape))
 
