@@ -143,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     this = add("explain", explain, "Say what cases try and why, without running them.")
     this.add_argument("case", nargs="*", help="default: all that the options leave")
     filters(this)
+    this = add("repro", repro, "Write a script that shows the fault of an engine in a case, for a bug report.")
+    this.add_argument("case", help="id")
+    this.add_argument("--engine", required=True, metavar="NAME", help="or package.module:Class, or file.py:Class")
+    this.add_argument("--seed", type=int, default=0, metavar="N", help="of the run that failed")
+    this.add_argument("--to", type=Path, metavar="FILE", help="default: repro_CASE.py here")
     this = add("merge", merge, "Join the results of all shards of a run. The exit code is that of the whole run.")
     this.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="a folder of `run --shard N/M --out`")
     this.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for verdicts.jsonl and summary.md")
@@ -311,6 +316,15 @@ def _selected(options: argparse.Namespace) -> list[Case]:
             raise UsageError(f"--engine: {survey.why}")
         offered = survey.stages
     return selected(options.class_names, options.stage_names, options.family_names, offered)
+
+
+def repro(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.repro.command import write
+
+    file = options.to or Path(f"repro_{options.case.replace('-', '_')}.py")
+    print(write(options.engine, options.case, options.seed, file))
+    print(f"{file} is written.")
+    return 0
 
 
 def new_engine(options: argparse.Namespace, _: list[str]) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from moe_conformance.errors import Unjudged
 
@@ -18,14 +19,16 @@ ATTEMPTS = 10
 
 @dataclass
 class Draw:
-    """salt: added to the name of every hashed tensor. is_used: whether any was asked for."""
+    """salt: added to the name of every hashed tensor. is_used: whether any was asked for. made: where it is no None,
+    what was drawn, each with the call of inputs.py that draws it again."""
 
     salt: str = ""
     is_used: bool = False
+    made: list[tuple[str, Any]] | None = None
 
     @classmethod
-    def of(cls, seed: int, attempt: int = 0) -> Draw:
-        return cls((f" seed {seed}" if seed else "") + (f" attempt {attempt}" if attempt else ""))
+    def of(cls, seed: int, attempt: int = 0, made: list[tuple[str, Any]] | None = None) -> Draw:
+        return cls((f" seed {seed}" if seed else "") + (f" attempt {attempt}" if attempt else ""), made=made)
 
 
 _DRAW: ContextVar[Draw] = ContextVar("draw")
@@ -47,6 +50,14 @@ def salt() -> str:
         return ""
     draw.is_used = True
     return draw.salt
+
+
+def note(call: str, *arguments: Any, drawn: Any) -> None:
+    """Keep what was drawn, where somebody wants to write it out."""
+    draw = _DRAW.get(None)
+    if draw is not None and draw.made is not None:
+        # A copy: cases write into what they drew.
+        draw.made.append((f"{call}({', '.join(map(repr, arguments))})", drawn.clone()))
 
 
 def default_seed_only(what: str) -> None:

@@ -117,11 +117,13 @@ def _tensors(value: Any, where: str) -> Iterator[tuple[str, Tensor]]:
 class Judge:
     """One engine, built. Raises Unavailable where it cannot start here, UsageError where the adapter is not one.
 
-    seed: of all hashed inputs. raised: the exception behind the last outcome, for a debugger.
+    seed: of all hashed inputs. made: a list for what they are, or None. raised: the exception behind the last outcome,
+    for a debugger.
     """
 
     def __init__(self, target: Target, seed: int = 0) -> None:
         self.seed = seed
+        self.made: list[tuple[str, Any]] | None = None
         cls = target.load()
         missing = getattr(cls, "missing", None)
         reason = missing() if missing else None
@@ -179,7 +181,7 @@ class Judge:
         """
         undecided = ""
         for attempt in range(ATTEMPTS):
-            with drawing(Draw.of(self.seed, attempt)) as draw, kept():
+            with drawing(Draw.of(self.seed, attempt, self.made)) as draw, kept():
                 try:
                     facts = check(self.engine, case)
                 except Undecided as error:
