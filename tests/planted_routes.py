@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -147,6 +148,7 @@ def recorded(folder: Path, requests: list[list[int]], dtype: str = "float32") ->
 
     from moe_conformance.engines.transformers.block_routing import Tap
     from moe_conformance.engines.transformers.loading import blocks, class_of_folder
+    from moe_conformance.model.families.describe import describe
 
     model = class_of_folder(folder).from_pretrained(
         folder, dtype=getattr(torch, dtype), local_files_only=True, experts_implementation="eager"
@@ -164,7 +166,5 @@ def recorded(folder: Path, requests: list[list[int]], dtype: str = "float32") ->
         for layer, rows in seen.items():
             ids[:, layer] = rows
         found.append(ids)
-    text = model.config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next(getattr(text, name) for name in names if hasattr(text, name))
+    experts = describe(json.loads((folder / "config.json").read_text())).max_experts
     return Record(tuple(map(np.array, requests)), tuple(found), experts, tuple(every))

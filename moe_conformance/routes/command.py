@@ -157,10 +157,7 @@ def _judgement(
     narrow = unit_roundoff(dtype) > unit_roundoff(torch.float32)
     likeness = shared(table.own[table.here], table.ids)
     if narrow:  # single cells are counted; wrong are rows and layers that have little of their own
-        rows = likeness.mean(1) < table.middle
-        layers = torch.zeros(len(table.layers), dtype=torch.bool)
-        if len(table.ids):
-            layers = likeness.mean(0) < table.middle
+        rows, layers = likeness.mean(1) < table.middle, table.wrong.double().mean(0) >= 0.5
         table.wrong.logical_and_(rows[:, None] | layers[None])
     findings = Findings()
     _lengths(record, requests, findings)

@@ -23,7 +23,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.initialization import no_init_weights
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from moe_conformance.checkpoints.headers import Stored
 from moe_conformance.engines.transformers import OLDEST
@@ -94,6 +94,7 @@ def _built(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         name, held = config.get("model_type"), transformers.__version__
         raise Unsupported(f"routes: transformers {held} has no model type {name!r}; code in the folder is never run")
     disable_progress_bar()  # type: ignore[no-untyped-call]
+    set_verbosity_error()  # type: ignore[no-untyped-call]  # which kernels it lacks is of no concern here
     try:
         made = AutoConfig.from_pretrained(folder, local_files_only=True)
         cls = class_of(_names(config), lambda: made)
@@ -228,6 +229,10 @@ class _Ended(BaseException):
     """Leaves the forward of a request, of which nothing more is asked."""
 
 
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    raise _Ended
+
+
 class _Walk(threading.Thread):
     """One request's forward. layer: before which it waits, or None when it has ended."""
 
@@ -282,8 +287,7 @@ class _Walks:
             walk.has_come.acquire()
             if walk.error is not None:
                 raise walk.error
-        last = max(self.model.blocks)
-        while (layer := self.walks[0].layer) is not None and layer <= last:
+        while (layer := self.walks[0].layer) is not None:
             name, block = f"{self.model.stack_name}.{layer}", self.model.blocks.get(layer)
             self.shelf.load(name)
             if block is None:
@@ -323,6 +327,7 @@ class _Walks:
     def _hook(self) -> None:
         for index, layer in enumerate(self.model.stack):
             self.handles.append(layer.register_forward_pre_hook(self._before(index)))
+        self.handles.append(self.model.stack[max(self.model.blocks)].register_forward_hook(_leave))
         inside = f"{self.model.stack_name}."
         for name, module in self.model.model.named_modules():
             if not name.startswith(inside) and any(part is not None for part in module._parameters.values()):
