@@ -30,6 +30,10 @@ CHECKPOINT = """Say whether an MoE checkpoint is whole, before it is served. Hea
 
 exit code 0: sound. 1: a defect. 2: wrong usage, or nothing that can be judged."""
 
+ROUTES = """Say whether captured routes are what the model's own router chose. It runs layer by layer.
+
+exit code 0: they are. 1: a defect. 2: wrong usage, or nothing that can be judged."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `moe-conformance`; ends by SystemExit."""
@@ -103,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
                 help=f"only this {about}",
             )
 
+    def forms(made: argparse.ArgumentParser) -> None:
+        form = made.add_mutually_exclusive_group()
+        form.add_argument("--json", action="store_true", help="for machines")
+        form.add_argument("--markdown", action="store_true", help="for a summary of a CI job")
+
     this = add("run", run, RUN)
     this.add_argument(
         "--engine", action="append", default=[], metavar="NAME", help="or package.module:Class, or file.py:Class"
@@ -168,9 +177,13 @@ def _parser() -> argparse.ArgumentParser:
     this = add("checkpoint", checkpoint, CHECKPOINT)
     this.add_argument("folder", type=Path, help="with config.json and safetensors")
     this.add_argument("--values", action="store_true", help="read every tensor: scales, NaN, experts that are alike")
-    form = this.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="for machines")
-    form.add_argument("--markdown", action="store_true", help="for a summary of a CI job")
+    forms(this)
+    this = add("routes", routes, ROUTES)
+    this.add_argument("folder", type=Path, help="of the model, with config.json and safetensors")
+    this.add_argument("record", type=Path, help="of routed experts: .npy, .safetensors or .jsonl (docs/routes.md)")
+    this.add_argument("--tokens", type=Path, metavar="FILE.npy", help="token ids of an .npy record")
+    this.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="served in (as config.json says)")
+    forms(this)
     this = add(
         "diff",
         diff,
@@ -363,6 +376,20 @@ def checkpoint(options: argparse.Namespace, _: list[str]) -> int:
     try:
         found = judged(options.folder, options.values)
     except (CheckpointError, DenseModelError) as error:
+        print(f"moe-conformance: {error}", file=sys.stderr)
+        return 2
+    print(report.as_json(found) if options.json else (report.markdown if options.markdown else report.text)(found))
+    return int(not found.is_sound)
+
+
+def routes(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.checkpoints import report
+    from moe_conformance.errors import MoEConformanceError
+    from moe_conformance.routes.command import judged
+
+    try:
+        found = judged(options.folder, options.record, options.tokens, options.dtype)
+    except MoEConformanceError as error:
         print(f"moe-conformance: {error}", file=sys.stderr)
         return 2
     print(report.as_json(found) if options.json else (report.markdown if options.markdown else report.text)(found))
