@@ -1,4 +1,4 @@
-"""SGLang's adapter as far as it goes without SGLang: stand-ins for import, refusals, what is missing, words of experts."""
+"""SGLang's adapter as far as it goes without SGLang: stand-ins, refusals, what is missing, how things are asked for."""
 
 from __future__ import annotations
 

@@ -83,6 +83,7 @@ class SGLang(Engine):
     def info(self) -> EngineInfo:
         from moe_conformance.engines.sglang import device, runtime
 
+        runtime.start()
         return EngineInfo(self.name, runtime.release(), device.kind())
 
     @cached_property

@@ -47,8 +47,9 @@ def said(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return lines[0] if lines else type(error).__name__
-    inside = f"{os.sep}sglang{os.sep}"
-    frame = next((found for found in reversed(frames) if inside in found.filename), frames[-1])
+    inside, ours = f"{os.sep}sglang{os.sep}", os.path.dirname(__file__)
+    theirs = [found for found in frames if inside in found.filename and not found.filename.startswith(ours)]
+    frame = theirs[-1] if theirs else frames[-1]
     place = frame.filename.rpartition(inside)[2]
     code = " ".join((frame.line or "").split())
     return ": ".join(filter(None, (place, code or type(error).__name__, *lines)))

@@ -15,9 +15,6 @@ from torch import Tensor
 from moe_conformance.engine import called_by_engine
 from moe_conformance.engines.sglang import device, stand_ins
 
-# Before anything imports sglang.
-stand_ins.install()
-
 # Ranks and groups that a model asks for; a release that lacks one is not told of it.
 RANKS = (
     "attn_cp_rank", "attn_dp_rank", "attn_tp_rank", "moe_dp_rank", "moe_ep_rank", "moe_tp_rank", "pp_rank", "tp_rank",
@@ -51,7 +48,8 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
 
 @functools.cache
 def start() -> None:
-    """Publish server arguments and the place of one rank, once a process."""
+    """Publish server arguments and the place of one rank, once a process, before anything else imports sglang."""
+    stand_ins.install()
     from sglang.srt.runtime_context import get_context, get_parallel
 
     torch.set_grad_enabled(False)
