@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from moe_conformance.engine import (
     Aligned,
     AlignInputs,
+    BlockInputs,
+    BlockOutput,
     Engine,
     EngineInfo,
     ExpertMapSpec,
@@ -94,6 +96,7 @@ class SGLang(Engine):
             "align": _align,
             "expert_map": _expert_map,
             "replicate": _replicate,
+            "block": _block,
         }
         found = {}
         for stage, probe in probes.items():
@@ -133,6 +136,13 @@ class SGLang(Engine):
         answer, self._kernel = stage.experts(inputs, self.kernel)
         return answer
 
+    def block(self, inputs: BlockInputs) -> BlockOutput:
+        self._want("block")
+        from moe_conformance.engines.sglang import block as stage
+
+        answer, self._kernel = stage.block(inputs)
+        return answer
+
     def align(self, inputs: AlignInputs) -> Aligned:
         self._want("align")
         from moe_conformance.engines.sglang import align as stage
@@ -153,6 +163,12 @@ class SGLang(Engine):
 
         self._kernel = stage.NAMES
         return stage.replicate(inputs)
+
+
+def _block() -> frozenset[str]:
+    from moe_conformance.engines.sglang import block as stage
+
+    return stage.features()
 
 
 def _route() -> frozenset[str]:
