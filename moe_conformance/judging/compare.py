@@ -71,6 +71,24 @@ def close(what: str, got: Tensor, want: Tensor, bound: Bound) -> None:
     _report(what, got, want, bad, detail)
 
 
+def is_close(got: Tensor, want: Tensor, bound: Bound) -> bool:
+    """Whether `close` would let it pass."""
+    return bool(((got.detach().cpu().double() - want.double()).abs() <= bound.limit).all())
+
+
+def written(what: str, got: Tensor) -> None:
+    """No element is NaN, which fresh memory holds while cases run, and no input of the call."""
+    got = _values(what, got, got)
+    bad = got.isnan() if got.is_floating_point() else got == torch.iinfo(got.dtype).max
+    if count := int(bad.sum()):
+        place = _where(int(bad.flatten().to(torch.uint8).argmax()), bad.shape)
+        value = "NaN" if got.is_floating_point() else "the dtype's largest"
+        raise Nonconformance(
+            f"{what}: {count} of {bad.numel()} elements were never written, or made of what was not, first at {place}: "
+            f"got {value}, which fresh memory holds while cases run; write every element, or begin with zeros"
+        )
+
+
 def _report(what: str, got: Tensor, want: Tensor, bad: Tensor, detail: str) -> None:
     count = int(bad.sum())
     if not count:

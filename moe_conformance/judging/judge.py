@@ -16,7 +16,17 @@ from torch import Tensor
 import moe_conformance
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import PROTOCOL_VERSION, STAGES, Engine, EngineInfo, Limits
-from moe_conformance.errors import BeyondLimits, Broken, Nonconformance, Unavailable, Unsupported, UsageError
+from moe_conformance.errors import (
+    BeyondLimits,
+    Broken,
+    Nonconformance,
+    Unavailable,
+    Undecided,
+    Unjudged,
+    Unsupported,
+    UsageError,
+)
+from moe_conformance.judging.draws import ATTEMPTS, Draw, drawing
 from moe_conformance.judging.probe import probe
 from moe_conformance.judging.state import kept
 from moe_conformance.judging.verdict import Outcome, Refusal, Verdict
@@ -107,10 +117,13 @@ def _tensors(value: Any, where: str) -> Iterator[tuple[str, Tensor]]:
 class Judge:
     """One engine, built. Raises Unavailable where it cannot start here, UsageError where the adapter is not one.
 
-    raised: the exception behind the last outcome, for a debugger.
+    seed: of all hashed inputs. made: a list for what they are, or None. raised: the exception behind the last outcome,
+    for a debugger.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, seed: int = 0) -> None:
+        self.seed = seed
+        self.made: list[tuple[str, Any]] | None = None
         cls = target.load()
         missing = getattr(cls, "missing", None)
         reason = missing() if missing else None
@@ -153,14 +166,29 @@ class Judge:
             return Outcome(Verdict.UNSUPPORTED, said, refusal=Refusal.FEATURE)
         self._ran()  # drop what ran for an earlier case
         try:
-            with kept():
-                facts = check(self.engine, case)
+            facts = self._facts(check, case)
         except Exception as error:
             self.raised = error
             outcome = self._outcome(error)
             ran = self._ran()
             return replace(outcome, message=f"{outcome.message} [{ran}]") if ran else outcome
         return Outcome(Verdict.PASS, self._ran(), facts)
+
+    def _facts(self, check: Callable[[Any, Case], Any], case: Case) -> Any:
+        """What the check returns for a golden, which is of the inputs that the default seed draws first.
+
+        A check whose facts depend on what is drawn holds them against the oracle itself, so others are left out.
+        """
+        undecided = ""
+        for attempt in range(ATTEMPTS):
+            with drawing(Draw.of(self.seed, attempt, self.made)) as draw, kept():
+                try:
+                    facts = check(self.engine, case)
+                except Undecided as error:
+                    undecided = str(error)
+                    continue
+            return None if draw.salt and draw.is_used else facts
+        raise Broken(f"{undecided}; so they were in {ATTEMPTS} draws")
 
     def _ran(self) -> str:
         """What the adapter's `ran()` says; an exception in it changes no verdict."""
@@ -172,6 +200,8 @@ class Judge:
 
     def _outcome(self, error: Exception) -> Outcome:
         match error:
+            case Unjudged():
+                return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.SEED)
             case BeyondLimits():
                 return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.LIMIT)
             case Unsupported():

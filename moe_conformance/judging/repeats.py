@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_conformance.judging import compare
-from moe_conformance.oracle.bounds import Bound
+from moe_conformance.oracle.bounds import Bound, twice
 
 
 def assert_repeats(what: str, engine: Any, stage: str, again: Tensor, first: Tensor, bound: Bound) -> None:
@@ -19,4 +19,4 @@ def assert_repeats(what: str, engine: Any, stage: str, again: Tensor, first: Ten
     if "same_bits" in engine.capabilities()[stage]:
         compare.equal(what, again, first)
     else:
-        compare.close(what, again, first, Bound(2 * bound.limit, f"twice: {bound.origin}"))
+        compare.close(what, again, first, twice(bound))

@@ -39,12 +39,14 @@ class Verdict(StrEnum):
 
 
 class Refusal(StrEnum):
-    """Why a case was not judged: the adapter declares no such stage, feature or size, or it refused this call."""
+    """Why a case was not judged: the adapter declares no such stage, feature or size, or it refused this call;
+    or the answer is known for the default seed alone."""
 
     STAGE = "stage"
     FEATURE = "feature"
     LIMIT = "limit"
     CALL = "call"
+    SEED = "seed"
 
 
 @dataclass(frozen=True)

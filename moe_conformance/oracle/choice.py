@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_conformance.errors import Undecided
 from moe_conformance.model.specs import RoutingSpec
 from moe_conformance.oracle.capacity import Interval, Room, choices, room
 from moe_conformance.oracle.precision import in_precision, unit_roundoff
@@ -103,8 +104,8 @@ def _apart(picked: Tensor, bounds: Interval) -> Tensor:
 def choose(inputs: RouteInputs, logits: Value | None, stored: torch.dtype) -> Choice:
     """The oracle's own routing of every row, with weights handed on in `stored`.
 
-    logits: with their errors where the engine computes them itself. Raises ValueError if rounding could change an
-    expert: the case then needs other inputs.
+    logits: with their errors where the engine computes them itself. Raises Undecided if rounding could change an
+    expert: the inputs are then no good.
     """
     spec, dtype = inputs.routing, inputs.logits.dtype
     given = Value.of(inputs.logits) if logits is None else logits
@@ -123,7 +124,7 @@ def choose(inputs: RouteInputs, logits: Value | None, stored: torch.dtype) -> Ch
         certain, dropped = certain & (keeps ^ drops).all(1), drops
     if not certain.all():
         rows = (~certain).nonzero().flatten().tolist()
-        raise ValueError(f"inputs are no good: rounding may change the experts of rows {rows}")
+        raise Undecided(f"inputs are no good: rounding may change the experts of rows {rows}")
     weights, shared = weights_value(given, ids, spec, inputs.tensors, dtype, dropped, stored=stored)
     return Choice(ids.masked_fill(dropped, -1), weights, shared)
 

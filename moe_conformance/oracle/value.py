@@ -100,16 +100,38 @@ class Value:
 
         return Value(exact, change(LAMBDA * self.spread) / LAMBDA, change(self.limit))
 
-    def project(self, weight: Tensor, compute: torch.dtype) -> Value:
-        """self [T, in] @ weight [out, in]^T, accumulated in `compute` in any order.
+    def snapped(self, grid: Callable[[Tensor], Tensor]) -> Value:
+        """The point of a grid that each element goes to: none errs but those near a middle, and these by whole steps.
+
+        A step is one rounding at its largest, whichever part of the interval leads to it.
+        """
+        exact = grid(self.exact)
+        step = torch.maximum(*((grid(self.exact + by) - exact).abs() for by in (self.limit, -self.limit)))
+        return Value(exact, step, step)
+
+    def largest_of(self, group: int) -> Value:
+        """The largest of every `group` elements of the last dim, for each of them; the last group may be cut."""
+        width = self.exact.shape[-1]
+
+        def largest(tensor: Tensor) -> Tensor:
+            padded = torch.nn.functional.pad(tensor, (0, -width % group), value=-math.inf)
+            most: Tensor = padded.unflatten(-1, (-1, group)).amax(-1)
+            return most.repeat_interleave(group, -1)[..., :width]
+
+        return self.map(largest)
+
+    def project(self, weight: Tensor | Value, compute: torch.dtype, more: int = 0) -> Value:
+        """self [T, in] @ weight [out, in]^T, accumulated in `compute` in any order; more: roundings of partial sums.
 
         n products and n - 1 additions. Whatever the order, no partial sum is larger than m, all positive products
         together or all negative ones; roundings of the products add up to at most 2 m, or the root of 2 m^2.
         """
-        factors, terms = weight.double(), weight.shape[-1]
+        factors, terms = weight.exact if isinstance(weight, Value) else weight.double(), self.exact.shape[-1]
         exact, magnitude = self.exact @ factors.T, self.exact.abs() @ factors.abs().T
-        inherited = (self.spread.square() @ factors.square().T).sqrt()
-        return Value(exact, inherited).erring((magnitude + exact.abs()) / 2, terms + 1, compute)
+        inherited = self.spread.square() @ factors.square().T
+        if isinstance(weight, Value):
+            inherited = inherited + (self.exact.abs() + self.limit).square() @ weight.spread.square().T
+        return Value(exact, inherited.sqrt()).erring((magnitude + exact.abs()) / 2, terms + 1 + more, compute)
 
     def summed(self, dtype: torch.dtype) -> Value:
         """Over dim 0, in any order, every partial sum of two terms and more stored in dtype.

@@ -13,7 +13,10 @@ from moe_conformance.reporting.tables import Columns, cut
 
 # Marks the end of the part of a message that is about this result alone: see failure() in reporting/explain.py.
 _ABOUT = "\nstage:    "
-_RERUN = re.compile(r"\nrerun:    (moe-conformance run --engine [\w.:+-]+ --case [a-z0-9-]+)$")
+# A quoted name is one word to a shell, whatever it contains.
+_RERUN = re.compile(
+    r"\nrerun:    (moe-conformance run --engine (?:[\w./:+-]+|'[^'\n]*') --case [a-z0-9-]+(?: --seed [0-9]+)?)$"
+)
 # \b: so that a word without a dot is tried once, not from each of its letters.
 _VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\b\w+(?:\.\w+)+|[-+]?\d[\d.e+-]*")
 # Limits of the terminal: lines of a message, characters of a line, faults. summary.md and the report show more.
