@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -25,6 +26,7 @@ from moe_conformance.reporting.faults import Fault, command, faults, own_words, 
 from moe_conformance.reporting.runs import Column, Run, columns, in_short
 from moe_conformance.reporting.tables import KINDS, as_text, cells, kind
 from moe_conformance.reporting.threads import address
+from moe_conformance.repro import STAGES
 
 T = TypeVar("T")
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -196,6 +198,7 @@ def _data(runs: Sequence[Run], shown: Sequence[Column], found: Sequence[Fault]) 
             rows["fault"].append(fault_of.get(id(result), -1))
             rows["ms"].append(round(result.seconds * 1000))
     clauses: _Interned[str] = _Interned()
+    headers = {run.name: run.header for run in runs}
     data = {
         "columns": [
             {
@@ -205,6 +208,7 @@ def _data(runs: Sequence[Run], shown: Sequence[Column], found: Sequence[Fault]) 
                 "device": c.device,
                 "run": c.run,
                 "asked": _asked_as(c),
+                "seed": _seed(headers[c.run]),
             }
             for c in shown
         ],
@@ -228,8 +232,15 @@ def _asked_as(column: Column) -> str:
     """The engine as --engine takes it, which for one that is not registered is a path."""
     for result in column.results:
         if result.verdict.badness and (said := command(result)):
-            return said.split()[3]
-    return column.engine
+            return said.partition(" --engine ")[2].rpartition(" --case ")[0]
+    return shlex.quote(column.engine)
+
+
+def _seed(header: Mapping[str, Any]) -> int:
+    """The run's; 0, the default, if the header has none."""
+    selection = header.get("selection")
+    seed = selection.get("seed") if isinstance(selection, dict) else None
+    return seed if isinstance(seed, int) else 0
 
 
 def _case(name: str, stage: str, bug_class: str, clauses: Callable[[str], int]) -> dict[str, Any]:
@@ -244,6 +255,7 @@ def _case(name: str, stage: str, bug_class: str, clauses: Callable[[str], int]) 
         "tier": case.tier,
         "level": case.level,
         "lenient": case.lenient,
+        "repro": stage in STAGES,
         "recipe": [f"{key} = {spelled(value)}" for key, value in case.recipe.items()],
     }
 

@@ -1,5 +1,4 @@
-"""The engine's process: `python -m moe_conformance.running.host NAME PATH SEED READ WRITE` answers questions, a line
-each.
+"""The engine's process. `python -m moe_conformance.running.host NAME PATH SEED READ WRITE` answers a question a line.
 
 READ and WRITE are descriptors that nothing else knows: see child.py. The first line out says who the engine is, or why
 it cannot start.
