@@ -99,7 +99,7 @@ class BiasAddedToLogits(Faulty):
         return answer
 
 
-class OneBufferForAll(WithMemory):
+class AnswersShareABuffer(WithMemory):
     """Answers of one shape lie in one buffer."""
 
     def experts(self, inputs: ExpertsInputs) -> Tensor:
@@ -207,7 +207,7 @@ _ROWS: tuple[tuple[str, frozenset[str], tuple[tuple[Any, str, str, str], ...]], 
             (AddsIntoX, _UNCHANGED, "x is overwritten beside a shared expert", "layer-unchanged-bf16-shared"),
             (SortsIdsWhereTheyLie, _UNCHANGED, "ids are sorted in place", "align-unchanged-map-dropped-int64"),
             (BiasAddedToLogits, _UNCHANGED, "a bias is added in place", "route-biased-e40-k5-t1-fp32-fine"),
-            (OneBufferForAll, _OWN, "answers share a buffer", "experts-own-memory"),
+            (AnswersShareABuffer, _OWN, "answers share a buffer", "experts-own-memory"),
             (WeightsAreAViewOfLogits, _OWN, "weights lie where the logits were", "route-plain-e7-k7-t7-fp32-fine"),
             (FakeIsFloat32, _FAKE, "a fake in float16 is float32", "layer-fake-fp16-plain"),
             (FakeIsPadded, _FAKE, "a fake has padded strides", "layer-fake-bf16-shared-latent-padded-hidden"),
