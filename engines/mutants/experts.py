@@ -89,7 +89,7 @@ class OutsideWraps(Faulty):
 
 
 # Every sum is of outputs, and every batch with dropped pairs has a sum.
-SUMS = frozenset({"activation", "combine-algebra", "expert-map"})
+SUMS = frozenset({"activation", "combine-algebra", "expert-map", "quantised-scales", "expert-lora"})
 
 
 def _mutant(

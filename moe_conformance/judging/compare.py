@@ -33,7 +33,7 @@ def shape_and_type(what: str, got: Any, shape: Sequence[int], integer: bool | No
 
 
 def _values(what: str, got: Any, want: Tensor, integer: bool | None = None) -> Tensor:
-    """The numbers in an answer of this shape, on the CPU, whatever its class makes of functions."""
+    """The numbers in an answer of this shape, on the CPU; a tensor subclass cannot intercept that."""
     shape_and_type(what, got, want.shape, integer)
     if type(got) is not Tensor and type(got).__torch_dispatch__ is Tensor.__torch_dispatch__:
         got = Tensor.as_subclass(got, Tensor)
@@ -43,7 +43,7 @@ def _values(what: str, got: Any, want: Tensor, integer: bool | None = None) -> T
 
 
 def _is_fake(tensor: Tensor) -> bool:
-    """Asked of the module where there is one, for importing it takes long."""
+    """Only if the module is already imported: importing it takes long."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
 

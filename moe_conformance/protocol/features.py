@@ -118,6 +118,10 @@ FEATURES: tuple[Feature, ...] = (
         Feature(("experts", "layer"), f"quantised:{name}", f"weights stored as {name}", "such weights")
         for name in ("fp8_e4m3", "int8", "int4", "mxfp4", "nvfp4")
     ),
+    *(
+        Feature(("load",), f"quantised:{name}", f"checkpoints of {name} weights are read", "such checkpoints")
+        for name in ("fp8_e4m3", "int8", "int4", "mxfp4", "nvfp4", "nf4")
+    ),
     Feature(("experts", "layer"), "quantised_activations", "activations are quantised, too", "such layers"),
     Feature(("experts",), "lora", "LoRA adapters of experts", "such calls"),
     Feature(
@@ -386,6 +390,8 @@ _SWITCHES: dict[str, Any] = {
     "padding_rows": _if("padding_rows"),
     "dropped": _if("dropped_ids"),
     "held": lambda value: {"expert_map"} if value is not None else set(),  # a rank may hold none
+    "codes": lambda value: {f"quantised:{value}"},
+    "lora": _if("lora"),
     "outside": lambda value: {"expert_bounds"},
     "routed": _if("routed_experts"),
     "step_tokens": _if("step_tokens"),

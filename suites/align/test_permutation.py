@@ -194,7 +194,10 @@ def test_permuted_tokens_keep_their_experts(engine: Engine, case: Case) -> None:
 def test_blocks_of_a_small_batch(engine: Engine, case: Case) -> dict[str, object]:
     """Each local expert's pairs, t K + k, as often as they stand in a slot, and the slots in use."""
     inputs = inputs_of(case, engine)
-    got = _placed(engine, inputs)
+    got, local = _placed(engine, inputs), _local(inputs)
+    compare.equal("slots in which each pair [t, k] stands", got.times, (local >= 0).long())
+    compare.equal("local expert of the block that each pair [t, k] stands in", got.experts, local)
+    compare.same("padded_count", got.padded_count, _want_count(inputs))
     pairs: dict[str, str] = {}
     for expert in got.experts[got.times > 0].unique().tolist():
         mine = torch.where(got.experts == expert, got.times, 0).flatten()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import BlockInputs, Routing
+from moe_conformance.judging.draws import salt
 from moe_conformance.judging.inputs import bits, integers, normal
 from moe_conformance.judging.layouts import given_as
 from moe_conformance.model.specs import LayerSpec, Shape
@@ -33,9 +34,13 @@ def bias_std(spec: LayerSpec) -> float:
     return 0.5 if spec.routing.select_on == "logits" else BIAS_STD[spec.routing.score]
 
 
-@cache
 def tensor(name: str, shape: Shape, experts: int, selection_bias_std: float) -> Tensor:
     """Weights spread so that what they make is about 1.5 in size; norms and scales vary around one."""
+    return _tensor(salt(), name, shape, experts, selection_bias_std)
+
+
+@cache
+def _tensor(salted: str, name: str, shape: Shape, experts: int, selection_bias_std: float) -> Tensor:
     seed, part = f"family-{name}", name.rpartition(".")[2]
     if name == "router.table":
         return bits((*shape[:-1], experts), seed).argsort(dim=-1)[..., : shape[-1]]

@@ -8,6 +8,7 @@ from typing import Any
 from moe_conformance.catalogue.case import Case
 from moe_conformance.catalogue.layouts import LAYOUTS
 from moe_conformance.model.specs import MLPSpec
+from moe_conformance.suites.experts import stored
 
 # T tokens, E experts, K of them, D hidden, F intermediate width. 2F > D.
 TINY = {"T": 33, "E": 11, "K": 4, "D": 20, "F": 12}
@@ -313,4 +314,5 @@ CASES = (
     *WRITTEN_CASES,
     *STATE_CASES,
     *INVARIANT_CASES,
+    *stored.CASES,
 )

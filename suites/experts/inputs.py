@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from moe_conformance.catalogue.case import Case
 from moe_conformance.judging.inputs import bits, integers, matrix, normal
 from moe_conformance.judging.layouts import given_as
 from moe_conformance.protocol.experts import ExpertsInputs
+from moe_conformance.suites.experts.stored_inputs import adapters, stored_tensors
 
 
 def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -53,16 +55,20 @@ def inputs_of(case: Case, given: Collection[str] | None = None) -> ExpertsInputs
     all. All have the same values either way.
     """
     as_given = partial(given_as, case["arguments"], given)
-    dtype, mlp = getattr(torch, case["dtype"]), case["mlp"]
-    tensors = {
-        name: tensor(name, shape, dtype) for name, shape in mlp.tensors("experts", case["D"], (case["E"],)).items()
-    }
+    dtype, mlp, quant = getattr(torch, case["dtype"]), case["mlp"], case.recipe.get("quant")
+    shapes = (quant or mlp).tensors("experts", *([mlp] if quant else []), case["D"], (case["E"],))
+    tensors = {name: tensor(name, shape, dtype) for name, shape in shapes.items() if quant is None or ".b" in name}
+    if quant is not None:
+        tensors |= stored_tensors(quant, mlp, case["D"], case["E"], case.recipe.get("input_scales") == "each")
+    lora = adapters(case, dtype) if "lora" in case.recipe else None
     here = expert_map(case)
     if here is not None:
         held = (here >= 0).nonzero().flatten()
         order = held[here[held].argsort()]
         # The output norm is one for all experts.
         tensors = {name: t if name == "experts.output_norm" else t[order] for name, t in tensors.items()}
+        if lora is not None:
+            lora = replace(lora, tensors={name: t[:, order].contiguous() for name, t in lora.tensors.items()})
     shape = (case["T"], case["K"])
     return ExpertsInputs(
         x=as_given("x", normal((case["T"], case["D"]), "experts-x", dtype)),
@@ -74,6 +80,8 @@ def inputs_of(case: Case, given: Collection[str] | None = None) -> ExpertsInputs
         expert_map=here,
         output_scale=case["output_scale"],
         identity_experts=case["identity_experts"],
+        quant=quant,
+        lora=lora,
     )
 
 
