@@ -31,9 +31,18 @@ SEVERAL = {
     "shared-slot-is-scaled": "of shared expert 0",
     "shared-slot-is-expert-zero": "ids of shared experts",
     "graph-breaks": "fullgraph=True",
+    "every-other-call-in-double": "of the same call again",
+    "every-other-layer-in-double": "of the same call again",
+    "idle-rank-unwritten": "never written",
+    "leftovers-without-adapter": "of tokens without an adapter",
+}
+# Nor have those of these classes: they show in memory, in a trace, and in two batches of the same rows.
+OF_SEVERAL = {
+    "aliasing-compile": ("left unchanged", "after the next call", "fake output"),
+    "batch-invariance": ("batch",),
 }
 MINE = [mutant for mutant in MUTANTS if catalogue()[mutant.killed_by[0]].stage in STAGES]
-SHOWN = [mutant for mutant in MINE if mutant.engine.name not in SEVERAL]
+SHOWN = [mutant for mutant in MINE if mutant.engine.name not in SEVERAL and mutant.bug_class not in OF_SEVERAL]
 
 
 def run(text: str) -> str:
@@ -75,7 +84,8 @@ def test_the_script_of_a_mutant_shows_its_fault(mutant: Mutant, tmp_path: Path) 
 @pytest.mark.parametrize("mutant", [m for m in MINE if m not in SHOWN], ids=lambda mutant: mutant.engine.name)
 def test_what_no_single_call_shows_is_said(mutant: Mutant, tmp_path: Path) -> None:
     said = shown(mutant.engine, mutant.killed_by[0], tmp_path / "repro.py")
-    assert said.startswith("not shown: no single call") and SEVERAL[mutant.engine.name] in said
+    words = OF_SEVERAL.get(mutant.bug_class) or (SEVERAL[mutant.engine.name],)
+    assert said.startswith("not shown: no single call") and any(word in said for word in words)
 
 
 def test_a_correct_engines_calls_have_nothing_to_show(tmp_path: Path) -> None:
@@ -136,7 +146,7 @@ class SecondCallIsWrong(Reference):
 
 def test_the_calls_before_are_made_where_the_fault_needs_them(tmp_path: Path) -> None:
     target = Target(SecondCallIsWrong.name, f"{__name__}:SecondCallIsWrong")
-    file, case = tmp_path / "repro.py", catalogue()["layer-tiny-shared"]
+    file, case = tmp_path / "repro.py", catalogue()["layer-after-others-plain"]
     SecondCallIsWrong.calls = 0
     assert record(target, case, 0, file, {}, earlier=False) == ""
     SecondCallIsWrong.calls = 0
