@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -77,5 +78,7 @@ def _fp8(inputs: ExpertsInputs, quant: QuantSpec, name: str, shape: Shape, halve
     scales = inputs.tensors[f"{name}.scale"].reshape(len(codes), rows // high, columns // wide)
     given = {"weight": list(codes), "weight_scale_inv": list(scales)}
     # Under the name "weight" alone, the first of a list is taken.
-    plain = Fp8Dequantize(None).convert({f"experts.{name}": tensors for name, tensors in given.items()})
-    return torch.stack(plain["experts.weight"]).unflatten(0, (-1, halves)).flatten(1, 2).to(inputs.x.dtype)
+    convert: Any = Fp8Dequantize(None)  # type: ignore[no-untyped-call]
+    plain = convert.convert({f"experts.{name}": tensors for name, tensors in given.items()})
+    whole: Tensor = torch.stack(plain["experts.weight"]).unflatten(0, (-1, halves)).flatten(1, 2)
+    return whole.to(inputs.x.dtype)
