@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +31,28 @@ def formats() -> frozenset[str]:
     except ImportError:
         pass
     return frozenset(found)
+
+
+def loaded_as_numbers(folder: Path) -> dict[str, Any]:
+    """What from_pretrained is told, beside the folder, so that it dequantises on load; nothing for plain weights.
+
+    Raises Unsupported where it keeps weights as they are stored, or asks for a quantiser's library.
+    """
+    from transformers import FineGrainedFP8Config, Mxfp4Config
+
+    said = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    if said is None:
+        return {}
+    match said.get("quant_method"):
+        case "mxfp4":
+            return {"quantization_config": Mxfp4Config(dequantize=True)}
+        case "fp8":
+            if find_spec("accelerate") is None:
+                raise Unsupported("load: transformers reads fp8 with accelerate, which is not installed")
+            tile = tuple(said.get("weight_block_size") or (128, 128))
+            return {"quantization_config": FineGrainedFP8Config(dequantize=True, weight_block_size=tile)}
+        case method:
+            raise Unsupported(f"load: transformers reads {method} by the quantiser's own library, and keeps its codes")
 
 
 def dequantised(inputs: ExpertsInputs, quant: QuantSpec) -> Mapping[str, Tensor]:
