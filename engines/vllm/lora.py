@@ -21,8 +21,13 @@ def adapt(made: built.Built, inputs: ExpertsInputs, lora: Lora) -> None:
         from vllm.config.lora import LoRAConfig, MaxLoRARanks
         from vllm.lora.layers import LoRAMapping
         from vllm.lora.layers.fused_moe import FusedMoEWithLoRA
+        from vllm.lora.ops.triton_ops import fused_moe_lora_op
         from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
+        if device.is_cpu() and not hasattr(fused_moe_lora_op, "_run_fused_moe_lora_one_shot"):
+            # Of releases that shrink and expand in kernels of their own, one answers with garbage when interpreted, and
+            # it is not known whether that is the release's doing.
+            raise Unsupported("vLLM: adapters that two kernels add are not judged by Triton's interpreter")
         spec, tokens = lora.spec, len(inputs.x)
         ranks = sorted(MaxLoRARanks.__args__)
         rank = next((known for known in ranks if known >= spec.rank), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -66,7 +67,11 @@ def stored(inputs: ExpertsInputs) -> tuple[Tensor, Tensor, Any, str]:
         if quant.zero_points:
             arguments[f"w{number}_zp"] = _zero_points(tensors[f"{name}.zero_point"], quant)
     w1, w2 = (_codes(tensors[name], quant) for name in names)
-    return w1, w2, _config(make)(**arguments, **biases), ""
+    make_config = _config(make)
+    arguments |= biases if inputs.mlp.bias else {}
+    if absent := arguments.keys() - inspect.signature(make_config).parameters.keys():
+        raise Unsupported(f"vLLM: {make} of this release has no argument {', '.join(sorted(absent))}")
+    return w1, w2, make_config(**arguments), ""
 
 
 def _config(name: str) -> Any:
