@@ -144,12 +144,12 @@ def read_packed(form: Form) -> Tensor:
         zeros = unpack(form.stacked(form.tensors["weight_zero_point"]), 1, bits)[:, :rows]
     index = form.tensors.get("weight_g_idx")
     if index is None or bool((index < 0).any()):  # what nothing was ordered by is filled with -1
-        index = torch.arange(columns) // _group(form, columns, scale.shape[-1])
+        index = torch.arange(columns) // group_of(form, columns, scale.shape[-1])
     index = index.int().expand(experts, columns)
     return dequantise_groups(unpack(words, 2, bits)[..., :columns], zeros, scale, index, torch.float64)
 
 
-def _group(form: Form, columns: int, count: int) -> int:
+def group_of(form: Form, columns: int, count: int) -> int:
     """How many columns a group has, of which there are so many."""
     said = (size for size in sorted(form.scheme.groups) if size and -(-columns // size) == count)
     return next(said, -(-columns // count))
@@ -165,7 +165,7 @@ def read_gptq(form: Form) -> Tensor:
         qweight,
         scales,
         qzeros=form.stacked(form.tensors["qzeros"]),
-        group=-1 if scales.shape[1] == 1 else _group(form, columns, scales.shape[1]),
+        group=-1 if scales.shape[1] == 1 else group_of(form, columns, scales.shape[1]),
         checkpoint_format=version,
         desc_act=bool(form.said.get("desc_act")),
         g_idx=None if index is None else index.expand(len(qweight), columns),
@@ -176,7 +176,7 @@ def read_gptq(form: Form) -> Tensor:
 
 def read_awq(form: Form) -> Tensor:
     scales = form.stacked(form.tensors["scales"])
-    group = -1 if scales.shape[1] == 1 else _group(form, form.shape[-1], scales.shape[1])
+    group = -1 if scales.shape[1] == 1 else group_of(form, form.shape[-1], scales.shape[1])
     if form.scheme.bits not in (frozenset(), {4}):
         raise InputError(f"bits: got {quoted(sorted(form.scheme.bits))}, want 4, as AWQ packs them")
     qweight, qzeros = (form.stacked(form.tensors[name]) for name in ("qweight", "qzeros"))
