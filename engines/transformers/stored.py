@@ -38,7 +38,7 @@ def loaded_as_numbers(folder: Path) -> dict[str, Any]:
 
     Raises Unsupported where it keeps weights as they are stored, or asks for a quantiser's library.
     """
-    from transformers import FineGrainedFP8Config, Mxfp4Config
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     said = json.loads((folder / "config.json").read_text()).get("quantization_config")
     if said is None:
