@@ -412,8 +412,8 @@ ACCUSED = tuple(
         ),
         (
             AddsInAnyOrder,
-            "experts.combine",
-            "experts-hot",
+            "calls.same-result",
+            "experts-after-others",
             "another_call_between_leaves_no_trace",
             Verdict.PASS,
         ),

@@ -10,7 +10,8 @@ Level = Literal["MUST", "SHOULD"]
 
 @dataclass(frozen=True)
 class Clause:
-    """text: a full sentence with "must" or "should". upstream: public threads where an engine broke it.
+    """text: a full sentence with "must" or "should". upstream: public threads where an engine broke it. origin: where
+    it comes from else.
 
     level: MUST for a wrong result, a crash, a model that does not load; SHOULD for leniency. A broken SHOULD is a
     verdict of its own, which fails a run only with --strict.
@@ -20,6 +21,7 @@ class Clause:
     text: str
     upstream: tuple[str, ...] = ()
     level: Level = "MUST"
+    origin: str = ""
 
 
 CLAUSES: dict[str, Clause] = {
@@ -50,6 +52,7 @@ CLAUSES: dict[str, Clause] = {
     "config.refuse-dense": Clause(
         "config-keys",
         "A dense model must be refused by name before anything of it is loaded.",
+        ("vllm#41401",),
     ),
     "router-module.current-values": Clause(
         "closure-capture",
@@ -82,6 +85,7 @@ CLAUSES: dict[str, Clause] = {
     "load.refuse-broken": Clause(
         "weight-coverage",
         "A truncated, mistyped or hostile checkpoint must be refused whole, with nothing half-loaded.",
+        origin="tools/fuzz.py, and what mutated files did to the first loaders",
     ),
     "capture.own-rows": Clause(
         "dp-assertions",
@@ -102,14 +106,17 @@ CLAUSES: dict[str, Clause] = {
     "capture.layers": Clause(
         "capture-replay",
         "Each layer's ids must be read at that layer, whichever other layers of the model route nothing.",
+        origin="models whose dense and draft layers lie between those with experts",
     ),
     "capture.bounds": Clause(
         "capture-replay",
         "Layer ids out of range, and expert ids that do not fit, must be rejected and must change nothing.",
+        origin="findings/vllm_capture_ids.py",
     ),
     "capture.narrow": Clause(
         "capture-replay",
         "Every legal expert id must survive the dtype it is stored in.",
+        origin="findings/vllm_capture_ids.py",
     ),
     "capture.other-process": Clause(
         "capture-replay",
@@ -131,6 +138,12 @@ CLAUSES: dict[str, Clause] = {
         "routing-semantics",
         "A router must select and weigh exactly by the model's method: order of score, top-k, renormalisation, scale.",
         ("transformers#39581", "PaddleFormers#3452", "megablocks#87"),
+    ),
+    "routing.precision": Clause(
+        "router-precision",
+        "Logits, scores, selection and weights must be computed in float32 where the model does, and never narrower "
+        "than they are stored, for one token as for many.",
+        ("torchtitan#2389", "vllm-ascend#9617"),
     ),
     "route.fused-shared": Clause(
         "shared-experts",
@@ -229,6 +242,53 @@ CLAUSES: dict[str, Clause] = {
         "expert-map",
         "Where an engine checks ids: one out of range must raise or add nothing; it must never wrap to an expert.",
         ("vllm#46408", "flashinfer#1469"),
+    ),
+    "inputs.strides": Clause(
+        "dtype-stride-arguments",
+        "Whatever strides and offset a tensor has must be honoured or refused: columns of wider rows, a transpose, "
+        "rows of stride 0, memory that begins elsewhere.",
+        ("Liger-Kernel#1377", "vllm#28841"),
+    ),
+    "inputs.dtypes": Clause(
+        "dtype-stride-arguments",
+        "Each dtype of ids and of routing weights must be honoured or refused, beside every dtype of x.",
+        ("aiter#5255", "vllm#20166", "vllm#26162", "sglang#25380"),
+    ),
+    "matrices.orientation": Clause(
+        "weight-orientation",
+        "Which dim of a matrix is which must follow from what is declared, never from its shape: 2F = D, F = D, E = D, "
+        "2F < D, F > D.",
+        ("torchtitan#4373", "vllm#47874", "transformers#46818"),
+    ),
+    "batches.any-size": Clause(
+        "chunking",
+        "However many tokens there are, and pairs of one expert, and however they are cut into chunks and tiles: each "
+        "token's result must be its own.",
+        ("vllm#20392", "sglang#3679", "vllm#21963"),
+    ),
+    "outputs.written": Clause(
+        "unwritten-output",
+        "Every element of every output must be written, whatever fresh memory holds: rows without an expert, ranks and "
+        "experts without a token, ends that fill no tile, no tokens at all.",
+        ("vllm#39510", "flashinfer#3840", "FastDeploy#4102"),
+    ),
+    "calls.same-result": Clause(
+        "determinism-state",
+        "A call must give the result of its arguments, whatever was called before: other shapes, other dtypes, another "
+        "layer of the same shape, nothing at all.",
+        ("TileOPs#640", "vllm#20392"),
+    ),
+    "calls.same-bits": Clause(
+        "determinism-state",
+        "The same call again should give the same bits.",
+        ("vllm#45683",),
+        "SHOULD",
+    ),
+    "rows.batch-invariant": Clause(
+        "batch-invariance",
+        "A token's row should have the same bits whatever rows are beside it, in whatever order.",
+        ("vllm#57016", "sglang#17424"),
+        "SHOULD",
     ),
     "shard.same-output": Clause(
         "eplb",

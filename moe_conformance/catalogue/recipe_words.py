@@ -16,6 +16,7 @@ _WORDS: Mapping[str, str] = {
     "T": "number of tokens",
     "absent": "experts that adapters leave as they are",
     "answers_each": "how many answers each request gets",
+    "arguments": "how arguments are given: their layout in memory, with poison between the values, or their dtype",
     "baseline": "the naming style whose targets this one must share",
     "between": "the larger call that is made between two calls of this one",
     "block": "slots of a block (BLOCK_SIZE_M)",

@@ -1,6 +1,6 @@
 """What experts compute, and the largest error of an engine that computes them: one MLP, and the routed sum.
 
-Written apart from reference_impl, so that a fault there is not repeated here.
+Written independently of reference_impl, so that a fault there is not repeated here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Tensors = Mapping[str, Tensor]
 
 
 def expected_experts(inputs: ExpertsInputs, storage: Storage | None = None) -> tuple[Tensor, Bound]:
-    """The exact routed sum [T, D] in float64, and the largest error of an engine that stores as storage says.
+    """The exact routed sum [T, D] in float64, and the largest error of an engine with this storage policy.
 
-    storage: None for an engine that stores every tensor in x's dtype. A pair adds nothing where its id is -1, out of
-    range, or of an expert that expert_map gives to another rank. Stored weights may be dequantised into x's dtype, or
+    storage: None for an engine that stores every tensor in x's dtype. A pair adds nothing if its id is -1, out of
+    range, or an expert that expert_map gives to another rank. Stored weights may be dequantised into x's dtype, or
     their codes multiplied and scaled afterwards; an adapter's update may be stored before it is added.
     """
     storage = storage or Storage.stored(inputs.x.dtype)
@@ -207,9 +207,9 @@ def expected_parts(
 ) -> tuple[Tensor, Bound]:
     """The exact sum of all ranks' parts [T, D], and how far that of size x tp correct ranks may be from it.
 
-    An expert divided among tp ranks rounds as tp narrower experts do that have the same weight, and a divided shared
-    expert as so many shared ones. Where tp does not divide a width, the next number that does is counted. What a rank
-    stores is one of the partial sums of `Storage.stored`, whichever pairs are in it.
+    An expert divided among tp ranks rounds like tp narrower experts with the same weight; a divided shared expert
+    likewise. If tp does not divide a width, the next larger divisor is counted instead. What a rank stores is one of
+    the partial sums of `Storage.stored`, whichever pairs are in it.
     """
     exact, _ = expected_experts(whole)
     storage, x = Storage.stored(whole.x.dtype), Value.of(whole.x)
@@ -247,7 +247,7 @@ def divisor(width: int, parts: int) -> int:
 def divided(name: str, tensor: Tensor, mlp: MLPSpec, slices: int) -> Tensor:
     """[E, ...] -> [E slices, ...], the tensor of MLPs cut into slices of their width; the first one has b2.
 
-    The output norm, which no slice has alone, stays as it is.
+    The output norm stays as it is: it spans all slices.
     """
     match name.rpartition(".")[2]:
         case "output_norm":

@@ -23,11 +23,11 @@ __all__ = ["LAMBDA", "Value", "unit_roundoff", "wide"]
 
 @dataclass(frozen=True)
 class Value:
-    """What a tensor is exactly, and two bounds on its error carried along: float64, one shape.
+    """The exact value of a tensor, and two bounds on its error that are carried along; all float64 of one shape.
 
-    spread: the root of the sum of squares of all roundings so far; LAMBDA spreads bound the error of many. reach: all
-    of them with one sign, which is the smaller bound of a few, or after a large one on top of many small; None where
-    it is not worth its cost. limit: the smaller of both.
+    spread: the root of the sum of squares of all roundings so far; LAMBDA spreads bound the error of many. reach: the
+    sum of all roundings with one sign, which is the smaller bound for few roundings, or for one large among many small
+    ones; None where it is not worth its cost. limit: the smaller of both.
     """
 
     exact: Tensor
@@ -57,7 +57,7 @@ class Value:
         return cls(*(torch.cat(part, dim=-1) for part in parts))
 
     def map(self, view: Callable[[Tensor], Tensor]) -> Value:
-        """Elements moved or left out."""
+        """The same view of value and errors: elements moved or left out."""
         return Value(view(self.exact), view(self.spread), view(self.limit))
 
     def gather(self, index: Tensor) -> Value:
@@ -71,7 +71,7 @@ class Value:
         return Value(self.exact + other.exact, torch.hypot(self.spread, other.spread), self.limit + other.limit)
 
     def __mul__(self, other: Value) -> Value:
-        """Three errors of a b: a db, b da and da db, the last at its largest."""
+        """The error of a b has three parts: a db, b da, and da db at its largest."""
         a, b = self.exact.abs(), other.exact.abs()
         spread = torch.hypot(torch.hypot(a * other.spread, b * self.spread), self.spread * other.limit)
         return Value(self.exact * other.exact, spread, a * other.limit + (b + other.limit) * self.limit)
@@ -89,9 +89,9 @@ class Value:
     def through(self, curve: Callable[[Tensor], Tensor]) -> Value:
         """A function of each element: its largest change over the interval that the element may lie in.
 
-        For a monotone function that is at an end of the interval, whatever its slope and curvature: no Lipschitz
-        constant is needed, and a clamp lets no error through that it would cut. silu and gelu fall to one minimum and
-        rise again; there too the larger change is at an end, the one farther from the minimum.
+        For a monotone function the largest change is at an end of the interval, whatever its slope and curvature: no
+        Lipschitz constant is needed, and a clamp cuts errors as it cuts values. silu and gelu fall to one minimum and
+        rise again; there, too, the larger change is at an end, the one farther from the minimum.
         """
         exact = curve(self.exact)
 

@@ -130,6 +130,12 @@ FEATURES: tuple[Feature, ...] = (
         "a call repeated gives the same bits; an engine that sums with atomics gives the same within rounding",
         "equal bits; results are compared within the error bound instead",
     ),
+    Feature(
+        ("route", "experts", "layer"),
+        "batch_invariant",
+        "a row has the same bits whatever rows are beside it; most engines choose a kernel by the number of rows",
+        "bits of a row in other batches",
+    ),
     Feature(("layer", "shard"), "shared", "a shared expert", "layers that have one"),
     Feature(
         ("layer",), "shared_gate", "a gate multiplies the shared expert's output (Qwen2-MoE)", "layers that have one"
@@ -369,6 +375,8 @@ _OF_EVERY: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("describe", "describe.layers"): ("layers",),
     ("layer", "layer.traceable"): ("traceable",),
     ("shard", "shard.out-of-range"): ("dropped_ids",),
+    **{(stage, "rows.batch-invariant"): ("batch_invariant",) for stage in ("route", "experts", "layer")},
+    **{(stage, "calls.same-bits"): ("same_bits",) for stage in ("experts", "layer", "shard", "block")},
 }
 # Keys of a recipe that stand for a feature, by stage-independent names.
 _SWITCHES: dict[str, Any] = {

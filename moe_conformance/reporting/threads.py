@@ -5,8 +5,10 @@ from __future__ import annotations
 # A repository whose owner is not certain has no address, and its threads are shown as text.
 _OWNERS = {
     "Automodel": "NVIDIA-NeMo",
-    "Model-Optimizer": "NVIDIA",
+    "FastDeploy": "PaddlePaddle",
+    "Liger-Kernel": "linkedin",
     "Megatron-Bridge": "NVIDIA-NeMo",
+    "Model-Optimizer": "NVIDIA",
     "PaddleFormers": "PaddlePaddle",
     "SkyRL": "NovaSky-AI",
     "TensorRT-LLM": "NVIDIA",
@@ -20,6 +22,7 @@ _OWNERS = {
     "sglang": "sgl-project",
     "sglang-jax": "sgl-project",
     "tokenspeed": "lightseekorg",
+    "torchtitan": "pytorch",
     "transformers": "huggingface",
     "unsloth-zoo": "unslothai",
     "vllm": "vllm-project",

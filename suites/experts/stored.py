@@ -57,7 +57,7 @@ FUNCTIONS: dict[str, MLPSpec] = {
 
 def _case(name: str, clause: str, dims: dict[str, int], tier: str, function: str, **recipe: Any) -> Case:
     rest: dict[str, Any] = {"dropped": 0, "hot": None, "dtype": "float32", "output_scale": 1.0, "identity_experts": 0}
-    rest |= {"owners": (), "rank": 0, "layout": "contiguous", **recipe}
+    rest |= {"owners": (), "rank": 0, "arguments": {}, **recipe}
     mlp = replace(FUNCTIONS[function], width=dims["F"])
     return Case(f"experts-{name}", "experts", clause, {**dims, "mlp": mlp, **rest}, tier)
 
