@@ -96,7 +96,7 @@ def _stored(form: str, family: str, layout: str, tier: str = "full", left: tuple
 
 
 # What each form looks like by expert is judged in every run, one of its kind.
-_CORE = ("fp8-block", "fp8-tensor", "int4-packed-zero", "gptq", "awq", "nvfp4", "nvfp4-modelopt")
+_CORE = ("fp8-block", "int4-packed-zero", "gptq", "nvfp4", "nvfp4-modelopt")
 STORED = (
     _stored("mxfp4-blocks", "gpt_oss", "packed", "core"),
     *(
