@@ -59,6 +59,16 @@ CLAUSES: dict[str, Clause] = {
         "A router must use the parameter values its module has at call time, however they got there.",
         ("vllm#42250", "sglang#26717"),
     ),
+    "update.current-values": Clause(
+        "closure-capture",
+        "A block that runs must compute with the weights that were pushed last, whatever was made of earlier ones.",
+        ("vllm#42821", "vllm#17915", "sglang#26717"),
+    ),
+    "update.parts": Clause(
+        "weight-coverage",
+        "A push of some tensors must change those and no others, however many calls it comes in.",
+        ("SkyRL#1680",),
+    ),
     "remap.one-target": Clause(
         "double-prefix",
         "Every naming style and suffix of one checkpoint tensor must map to one and the same parameter, and two "

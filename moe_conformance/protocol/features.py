@@ -148,7 +148,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(("layer",), "padded_hidden", "the expert kernel runs at a wider hidden dim", "such kernels"),
     Feature(("layer",), "padded_intermediate", "the expert kernel runs at a wider intermediate dim", "such kernels"),
     Feature(("layer",), "traceable", "`layer` can be traced; one that builds modules cannot", "fake tensors, compile"),
-    Feature(("block", "remap", "load", "generate"), "MODEL_TYPE", "models of this type", "this model"),
+    Feature(("block", "remap", "load", "update", "generate"), "MODEL_TYPE", "models of this type", "this model"),
     Feature(("block",), "implementation:NAME", "NAME computes the experts where it is asked for", "this way"),
     *(
         Feature(("capture_session",), word, f"ids come as {meaning}", "this layout")
@@ -170,6 +170,9 @@ FEATURES: tuple[Feature, ...] = (
     Feature(("expert_map",), "round_robin", "rank r has the ids that are r modulo the ranks", "this placement"),
     Feature(("expert_map", "shard"), "idle_ranks", "a rank may have no expert", "such ranks"),
     Feature(("shard",), "tensor_parallel", "ranks divide the experts' width", "such ranks"),
+    Feature(("update",), "parts", "a push may hold some of a block's tensors", "such pushes"),
+    Feature(("update",), "other_dtype", "a push may come in another dtype than the block's", "such pushes"),
+    Feature(("update",), "replaced", "tensors may take the place of those that are there", "such pushes"),
     Feature(("generate",), "ranks", "several processes divide the model (tensor parallelism)", "such processes"),
     Feature(("generate",), "answers_each", "a request is answered more than once", "such requests"),
     Feature(("generate",), "preemption", "the cache is limited, and requests are interrupted", "such interruptions"),
@@ -393,6 +396,9 @@ _SWITCHES: dict[str, Any] = {
     "codes": lambda value: {f"quantised:{value}"},
     "lora": _if("lora"),
     "outside": lambda value: {"expert_bounds"},
+    "pushes": lambda value: {"parts"} if set(value) - {"all", "first"} else set(),
+    "pushed": _if("other_dtype"),
+    "replaces": _if("replaced"),
     "routed": _if("routed_experts"),
     "step_tokens": _if("step_tokens"),
     "shares_prefixes": _if("prefix_cache"),
