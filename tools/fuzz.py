@@ -1,4 +1,4 @@
-"""Throws hostile configs and checkpoints at the readers of both: `python tools/fuzz.py --seconds 60 --seed 1`.
+"""Throws hostile configs, checkpoints and records at their readers: `python tools/fuzz.py --seconds 60 --seed 1`.
 
 Each call must give a result or an error of this project's own, in two seconds and two GiB. What does not is printed
 once a kind, with the fewest edits that still show it, and is kept with --keep; then the exit code is 1. Inputs are
@@ -30,7 +30,7 @@ from hostile_inputs import SECONDS, Found, Hostile, generated, judged, little_me
 
 CORPUS = ROOT / "tests" / "hostile"
 # As users meet them: more configs than folders, few stored weights, whose calls are quick and alike.
-KINDS = ("config",) * 5 + ("checkpoint",) * 4 + ("stored",)
+KINDS = ("config",) * 5 + ("checkpoint",) * 4 + ("stored",) + ("record",)
 PATIENCE = 3 * SECONDS  # for a call that does not heed its time limit
 
 

@@ -361,7 +361,7 @@ def _renamed(table: Table, left: Tensor) -> Iterator[Pattern]:
     if mapped:
         yield Pattern(
             "physical",
-            f"ids under other numbers, the same for all rows, in {_many(len(mapped), 'layer')}: {example}",
+            f"ids under other numbers, the same for all rows, in {_many(len(mapped), 'layer')}, as {example}",
             "translate physical ids to logical ones, by the placement of that step, before they are recorded",
             _cells_of(left, mapped),
             tried=2.0 ** min(1000, experts * math.log2(experts)),
