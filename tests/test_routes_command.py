@@ -294,3 +294,18 @@ def test_a_weight_that_lacks_is_named(model: tuple[Path, Record], tmp_path: Path
     save_file(tensors, tmp_path / "model.safetensors")
     code, _, error = invoke(tmp_path, record.save(tmp_path / "record.safetensors"))
     assert code == 2 and "model.layers.1" in error and "moe-conformance checkpoint" in error
+
+
+def test_several_faults_are_named_each_by_itself(model: tuple[Path, Record], tmp_path: Path) -> None:
+    """And a row of the end that happens to be that of the start makes no shift of all."""
+    folder, record = model
+    ids = [part.copy() for part in record.ids]
+    ids[0] = np.roll(ids[0], 1, axis=0)
+    ids[1][-6:] = 0
+    ids[3][5:] = record.ids[0][5:16]
+    found = judged(folder, replace(record, ids=tuple(ids)).save(tmp_path / "record.safetensors"))
+    assert [(finding.kind, finding.tensors) for finding in found.findings] == [
+        ("shifted", ("request 0 (rows 0, 2-46)",)),
+        ("stale", ("request 3 (rows 5-15)",)),
+        ("padded", ("request 1 (rows 40-45)",)),
+    ]
