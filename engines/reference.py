@@ -55,12 +55,17 @@ class Reference(Engine):
         return EngineInfo(self.name, moe_conformance.__version__, self.device)
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
-        """Every feature of every stage, and blocks of every family; a block has no second implementation here."""
+        """Every feature of every stage, and blocks of every family; a block has no second implementation here.
+
+        But for one: torch's products of matrices may sum a row otherwise beside others.
+        """
         # Whole models, with attention, are not its matter.
         stages = [stage for stage in STAGES if stage != "generate"]
         offered = {stage: frozenset(word for word in words(stage) if is_offered(word)) for stage in stages}
         named = frozenset(name for name, record in RECORDS.items() if record.names is not None)
         return offered | {
+            "experts": offered["experts"] - {"batch_invariant"},
+            "layer": offered["layer"] - {"batch_invariant"},
             "block": offered["block"] | frozenset(RECORDS),
             "load": offered["load"] | named,
             "remap": offered["remap"] | named,

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         made = commands.add_parser(
             name,
             aliases=aliases,
-            help=about.partition(".")[0] + ".",
+            help=re.split(r"\.\s", about)[0].rstrip(".") + ".",
             description=about,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     def filters(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--engine", metavar="NAME", help="only of stages that it offers; or package.module:Class")
+        made.add_argument("--engine", metavar="NAME", help="only of its stages; or package.module:Class, file.py:Class")
         for name, about in (("class", "bug class"), ("stage", "stage"), ("family", "model family, or its model type")):
             made.add_argument(
                 f"--{name}",
@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
         form.add_argument("--markdown", action="store_true", help="for a summary of a CI job")
 
     this = add("run", run, RUN)
-    this.add_argument("--engine", action="append", default=[], metavar="NAME", help="or package.module:Class")
+    this.add_argument(
+        "--engine", action="append", default=[], metavar="NAME", help="or package.module:Class, or file.py:Class"
+    )
     this.add_argument(
         "--class", action="append", default=[], metavar="SLUG", dest="classes", help="only this bug class"
     )
@@ -127,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     this.add_argument("--shard", metavar="N/M", help="only this part of the cases; `merge` joins the parts")
     this.add_argument("--tier", default="core", choices=["smoke", "core", "full", "gpu"], help="default: core")
+    this.add_argument("--seed", type=int, default=0, metavar="N", help="draw other inputs; goldens are of seed 0 alone")
     this.add_argument("--known", action="append", default=[], metavar="FILE", help="TOML file of known failures")
     this.add_argument("--out", metavar="FOLDER", help="write verdicts.jsonl, summary.md and junit.xml here")
     this.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="that a case may take (120)")
@@ -149,6 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     this = add("explain", explain, "Say what cases try and why, without running them.")
     this.add_argument("case", nargs="*", help="default: all that the options leave")
     filters(this)
+    this = add("repro", repro, "Write a script that shows the fault of an engine in a case, for a bug report.")
+    this.add_argument("case", help="id")
+    this.add_argument("--engine", required=True, metavar="NAME", help="or package.module:Class, or file.py:Class")
+    this.add_argument("--seed", type=int, default=0, metavar="N", help="of the run that failed")
+    this.add_argument("--to", type=Path, metavar="FILE", help="default: repro_CASE.py here")
     this = add("merge", merge, "Join the results of all shards of a run. The exit code is that of the whole run.")
     this.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="a folder of `run --shard N/M --out`")
     this.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for verdicts.jsonl and summary.md")
@@ -228,7 +236,7 @@ def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
         arguments += ["-n", "auto"]
     listed = {"engine": options.engine, "class": classes, "stage": stages, "case": cases, "known": options.known}
     arguments += [f"--moe-{name}={value}" for name, values in listed.items() for value in values]
-    arguments += [f"--moe-tier={options.tier}", f"--moe-timeout={options.timeout}"]
+    arguments += [f"--moe-tier={options.tier}", f"--moe-timeout={options.timeout}", f"--moe-seed={options.seed}"]
     optional = {"engine-timeout": options.engine_timeout, "memory": options.memory, "shard": options.shard}
     for name, amount in optional.items():
         arguments += [f"--moe-{name}={amount}"] if amount is not None else []
@@ -321,6 +329,15 @@ def _selected(options: argparse.Namespace) -> list[Case]:
             raise UsageError(f"--engine: {survey.why}")
         offered = survey.stages
     return selected(options.class_names, options.stage_names, options.family_names, offered)
+
+
+def repro(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.repro.command import write
+
+    file = options.to or Path(f"repro_{options.case.replace('-', '_')}.py")
+    print(write(options.engine, options.case, options.seed, file))
+    print(f"{file} is written.")
+    return 0
 
 
 def new_engine(options: argparse.Namespace, _: list[str]) -> int:

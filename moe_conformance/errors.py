@@ -19,6 +19,10 @@ class BeyondLimits(Unsupported):
     """The call is larger, or of another dtype, than the adapter's `limits()` say that the stage takes."""
 
 
+class Unjudged(Unsupported):
+    """The answer to these inputs is written down for the default seed alone."""
+
+
 class Unavailable(MoEConformanceError):
     """The engine cannot start here: a package, a device or a version is missing."""
 
@@ -30,6 +34,10 @@ class Nonconformance(MoEConformanceError):
 class Broken(MoEConformanceError):
     """What a check needs is not as it was made: a golden is missing, a package does not import. The verdict is `error`,
     for the engine was not judged."""
+
+
+class Undecided(MoEConformanceError, ValueError):
+    """The oracle cannot tell what is right for these inputs. They are drawn again; the engine is not to blame."""
 
 
 class ConfigError(MoEConformanceError, ValueError):

@@ -106,6 +106,10 @@ STEPS = (
         (*TUNE, *TUNED, *BATCHES, "--jobs", "{jobs}"), 12, 600, 60, TIMED, 48,
         (*TUNE, "--model", "gemma4", "--dry-run"), kernels=4163,
     ),
+    Step(
+        "vllm", conformance("vllm", "vllm-triton", "vllm-flashinfer-cutlass", "vllm-flashinfer-trtllm"), 4, 1800, 60,
+        ("gpu", "vllm"), 16,
+    ),
     Step("quick", table("--quick"), 1, 180, 30, TIMED, 16, table("--quick")),
     Step("graphs", pytest("-n", "0", "tests/test_gpu.py"), 1, 180),
     Step(

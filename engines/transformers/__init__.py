@@ -25,6 +25,7 @@ from moe_conformance.engine import (
     LayerInputs,
     Limits,
     MoESpec,
+    Repro,
     RouteInputs,
     RouterHandle,
     RouterSpec,
@@ -100,6 +101,11 @@ class Transformers(Engine):
         from moe_conformance.engines.transformers import experts as stage
 
         return stage.experts(inputs, self.experts_implementation)
+
+    def repro(self, inputs: Any) -> Repro:
+        from moe_conformance.engines.transformers import repro as shown
+
+        return shown.repro(inputs, self.experts_implementation)
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         from moe_conformance.engines.transformers import layer as stage

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import ExpertsInputs, Routing
-from moe_conformance.engines.transformers.block import choose
+from moe_conformance.engines.transformers import stored
+from moe_conformance.engines.transformers.block import Block, choose
 from moe_conformance.engines.transformers.block_routing import FORMS, Tap, allow_no_expert, in_own_words
 from moe_conformance.engines.transformers.filling import fill
 from moe_conformance.engines.transformers.matching import for_experts
@@ -19,16 +20,11 @@ def experts(inputs: ExpertsInputs, implementation: str) -> Tensor:
     asked = {
         "an expert map": inputs.expert_map is not None,
         "a scale of the sum": inputs.output_scale != 1,
-        "quantised weights": inputs.quant is not None,
         "LoRA": inputs.lora is not None,
     }
     if refused := [name for name, is_asked in asked.items() if is_asked]:
         raise Unsupported(f"experts: no experts module of transformers takes {' or '.join(refused)}")
-    width, top_k = inputs.x.shape[-1], inputs.ids.shape[-1]
-    dtype = name_of(inputs.x.dtype)
-    block = for_experts(inputs.mlp, inputs.experts, inputs.identity_experts, top_k, width, dtype).block()
-    fill(block, inputs.tensors, inputs.x.dtype, inputs.x.device)
-    choose(block.moe, None, implementation)
+    block = block_with(inputs, implementation)
     routing = Routing(inputs.ids, inputs.weights)
     with torch.no_grad():
         if type(getattr(block.moe, "router", None)).__name__ in FORMS:
@@ -43,3 +39,14 @@ def experts(inputs: ExpertsInputs, implementation: str) -> Tensor:
             allow_no_expert(block.moe.experts, ids)
             output = block.moe.experts(inputs.x, ids, weights)
     return output
+
+
+def block_with(inputs: ExpertsInputs, implementation: str) -> Block:
+    """A block of a family with these experts in it."""
+    width, top_k = inputs.x.shape[-1], inputs.ids.shape[-1]
+    dtype = name_of(inputs.x.dtype)
+    block = for_experts(inputs.mlp, inputs.experts, inputs.identity_experts, top_k, width, dtype).block()
+    tensors = inputs.tensors if inputs.quant is None else stored.dequantised(inputs, inputs.quant)
+    fill(block, tensors, inputs.x.dtype, inputs.x.device)
+    choose(block.moe, None, implementation)
+    return block

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_conformance.engine import Activation, LayerSpec, Limits, inverse
+from moe_conformance.engines.transformers import stored
 from moe_conformance.engines.transformers.matching import available
 from moe_conformance.protocol import features
 
@@ -39,6 +40,8 @@ def offered(stage: str) -> frozenset[str]:
                 found |= features.of_layer(layer)
             if layer.routing.identity_experts:
                 found.add("identity_experts")
+    if stage == "experts":
+        found |= stored.formats()
     return frozenset(found & features.words(stage).keys())
 
 

@@ -32,6 +32,7 @@ from moe_conformance.engine import (
     LayerInputs,
     Replicated,
     ReplicateInputs,
+    Repro,
     RouteInputs,
     RouterHandle,
     RouterSpec,
@@ -176,6 +177,11 @@ class VLLM(Engine):
 
         answer, self._kernel = stage.experts(inputs, self.kernels)
         return answer
+
+    def repro(self, inputs: Any) -> Repro:
+        from moe_conformance.engines.vllm import repro as stage
+
+        return stage.repro(inputs, self.kernels)
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         self._want("layer")

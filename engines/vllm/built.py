@@ -257,6 +257,13 @@ def _write_first(target: Tensor, source: Tensor, mlp: MLPSpec, interleaved: bool
 
 
 def _construct(layer: Layer, kernel: Kernel) -> Any:
+    build, offered = factory(), arguments_of(layer, kernel)
+    with refusals():
+        return build(**offered)
+
+
+def arguments_of(layer: Layer, kernel: Kernel) -> dict[str, Any]:
+    """What the factory is given. Raises Unsupported for what this release's has no argument for."""
     asked = words(layer.mlp)
     hidden, intermediate = layer.padded_hidden or layer.width, layer.padded_intermediate or layer.mlp.width
     if kernel == "native" and hasattr(torch.ops._C, "prepack_moe_weight"):
@@ -286,8 +293,7 @@ def _construct(layer: Layer, kernel: Kernel) -> Any:
     absent = [name for name in offered if name not in wanted]
     if absent:
         raise Unsupported(f"{build.__name__} of this release has no argument {', '.join(absent)}")
-    with refusals():
-        return build(**offered)
+    return offered
 
 
 @contextlib.contextmanager

@@ -153,6 +153,8 @@ def kind_of(members: Members, scheme: Scheme | None = None, usual: Ends = frozen
     if "qweight" in members:
         # Told apart by their scales: GPTQ packs along the rows of its tensor, AWQ along the columns.
         packed, scales = members["qweight"], members.get("scales")
+        if scales is None and scheme is not None and scheme.kinds == {"awq"}:
+            return "awq"
         if "g_idx" in members or scales is None or packed.shape[-1:] == scales.shape[-1:]:
             return "gptq"
         return "awq"

@@ -61,7 +61,7 @@ class Judge:
         fitting: set[tuple[int, str, Shape]] = set()
         is_plain = True
         for number, matrix in group.experts.items():
-            at = _piece_of(pieces, number, layer)
+            at = piece_of(pieces, number, layer)
             if at is None:
                 beyond.append(number or 0)
                 continue
@@ -281,7 +281,7 @@ class Judge:
             )
 
 
-def _piece_of(pieces: list[Piece], number: int | None, layer: Layer) -> int | None:
+def piece_of(pieces: list[Piece], number: int | None, layer: Layer) -> int | None:
     """What an expert's number is of; None for one that the layer has not."""
     experts = layer.sizes.experts
     if number is None or (number < experts and pieces[0].experts == "routed"):

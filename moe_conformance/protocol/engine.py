@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from weakref import WeakSet
 
 from moe_conformance.errors import Unsupported
@@ -37,6 +37,14 @@ class EngineInfo:
     name: str
     version: str
     device: str = "cpu"
+
+
+class Repro(NamedTuple):
+    """source: Python that needs the engine and torch alone, finds its tensors as `t["name"]`, and sets `got` to what
+    the stage returns. tensors: by those names."""
+
+    source: str
+    tensors: Mapping[str, Tensor]
 
 
 # Code of functions marked by `called_by_engine`: tracebacks hold code, not functions. Weak, for closures come and go.
@@ -120,6 +128,14 @@ class Engine:
         Results carry it. "" where there is nothing to say.
         """
         return ""
+
+    def repro(self, inputs: Any) -> Repro:
+        """How a script would make the same call of the engine, for the stage of these inputs, without the adapter.
+
+        `moe-conformance repro` writes it for a bug report. Without it, or where it raises Unsupported, the script
+        drives the engine through its adapter.
+        """
+        raise Unsupported("repro: the adapter does not say how it calls the engine")
 
     def describe(self, config: Any) -> MoESpec:
         """config: a transformers config, nested or flat, or its plain dict."""

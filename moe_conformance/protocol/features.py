@@ -118,6 +118,10 @@ FEATURES: tuple[Feature, ...] = (
         Feature(("experts", "layer"), f"quantised:{name}", f"weights stored as {name}", "such weights")
         for name in ("fp8_e4m3", "int8", "int4", "mxfp4", "nvfp4")
     ),
+    *(
+        Feature(("load",), f"quantised:{name}", f"checkpoints of {name} weights are read", "such checkpoints")
+        for name in ("fp8_e4m3", "int8", "int4", "mxfp4", "nvfp4", "nf4")
+    ),
     Feature(("experts", "layer"), "quantised_activations", "activations are quantised, too", "such layers"),
     Feature(("experts",), "lora", "LoRA adapters of experts", "such calls"),
     Feature(
@@ -125,6 +129,12 @@ FEATURES: tuple[Feature, ...] = (
         "same_bits",
         "a call repeated gives the same bits; an engine that sums with atomics gives the same within rounding",
         "equal bits; results are compared within the error bound instead",
+    ),
+    Feature(
+        ("route", "experts", "layer"),
+        "batch_invariant",
+        "a row has the same bits whatever rows are beside it; most engines choose a kernel by the number of rows",
+        "bits of a row in other batches",
     ),
     Feature(("layer", "shard"), "shared", "a shared expert", "layers that have one"),
     Feature(
@@ -365,6 +375,8 @@ _OF_EVERY: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("describe", "describe.layers"): ("layers",),
     ("layer", "layer.traceable"): ("traceable",),
     ("shard", "shard.out-of-range"): ("dropped_ids",),
+    **{(stage, "rows.batch-invariant"): ("batch_invariant",) for stage in ("route", "experts", "layer")},
+    **{(stage, "calls.same-bits"): ("same_bits",) for stage in ("experts", "layer", "shard", "block")},
 }
 # Keys of a recipe that stand for a feature, by stage-independent names.
 _SWITCHES: dict[str, Any] = {
@@ -377,6 +389,8 @@ _SWITCHES: dict[str, Any] = {
     "padding_rows": _if("padding_rows"),
     "dropped": _if("dropped_ids"),
     "held": lambda value: {"expert_map"} if value is not None else set(),  # a rank may hold none
+    "codes": lambda value: {f"quantised:{value}"},
+    "lora": _if("lora"),
     "outside": lambda value: {"expert_bounds"},
     "routed": _if("routed_experts"),
     "step_tokens": _if("step_tokens"),

@@ -15,7 +15,7 @@ Moved = TypeVar("Moved")
 def to_device(inputs: Moved, device: str) -> Moved:
     """The same with every tensor on that device: in dataclasses, mappings, tuples, NamedTuples and lists, at any depth.
 
-    Tensors keep their strides, and what lies between their rows. What holds no tensor that moves is handed back itself.
+    Tensors keep their strides and the memory between their rows. A value in which no tensor moves is returned as it is.
     """
     found: Any = _moved(inputs, device)
     return found  # type: ignore[no-any-return]

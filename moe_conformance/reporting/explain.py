@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -17,8 +18,9 @@ from moe_conformance.protocol.stages import STAGES
 _WIDTH = 110
 
 
-def rerun(engine: str, case: Case) -> str:
-    return f"moe-conformance run --engine {engine} --case {case.id}"
+def rerun(engine: str, case: Case, seed: int = 0) -> str:
+    """For a shell, whatever the engine was asked for as."""
+    return f"moe-conformance run --engine {shlex.quote(engine)} --case {case.id}" + (f" --seed {seed}" if seed else "")
 
 
 def about(case: Case) -> str:
@@ -28,12 +30,14 @@ def about(case: Case) -> str:
     lines.append(f"clause:   {case.contract.text}")
     if case.contract.upstream:
         lines.append(f"upstream: {', '.join(case.contract.upstream)}")
+    if case.contract.origin:
+        lines.append(f"origin:   {case.contract.origin}")
     return "\n".join(lines)
 
 
-def failure(engine: str, case: Case, check: str, message: str) -> str:
+def failure(engine: str, case: Case, check: str, message: str, seed: int = 0) -> str:
     """The message of a bad verdict."""
-    return f"{check.replace('_', ' ')}\n{message}\n{about(case)}\nrerun:    {rerun(engine, case)}"
+    return f"{check.replace('_', ' ')}\n{message}\n{about(case)}\nrerun:    {rerun(engine, case, seed)}"
 
 
 def explain(case: Case, checks: Mapping[str, str]) -> str:

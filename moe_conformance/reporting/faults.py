@@ -13,7 +13,10 @@ from moe_conformance.reporting.tables import Columns, cut
 
 # Where the part of a message ends that is said of this result alone: reporting/explain.py, failure().
 _ABOUT = "\nstage:    "
-_RERUN = re.compile(r"\nrerun:    (moe-conformance run --engine [\w.:+-]+ --case [a-z0-9-]+)$")
+# What is quoted is one word to a shell, whatever stands in it.
+_RERUN = re.compile(
+    r"\nrerun:    (moe-conformance run --engine (?:[\w./:+-]+|'[^'\n]*') --case [a-z0-9-]+(?: --seed [0-9]+)?)$"
+)
 # \b: a word without a dot is looked at once, and not from each of its letters.
 _VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\b\w+(?:\.\w+)+|[-+]?\d[\d.e+-]*")
 # In the terminal: lines of a message, characters of a line, faults. summary.md and the report have more.

@@ -12,6 +12,7 @@ _TITLES = {
     Refusal.FEATURE: "features not offered",
     Refusal.LIMIT: "beyond limits",
     Refusal.CALL: "refused when called",
+    Refusal.SEED: "judged with the default seed alone",
 }
 
 

@@ -50,6 +50,7 @@ class Report:
         self.cases = cases
         self.in_process = bool(config.getoption("--moe-in-process"))
         self.strict = bool(config.getoption("--moe-strict"))
+        self.seed = int(about.get("selection", {}).get("seed", 0))
         self.has_junit = bool(config.getoption("--junitxml", None))  # of shards that are joined there is none
         self.results: list[Result] = []
         self.is_finished = False
@@ -118,7 +119,7 @@ class Report:
         self._write(kind="footer", **footer, deselected=deselected)
         columns = by_engine(self.results, self.targets)
         found = faults(columns)
-        below = [_not_run(self.results, deselected), *_marks(self.in_process, self.strict), *strangers()]
+        below = [_not_run(self.results, deselected), *_marks(self.in_process, self.strict, self.seed), *strangers()]
         terminal.section("conformance", sep="=")
         for line in [*as_text(columns), "", *below, *listed(self.results, REASONS_SHOWN)]:
             terminal.write_line(line)
@@ -166,9 +167,10 @@ def _not_run(results: Sequence[Result], deselected: int) -> str:
     )
 
 
-def _marks(in_process: bool, strict: bool) -> list[str]:
+def _marks(in_process: bool, strict: bool, seed: int) -> list[str]:
     """What was not as in a usual run."""
-    return [IN_PROCESS] * in_process + ["strict: a broken SHOULD fails the run"] * strict
+    other = f"seed {seed}: inputs are others, and of hashed ones no golden is asked"
+    return [IN_PROCESS] * in_process + ["strict: a broken SHOULD fails the run"] * strict + [other] * bool(seed)
 
 
 def strangers() -> list[str]:

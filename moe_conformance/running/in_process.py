@@ -41,8 +41,9 @@ def refuse_unless_alone(config: Any, targets: list[Target]) -> None:
 class InProcess:
     """As `EngineProcess`, without the process. raised: the exception behind the last outcome."""
 
-    def __init__(self, target: Target, survey: Survey, environment: dict[str, str]) -> None:
+    def __init__(self, target: Target, survey: Survey, environment: dict[str, str], seed: int = 0) -> None:
         self.target = target
+        self.seed = seed
         self.survey = survey
         self.info: EngineInfo | None = None
         self.raised: BaseException | None = None
@@ -72,7 +73,7 @@ class InProcess:
         try:
             from moe_conformance.judging.judge import Judge
 
-            self._judge = Judge(self.target)
+            self._judge = Judge(self.target, self.seed)
         except (MoEConformanceError, ImportError) as error:
             return Outcome(Verdict.UNAVAILABLE if isinstance(error, Unavailable) else Verdict.ERROR, str(error))
         self.info = self._judge.engine.info

@@ -42,8 +42,11 @@ class EngineProcess:
 
     raised: BaseException | None = None
 
-    def __init__(self, target: Target, survey: Survey, allowed: Allowed, environment: dict[str, str]) -> None:
+    def __init__(
+        self, target: Target, survey: Survey, allowed: Allowed, environment: dict[str, str], seed: int = 0
+    ) -> None:
         self.target = target
+        self.seed = seed
         self.allowed = allowed
         self._spent = 0.0
         self.environment = {**environment, **survey.environment}
@@ -136,7 +139,7 @@ class EngineProcess:
         return self._unavailable
 
     def _command(self) -> list[str]:
-        return python("moe_conformance.running.host", self.target.name, self.target.path)
+        return python("moe_conformance.running.host", self.target.name, self.target.path, str(self.seed))
 
     def _hear(self, seconds: float) -> Message | Outcome:
         """One message from the process within the time, or what became of it instead."""

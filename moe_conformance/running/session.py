@@ -99,6 +99,11 @@ class Session:
             "total": len(self.cases),
         }
         given = config.getoption("--moe-shard")
+        self.seed = int(config.getoption("--moe-seed"))
+        if self.seed < 0:
+            raise UsageError(f"--seed: got {self.seed}, want a whole number from 0, the default seed")
+        if self.seed:
+            self.selection["seed"] = self.seed
         self.shard = None if given is None else Shard.parse(given)
         if self.shard is not None:
             mine = self.shard.pick(self.cases)
@@ -114,6 +119,10 @@ class Session:
             raise UsageError(
                 f"--snapshot-update: got {', '.join(chosen)} and -n {workers or 0}; goldens are written from the "
                 "reference engine in one process: --engine reference -n 0"
+            )
+        if config.getoption("update_snapshots", False) and self.seed:
+            raise UsageError(
+                f"--snapshot-update: got --seed {self.seed}; goldens are of the default seed: leave it out"
             )
         files = [*map(Path, config.getoption("--moe-known")), *config.getini("moe_known")]
         self.known = known.read_all(files)
@@ -239,9 +248,9 @@ class Session:
             self.pytest_unconfigure()
             survey = self.surveys[target]
             if self.in_process:
-                self.process = InProcess(target, survey, _shares())
+                self.process = InProcess(target, survey, _shares(), self.seed)
             else:
-                self.process = EngineProcess(target, survey, self.allowed, _shares())
+                self.process = EngineProcess(target, survey, self.allowed, _shares(), self.seed)
         # By name from the suites' folder: pytest's own module name differs between checkout and wheel.
         parts = item.path.resolve().relative_to(SUITES).with_suffix("").parts
         return self.process.run(".".join(("moe_conformance.suites", *parts)), item.obj, case)
@@ -253,7 +262,7 @@ class Session:
         outcome = at_level(outcome, case.level)
         outcome = self._known(target, case, _check(item), outcome)
         if outcome.verdict.badness:
-            return replace(outcome, message=failure(target.asked_as, case, _check(item), outcome.message))
+            return replace(outcome, message=self._failure(target, case, _check(item), outcome.message))
         return outcome
 
     def _result(self, target: Target, case: Case, check: str, outcome: Outcome, took: float = 0.0) -> Result:
@@ -278,8 +287,11 @@ class Session:
         later = replace(later, message=plain(later.message))
         target, case, check = self.last
         return self._result(
-            target, case, check, replace(later, message=failure(target.asked_as, case, check, later.message))
+            target, case, check, replace(later, message=self._failure(target, case, check, later.message))
         )
+
+    def _failure(self, target: Target, case: Case, check: str, message: str) -> str:
+        return failure(target.asked_as, case, check, message, self.seed)
 
     def _told(self, result: Result) -> tuple[str, str]:
         """A result as it passes to the controller, among the properties of an item."""

@@ -24,7 +24,7 @@ from moe_conformance.running.child import Child, Ended, Silent, TooLong, Unstart
 from moe_conformance.running.discovery import Target, extend_path, registered
 
 # What else an adapter's class has.
-_NOT_STAGES = ("name", "info", "protocol", "capabilities", "limits", "missing", "environment", "ran")
+_NOT_STAGES = ("name", "info", "protocol", "capabilities", "limits", "missing", "environment", "ran", "repro")
 # An adapter imports nothing heavy before it is built; one that does may take as long as an engine's start.
 SECONDS = 300.0
 

@@ -115,6 +115,11 @@ def _placed(engine: Engine, inputs: AlignInputs) -> Placed:
 @check((*WHOLE_BLOCKS, *NO_EXPERT))
 def test_every_kept_pair_stands_once_in_a_block_of_its_expert(engine: Engine, case: Case) -> None:
     """A pair of an expert of this rank is in one slot in use, and the block of that slot names that expert."""
+    assert_placed(engine, case)
+
+
+def assert_placed(engine: Engine, case: Case) -> None:
+    """Each kept pair stands in one slot, in a block of its expert."""
     inputs = _inputs(case, engine)
     local = _local(inputs)
     kept, got = local >= 0, _placed(engine, inputs)
@@ -188,7 +193,10 @@ def test_permuted_tokens_keep_their_experts(engine: Engine, case: Case) -> None:
 def test_blocks_of_a_small_batch(engine: Engine, case: Case) -> dict[str, object]:
     """Each local expert's pairs, t K + k, as often as they stand in a slot, and the slots in use."""
     inputs = _inputs(case, engine)
-    got = _placed(engine, inputs)
+    got, local = _placed(engine, inputs), _local(inputs)
+    compare.equal("slots in which each pair [t, k] stands", got.times, (local >= 0).long())
+    compare.equal("local expert of the block that each pair [t, k] stands in", got.experts, local)
+    compare.same("padded_count", got.padded_count, _want_count(inputs))
     pairs: dict[str, str] = {}
     for expert in got.experts[got.times > 0].unique().tolist():
         mine = torch.where(got.experts == expert, got.times, 0).flatten()

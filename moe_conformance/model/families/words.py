@@ -1,4 +1,4 @@
-"""The words in which records say what a layer computes: fields of specs.py, and keys that decide them."""
+"""What records use to say what a layer computes: fields of specs.py, and the keys that decide them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def clamped(limit: float) -> Fields:
 
 
 def limits(name: str) -> Fields:
-    """Each layer its own limit; 0, null and infinity are none."""
+    """A limit for each layer; 0, null and infinity mean no limit."""
     return {
         "clamp": Key(name, None, lambda entry: "after" if entry else "no", per_layer=True, most=math.inf),
         "limit": Key(name, None, lambda entry: entry or math.inf, per_layer=True, most=math.inf),
@@ -96,7 +96,7 @@ def dense_width(scope: Scope, layer: int) -> int:
 
 
 def gemma4_width(scope: Scope, layer: int) -> int:
-    """Twice as wide, where the config says so, in the last layers, which take keys and values from others."""
+    """Twice as wide in the last layers, which share keys and values with others, if the config says so."""
     sharing = scope.optional("layers that share keys and values", "num_kv_shared_layers", 0)
     last = layer >= scope.integer("layers", ("num_hidden_layers",), most=MOST_LAYERS) - sharing
     return dense_width(scope, layer) * (2 if last and scope.flag("dense width", "use_double_wide_mlp") else 1)

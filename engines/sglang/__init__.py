@@ -1,0 +1,220 @@
+"""SGLang on a CPU, from 0.5.23 on: its real routers, expert layer, capturer, balancer, models and loaders.
+
+One file a stage. A release is never asked for its number: stages look at attributes and signatures, and one that
+cannot be imported is not offered, without harm to the others. This module imports neither sglang nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
+
+from moe_conformance.engine import (
+    Aligned,
+    AlignInputs,
+    BlockInputs,
+    BlockOutput,
+    Engine,
+    EngineInfo,
+    ExpertMapSpec,
+    ExpertsInputs,
+    Replicated,
+    ReplicateInputs,
+    RouteInputs,
+    Routing,
+)
+from moe_conformance.errors import Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What its MoE code imports, by the name of the module, where pip's differs.
+PACKAGES = {
+    "IPython": "IPython", "PIL": "pillow", "aiohttp": "aiohttp", "attr": "attrs", "cloudpickle": "cloudpickle",
+    "compressed_tensors": "compressed-tensors", "datasets": "datasets", "dill": "dill", "einops": "einops",
+    "fastapi": "fastapi", "interegular": "interegular", "loguru": "loguru", "msgspec": "msgspec", "openai": "openai",
+    "orjson": "orjson", "partial_json_parser": "partial_json_parser", "prometheus_client": "prometheus-client",
+    "psutil": "psutil", "pybase64": "pybase64", "pydantic": "pydantic", "pynvml": "nvidia-ml-py",
+    "requests": "requests", "scipy": "scipy", "setproctitle": "setproctitle", "starlette": "starlette",
+    "tiktoken": "tiktoken", "transformers": "transformers", "triton": "triton", "uvicorn": "uvicorn",
+    "uvloop": "uvloop", "zmq": "pyzmq",
+}  # fmt: skip
+
+
+class SGLang(Engine):
+    """What SGLang runs on a CPU: `forward_native` of routers and experts, and its models."""
+
+    name = "sglang"
+    _kernel = ""
+
+    kernel: Literal["native", "compiled", "triton"] = "native"
+    platform: Literal["native", "gpu"] = "native"
+    # The stages that are offered; None: all.
+    stages: frozenset[str] | None = None
+
+    @classmethod
+    def environment(cls) -> Mapping[str, str]:
+        """Its engine for CPUs, no network, few words. Set before sglang is imported.
+
+        On a CPU its Triton kernels are interpreted; what torch would compile runs as it is, which computes the same.
+        """
+        from moe_conformance.engines.sglang import device
+
+        return {
+            "HF_HUB_OFFLINE": "1",
+            # Of no model: its registry then imports model files as they are asked for, and not all at its start.
+            "SGLANG_EXTERNAL_MODEL_PACKAGE": "concurrent",
+            "SGLANG_USE_CPU_ENGINE": str(int(device.interprets())),
+            "TOKENIZERS_PARALLELISM": "false",
+            "TORCHDYNAMO_DISABLE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TRITON_INTERPRET": str(int(device.interprets())),
+        }
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if find_spec("sglang") is None:
+            return "sglang is not installed; docs/sglang.md says how, without what it needs a GPU for"
+        if absent := [pip for name, pip in PACKAGES.items() if find_spec(name) is None]:
+            return f"sglang imports packages that are absent; pip install {' '.join(absent)}"
+        return None
+
+    @property
+    def info(self) -> EngineInfo:
+        from moe_conformance.engines.sglang import device, runtime
+
+        runtime.start()
+        return EngineInfo(self.name, runtime.release(), device.kind())
+
+    @cached_property
+    def _offered(self) -> Mapping[str, frozenset[str]]:
+        probes: dict[str, Callable[[], frozenset[str]]] = {
+            "route": _route,
+            "experts": _experts,
+            "align": _align,
+            "expert_map": _expert_map,
+            "replicate": _replicate,
+            "block": _block,
+        }
+        found = {}
+        for stage, probe in probes.items():
+            if self.stages is not None and stage not in self.stages:
+                continue
+            try:
+                found[stage] = probe()
+            except ImportError:
+                continue
+        return found
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        from moe_conformance.engines.sglang import runtime
+
+        runtime.start()
+        return self._offered
+
+    def _want(self, stage: str) -> None:
+        if stage not in self._offered:
+            raise Unsupported(f"{stage}: this release of SGLang, or this environment, lacks what it needs")
+
+    def ran(self) -> str:
+        ran, self._kernel = self._kernel, ""
+        return ran
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        self._want("route")
+        from moe_conformance.engines.sglang import routing as stage
+
+        answer, self._kernel = stage.route(inputs, self.platform)
+        return answer
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        self._want("experts")
+        from moe_conformance.engines.sglang import experts as stage
+
+        answer, self._kernel = stage.experts(inputs, self.kernel)
+        return answer
+
+    def block(self, inputs: BlockInputs) -> BlockOutput:
+        self._want("block")
+        from moe_conformance.engines.sglang import block as stage
+
+        answer, self._kernel = stage.block(inputs)
+        return answer
+
+    def align(self, inputs: AlignInputs) -> Aligned:
+        self._want("align")
+        from moe_conformance.engines.sglang import align as stage
+
+        self._kernel = "moe_align_small_numel, interpreted"
+        return stage.align(inputs)
+
+    def expert_map(self, spec: ExpertMapSpec) -> Tensor:
+        self._want("expert_map")
+        from moe_conformance.engines.sglang import expert_map as stage
+
+        self._kernel = "StandardDispatcher"
+        return stage.expert_map(spec)
+
+    def replicate(self, inputs: ReplicateInputs) -> Replicated:
+        self._want("replicate")
+        from moe_conformance.engines.sglang import eplb as stage
+
+        self._kernel = stage.NAMES
+        return stage.replicate(inputs)
+
+
+def _block() -> frozenset[str]:
+    from moe_conformance.engines.sglang import block as stage
+
+    return stage.features()
+
+
+def _route() -> frozenset[str]:
+    from moe_conformance.engines.sglang import routing as stage
+
+    return stage.features()
+
+
+def _experts() -> frozenset[str]:
+    from moe_conformance.engines.sglang import experts as stage
+
+    return stage.features()
+
+
+def _align() -> frozenset[str]:
+    import sglang.kernels.ops.moe.moe_align_small_numel  # noqa: F401
+
+    return frozenset({"expert_map", "dropped_ids"})
+
+
+def _expert_map() -> frozenset[str]:
+    import sglang.srt.layers.moe.token_dispatcher.standard  # noqa: F401
+
+    # Not "round_robin", which it does not have, nor "idle_ranks": experts must divide evenly.
+    return frozenset({"contiguous"})
+
+
+def _replicate() -> frozenset[str]:
+    import sglang.srt.eplb.expert_location_dispatch  # noqa: F401
+
+    # Not "dropped_ids": no router of its own leaves a pair of a real token without an expert before copies are chosen.
+    return frozenset()
+
+
+class SGLangCompiled(SGLang):
+    """The experts that SGLang gives to torch.compile in place of its native ones, run as they are."""
+
+    name = "sglang-compiled"
+    kernel = "compiled"
+    stages = frozenset({"experts"})
+
+
+class SGLangTriton(SGLang):
+    """What SGLang runs on a GPU, as far as it is Triton and torch: its routers for a GPU, its Triton experts."""
+
+    name = "sglang-triton"
+    kernel = "triton"
+    platform = "gpu"
+    stages = frozenset({"route", "experts"})

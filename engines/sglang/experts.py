@@ -1,0 +1,32 @@
+"""SGLang's fused experts at a given routing."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_conformance.engine import ExpertsInputs
+from moe_conformance.engines.sglang import built
+from moe_conformance.errors import Unsupported
+
+
+def features() -> frozenset[str]:
+    """Every function and form of call that one of SGLang's models or routers makes; kernels refuse what they lack."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE  # noqa: F401
+
+    found = {"gelu", "gelu_tanh", "relu2", "not_gated", "bias", "clamp", "swiglu_oai", "weight_on_input"}
+    return frozenset(found | {"output_scale", "dropped_ids", "expert_map", "same_bits"})
+
+
+def experts(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
+    """The routed sum [T, D], and what computed it. "No expert" is -1, as SGLang's dispatcher and routers say it."""
+    arguments = {}
+    if inputs.output_scale != 1:
+        if kernel != "triton":
+            raise Unsupported(f"experts: {built.NAMES[kernel]} leaves routed_scaling_factor to the model's block")
+        arguments = {"routed_scaling_factor": inputs.output_scale}
+    layer = built.Layer(
+        inputs.mlp, inputs.x.shape[-1], inputs.ids.shape[-1], inputs.x.dtype, inputs.tensors, arguments,
+        expert_map=inputs.expert_map,
+    )  # fmt: skip
+    made = built.Built(layer, kernel)
+    return made.run(inputs.x, inputs.ids, inputs.weights), made.name

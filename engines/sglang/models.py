@@ -1,0 +1,176 @@
+"""SGLang's own model of a config, in small: its class, built by its own code on this machine.
+
+The config goes through a config.json, as a published one does. Whatever the model is made of beside its MoE layers is
+built as it comes, and nothing is put through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_conformance.engine import RECORDS, Unsupported
+from moe_conformance.engines.sglang import runtime
+from moe_conformance.engines.sglang.refusing import said
+
+# Keys and class names of published configs: what vLLM's adapter knows of them, and nothing of vLLM.
+from moe_conformance.engines.vllm import published
+
+# By model type, the class of published checkpoints that SGLang has under another name than transformers.
+CLASSES: Mapping[str, str] = {"gemma4_text": "Gemma4ForCausalLM", "llama4_text": "Llama4ForCausalLM"}
+
+
+class MoELayer(NamedTuple):
+    """One decoder layer. path: in the model. inner: of the expert layer in it."""
+
+    number: int
+    path: str
+    inner: str
+    experts: nn.Module
+
+
+class Built(NamedTuple):
+    """A model and its ModelConfig."""
+
+    model: nn.Module
+    config: Any
+
+    def moe_layers(self) -> Iterator[MoELayer]:
+        """Its decoder layers that have routed experts, in order."""
+        for path, module in self.model.named_modules():
+            if is_experts(module) and (match := re.match(r"(.*?\.(\d+))\.(.+)$", path)):
+                yield MoELayer(int(match[2]), match[1], match[3], module)
+
+
+def is_experts(module: nn.Module) -> bool:
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    return isinstance(module, FusedMoE)
+
+
+@functools.cache
+def known() -> Mapping[str, str]:
+    """Names of SGLang's model classes, and the module of each, read in its files: importing all takes half a minute."""
+    import sglang.srt.models as package
+
+    found = {}
+    for folder in package.__path__:
+        for file in sorted(Path(folder).glob("*.py")):
+            entry = re.search(r"^EntryClass\s*=\s*(\[[^\]]*\]|\w+)", file.read_text(), re.MULTILINE)
+            if entry:
+                names = re.findall(r"\w+", re.sub(r"#.*", "", entry[1]))
+                found |= dict.fromkeys(names, f"{package.__name__}.{file.stem}")
+    return found
+
+
+def register(architecture: str) -> None:
+    """Put a model class into SGLang's registry, as its own start does with all. Raises Unsupported with the reason."""
+    from sglang.srt.models.registry import ModelRegistry
+
+    if architecture in ModelRegistry.models:
+        return
+    try:
+        module = import_module(known()[architecture])
+    except Exception as error:
+        raise Unsupported(f"SGLang cannot import {architecture} here: {type(error).__name__}: {said(error)}") from error
+    entry = module.EntryClass
+    for found in entry if isinstance(entry, list) else [entry]:
+        ModelRegistry.models.setdefault(found.__name__, found)
+
+
+def architectures(record: Any, flat: bool) -> list[str]:
+    """Class names of checkpoints with such a config, best first: of the text model alone, then of the whole."""
+    from transformers.models.auto import modeling_auto
+
+    text = [
+        CLASSES.get(record.model_type, ""),
+        record.tiny.text_class,
+        published.TEXT_CLASSES.get(record.model_type, ""),
+        str(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(record.model_type, "")),
+    ]
+    whole = [published.CLASSES.get(record.tiny.model_class, ""), record.tiny.model_class]
+    if (own := published.OWN_CLASSES.get(record.model_type)) is not None:
+        return [own]
+    return [name for name in dict.fromkeys([*text, *whole] if flat else whole) if name]
+
+
+def architecture(record: Any, flat: bool = True) -> str | None:
+    return next((name for name in architectures(record, flat) if name in known()), None)
+
+
+def model_types() -> frozenset[str]:
+    """Of the families with a record, those whose model SGLang has, by the name of its class."""
+    return frozenset(model_type for model_type in RECORDS if architecture(RECORDS[model_type]) is not None)
+
+
+def as_published(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The record of a config, and the config.json of a checkpoint. Raises Unsupported where SGLang has none."""
+    record = published.record_of(config)
+    if record is None:
+        raise Unsupported(f"SGLang: no family is known of model type {config.get('model_type')!r}")
+    flat = published.is_flat(record, config)
+    name = architecture(record, flat)
+    if name is None:
+        raise Unsupported(f"SGLang has no {' or '.join(architectures(record, flat))}")
+    register(name)
+    values = published.config(record, name, copy.deepcopy(dict(config)))
+    return record, {**values, "architectures": [name]}
+
+
+@contextlib.contextmanager
+def folder_of(config: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder with that config.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        yield Path(folder)
+
+
+def model_config(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """SGLang's real ModelConfig of a folder. Raises Unsupported, with its words, where it makes none."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    runtime.start()
+    try:
+        return ModelConfig(str(folder), dtype=str(dtype).removeprefix("torch."))
+    except Exception as error:
+        raise Unsupported(f"SGLang makes no ModelConfig of this: {type(error).__name__}: {said(error)}") from error
+
+
+def build(folder: Path, dtype: torch.dtype) -> Built:
+    """The model of a folder's config.json, every parameter NaN. Raises Unsupported where SGLang cannot here."""
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader import loader
+
+    config = model_config(folder, dtype)
+    with runtime.building(dtype):
+        try:
+            model = loader._initialize_model(config, LoadConfig())
+        except Exception as error:
+            raise Unsupported(
+                f"SGLang does not build this model here: {type(error).__name__}: {said(error)}"
+            ) from error
+    clear(model)
+    return Built(model.eval(), config)
+
+
+@torch.no_grad()
+def clear(model: nn.Module) -> None:
+    """Fill every parameter with what no checkpoint has."""
+    for parameter in model.parameters():
+        parameter.fill_(float("nan") if parameter.is_floating_point() else -1)
+
+
+def unwritten(parameter: Tensor) -> Tensor:
+    """Where no loader wrote to a parameter since it was cleared."""
+    return parameter.isnan() if parameter.is_floating_point() else parameter == -1
