@@ -36,7 +36,6 @@ SEVERAL = {
     "every-other-call-in-double": "of the same call again",
     "every-other-layer-in-double": "of the same call again",
     "idle-rank-unwritten": "never written",
-    "leftovers-without-adapter": "of tokens without an adapter",
 }
 # Classes of faults in the numbers of one answer; what others are about may take two.
 OF_ONE = {
