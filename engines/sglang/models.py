@@ -39,6 +39,7 @@ _YARN = {
 _DEEPSEEK = {"rope_parameters": _YARN, "moe_layer_freq": 1}
 # By model type, keys beside experts that published configs have and SGLang reads, with their value or how it follows.
 KEYS: Mapping[str, Mapping[str, Any]] = {
+    "bailing_hybrid": {"n_group": lambda level: level["num_expert_group"]},
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
@@ -151,6 +152,13 @@ def architecture(record: Any, flat: bool = True) -> str | None:
 def model_types() -> frozenset[str]:
     """Of the families with a record, those whose model SGLang has, by the name of its class."""
     return frozenset(model_type for model_type in RECORDS if architecture(RECORDS[model_type]) is not None)
+
+
+def is_text(model_type: str) -> bool:
+    """Whether the class for a config of the text model alone is not that of a wrapper around it."""
+    record = RECORDS[model_type]
+    whole = (record.tiny.model_class, published.CLASSES.get(record.tiny.model_class))
+    return record.wrapper is None or architecture(record) not in whole
 
 
 def as_published(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from moe_conformance.engine import LayerSpec, RouterHandle, RouterSpec, Unsupported, inverse, normal
 from moe_conformance.engines.sglang import block, models, runtime
 from moe_conformance.engines.sglang.refusing import refusals
 
 # Families that are asked first, by model type: those that a method is known by.
-_FIRST = ("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen3_moe")
+_FIRST = ("mixtral", "olmoe", "gpt_oss", "glm4_moe", "hy_v3", "deepseek_v3", "deepseek_v2", "gemma4_text", "phimoe")
 _PARTS = ("routing", "logits", "num_experts", "hidden_size")
 # Of what nobody looks at: the experts behind a router.
 _UNSEEN = 32
@@ -27,11 +28,19 @@ class Router(nn.Module):
         super().__init__()
         self.root, self.scale, self.takes = found.root, found.scale, found.takes
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Router:
+        """Copies share the configs of transformers, which nobody trains."""
+        for module in self.modules():
+            memo |= {id(value): value for value in vars(module).values() if isinstance(value, PretrainedConfig)}
+        twin = self.__new__(Router)
+        memo[id(self)] = twin
+        twin.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        return twin
+
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         experts = next(module for module in self.root.modules() if models.is_experts(module))
-        offered = {"forward_batch": None, "input_ids": None}
         with runtime.building(hidden.dtype), block.stopping(experts) as heard, refusals():
-            self.root(hidden, **{name: value for name, value in offered.items() if name in self.takes})
+            self.root(hidden, **block.step(self.takes, None))
         if not heard:
             raise Unsupported(f"router_module: {type(self.root).__name__} hands no routing to its experts")
         return heard[0].topk_weights.float() * self.scale, heard[0].topk_ids
@@ -57,7 +66,7 @@ def router_module(spec: RouterSpec) -> tuple[RouterHandle, str]:
 def _settings(spec: RouterSpec) -> Iterator[tuple[inverse.Setting, LayerSpec, dict[str, Any]]]:
     """Settings of families with that router; those in which "input" is the word for float32 come last."""
     for narrow in dict.fromkeys((True, spec.dtype != torch.float32)):
-        for model_type in sorted(models.model_types(), key=lambda name: (name not in _FIRST, name)):
+        for model_type in _small_models():
             for setting in inverse.settings(model_type):
                 small = inverse.small(
                     setting.spec, spec.routing, spec.num_experts, _UNSEEN, logits=spec.logits,
@@ -65,6 +74,12 @@ def _settings(spec: RouterSpec) -> Iterator[tuple[inverse.Setting, LayerSpec, di
                 )  # fmt: skip
                 if (answer := inverse.expressed(setting, small, _PARTS, narrow)) is not None:
                     yield setting, answer[1].spec, answer[1].config
+
+
+def _small_models() -> list[str]:
+    """Model types whose text model has a class of its own: what is around the others takes gigabytes."""
+    first = dict.fromkeys(name for name in _FIRST if name in models.model_types())
+    return [name for name in (first | dict.fromkeys(sorted(models.model_types()))) if models.is_text(name)]
 
 
 def _handle(spec: RouterSpec, setting: Any, layer: LayerSpec, config: dict[str, Any]) -> tuple[RouterHandle, str]:
