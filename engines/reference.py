@@ -32,6 +32,7 @@ from moe_conformance.engine import (
     RouterSpec,
     Routing,
     ShardInputs,
+    UpdateInputs,
 )
 from moe_conformance.model.families.families import RECORDS
 from moe_conformance.protocol.features import words
@@ -69,6 +70,7 @@ class Reference(Engine):
             "block": offered["block"] | frozenset(RECORDS),
             "load": offered["load"] | named,
             "remap": offered["remap"] | named,
+            "update": offered["update"] | frozenset(RECORDS),
         }
 
     def describe(self, config: Any) -> MoESpec:
@@ -152,6 +154,11 @@ class Reference(Engine):
         from moe_conformance.reference_impl.checkpoint import loading as stage
 
         return stage.load(folder)
+
+    def update(self, inputs: UpdateInputs) -> Sequence[Tensor]:
+        from moe_conformance.reference_impl import update as stage
+
+        return stage.update(inputs)
 
 
 class ReferenceOnGPU(Reference):

@@ -1,4 +1,4 @@
-"""Throws hostile configs and checkpoints at the readers of both: `python tools/fuzz.py --seconds 60 --seed 1`.
+"""Throws hostile configs, checkpoints and records at their readers: `python tools/fuzz.py --seconds 60 --seed 1`.
 
 Each call must give a result or an error of this project's own, in two seconds and two GiB. What does not is printed,
 once for each kind, with the fewest edits that still show it, is kept with --keep, and makes the exit code 1. Inputs are
@@ -29,8 +29,8 @@ sys.path.append(str(ROOT / "tests"))
 from hostile_inputs import SECONDS, Found, Hostile, generated, judged, little_memory, tries  # noqa: E402
 
 CORPUS = ROOT / "tests" / "hostile"
-# The mix that users meet: more configs than folders, and few stored weights, whose calls are quick and alike.
-KINDS = ("config",) * 5 + ("checkpoint",) * 4 + ("stored",)
+# The mix that users meet: more configs than folders, and few stored weights and records, whose calls are quick and alike.
+KINDS = ("config",) * 5 + ("checkpoint",) * 4 + ("stored", "record")
 PATIENCE = 3 * SECONDS  # for a call that does not heed its time limit
 
 

@@ -30,6 +30,7 @@ from moe_conformance.engine import (
     RouterHandle,
     RouterSpec,
     Routing,
+    UpdateInputs,
 )
 from moe_conformance.running.devices import gpu_count
 
@@ -69,11 +70,16 @@ class Transformers(Engine):
         return EngineInfo(self.name, version("transformers"), self.device)
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
-        from moe_conformance.engines.transformers import block, loading
+        from moe_conformance.engines.transformers import block, loading, updating
         from moe_conformance.engines.transformers.offered import offered
 
         found = {stage: offered(stage) for stage in ("route", "router_module", "experts", "layer")}
-        found |= {"block": block.features(), "load": loading.styles(), "remap": block.model_types()}
+        found |= {
+            "update": updating.features(),
+            "block": block.features(),
+            "load": loading.styles(),
+            "remap": block.model_types(),
+        }
         found["generate"] = block.model_types() | {"routed_experts", "step_tokens", "bfloat16"}
         return {"describe": frozenset(), **found}
 
@@ -126,6 +132,11 @@ class Transformers(Engine):
         from moe_conformance.engines.transformers import loading as stage
 
         return stage.load(folder)
+
+    def update(self, inputs: UpdateInputs) -> Sequence[Tensor]:
+        from moe_conformance.engines.transformers import updating as stage
+
+        return stage.update(inputs, self.experts_implementation)
 
     def generate(self, inputs: GenerateInputs) -> Generated:
         from moe_conformance.engines.transformers import generating as stage

@@ -17,13 +17,14 @@ from transformers.utils.logging import disable_progress_bar
 from moe_conformance.engines.transformers.block import model_types
 from moe_conformance.engines.transformers.describe import decoders, is_moe, layer_lists
 from moe_conformance.engines.transformers.filling import canonical, is_made
+from moe_conformance.engines.transformers.stored import formats, loaded_as_numbers
 from moe_conformance.errors import CheckpointError
 
 
 def styles() -> frozenset[str]:
-    """The naming styles: each family's own checkpoints, and for Gemma 4 the styles that its classes have."""
+    """Each family's own checkpoints, Gemma 4's naming styles that its classes have, and stored formats."""
     gemma4 = {"packed", "multimodal"} if "gemma4_text" in model_types() else set()
-    return frozenset(model_types() | gemma4)
+    return frozenset(model_types() | gemma4 | formats())
 
 
 def load(folder: Path) -> Mapping[str, Tensor]:
@@ -34,7 +35,7 @@ def load(folder: Path) -> Mapping[str, Tensor]:
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would write to the standard error of the suite's user
     answer: Any = class_of_folder(folder).from_pretrained(
-        folder, dtype="auto", local_files_only=True, output_loading_info=True
+        folder, dtype="auto", local_files_only=True, output_loading_info=True, **loaded_as_numbers(folder)
     )
     model, report = answer
     found: dict[str, Tensor] = {}

@@ -28,6 +28,7 @@ _OWNERS = {
     "vllm": "vllm-project",
     "vllm-ascend": "vllm-project",
     "vllm-gaudi": "vllm-project",
+    "vllm-musa": "MooreThreads",
     "vllm-xpu-kernels": "vllm-project",
 }
 
