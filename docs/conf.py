@@ -39,7 +39,7 @@ html_copy_source = False
 html_use_index = False
 
 NAVIGATION = {
-    "Judging an engine": ["reading", "ci", "checkpoint", "tolerances", "trust", "stability", "migrating"],
+    "Judging an engine": ["reading", "ci", "checkpoint", "routes", "tolerances", "trust", "stability", "migrating"],
     "Plugging in an engine": ["adapters", "tutorial"],
     "Changing the suite": ["../CONTRIBUTING", "architecture", "extending", "families", "kernels", "testing"],
     "Reference": ["contract", "commands", "glossary"],
