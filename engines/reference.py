@@ -58,7 +58,7 @@ class Reference(Engine):
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         """Every feature of every stage, and blocks of every family; a block has no second implementation here.
 
-        But for one: torch's products of matrices may sum a row otherwise beside others.
+        One feature is excepted: torch's matrix products may sum a row in another order beside other rows.
         """
         # It has no attention, and so no whole models.
         stages = [stage for stage in STAGES if stage != "generate"]

@@ -21,7 +21,7 @@ DP, TP, COUNTS = 2, 2, (3, 5)
 
 
 def arriving(kind: str, own: Tensor, dp_rank: int, tp_rank: int, tp_group: dist.ProcessGroup) -> tuple[Tensor, Rows]:
-    """The rows of one layer as dispatch makes them from this data-parallel rank's own ids [n, K]."""
+    """The rows of one layer as dispatch builds them from this data-parallel rank's own ids [n, K]."""
     most = -(-max(COUNTS) // TP)  # rows of the largest slice; gloo gathers equal shapes
 
     def gather(part: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -34,7 +34,7 @@ def arriving(kind: str, own: Tensor, dp_rank: int, tp_rank: int, tp_group: dist.
     part = padded[tp_rank * size : (tp_rank + 1) * size]
     if kind == "sequence_shard":
         return part, Rows("sequence_shard", COUNTS, gather=lambda ids: torch.cat(gather(ids, tp_group)))
-    # All ranks, data-parallel major; each sends its slice filled up to the largest, and the filling is cut off.
+    # All ranks, data-parallel major. Each sends its slice padded to the largest, and the padding is cut off.
     sent = gather(torch.cat([part, part.new_full((most - size, TOP_K), 250)]), None)
     ranks = [torch.cat([ids[: -(-COUNTS[dp] // TP)] for ids in sent[dp * TP : (dp + 1) * TP]]) for dp in range(DP)]
     if kind == "sequence_gathered":

@@ -1,4 +1,4 @@
-"""What passes between pytest and an engine's process, and what becomes of a process that says something else."""
+"""Messages between pytest and an engine's process, and what happens to a process that sends something else."""
 
 from __future__ import annotations
 
@@ -114,10 +114,10 @@ def test_what_is_no_message_closes_the_process() -> None:
 
 
 def test_a_stage_is_probed_once_and_a_lost_process_started_again() -> None:
-    """The second start, after the process ended, answers to questions of later numbers."""
+    """After the second start, the process answers questions with later numbers."""
     process = Scripted(HELLO, encode(Answer(1, PASS)), encode(Answer(2, PASS)))
     assert process.run("module", a_check, CASE) == PASS
-    assert process.run("module", a_check, CASE).verdict is Verdict.CRASH  # it had no more to say
+    assert process.run("module", a_check, CASE).verdict is Verdict.CRASH  # it had no more lines
     process.lines = (HELLO, encode(Answer(4, PASS)))
     assert (process.run("module", a_check, CASE), process.starts) == (PASS, 2)
     process.close()
@@ -133,12 +133,12 @@ def test_a_process_that_cannot_start_is_not_tried_again() -> None:
 FIRST = (HELLO, encode(Answer(1, PASS)))  # it starts, and its probe passes
 
 
-# What the process does with its second question, and what the case comes to.
+# What the process does at its second question -> the outcome of the case.
 DOES = (
     ("os._exit(0)", Verdict.CRASH, "the engine's process died: exit code 0"),
     ("os.kill(os.getpid(), 11)", Verdict.CRASH, "the engine's process died: signal SIGSEGV"),
     ("print('no memory'); sys.exit(3)", Verdict.CRASH, "exit code 3; its last words:\n  no memory"),
-    # What it started holds the pipe open, and would for a minute.
+    # A child of it holds the pipe open, and would for a minute.
     ("time.sleep(60) if os.fork() == 0 else os._exit(4)", Verdict.CRASH, "exit code 4"),
     ("os.close(write); time.sleep(60)", Verdict.ERROR, "closed what it answers through"),
     ("os.write(write, b'{' * 100); os._exit(0)", Verdict.CRASH, "exit code 0"),
@@ -191,7 +191,7 @@ def test_what_nobody_asked_for_is_not_the_next_answer() -> None:
 
 
 def test_an_exception_while_it_listens_closes_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As pytest-timeout raises one: the answer that was under way must not become that of the next case."""
+    """Such as pytest-timeout's: an answer that is still on its way must not become the next case's."""
     process = Scripted(*FIRST, "do time.sleep(60)")
     assert process._ask(20, lambda number: Probe(number, "align")).verdict is Verdict.PASS
 
@@ -283,7 +283,7 @@ for line in os.fdopen(read):
     if act == "prints": print("x" * 100000, flush=True)
     if act == "dies-afterwards": os._exit(4)
 """
-# What an engine may do with a question -> what its case comes to, and what is found when one looks back.
+# What an engine may do at a question -> the outcome of its case, and what `after_the_last` finds.
 ACTS: dict[str, tuple[Verdict, Verdict | None]] = {
     "answers": (Verdict.PASS, None),
     "prints": (Verdict.PASS, None),
@@ -300,7 +300,7 @@ ACTS: dict[str, tuple[Verdict, Verdict | None]] = {
 
 
 class Acting(EngineProcess):
-    """Does with each question what its case is called."""
+    """Does at each question what the case's name says."""
 
     def __init__(self) -> None:
         super().__init__(Target("acting", "fake_engines:AlwaysWrong"), Survey(), Allowed(0.5), {})

@@ -1,10 +1,10 @@
-"""How much of vLLM's fused_moe a run of its two engines executes, of what a CPU can reach.
+"""Measures how much of vLLM's fused_moe a run of its two engines executes, out of what a CPU can reach.
 
     python tools/vllm_coverage.py 0.32.0 --out results/vllm-coverage -k "not experts-ep5-beyond-512"
 
-Judges the core tier in process, under coverage.py, which is installed beside the release and not into it; a case that
-ends the process has to be left out with -k. vllm_unreachable.toml lists what a CPU cannot reach, with reasons. Counted
-are statements in functions, among them the bodies of interpreted Triton kernels: all others run on import.
+Judges the core tier in process under coverage.py, which is installed beside the release, not into it; a case that ends
+the process must be left out with -k. vllm_unreachable.toml lists what a CPU cannot reach, with reasons. Only statements
+in functions are counted, including interpreted Triton kernels: all others run on import.
 
 Writes OUT/lines.json (coverage.py's), OUT/files.txt (the table that it prints) and OUT/functions.txt (what can be
 reached and is not).
@@ -101,7 +101,7 @@ class File:
         return self.statements - set(self.left_out)
 
     def lines_of(self, entry: str) -> set[int]:
-        """Lines of what an entry names in this file: all of them without a name, none if it is not there."""
+        """The lines that an entry means in this file: all lines if it has no name, none if the name is not there."""
         if not entry:
             return set(range(1, self.text.count("\n") + 2))
         name, which, test = [*entry.split(" ", 2), "", ""][:3]
@@ -121,7 +121,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def named(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Definition]]:
-    """Functions and classes by qualified name, however deep; those of an overload, or of an else, share a name."""
+    """Functions and classes by qualified name, however deep. Overloads, and definitions in an else, share a name."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, Definition):
             yield prefix + node.name, node
@@ -139,7 +139,7 @@ def _span(body: list[ast.stmt]) -> range:
 
 
 def leave_out(files: Iterable[File], listed: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """Mark in the files what the list leaves out; a line for each entry that is executed or absent."""
+    """Mark in the files what the list leaves out; returns a line for each entry that is executed or absent."""
     by_name = {file.name: file for file in files}
     wrong = []
     for kind, table in listed.items():
@@ -229,7 +229,7 @@ def _measure(place: Place, out: Path, options: list[str]) -> None:
         left.unlink()
     paths = [str(path) for path in (place.overlay, beside) if path]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    # A run in process is refused where nobody is at a debugger.
+    # CI is unset because a run in process is refused there.
     environment.pop("CI", None)
     for engine in ENGINES:
         own = out / engine

@@ -26,7 +26,7 @@ PROBING = "in the probe of "
 
 @dataclass(frozen=True)
 class Allowed:
-    """What an engine may take: seconds for a case, and for all of them in one pytest worker; resident bytes."""
+    """Limits of an engine: seconds for a case, and for all cases in one pytest worker; resident bytes."""
 
     case_seconds: float
     engine_seconds: float = math.inf
@@ -36,7 +36,7 @@ class Allowed:
 class EngineProcess:
     """Starts the host process when first needed and after each loss, and probes each stage before its first case.
 
-    survey: what the adapter's class said. environment: of the process, beside what the survey says. info: who the
+    survey: what the adapter's class said. environment: of the process, in addition to the survey's. info: who the
     engine is, once it has started. raised: None, as exceptions stay in the process.
     """
 
@@ -82,7 +82,7 @@ class EngineProcess:
     def after_the_last(self) -> Outcome | None:
         """What became of the process after its last answer, an outcome of that case; None while all is well.
 
-        It is started anew for the next.
+        For the next case it is started anew.
         """
         if self._child is None:
             return None
@@ -93,7 +93,7 @@ class EngineProcess:
         return None
 
     def _ask(self, seconds: float, question: Callable[[int], Probe | Check]) -> Outcome:
-        """The answer to this question, which is given the next number."""
+        """Ask this question under the next number, and return its answer."""
         started = time.monotonic()
         try:
             return self._answer(seconds, question)

@@ -55,8 +55,8 @@ _OPEN = {
 class Setting:
     """A family with its switches in one position: keys of a small config with open sizes, and one of its MoE layers.
 
-    spec: what that layer computes at the sizes of TO_COMPUTE. decided: fields, dotted below LayerSpec, that other
-    values of its keys may decide otherwise.
+    spec: what that layer computes at the sizes of TO_COMPUTE. decided: fields, dotted below LayerSpec, that change with
+    the values of its keys.
     """
 
     record: Record
@@ -89,7 +89,7 @@ def settings(model_type: str) -> tuple[Setting, ...]:
 
 
 class Said(NamedTuple):
-    """A config.json, and what its family's record says that the setting's layer of it computes."""
+    """A config.json, and what the setting's layer of it computes according to the family's record."""
 
     config: Keys
     spec: LayerSpec
@@ -120,9 +120,10 @@ def expressed(
     narrow: bool,
     alike: Callable[[LayerSpec, LayerSpec], LayerSpec] = lambda found, _: found,
 ) -> tuple[LayerSpec, Said] | None:
-    """The family's layer with the values of this spec, and a config that says it; None unless these parts are equal.
+    """The family's layer with this spec's values, and a config for it; None unless these parts are then equal.
 
-    narrow: x is not float32. alike: what is read of a config, with what it may say otherwise as in the layer wanted.
+    narrow: x is not float32. alike(found, wanted): the layer read from a config, with fields that may differ set as in
+    the wanted layer.
     """
     if is_out_of_reach(setting, spec, parts):
         return None
@@ -140,8 +141,8 @@ def expressed(
 
 
 def small(layer: LayerSpec, routing: RoutingSpec, experts: int, unseen: int, **others: Any) -> LayerSpec:
-    """The layer with that routing among that many experts, and other fields; all else is `unseen` wide."""
-    # A router of several layers: none but the last is as wide as the logits are.
+    """A small layer with this routing, number of experts and these fields; other widths are `unseen`."""
+    # In a router of several layers, only the last is as wide as the logits.
     sized: dict[str, Any] = {"routing": routing, "num_experts": experts, "hidden_size": unseen, **others}
     sized["experts"] = replace(layer.experts, width=unseen)
     for name in ("shared", "dense"):
@@ -224,7 +225,7 @@ def _sizes_in(value: Any) -> Iterator[Size]:
 
 def _sizes(record: Record, spec: LayerSpec) -> dict[Size, int | None]:
     found: dict[Size, int | None] = {
-        # Of 8 where that can be: the sections of ERNIE-VL's rotary embedding fit no wider ones.
+        # Heads are 8 wide if possible: the sections of ERNIE-VL's rotary embedding fit no wider ones.
         Size.HEADS: spec.hidden_size // 8 if spec.hidden_size % 8 == 0 else 1,
         Size.HIDDEN: spec.hidden_size,
         Size.EXPERTS: spec.num_experts,
@@ -245,7 +246,7 @@ def _decided(record: Record, spec: LayerSpec, open_sizes: Collection[Size]) -> f
     found = {path for size, path in _OPEN.items() if size in open_sizes}
     found |= {"vocab_size"} if spec.vocab_size else set()
     found |= {"routing.identity_experts"} if record.sizes.extra_experts else set()
-    found |= {"shared.mlp.width"} if spec.shared else set()  # through the number of them
+    found |= {"shared.mlp.width"} if spec.shared else set()  # through their number
     for fields_of, prefix in _said(record.method):
         for name, entry in fields_of.items():
             for path, leaf in _leaves(entry, f"{prefix}{name}"):
@@ -253,7 +254,7 @@ def _decided(record: Record, spec: LayerSpec, open_sizes: Collection[Size]) -> f
                     found.add(path)
     if spec.shared and "experts.activation" in found:
         found.add("shared.mlp.activation")
-    inherited = {path for path in found if path.startswith("experts.")}  # shared experts are as the others are
+    inherited = {path for path in found if path.startswith("experts.")}  # shared experts compute as routed ones do
     own = {f"shared.mlp.{name}" for name in record.method.shared_mlp} | {"shared.mlp.weight_on", "shared.mlp.bias"}
     found |= {f"shared.mlp.{path.removeprefix('experts.')}" for path in inherited if spec.shared} - own
     return frozenset(found)
