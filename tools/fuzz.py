@@ -29,7 +29,7 @@ sys.path.append(str(ROOT / "tests"))
 from hostile_inputs import SECONDS, Found, Hostile, generated, judged, little_memory, tries  # noqa: E402
 
 CORPUS = ROOT / "tests" / "hostile"
-# The mix that users meet: more configs than folders, and few stored weights and records, whose calls are quick and alike.
+# The mix that users meet: more configs than folders; few stored weights and records, whose calls are quick and alike.
 KINDS = ("config",) * 5 + ("checkpoint",) * 4 + ("stored", "record")
 PATIENCE = 3 * SECONDS  # for a call that does not heed its time limit
 
