@@ -121,7 +121,7 @@ def _placed(layout: Layout, groups: Mapping[Any, Any], scheme: Scheme, usual: fr
 
 
 def _read(folder: Folder, layout: Layout, places: list[Placed], scheme: Scheme) -> Loaded:
-    said = next(_said_of(folder.config), {})
+    said: Mapping[str, Any] = next(_said_of(folder.config), {})
     out = Loaded()
     forms: dict[str, dict[Named, dict[Place, Packed | None]]] = {}
     quantised = {placed.layer.prefix + placed.piece.target for placed in places if placed.kind}
