@@ -201,6 +201,16 @@ def test_gate_and_up_of_unequal_tiles_have_their_own(tmp_path: Path) -> None:
         assert torch.equal(got[expert].double(), both)
 
 
+@pytest.mark.parametrize("state", [b"[", b"3", b'{"blocksize": "wide"}', b'{"blocksize": 0}', b"\xff"])
+def test_a_state_of_bitsandbytes_that_says_nonsense_is_refused(tmp_path: Path, state: bytes) -> None:
+    written(tmp_path, "bnb-nf4")
+    wrong = torch.tensor(list(state), dtype=torch.uint8)
+    end = "quant_state.bitsandbytes__nf4"
+    change(tmp_path, lambda named: named.update({name: wrong.clone() for name in named if name.endswith(end)}))
+    with pytest.raises(CheckpointError, match=r"bnb4 weights: .*; mend the export"):
+        load(tmp_path)
+
+
 def test_what_is_not_known_is_refused_by_its_name(tmp_path: Path) -> None:
     written(tmp_path, "fp8-channel")
     config = json.loads((tmp_path / "config.json").read_text())

@@ -40,6 +40,8 @@ def loaded_as_numbers(folder: Path) -> dict[str, Any]:
     """
     from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
+    if (folder / "hf_quant_config.json").exists():
+        raise Unsupported("load: transformers does not read ModelOpt's checkpoints")
     said = json.loads((folder / "config.json").read_text()).get("quantization_config")
     if said is None:
         return {}

@@ -14,13 +14,17 @@ from moe_conformance.checkpoints.forms import BNB_BLOCK, BNB_NESTED
 from moe_conformance.checkpoints.scheme import Kind, Scheme
 from moe_conformance.errors import CheckpointError, InputError
 from moe_conformance.model.specs import Shape
-from moe_conformance.quote import quoted
+from moe_conformance.quote import plainly, quoted
 from moe_conformance.reference_impl.quantised.fp4 import unpack_e2m1
 from moe_conformance.reference_impl.quantised.gptq import dequantise_awq, dequantise_gptq
 from moe_conformance.reference_impl.quantised.integers import dequantise_groups, unpack
 from moe_conformance.reference_impl.quantised.tiles import Tile, scale_values, spread
 
 Members = Mapping[str, Tensor]
+
+
+# What values of tensors, and of the JSON in one, may lead to; shapes and dtypes have been looked at.
+_WRONG = (InputError, ValueError, TypeError, LookupError, RuntimeError, AttributeError)
 
 
 class Form(NamedTuple):
@@ -52,8 +56,9 @@ def numbers(form: Form) -> Tensor:
         raise CheckpointError(f"{form.kind} weights: got a form that is not read; load it with what wrote it")
     try:
         return read(form).reshape(form.shape)
-    except InputError as error:
-        raise CheckpointError(f"{form.kind} weights: {error}; mend the export, or quantise again") from error
+    except _WRONG as error:
+        trouble = plainly(str(error)) or type(error).__name__
+        raise CheckpointError(f"{form.kind} weights: {trouble}; mend the export, or quantise again") from error
 
 
 def _rows_columns(form: Form) -> tuple[int, int, int]:

@@ -60,10 +60,13 @@ class Placed(NamedTuple):
 
 def is_stored(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether config.json, at the top or in its text part, or ModelOpt's own file says that weights are quantised."""
+    return (path / HF_QUANT).exists() or any(_said_of(config))
+
+
+def _said_of(config: Mapping[str, Any]) -> Iterator[Any]:
+    """Each quantization_config, at the top or in the text part."""
     levels = (config, config.get("text_config"))
-    return (path / HF_QUANT).exists() or any(
-        level.get(key) for level in levels if isinstance(level, Mapping) for key in KEYS
-    )
+    return (value for level in levels if isinstance(level, Mapping) for key in KEYS if (value := level.get(key)))
 
 
 def load_stored(path: Path) -> Loaded:
@@ -118,7 +121,7 @@ def _placed(layout: Layout, groups: Mapping[Any, Any], scheme: Scheme, usual: fr
 
 
 def _read(folder: Folder, layout: Layout, places: list[Placed], scheme: Scheme) -> Loaded:
-    said = next((value for key in KEYS if isinstance(value := folder.config.get(key), Mapping)), {})
+    said: Mapping[str, Any] = next(_said_of(folder.config), {})
     out = Loaded()
     forms: dict[str, dict[Named, dict[Place, Packed | None]]] = {}
     quantised = {placed.layer.prefix + placed.piece.target for placed in places if placed.kind}

@@ -123,7 +123,7 @@ ACTIVATION_CASES = (
 )
 
 _LORA = LoraSpec(adapters=3, rank=4, alpha=6.0)
-TINY = {"T": 19, "E": 5, "K": 2, "D": 20, "F": 12}
+TINY = {"T": 35, "E": 5, "K": 2, "D": 20, "F": 12}
 
 
 def _adapted(name: str, dims: dict[str, int] = TINY, tier: str = "core", function: str = "silu", **recipe: Any) -> Case:
