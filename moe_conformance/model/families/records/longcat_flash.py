@@ -37,7 +37,7 @@ RECORD = Record(
     beside={"zero_expert_type": "identity"},
     ways=(RESCALED | GELU,),
     # Kernels that add identity experts take 256 columns at a time (vLLM's).
-    block=Block(SCALED | {"hidden_size": 256}, grouped=False),
+    block=Block(SCALED | {"hidden_size": 512}, grouped=False),
     variants={"no-identity": Variant({"zero_expert_num": 0})},
     configs=(
         Config("no-zero-experts", keys={"zero_expert_num": 0}),
