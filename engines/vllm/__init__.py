@@ -39,6 +39,7 @@ from moe_conformance.engine import (
     Routing,
     ShardInputs,
     Target,
+    UpdateInputs,
 )
 from moe_conformance.errors import Unsupported
 
@@ -103,6 +104,7 @@ class VLLM(Engine):
             "shard": _shard,
             "remap": _checkpoints,
             "load": _checkpoints,
+            "update": _update,
             "generate": _generate,
         }
         found = {}
@@ -229,6 +231,13 @@ class VLLM(Engine):
 
         return stage.load(folder)
 
+    def update(self, inputs: UpdateInputs) -> Sequence[Tensor]:
+        self._want("update")
+        from moe_conformance.engines.vllm import updating as stage
+
+        outputs, self._kernel = stage.update(inputs)
+        return outputs
+
     def generate(self, inputs: GenerateInputs) -> Generated:
         self._want("generate")
         from moe_conformance.engines.vllm import generating as stage
@@ -316,6 +325,12 @@ def _layer() -> frozenset[str]:
 
 def _block() -> frozenset[str]:
     from moe_conformance.engines.vllm import block as stage
+
+    return stage.features()
+
+
+def _update() -> frozenset[str]:
+    from moe_conformance.engines.vllm import updating as stage
 
     return stage.features()
 

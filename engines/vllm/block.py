@@ -120,7 +120,7 @@ class Key:
 class Block:
     """A filled block. root: the module whose forward is the block; experts: vLLM's expert layer in it.
 
-    output_scale: what the model multiplies the sum by, which vLLM has in the weights.
+    output_scale: what the model multiplies the sum by, which vLLM has in the weights. model: that it is of.
     """
 
     def __init__(
@@ -131,7 +131,9 @@ class Block:
         dtype: torch.dtype,
         platform: Platform,
         output_scale: float,
+        model: nn.Module,
     ) -> None:
+        self.model = model
         self.config, self.root, self.experts, self.dtype, self.platform = config, root, experts, dtype, platform
         # A weight of vLLM's router, times this, is a weight of the model.
         self.scale = _late_scale(root, experts) / output_scale
@@ -220,7 +222,8 @@ def loaded(
     if left:
         raise CheckpointError(f"{type(root).__name__}: loading left {', '.join(left)} unwritten")
     _settle()
-    return Block(built.config, root, layer.experts, dtype, platform, layer_of(config, number).output_scale)
+    scale = layer_of(config, number).output_scale
+    return Block(built.config, root, layer.experts, dtype, platform, scale, built.model)
 
 
 # Modules whose select_experts the expert layers for CPUs of older releases call.

@@ -23,6 +23,7 @@ from moe_conformance.protocol.limits import Limits
 from moe_conformance.protocol.ranks import ExpertMapSpec, Replicated, ReplicateInputs, ShardInputs
 from moe_conformance.protocol.routing import RouteInputs, RouterHandle, RouterSpec, Routing
 from moe_conformance.protocol.stages import PROTOCOL_VERSION
+from moe_conformance.protocol.update import UpdateInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,6 +212,10 @@ class Engine:
         Raises if a parameter of them is left unwritten or a key unconsumed, naming which.
         """
         raise _not_offered("load")
+
+    def update(self, inputs: UpdateInputs) -> Sequence[Tensor]:
+        """The block's output [T, H] before any push, and after each: one block, never built anew."""
+        raise _not_offered("update")
 
     def generate(self, inputs: GenerateInputs) -> Generated:
         """Serve a whole model: load the folder, answer its requests greedily, and say which experts each token had."""

@@ -21,10 +21,12 @@ from moe_conformance.suites.block.configs import VARIANTS, spec_of
 BIAS_STD = {"softmax": 2.0**-4, "sigmoid": 2.0**-2, "sqrt_softplus": 2.0**-1}
 
 
-def tensors_of(slug: str) -> dict[str, Tensor]:
-    """Canonical tensors in float64, exact in every dtype; of one name and size the same in all families."""
+def tensors_of(slug: str, version: str = "") -> dict[str, Tensor]:
+    """Canonical tensors in float64, exact in every dtype; of one name, size and version the same in all families."""
     spec = spec_of(slug)
-    found = {name: tensor(name, shape, spec.num_experts, bias_std(spec)) for name, shape in spec.tensors().items()}
+    found = {
+        name: tensor(name, shape, spec.num_experts, bias_std(spec), version) for name, shape in spec.tensors().items()
+    }
     if bias := VARIANTS[slug].block.bias:
         found["router.selection_bias"] = torch.tensor(bias, dtype=torch.float64)
     return found
@@ -34,14 +36,14 @@ def bias_std(spec: LayerSpec) -> float:
     return 0.5 if spec.routing.select_on == "logits" else BIAS_STD[spec.routing.score]
 
 
-def tensor(name: str, shape: Shape, experts: int, selection_bias_std: float) -> Tensor:
+def tensor(name: str, shape: Shape, experts: int, selection_bias_std: float, version: str = "") -> Tensor:
     """Weights spread so that what they make is about 1.5 in size; norms and scales vary around one."""
-    return _tensor(salt(), name, shape, experts, selection_bias_std)
+    return _tensor(salt(), name, shape, experts, selection_bias_std, version)
 
 
 @cache
-def _tensor(salted: str, name: str, shape: Shape, experts: int, selection_bias_std: float) -> Tensor:
-    seed, part = f"family-{name}", name.rpartition(".")[2]
+def _tensor(salted: str, name: str, shape: Shape, experts: int, selection_bias_std: float, version: str) -> Tensor:
+    seed, part = f"family-{name}{version}", name.rpartition(".")[2]
     if name == "router.table":
         return bits((*shape[:-1], experts), seed).argsort(dim=-1)[..., : shape[-1]]
     if name == "router.selection_bias":
