@@ -25,7 +25,7 @@ from moe_conformance.engines.transformers.describe import layer_lists
 from moe_conformance.engines.transformers.filling import canonical, is_made
 from moe_conformance.engines.transformers.loading import LoadedBlock, blocks
 from moe_conformance.engines.transformers.skeleton import built, rules, sources
-from moe_conformance.errors import CheckpointError, Unsupported
+from moe_conformance.errors import CheckpointError, MoEConformanceError, Unsupported
 from moe_conformance.oracle.precision import wide
 from moe_conformance.quote import few
 
@@ -197,7 +197,17 @@ class _Walk(threading.Thread):
     def step(self) -> None:
         """Go on to the next layer."""
         self.may_go.release()
+        self.arrive()
+
+    def arrive(self) -> None:
+        """Wait until it stands before a layer, or has ended."""
         self.has_come.acquire()
+        if isinstance(self.error, Exception) and not isinstance(self.error, MoEConformanceError):
+            words = " ".join(str(self.error).split())[:300]
+            raise Unsupported(
+                f"routes: {type(self.model).__name__} does not run on token ids alone ({type(self.error).__name__}: "
+                f"{words}); such models are not judged"
+            ) from self.error
         if self.error is not None:
             raise self.error
 
@@ -216,9 +226,7 @@ class _Walks:
         self._hook()
         for walk in self.walks:
             walk.start()
-            walk.has_come.acquire()
-            if walk.error is not None:
-                raise walk.error
+            walk.arrive()
         while (layer := self.walks[0].layer) is not None:
             name, block = f"{self.model.stack_name}.{layer}", self.model.blocks.get(layer)
             self.shelf.load(name)
