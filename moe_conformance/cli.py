@@ -177,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     this = add("checkpoint", checkpoint, CHECKPOINT)
     this.add_argument("folder", type=Path, help="with config.json and safetensors")
     this.add_argument("--values", action="store_true", help="read every tensor: scales, NaN, experts that are alike")
+    this.add_argument("--transformers", action="store_true", help="import it, and say which names it would not map")
     forms(this)
     this = add("routes", routes, ROUTES)
     this.add_argument("folder", type=Path, help="of the model, with config.json and safetensors")
@@ -374,7 +375,7 @@ def checkpoint(options: argparse.Namespace, _: list[str]) -> int:
     from moe_conformance.errors import CheckpointError, DenseModelError
 
     try:
-        found = judged(options.folder, options.values)
+        found = judged(options.folder, options.values, options.transformers)
     except (CheckpointError, DenseModelError) as error:
         print(f"moe-conformance: {error}", file=sys.stderr)
         return 2

@@ -49,6 +49,11 @@ def facts(record: Record, true: Record) -> Iterator[str]:
         yield answer(lambda bare=bare: describe(bare, alone))
     for keys in spelled(true, level):
         yield answer(lambda keys=keys: describe(keys, alone))
+    # A null, alone and beside the key that the config class reads then.
+    for key, (other, _) in true.sizes.nulls.items():
+        for beside in ({}, {other: 3}):
+            yield answer(lambda keys={**level, **beside, key: None}: describe(keys, alone))
+            yield answer(lambda keys={**level, **beside, key: None}: Places(keys, alone).wanted)
     if record.block is not None:
         whole = plain(record, record.block)
         for family in (whole, *(varied(whole, variant) for variant in record.variants.values())):

@@ -327,7 +327,6 @@ PLANTED: dict[str, tuple[str, Change, str, str]] = {
     "router-transposed": ("float", put(GATE, "BF16", 40, 11), "router", "transposed"),
     "bias-of-fewer": ("deepseek_v3", put("model.layers.8.mlp.gate.e_score_correction_bias", "F32", 10), "router", "10"),
     "mistyped": ("float", put(UP, "I32", 24, 40), "mistyped", UP),
-    "one-in-float32": ("float", put(UP, "F32", 24, 40), "mistyped", UP),
     "router-of-integers": ("float", put(GATE, "I64", 11, 40), "mistyped", GATE),
     "table-of-floats": (
         "deepseek_v4",
@@ -486,6 +485,15 @@ def test_a_planted_defect_is_named(defect: str, tmp_path: Path) -> None:
     found = [finding for finding in judgement.findings if finding.level == "defect"]
     assert any(finding.kind == kind and words in said(finding) for finding in found), found
     assert len(found) <= 4, found
+
+
+def test_one_expert_in_another_float_is_a_note(tmp_path: Path) -> None:
+    """Every reader casts it."""
+    config, tensors = base("float")
+    judgement = judged(write(tmp_path / "model", config, {**tensors, UP: T("F32", (24, 40))}))
+    assert findings(judgement) == [("note", "mistyped")] and judgement.is_sound
+    judgement = judged(write(tmp_path / "integers", config, {**tensors, UP: T("I32", (24, 40))}))
+    assert set(findings(judgement)) == {("defect", "mistyped")}
 
 
 Damage = Callable[[Path], object]

@@ -15,7 +15,7 @@ from moe_conformance.checkpoints.whole import judge
 from moe_conformance.quote import plainly
 
 
-def judged(path: Path, values: bool = False) -> Judgement:
+def judged(path: Path, values: bool = False, transformers: bool = False) -> Judgement:
     """Raises CheckpointError where there is nothing to judge, and DenseModelError for a model without experts."""
     findings = Findings()
     # Half a million small tuples, none in a cycle: garbage collection would take as long as reading.
@@ -42,6 +42,10 @@ def judged(path: Path, values: bool = False) -> Judgement:
             level="note",
         )
     unheard_of(folder.config, findings)
+    if transformers:
+        from moe_conformance.checkpoints.mapped import hold_against_transformers
+
+        hold_against_transformers(folder, findings)
     return Judgement(
         str(path),
         _said(model),

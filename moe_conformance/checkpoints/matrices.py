@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from moe_conformance.checkpoints.findings import Findings
+from moe_conformance.checkpoints.findings import Findings, Level
 from moe_conformance.checkpoints.folder import CONFIG, Folder
 from moe_conformance.checkpoints.forms import (
     CARRIERS,
@@ -218,7 +218,12 @@ class Judge:
             if form == usual or self._leaves(carrier):
                 continue
             do = f"{MEND}; an expert that was left as it was must stand in quantization_config"
-            self._findings.add("mistyped", carrier.file, carrier.name, got=form, want=f"{usual}, as its like", do=do)
+            level: Level = "defect"
+            if {form, usual} <= {f"{dtype} weights" for dtype in FLOATS}:
+                # Every reader casts it: right, but for what rounding takes.
+                do, level = "see that it is meant: engines round the experts of a layer to one dtype", "note"
+            want = f"{usual}, as its like"
+            self._findings.add("mistyped", carrier.file, carrier.name, got=form, want=want, do=do, level=level)
 
     def _form(self, matrix: Matrix) -> str:
         """What all experts of a layer have in common; of an unknown form, its dtype and shape."""

@@ -1,6 +1,6 @@
 """A model's own forward with one decoder layer's weights in memory at a time.
 
-transformers builds the model without memory for its parameters. What stands around the layers is loaded when it is
+The model is built without memory for its parameters. What stands around the layers is loaded when it is
 first called, but for the language model's head, which is never. Of each layer the weights are read from the shards by
 transformers' own rules of names, the layer runs for every request, and they are dropped.
 
@@ -15,23 +15,17 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig
-from transformers.initialization import no_init_weights
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from moe_conformance.checkpoints.headers import Stored
-from moe_conformance.engines.transformers import OLDEST
 from moe_conformance.engines.transformers.block_routing import Tap
 from moe_conformance.engines.transformers.describe import layer_lists
 from moe_conformance.engines.transformers.filling import canonical, is_made
-from moe_conformance.engines.transformers.loading import LoadedBlock, blocks, class_of
-from moe_conformance.errors import CheckpointError, Unsupported
+from moe_conformance.engines.transformers.loading import LoadedBlock, blocks
+from moe_conformance.engines.transformers.skeleton import built, rules, sources
+from moe_conformance.errors import CheckpointError, MoEConformanceError, Unsupported
 from moe_conformance.oracle.precision import wide
 from moe_conformance.quote import few
 
@@ -57,7 +51,7 @@ class Model:
         self, folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored], dtype: torch.dtype, wider: bool
     ) -> None:
         self.dtype, self.compute = dtype, _wider(dtype) if wider else dtype
-        self.shelf = _Shelf(folder, stored, _built(folder, config, self.compute), dtype)
+        self.shelf = _Shelf(folder, stored, built(folder, config, self.compute), dtype)
         self.model = self.shelf.model
         self.blocks: dict[int, LoadedBlock] = {}
         every = [block for block in blocks(self.model) if ".vision." not in block.prefix]
@@ -87,47 +81,6 @@ def _wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if wide(dtype) == dtype else wide(dtype)
 
 
-def _built(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    if Version(transformers.__version__) < OLDEST:
-        raise Unsupported(f"routes: got transformers {transformers.__version__}, want {OLDEST} or newer; upgrade it")
-    if config.get("model_type") not in CONFIG_MAPPING:
-        name, held = config.get("model_type"), transformers.__version__
-        raise Unsupported(f"routes: transformers {held} has no model type {name!r}; code in the folder is never run")
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    set_verbosity_error()  # type: ignore[no-untyped-call]  # which kernels it lacks is of no concern here
-    try:
-        made = AutoConfig.from_pretrained(folder, local_files_only=True)
-        cls = class_of(_names(config), lambda: made)
-        with _without_memory(), no_init_weights():
-            model = cls._from_config(made, dtype=dtype, experts_implementation="eager")
-    except Exception as error:
-        words = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{folder}: transformers builds no model of config.json ({type(error).__name__}: {words}); see what "
-            "`moe-conformance checkpoint` says of it"
-        ) from error
-    return model.eval()
-
-
-def _names(config: Mapping[str, Any]) -> list[str]:
-    found = config.get("architectures")
-    return [name for name in found if isinstance(name, str) and name.isidentifier()] if isinstance(found, list) else []
-
-
-@contextlib.contextmanager
-def _without_memory() -> Iterator[None]:
-    """Parameters made inside are on the meta device; buffers, which no checkpoint has, are as the model makes them."""
-    real = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        real(module, name, parameter)
-
-    with patch.object(nn.Module, "register_parameter", register):
-        yield
-
-
 class _Shelf:
     """Loads and drops parts of a model."""
 
@@ -135,28 +88,7 @@ class _Shelf:
         self.folder, self.stored, self.model, self.dtype = folder, stored, model, dtype
         self.empty = dict(model.named_parameters())
         self.plan = model._get_dtype_plan(dtype)
-        self.sources = self._sources()
-
-    def _mapping(self) -> list[Any]:
-        """Anew for each load: it remembers what it was used for."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        return get_model_conversion_mapping(self.model)
-
-    def _sources(self) -> dict[str, list[str]]:
-        """The checkpoint's names of each tensor of the model, by transformers' own rules."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        mapping, state, prefix = self._mapping(), self.model.state_dict(), self.model.base_model_prefix
-        renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
-        found: dict[str, list[str]] = {}
-        for name in self.stored:
-            target, _ = rename_source_key(name, renamings, converters, prefix, state)
-            if target not in state and name in state:
-                target = name
-            found.setdefault(target, []).append(name)
-        return found
+        self.sources = sources(model, stored)
 
     def load(self, prefix: str, deep: bool = True) -> None:
         """The tensors of the module of this name. deep: of those inside it, too."""
@@ -174,7 +106,7 @@ class _Shelf:
             files: dict[str, Any] = {}
             slices = {name: self._slice(stack, files, name) for name in wanted}
             how = LoadStateDictConfig(
-                device_map={"": "cpu"}, dtype=self.dtype, dtype_plan=self.plan, weight_mapping=self._mapping()
+                device_map={"": "cpu"}, dtype=self.dtype, dtype_plan=self.plan, weight_mapping=rules(self.model)
             )
             try:
                 report, _ = convert_and_load_state_dict_in_model(self.model, slices, how)
@@ -265,7 +197,17 @@ class _Walk(threading.Thread):
     def step(self) -> None:
         """Go on to the next layer."""
         self.may_go.release()
+        self.arrive()
+
+    def arrive(self) -> None:
+        """Wait until it stands before a layer, or has ended."""
         self.has_come.acquire()
+        if isinstance(self.error, Exception) and not isinstance(self.error, MoEConformanceError):
+            words = " ".join(str(self.error).split())[:300]
+            raise Unsupported(
+                f"routes: {type(self.model).__name__} does not run on token ids alone ({type(self.error).__name__}: "
+                f"{words}); such models are not judged"
+            ) from self.error
         if self.error is not None:
             raise self.error
 
@@ -284,9 +226,7 @@ class _Walks:
         self._hook()
         for walk in self.walks:
             walk.start()
-            walk.has_come.acquire()
-            if walk.error is not None:
-                raise walk.error
+            walk.arrive()
         while (layer := self.walks[0].layer) is not None:
             name, block = f"{self.model.stack_name}.{layer}", self.model.blocks.get(layer)
             self.shelf.load(name)

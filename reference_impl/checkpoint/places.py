@@ -14,6 +14,7 @@ from moe_conformance.model.families.describe import describe, layer_of
 from moe_conformance.model.families.families import RECORDS, Families
 from moe_conformance.model.families.naming import Piece, Stack
 from moe_conformance.model.families.scope import Scope
+from moe_conformance.model.families.sizes import spelled_out
 from moe_conformance.model.specs import LayerSpec, Shape
 from moe_conformance.quote import few, quoted
 from moe_conformance.reference_impl.checkpoint.names import READ_PREFIXES, family_of, names_of
@@ -76,7 +77,8 @@ class Places:
     def __init__(self, config: Mapping[str, Any], families: Families = RECORDS) -> None:
         """Raises ConfigError for a config that is not of a known MoE model."""
         self.names = names_of(config, families)
-        _, level = family_of(config, families)
+        record, level = family_of(config, families)
+        level = spelled_out(level, record.sizes)
         spec = describe(config, families)
         if not spec.layers:
             layer_of(config, (spec.moe_layers or spec.encoder_moe_layers)[0], families)  # raises, and says why

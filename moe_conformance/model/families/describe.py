@@ -82,6 +82,13 @@ def find(config: Any, families: Families = RECORDS) -> tuple[Scope, Record | Non
             return scope, record, sizes_of(scope, record.sizes if record else by_its_keys(scope))
         except DenseModelError as error:
             dense = dense or error
+        except ConfigError as error:
+            if scope.path or record is None or record.wrapper is None or model_type_of(values) == record.model_type:
+                raise
+            lacking = record.wrapper.path[-1]
+            if values.get(lacking) is not None:
+                raise
+            raise ConfigError(f"{error}; found no {lacking} either, where such a model has them") from error
     raise dense or dense_error(Scope(values, "", _name(values)), f"no level has any of {', '.join((*EXPERTS, *TOP_K))}")
 
 

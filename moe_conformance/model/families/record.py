@@ -50,6 +50,8 @@ class Sizes:
     experts work in, latent_required: whether it must be set. switch: key that must be true. least_experts: fewer is a
     dense model. encoder: rule, layer keys and width keys of an encoder. pyramid: legacy key with the experts of each
     layer. runs: rule for the layer of each run, where a forward pass runs some more than once.
+    nulls: what the config class puts in place of a null (a key that is not there is missing all the same): by key, the
+    other key that it reads, "" for none, and what it takes where that says nothing either.
     """
 
     layers: Rule = every_layer
@@ -68,6 +70,7 @@ class Sizes:
     encoder: tuple[Rule, tuple[str, ...], tuple[str, ...]] | None = None
     pyramid: str = ""
     runs: Rule | None = None
+    nulls: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if bool(self.width) == bool(self.width_of_hidden):

@@ -87,7 +87,13 @@ def routed_scope(scope: Scope, family: Sizes) -> Scope:
 
 
 def spelled_out(scope: Scope, family: Sizes) -> Scope:
-    """The level itself, or with a legacy list of each layer's experts (-1: dense) written as its modern keys."""
+    """The level as the config class reads it: its nulls, and a legacy list of each layer's experts (-1: dense)."""
+    read = {
+        key: default if scope.get(other) is None else scope.get(other)
+        for key, (other, default) in family.nulls.items()
+        if key in scope.values and scope.get(key) is None
+    }
+    scope = Scope({**scope.values, **read}, scope.path, scope.model) if read else scope
     if not family.pyramid or scope.get(family.pyramid) is None:
         return scope
     key = family.pyramid

@@ -13,7 +13,11 @@ _PUBLISHED = "every published config of DBRX normalises by the sum"
 RECORD = Record(
     model_type="dbrx",
     config_class="DbrxConfig",
-    sizes=Sizes(experts_under="ffn_config", width=("ffn_hidden_size",)),
+    sizes=Sizes(
+        experts_under="ffn_config",
+        width=("ffn_hidden_size",),
+        nulls={"ffn_config": ("", {"moe_num_experts": 4, "moe_top_k": 1, "ffn_hidden_size": 3584})},
+    ),
     method=Method(
         {
             **INPUT,

@@ -10,7 +10,11 @@ RECORD = Record(
     model_type="dots3_note_vision_encoder",
     slug="dots3-note-vision",
     config_class="Dots3NoteVisionConfig",
-    sizes=Sizes(layers=typed(None), pyramid="pyramid_num_routed"),
+    sizes=Sizes(
+        layers=typed(None),
+        pyramid="pyramid_num_routed",
+        nulls={"num_experts_per_tok": ("capacity_factor", 2), "router_scaling_factor": ("router_scale", 1.0)},
+    ),
     method=Method({**SIGMOID_EPS, **scale(1.0, "router_scaling_factor", "router_scale")}, FLOAT32),
     # True is refused where a layer has experts.
     dead=("mlp_bias",),

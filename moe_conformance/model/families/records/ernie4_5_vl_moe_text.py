@@ -19,7 +19,12 @@ RECORD = Record(
     config_class="Ernie4_5_VLMoeTextConfig",
     wrapper=Wrapper("Ernie4_5_VLMoeConfig"),
     # Text and vision experts in one layer: the text ones are described.
-    sizes=Sizes(shared=COUNTED, layers=typed(leading_dense(1)), width_entry=0),
+    sizes=Sizes(
+        shared=COUNTED,
+        layers=typed(leading_dense(1)),
+        width_entry=0,
+        nulls={"moe_intermediate_size": ("", [1536, 512])},
+    ),
     method=Method({**BIASED, **ALWAYS, "floor": Key("moe_norm_min", 1e-12)}, FLOAT32, shared_mlp=bias("use_bias")),
     names=Names(
         EACH

@@ -18,6 +18,7 @@ RECORD = Record(
         top_k=1,
         width=("d_ff",),
         encoder=(step_from_one("encoder_sparse_step", "num_sparse_encoder_layers"), ("num_layers",), ("d_ff",)),
+        nulls={"num_decoder_layers": ("num_layers", None)},
     ),
     # Scores of a float32 softmax, rounded to the model's dtype before it chooses.
     method=Method(
