@@ -124,11 +124,11 @@ class SequencesBehindTokens(Faulty):
 
 
 _CHECK = "arguments_are_read_as_given"
+# Rows far apart have strides, too, and so have some logits of the methods' cases.
+_ALSO = frozenset({"index-width", "routing-semantics"})
 
 MUTANTS = tuple(
-    Mutant(
-        engine, "dtype-stride-arguments", fault, (case, _CHECK), frozenset({"index-width"})
-    )  # which are strides, too
+    Mutant(engine, "dtype-stride-arguments", fault, (case, _CHECK), _ALSO)
     for engine, fault, case in (
         (RowsTakenForContiguous, "x is read as if contiguous in bfloat16", "experts-x-columns-bf16"),
         (IdsTakenForContiguous, "ids are read as if contiguous", "experts-x-columns"),

@@ -129,7 +129,7 @@ class _NarrowForOne(Router):
 
 
 # Narrow scores are wrong weights wherever logits are narrow.
-_ALSO = frozenset({"routing-semantics", "dtype-stride-arguments", "shared-experts"})
+_ALSO = frozenset({"routing-semantics", "chunking", "dtype-stride-arguments", "shared-experts"})
 
 MUTANTS = tuple(
     Mutant(engine, "router-precision", fault, (case, check), _ALSO | frozenset(also))

@@ -32,7 +32,7 @@ def other_way(tensor: Tensor) -> Tensor:
 def by_larger_dim(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """w13 read as [E, D, 2F] where its last dim is the larger one, as a loader does that guesses the layout."""
     w13 = tensors.get("experts.w13")
-    if w13 is None or w13.shape[1] >= w13.shape[2]:
+    if w13 is None or w13.ndim != 3 or not w13.is_floating_point() or w13.shape[1] >= w13.shape[2]:
         return dict(tensors)
     return {**tensors, "experts.w13": other_way(w13)}
 
@@ -47,7 +47,7 @@ class GuessesOrientationOfDown(Faulty):
 
     def experts(self, inputs: ExpertsInputs) -> Tensor:
         w2 = inputs.tensors["experts.w2"]
-        if not inputs.mlp.gated or 2 * w2.shape[2] >= w2.shape[1]:
+        if inputs.quant is not None or not inputs.mlp.gated or 2 * w2.shape[2] >= w2.shape[1]:
             return super().experts(inputs)
         return super().experts(replace(inputs, tensors={**inputs.tensors, "experts.w2": other_way(w2)}))
 
@@ -62,7 +62,7 @@ class SquareIsTransposed(Faulty):
 
     def experts(self, inputs: ExpertsInputs) -> Tensor:
         w2 = inputs.tensors["experts.w2"]
-        if w2.shape[1] != w2.shape[2] or w2.itemsize != 2:
+        if inputs.quant is not None or w2.shape[1] != w2.shape[2] or w2.itemsize != 2:
             return super().experts(inputs)
         return super().experts(replace(inputs, tensors={**inputs.tensors, "experts.w2": w2.mT}))
 

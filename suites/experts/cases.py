@@ -153,7 +153,7 @@ ARGUMENT_CASES = (
     *(_case(f"x-{mixed['x']}", "inputs.strides", arguments=mixed, function="silu-bias") for mixed in _MIXED),
     *(_case(f"x-{mixed['x']}-bf16", "inputs.strides", NARROW, arguments=mixed, dtype="bfloat16") for mixed in _MIXED),
     # Strides of a dim of one element may be anything.
-    *(_case(f"x-{mixed['x']}-one-token", "inputs.strides", {**TINY, "T": 1}, arguments=mixed) for mixed in _MIXED[:3]),
+    *(_case(f"x-{mixed['x']}-one-token", "inputs.strides", {**TINY, "T": 1}, arguments=mixed) for mixed in _MIXED[:1]),
     _case(
         "x-columns-ep3",
         "inputs.strides",
@@ -197,7 +197,7 @@ ORIENTED_CASES = (
         for size, dims in _SHAPES.items()
         for name, short, long, tier in (
             ("silu", "bf16", "bfloat16", "core"),
-            ("relu2-not-gated", "fp32", "float32", "core"),
+            ("relu2-not-gated", "fp32", "float32", "core" if size in ("2f-is-d", "f-is-d", "2f-below-d") else "full"),
             ("silu-bias", "fp32", "float32", "core" if size in ("e-is-d", "all-are-one") else "full"),
         )
     ),
@@ -208,7 +208,7 @@ _SMALL = {"T": 33, "E": 5, "K": 2, "D": 20, "F": 7}
 CHUNK_CASES = (
     _case("131-tokens", "batches.any-size", {**NARROW, "T": 131}, tier="smoke"),
     _case("hot", "batches.any-size", {**NARROW, "T": 600, "K": 2}, hot=9),
-    *(_case(f"{T}-tokens", "batches.any-size", {**_SMALL, "T": T}) for T in (63, 64, 65, 127, 128, 129, 130, 257)),
+    *(_case(f"{T}-tokens", "batches.any-size", {**_SMALL, "T": T}) for T in (64, 65, 129, 130, 257)),
     *(
         _case(f"{T}-tokens-bf16", "batches.any-size", {**_SMALL, "T": T}, dtype="bfloat16", function="silu-bias")
         for T in (65, 129, 257)
@@ -216,7 +216,10 @@ CHUNK_CASES = (
     _case("129-tokens-ep3", "batches.any-size", {**NARROW, "T": 129}, owners=SCATTERED, rank=1, dropped=6),
     _case("hot-fp16", "batches.any-size", {**_SMALL, "T": 1030, "K": 1}, hot=4, dtype="float16"),
     _case("70-tokens-k10", "batches.any-size", {**_SMALL, "T": 70, "E": 24, "K": 10}),
-    *(_case(f"{T}-tokens", "batches.any-size", {**_SMALL, "T": T}, "full") for T in (511, 513, 1025, 2050, 4097)),
+    *(
+        _case(f"{T}-tokens", "batches.any-size", {**_SMALL, "T": T}, "full")
+        for T in (63, 127, 128, 511, 513, 1025, 2050, 4097)
+    ),
 )
 
 # The last rows are padding. Its ids are legal, or -1 where an engine knows that.
@@ -225,7 +228,7 @@ PADDING_CASES = (
     _case("padding-bf16", "rows.padding", NARROW, padding=32, dtype="bfloat16"),
     _case("padding-one-token-fp16", "rows.padding", {**NARROW, "T": 8}, padding=7, dtype="float16"),
     _case("padding-dropped", "rows.padding", padding=13, dropped=6),
-    _case("padding-131-tokens-bias", "rows.padding", {**NARROW, "T": 131}, padding=61, function="silu-bias"),
+    _case("padding-131-tokens-bias", "rows.padding", {**NARROW, "T": 131}, "full", padding=61, function="silu-bias"),
     _case("padding-ep3", "rows.padding", padding=13, owners=SCATTERED, rank=2),
 )
 
@@ -233,14 +236,14 @@ UNCHANGED_CASES = (
     _case("unchanged-scale", "calls.inputs-unchanged", tier="smoke", output_scale=2.5),
     _case("unchanged-bf16", "calls.inputs-unchanged", NARROW, dtype="bfloat16", function="silu-bias"),
     _case("unchanged-one-token", "calls.inputs-unchanged", {**TINY, "T": 1}, dtype="bfloat16"),
-    _case("unchanged-weight-on-input", "calls.inputs-unchanged", function="weight-on-input"),
-    _case("unchanged-131-tokens", "calls.inputs-unchanged", {**NARROW, "T": 131}),
+    _case("unchanged-weight-on-input", "calls.inputs-unchanged", tier="full", function="weight-on-input"),
+    _case("unchanged-131-tokens", "calls.inputs-unchanged", {**NARROW, "T": 131}, "full"),
     _case("unchanged-ep3-dropped", "calls.inputs-unchanged", owners=SCATTERED, rank=1, dropped=6),
 )
 
 OWN_MEMORY_CASES = (
     _case("own-memory", "outputs.own-memory"),
-    _case("own-memory-bf16", "outputs.own-memory", {**NARROW, "T": 131}, dtype="bfloat16"),
+    _case("own-memory-bf16", "outputs.own-memory", {**NARROW, "T": 131}, "full", dtype="bfloat16"),
     _case("own-memory-one-token", "outputs.own-memory", {**TINY, "T": 1}),
     _case("own-memory-all-dropped", "outputs.own-memory", {**TINY, "T": 5}, dropped=20),
     _case("own-memory-identity", "outputs.own-memory", {**TINY, "K": 2}, identity_experts=3),
@@ -284,19 +287,23 @@ STATE_CASES = (
     _case(
         "after-others-bf16", "calls.same-result", NARROW, dtype="bfloat16", between=(*_OTHERS[:2], {"dtype": "float32"})
     ),
-    _case("after-others-bias", "calls.same-result", {**NARROW, "T": 70}, function="silu-bias", between=_OTHERS[:2]),
-    _case("after-others-one-token", "calls.same-result", {**TINY, "T": 1}, between=_OTHERS[:2]),
+    _case(
+        "after-others-bias", "calls.same-result", {**NARROW, "T": 70}, "full", function="silu-bias", between=_OTHERS[:2]
+    ),
+    _case("after-others-one-token", "calls.same-result", {**TINY, "T": 1}, "full", between=_OTHERS[:2]),
     _case("after-others-ep3", "calls.same-result", owners=SCATTERED, rank=1, dropped=6, between=_OTHERS[:2]),
-    _case("after-wider", "calls.same-result", between=({"D": 40}, {"D": 12, "T": 70})),
-    _case("again", "calls.same-bits", {**NARROW, "T": 131}, between=(_OTHER_LAYER,)),
-    _case("again-bf16", "calls.same-bits", dtype="bfloat16", between=(_OTHER_LAYER,)),
+    _case("after-wider", "calls.same-result", tier="full", between=({"D": 40}, {"D": 12, "T": 70})),
+    _case("again", "calls.same-bits", {**NARROW, "T": 131}, "full", between=(_OTHER_LAYER,)),
+    _case("again-bf16", "calls.same-bits", NARROW, dtype="bfloat16", between=(_OTHER_LAYER,)),
     _case("again-hot", "calls.same-bits", {**NARROW, "T": 70, "K": 2}, hot=9, between=()),
 )
 
 INVARIANT_CASES = (
     _case("rows-alone", "rows.batch-invariant", {**TINY, "T": 35}, tier="smoke"),
-    _case("rows-alone-bf16", "rows.batch-invariant", {**NARROW, "T": 70, "E": 64, "K": 8}, dtype="bfloat16"),
-    _case("rows-alone-wide", "rows.batch-invariant", {**TINY, "T": 18, "D": 72, "F": 136}, function="silu-bias"),
+    _case("rows-alone-bf16", "rows.batch-invariant", {**NARROW, "T": 18}, dtype="bfloat16"),
+    _case(
+        "rows-alone-wide", "rows.batch-invariant", {**TINY, "T": 18, "D": 72, "F": 136}, "full", function="silu-bias"
+    ),
 )
 
 CASES = (

@@ -146,9 +146,11 @@ REPLICAS = (
 
 ARGUMENTS = (
     _shard("x-columns", "inputs.strides", arguments={"x": "columns", "ids": "sliced", "weights": "transposed"}),
-    _shard("x-transposed-bias", "inputs.strides", arguments={"x": "transposed", "ids": "columns"}, bias=True),
+    _shard("x-transposed-bias", "inputs.strides", "full", arguments={"x": "transposed", "ids": "columns"}, bias=True),
     _shard("x-sliced-tp2", "inputs.strides", arguments={"x": "sliced", "tensors": "transposed"}, tp=2),
-    _shard("x-expanded-bf16", "inputs.strides", arguments={"x": "expanded", "weights": "sliced"}, dtype="bfloat16"),
+    _shard(
+        "x-expanded-bf16", "inputs.strides", "full", arguments={"x": "expanded", "weights": "sliced"}, dtype="bfloat16"
+    ),
     _shard("ids-int32", "inputs.dtypes", arguments={"ids": "int32"}, owners=OWNERS["scattered"], dropped=6),
 )
 
@@ -158,24 +160,24 @@ ORIENTED = (
     _shard("tp2-equal-dims", _ORIENTED, tp=2, dims=EQUAL, owners=(0,) * 8),
     _shard("ep3-wide", _ORIENTED, dims=WIDE, owners=OWNERS["scattered"]),
     _shard("tp2-wide-not-gated", _ORIENTED, dims=WIDE, owners=ONE_RANK, tp=2, gated=False, activation="relu2"),
-    _shard("tp2-square", _ORIENTED, tp=2, dims={**EQUAL, "F": 24, "E": 24}, owners=(0,) * 24),
+    _shard("tp2-square", _ORIENTED, "full", tp=2, dims={**EQUAL, "F": 24, "E": 24}, owners=(0,) * 24),
 )
 
 CHUNKS = (
     _shard("ep3-129-tokens", "batches.any-size", T=129, owners=OWNERS["scattered"]),
-    _shard("tp2-130-tokens-bf16", "batches.any-size", T=130, tp=2, owners=ONE_RANK, dtype="bfloat16"),
+    _shard("tp2-130-tokens-bf16", "batches.any-size", "full", T=130, tp=2, owners=ONE_RANK, dtype="bfloat16"),
 )
 
 WRITTEN = (
     _shard("written-empty-rank", "outputs.written", owners=OWNERS["empty-rank"], T=3),
     _shard("written-all-dropped", "outputs.written", dropped=20, T=5),
     _shard("written-no-tokens-tp2", "outputs.written", T=0, tp=2),
-    _shard("written-one-token", "outputs.written", owners=OWNERS["scattered"], T=1, dtype="bfloat16"),
+    _shard("written-one-token", "outputs.written", "full", owners=OWNERS["scattered"], T=1, dtype="bfloat16"),
 )
 
 STATE = (
     _shard("after-others", "calls.same-result", owners=OWNERS["scattered"], dropped=6),
-    _shard("after-others-tp2", "calls.same-result", tp=2, T=7),
+    _shard("after-others-tp2", "calls.same-result", "full", tp=2, T=7),
 )
 
 CASES = (*SUMS, *NOTHING, *OUT_OF_RANGE, *SHARED, *REPLICAS, *ARGUMENTS, *ORIENTED, *CHUNKS, *WRITTEN, *STATE)
