@@ -45,6 +45,10 @@ NAVIGATION = {
     "Reference": ["contract", "commands", "glossary"],
     "What came out": ["vllm", "transformers", "../RESULTS", "../benchmarks/README", "../CHANGELOG"],
 }
+# A page that is new and in no list above is still in the navigation.
+listed = {name for names in NAVIGATION.values() for name in names}
+if others := sorted({page.stem for page in (ROOT / "docs").glob("*.md")} - listed):
+    NAVIGATION["More"] = others
 # What a link to a source file leads to in the site.
 PAGES = {"moe_conformance/catalogue/clauses.py": "docs/contract.md", "moe_conformance/cli.py": "docs/commands.md"}
 
@@ -60,8 +64,8 @@ def _adapt(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] = source[0].replace(f"]({up}{file})", f"]({folder}{Path(made).name})")
     if page == root_doc:
         for caption, names in NAVIGATION.items():
-            listed = "\n".join(name.removeprefix("../") if name.startswith("../") else f"docs/{name}" for name in names)
-            source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```\n"
+            pages = "\n".join(name.removeprefix("../") if name.startswith("../") else f"docs/{name}" for name in names)
+            source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{pages}\n```\n"
 
 
 def _give_an_index(app: Sphinx, error: Exception | None) -> None:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def is_offered(word: str) -> bool:
-    """Words in capitals stand for names: those of families are listed, those of implementations are other engines'."""
+    """Words in capitals stand for names. Families are listed separately; implementations are other engines'."""
     return not any(part.isupper() for part in word.split(":"))
 
 
@@ -60,7 +60,7 @@ class Reference(Engine):
 
         But for one: torch's products of matrices may sum a row otherwise beside others.
         """
-        # Whole models, with attention, are not its matter.
+        # It has no attention, and so no whole models.
         stages = [stage for stage in STAGES if stage != "generate"]
         offered = {stage: frozenset(word for word in words(stage) if is_offered(word)) for stage in stages}
         named = frozenset(name for name, record in RECORDS.items() if record.names is not None)
@@ -162,7 +162,7 @@ class Reference(Engine):
 
 
 class ReferenceOnGPU(Reference):
-    """The same on a GPU; by its address alone, for on a CPU is where the reference can be debugged."""
+    """The same on a GPU. Not registered: asked for by module:Class, because the reference is debugged on a CPU."""
 
     name = "reference-gpu"
     device = "cuda"

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Suggests the near name where a command or a value is none of those that there are."""
+    """Suggests the nearest name for an unknown command or value."""
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
@@ -63,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _near(names: Sequence[str], there: Sequence[str]) -> str:
-    """What somebody may have meant, as the end of a message."""
+    """A suggestion of what was meant, as the end of a message."""
     from difflib import get_close_matches
 
     near = [match for name in names for match in get_close_matches(name.partition("=")[0], there, n=1)]
@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
-    """Hand the options to pytest, as those of its plugin."""
+    """Pass the options to pytest, as those of its plugin."""
     from moe_conformance.catalogue import aliases
     from moe_conformance.catalogue.aliases import current
     from moe_conformance.catalogue.case import catalogue

@@ -122,6 +122,41 @@ class InChunks(Innocent):
         return torch.cat(parts)
 
 
+class PaddingIsZero(Innocent):
+    """Rows that are not finite are padding to it: it answers 0 for them, and computes nothing."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        rows = inputs.x.isfinite().all(-1, keepdim=True)
+        if bool(rows.all()):
+            return super().experts(inputs)
+        output = super().experts(replace(inputs, x=inputs.x.where(rows, 0)))
+        return output.where(rows, 0)
+
+
+class ScratchInX(Innocent):
+    """It works in a copy of x, and hands that out."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        scratch = inputs.x.clone()
+        return scratch.copy_(super().experts(inputs))
+
+
+class TwoViewsOfOneBuffer(Innocent):
+    """Ids and weights are parts of one buffer, apart from each other."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        ids, weights = super().route(inputs)
+        if weights.dtype != torch.float32:
+            return Routing(ids, weights)
+        room = torch.empty(2, *ids.shape, dtype=torch.int32)
+        room[0] = ids
+        return Routing(room[0], room[1].view(torch.float32).copy_(weights))
+
+
+_PADDING = "padding_rows_change_no_token"
+_UNCHANGED = "inputs_are_left_as_they_were"
+_OWN = "what_is_returned_is_the_callers"
+_FAR = "elements_beyond_32_bits_are_found"
 _LAYOUT = "no_shape_decides_a_layout"
 _MANY = "any_number_of_tokens_is_computed"
 _WRITTEN = "every_element_is_written"
@@ -138,6 +173,12 @@ ACCUSED = tuple(
         (WantsContiguous, "inputs.strides", "experts-x-columns", _GIVEN, Verdict.UNSUPPORTED),
         (WantsContiguous, "inputs.strides", "experts-x-sliced", _GIVEN, Verdict.UNSUPPORTED),
         (WantsContiguous, "inputs.dtypes", "experts-weights-bf16", _GIVEN, Verdict.UNSUPPORTED),
+        (PaddingIsZero, "rows.padding", "experts-padding", _PADDING, Verdict.PASS),
+        (ScratchInX, "calls.inputs-unchanged", "experts-unchanged-scale", _UNCHANGED, Verdict.PASS),
+        (ScratchInX, "outputs.own-memory", "experts-own-memory", _OWN, Verdict.PASS),
+        (TwoViewsOfOneBuffer, "outputs.own-memory", "route-renorm-e44-k4-t7-fp32-fine", _OWN, Verdict.PASS),
+        (CopiesFirst, "inputs.beyond-int32", "experts-far-x", _FAR, Verdict.PASS),
+        (WantsContiguous, "inputs.beyond-int32", "experts-far-x", _FAR, Verdict.UNSUPPORTED),
         (StoresTransposed, "matrices.orientation", "experts-all-are-one-silu-bf16", _LAYOUT, Verdict.PASS),
         (StoresTransposed, "matrices.orientation", "layer-oriented-all-are-one-shared-latent", _LAYOUT, Verdict.PASS),
         (InChunks, "batches.any-size", "experts-hot", _MANY, Verdict.PASS),

@@ -44,10 +44,9 @@ def shifted(by: int) -> Callable[[Record], Record]:
 
 
 def _rows_of_the_first(record: Record, ranks: tuple[int, ...] = ()) -> Record:
-    """The third request has the first one's rows from its fifth on."""
+    """The fourth request has the first one's rows from its fifth on."""
     ids = [part.copy() for part in record.ids]
-    many = len(ids[2]) - 5
-    ids[2][5:] = ids[0][5 : 5 + many]
+    ids[3][5:] = ids[0][5 : len(ids[3])]
     return replace(record, ids=tuple(ids), ranks=ranks)
 
 
@@ -116,7 +115,8 @@ def _reversed_prefix(ids: Array, _: Record) -> Array:
 
 def _chunked(ids: Array, _: Record) -> Array:
     """The second chunk of a prefill is written from the first row on, and then again where it belongs."""
-    ids[:10] = ids[10:20]
+    if len(ids) >= 20:
+        ids[:10] = ids[10:20]
     return ids
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import reference_pages
 from every_check import CHECKS, verdict
 
+from moe_conformance import cli
 from moe_conformance.catalogue.case import catalogue
 from moe_conformance.catalogue.clauses import CLAUSES
 from moe_conformance.judging.judge import Judge
@@ -30,6 +32,12 @@ ENGINE = re.findall(r"^class (\w+)", ADAPTER, re.MULTILINE)[-1]
 )
 
 CONTRACT = reference_pages.contract()
+# Pages that are kept, by name.
+PAGES = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
+    if path.name not in ("contract.md", "commands.md", "CHANGELOG.md")
+}
 
 
 def _judge(folder: Path, source: str, *more: str) -> subprocess.CompletedProcess[str]:
@@ -98,3 +106,26 @@ def test_the_commands_are_those_of_the_first_help_text() -> None:
     listed = re.findall(r"^    ([a-z-]+)", page.partition("## moe-conformance run")[0], re.MULTILINE)
     assert re.findall(r"^## moe-conformance ([a-z-]+)$", page, re.MULTILINE) == listed
     assert "--engine-timeout SECONDS" in page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_is_there(page: str) -> None:
+    """Paths from a folder of the checkout, or of the package; capitals stand for a name."""
+    prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    named = {name for name in re.findall(r"`([a-z_]+/[\w./-]*)`", prose) if not re.search(r"[A-Z]{2}", name)}
+    places = [ROOT, ROOT / "moe_conformance"]
+    mine = {name for name in named if any((place / name.partition("/")[0]).is_dir() for place in places)}
+    made = {"kernels/tuned/", "results/junit.xml", "results/summary.md"}
+    assert [name for name in sorted(mine - made) if not any((place / name).exists() for place in places)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_is_one(page: str) -> None:
+    """What `run` does not know goes to pytest."""
+    blocks = re.findall(r"```bash\n(.*?)```", PAGES[page], re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for line in lines:
+        if line.startswith("moe-conformance "):
+            words = shlex.split(line, comments=True)[1:]
+            _, others = cli._parser().parse_known_args(words)
+            assert words[0] == "run" or others == [], line

@@ -27,11 +27,15 @@ from moe_conformance.running.discovery import Target
 TESTS = Path(__file__).parent
 # Faults that no answer has by itself: two that differ, a tie of groups, a slot of fused shared experts, a trace.
 SEVERAL = {
+    "leftovers-without-adapter": "routed sum of tokens without an adapter",
     "ties-go-either-way": "ids of the second run against the first",
     "tied-groups-all-kept": "4 of 8 groups kept",
     "shared-slot-is-scaled": "of shared expert 0",
     "shared-slot-is-expert-zero": "ids of shared experts",
     "graph-breaks": "fullgraph=True",
+    "every-other-call-in-double": "of the same call again",
+    "every-other-layer-in-double": "of the same call again",
+    "idle-rank-unwritten": "never written",
 }
 # Classes of faults in the numbers of one answer; what others are about may take two.
 OF_ONE = {

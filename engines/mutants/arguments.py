@@ -126,7 +126,9 @@ class SequencesBehindTokens(Faulty):
 _CHECK = "arguments_are_read_as_given"
 
 MUTANTS = tuple(
-    Mutant(engine, "dtype-stride-arguments", fault, (case, _CHECK))
+    Mutant(
+        engine, "dtype-stride-arguments", fault, (case, _CHECK), frozenset({"index-width"})
+    )  # which are strides, too
     for engine, fault, case in (
         (RowsTakenForContiguous, "x is read as if contiguous in bfloat16", "experts-x-columns-bf16"),
         (IdsTakenForContiguous, "ids are read as if contiguous", "experts-x-columns"),

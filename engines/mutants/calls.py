@@ -155,6 +155,18 @@ class EveryOtherCallInDouble(WithMemory):
         return exact.to(inputs.x.dtype)
 
 
+class EveryOtherLayerInDouble(Faulty):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        self.calls += 1
+        if self.calls % 2:
+            return super().layer(inputs)
+        tensors = wide(inputs.tensors)
+        return super().layer(replace(inputs, x=inputs.x.double(), tensors=tensors)).to(inputs.x.dtype)
+
+
 # --- what the rows beside a row are
 
 
@@ -266,7 +278,10 @@ MUTANTS = tuple(
             "determinism-state",
             _SECOND,
             _ANY,
-            ((SharedExpertOfTheFirstLayer, "the first layer's shared expert is kept", "layer-after-others-shared"),),
+            (
+                (SharedExpertOfTheFirstLayer, "the first layer's shared expert is kept", "layer-after-others-shared"),
+                (EveryOtherLayerInDouble, "every other call takes another kernel", "layer-again-plain"),
+            ),
         ),
         (
             "batch-invariance",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from moe_conformance.checkpoints.scheme import Kind
 from moe_conformance.engine import ExpertsInputs
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
+from moe_conformance.reference_impl.checkpoint import forms
+from moe_conformance.reference_impl.checkpoint.forms import Form
 
 WEIGHTS = "stored_weights_take_their_own_scales"
 ACTIVATIONS = "activations_are_quantised_by_their_own_scales"
@@ -129,11 +135,90 @@ class OddColumnsFirst(Faulty):
         return super().experts(replace(inputs, tensors=swapped))
 
 
+class LoadsOtherwise(Faulty):
+    """One form is read by another function."""
+
+    kind: Kind
+    read: Callable[[Form], Tensor]
+
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        with patch.dict(forms.FORMS, {self.kind: self.read}):
+            return super().load(folder)
+
+
+def _multiplied(form: Form) -> Tensor:
+    renamed = {"weight_scale_2" if end == "weight_global_scale" else end: t for end, t in form.tensors.items()}
+    return forms.read_nvfp4(form._replace(tensors=renamed))
+
+
+def _as_second_version(form: Form) -> Tensor:
+    return forms.read_gptq(form._replace(said={**form.said, "checkpoint_format": "gptq_v2"}))
+
+
+def _in_order(form: Form) -> Tensor:
+    columns = torch.arange(form.shape[-1], dtype=torch.int32) // (form.shape[-1] // form.tensors["scales"].shape[-2])
+    return forms.read_gptq(form._replace(tensors={**form.tensors, "g_idx": columns}))
+
+
+def _without_zero_points(form: Form) -> Tensor:
+    return forms.read_packed(
+        form._replace(tensors={end: t for end, t in form.tensors.items() if end != "weight_zero_point"})
+    )
+
+
+class MultipliesByTheGlobalScale(LoadsOtherwise):
+    """compressed-tensors' weight_global_scale, taken for ModelOpt's weight_scale_2."""
+
+    kind, read = "nvfp4", staticmethod(_multiplied)
+
+
+class ZeroPointsOfTheSecondVersion(LoadsOtherwise):
+    """What "gptq" stores is one less than the zero point."""
+
+    kind, read = "gptq", staticmethod(_as_second_version)
+
+
+class ColumnsInTheirOrder(LoadsOtherwise):
+    """g_idx is not looked at."""
+
+    kind, read = "gptq", staticmethod(_in_order)
+
+
+class ZeroPointsForgotten(LoadsOtherwise):
+    """An asymmetric checkpoint is read as a symmetric one."""
+
+    kind, read = "packed", staticmethod(_without_zero_points)
+
+
+class ScalesOfTheWholeLayer(Faulty):
+    """vllm#49638: of experts that are packed, the scales are those of the first one."""
+
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        def first(form: Form) -> Tensor:
+            if len(form.shape) < 3:
+                return forms.read_mxfp4(form)
+            scales = form.tensors["scales"]
+            return forms.read_mxfp4(form._replace(tensors={**form.tensors, "scales": scales[:1].expand_as(scales)}))
+
+        with patch.dict(forms.FORMS, {"mxfp4": first}):
+            return super().load(folder)
+
+
 def _mutant(engine: type[Faulty], fault: str, case: str, check: str = WEIGHTS) -> Mutant:
     return Mutant(engine, "quantised-scales", fault, (f"experts-stored-{case}", check), frozenset({"expert-lora"}))
 
 
+def _loads(engine: type[Faulty], fault: str, form: str, layout: str = "by-expert") -> Mutant:
+    case = f"load-stored-{form}-{layout}"
+    return Mutant(engine, "quantised-scales", fault, (case, "a_load_gives_the_numbers_of_every_form"))
+
+
 MUTANTS = (
+    _loads(MultipliesByTheGlobalScale, "weights are multiplied by weight_global_scale", "nvfp4"),
+    _loads(ZeroPointsOfTheSecondVersion, "GPTQ's zero points are one too small", "gptq"),
+    _loads(ColumnsInTheirOrder, "g_idx is not looked at", "gptq"),
+    _loads(ZeroPointsForgotten, "packed weights have no zero points", "int4-packed-zero"),
+    _loads(ScalesOfTheWholeLayer, "packed experts have the first one's scales", "mxfp4-blocks", "packed"),
     _mutant(CutTileTakesTheOneBefore, "a cut tile takes the scale of the one before", "fp8-block-halves-cut"),
     _mutant(UpTakesTheScaleOfGate, "up takes the scale of gate", "fp8-tensor-halves"),
     _mutant(UpTakesTheGlobalScaleOfGate, "up takes the global scale of gate", "nvfp4-halves"),

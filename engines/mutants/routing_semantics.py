@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moe_conformance.engine import RouteInputs, Routing, RoutingSpec
+from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing, RoutingSpec
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 
 if TYPE_CHECKING:
@@ -39,6 +39,13 @@ class SoftmaxAfterTopK(Faulty):
 class NeverRenormalises(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
         return super().route(_but(inputs, renormalize="no"))
+
+
+class ModuleNeverRenormalises(Faulty):
+    """The router's module has no such flag, its routing function has."""
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        return super().router_module(replace(spec, routing=replace(spec.routing, renormalize="no")))
 
 
 class SelectsByScaledScore(Faulty):
@@ -299,6 +306,14 @@ def _unique(engine: type[Faulty], fault: str, case: str, check: str = UNIQUE, *a
 MUTANTS = (
     _method(SoftmaxAfterTopK, "softmax runs over the chosen logits, not over all", _PLAIN),
     _method(NeverRenormalises, "the weights of the chosen experts are left as they are", _RENORM),
+    _method(
+        ModuleNeverRenormalises,
+        "a module's weights are left as they are",
+        "router-renorm-e128-k8-fp32",
+        ROUTER,
+        "closure-capture",
+        "router-precision",
+    ),
     _method(SelectsByScaledScore, "the per-expert scale enters the selection and the renormalisation", _GEMMA4),
     _method(ScaleDropped, "the per-expert scale is dropped", _GEMMA4),
     _method(ScaleOfSortedIds, "scales are gathered for the ids in sorted order", _GEMMA4),

@@ -6,16 +6,21 @@ cannot be imported is not offered, without harm to the others. This module impor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_conformance.engine import (
     Aligned,
     AlignInputs,
     BlockInputs,
     BlockOutput,
+    CaptureSession,
+    CaptureShape,
+    CaptureSpec,
+    CheckpointName,
     Engine,
     EngineInfo,
     ExpertMapSpec,
@@ -23,13 +28,18 @@ from moe_conformance.engine import (
     Replicated,
     ReplicateInputs,
     RouteInputs,
+    RouterHandle,
+    RouterSpec,
     Routing,
+    ShardInputs,
+    Target,
 )
 from moe_conformance.errors import Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+NAMING_STYLES = frozenset({"plain", "moe", "packed", "multimodal"})
 # What its MoE code imports, by the name of the module, where pip's differs.
 PACKAGES = {
     "IPython": "IPython", "PIL": "pillow", "aiohttp": "aiohttp", "attr": "attrs", "cloudpickle": "cloudpickle",
@@ -97,6 +107,12 @@ class SGLang(Engine):
             "expert_map": _expert_map,
             "replicate": _replicate,
             "block": _block,
+            "capture_shape": _capture_shape,
+            "capture_session": _capture_session,
+            "router_module": _router_module,
+            "shard": _shard,
+            "remap": _checkpoints,
+            "load": _checkpoints,
         }
         found = {}
         for stage, probe in probes.items():
@@ -143,6 +159,45 @@ class SGLang(Engine):
         answer, self._kernel = stage.block(inputs)
         return answer
 
+    def capture_shape(self, config: Any, side: Literal["worker", "reader"]) -> CaptureShape:
+        self._want("capture_shape")
+        from moe_conformance.engines.sglang import capture as stage
+
+        self._kernel = "RoutedExpertsCapturer"
+        return stage.capture_shape(config, side)
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        self._want("capture_session")
+        from moe_conformance.engines.sglang import capture as stage
+
+        return stage.Session(spec)
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        self._want("router_module")
+        from moe_conformance.engines.sglang import routers as stage
+
+        answer, self._kernel = stage.router_module(spec)
+        return answer
+
+    def shard(self, inputs: ShardInputs) -> Tensor:
+        self._want("shard")
+        from moe_conformance.engines.sglang import shard as stage
+
+        answer, self._kernel = stage.shard(inputs, (self.kernel,))
+        return answer
+
+    def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str | Target, ...]]:
+        self._want("remap")
+        from moe_conformance.engines.sglang import loading as stage
+
+        return stage.remap(config, names)
+
+    def load(self, folder: Path) -> Mapping[str, Tensor]:
+        self._want("load")
+        from moe_conformance.engines.sglang import loading as stage
+
+        return stage.load(folder)
+
     def align(self, inputs: AlignInputs) -> Aligned:
         self._want("align")
         from moe_conformance.engines.sglang import align as stage
@@ -163,6 +218,38 @@ class SGLang(Engine):
 
         self._kernel = stage.NAMES
         return stage.replicate(inputs)
+
+
+def _capture_shape() -> frozenset[str]:
+    from moe_conformance.engines.sglang import capture as stage
+
+    stage.recorder()
+    return frozenset({"worker", "reader"})
+
+
+def _capture_session() -> frozenset[str]:
+    from moe_conformance.engines.sglang import capture as stage
+
+    stage.recorder()
+    return stage.LAYOUTS
+
+
+def _shard() -> frozenset[str]:
+    from moe_conformance.engines.sglang import shard as stage
+
+    return stage.features()
+
+
+def _router_module() -> frozenset[str]:
+    return _route() - {"padding_rows", "fused_shared", "table"} | {"gemma4_input", "proj_bias", "float32_logits"}
+
+
+def _checkpoints() -> frozenset[str]:
+    """Every family as its own checkpoints name tensors, and Gemma 4 in the styles that were published."""
+    from moe_conformance.engines.sglang import models
+
+    found = models.model_types()
+    return found | NAMING_STYLES if "gemma4_text" in found else found
 
 
 def _block() -> frozenset[str]:
@@ -217,4 +304,4 @@ class SGLangTriton(SGLang):
     name = "sglang-triton"
     kernel = "triton"
     platform = "gpu"
-    stages = frozenset({"route", "experts"})
+    stages = frozenset({"route", "experts", "shard"})

@@ -12,6 +12,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -83,7 +84,7 @@ class Block:
     def __init__(self, root: nn.Module, experts: nn.Module, output_scale: float) -> None:
         self.root, self.experts = root, experts
         # A weight of SGLang's router, times this, is a weight of the model.
-        self.scale = _late_scale(root) / output_scale
+        self.scale = _late_scale(root, experts) / output_scale
         self.takes = inspect.signature(root.forward).parameters
 
     @property
@@ -91,10 +92,20 @@ class Block:
         return type(self.root).__name__
 
     def __call__(self, x: Tensor, token_ids: Tensor | None) -> Tensor:
-        offered = {"forward_batch": None, "input_ids": token_ids}
-        answer = self.root(x, **{name: value for name, value in offered.items() if name in self.takes})
+        answer = self.root(x, **step(self.takes, token_ids))
         output: Tensor = answer[0] if isinstance(answer, tuple) else answer
         return output
+
+
+def step(takes: Mapping[str, inspect.Parameter], token_ids: Tensor | None) -> dict[str, Any]:
+    """What a block is told of a step, where it must be told: that it is no idle one, and the ids of its tokens."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND)
+    if "forward_batch" in takes and takes["forward_batch"].default is not inspect.Parameter.empty:
+        batch = None
+    offered = {"forward_batch": batch, "input_ids": token_ids}
+    return {name: value for name, value in offered.items() if name in takes}
 
 
 # Two: a block with its own tensors and with others.
@@ -137,12 +148,13 @@ def loaded(config: Any, number: int, dtype: torch.dtype, tensors: Tensors) -> Bl
     return Block(root, layer.experts, layer_of(config, number).output_scale)
 
 
-def _late_scale(root: nn.Module) -> float:
-    """What a block multiplies the sum by, where its router has not done so with the weights."""
+def _late_scale(root: nn.Module, experts: Any) -> float:
+    """What a block multiplies the sum by, or has its experts multiply it by, where its router has not done so."""
     config = getattr(getattr(root, "topk", None), "topk_config", None)
     if getattr(config, "apply_routed_scaling_factor_on_output", False):
         return 1.0
-    return float(getattr(root, "routed_scaling_factor", None) or 1.0)
+    own = getattr(root, "routed_scaling_factor", None) or experts.moe_runner_config.routed_scaling_factor
+    return float(own or 1.0)
 
 
 class Tap:

@@ -18,9 +18,15 @@ NAMES = "select_experts, _topk_ids_logical_to_physical_dynamic, _SelectExpertsSi
 def replicate(inputs: ReplicateInputs) -> Replicated:
     """One step of one layer on one rank, as behind a router: ids are mapped, padding rows masked, pairs counted."""
     runtime.start()
+    metadata = metadata_of(inputs.physical_to_logical, inputs.experts)
+    found, recorded = physical_ids(inputs.ids.int(), metadata, inputs.tokens)
+    return Replicated(found, _load(recorded, metadata))
+
+
+def physical_ids(ids: Tensor, metadata: Any, tokens: int) -> tuple[Tensor, Tensor]:
+    """Ids of physical experts, and those that the recorder is given."""
     topk = import_module("sglang.srt.layers.moe.topk")
     dispatch = import_module("sglang.srt.eplb.expert_location_dispatch")
-    metadata = metadata_of(inputs.physical_to_logical, inputs.experts)
     info = dispatch.ExpertLocationDispatchInfo(
         ep_dispatch_algorithm="dynamic",
         partial_logical_to_rank_dispatch_physical_map=None,
@@ -29,16 +35,17 @@ def replicate(inputs: ReplicateInputs) -> Replicated:
         num_physical_experts=metadata.num_physical_experts,
         rank_invariant=True,
     )
-    ids = inputs.ids.int()
-    config = topk.TopKConfig(top_k=ids.shape[-1], layer_id=0)
-    tokens = torch.tensor(inputs.tokens, dtype=torch.int32, device=ids.device)
     with refusals():
         found, _, recorded = topk._post_process_topk_ids(
-            topk_ids=ids.clone(), topk_weights=torch.zeros(ids.shape, device=ids.device), topk_config=config,
-            router_logits=torch.zeros(len(ids), inputs.experts, device=ids.device), layer_id=0,
-            num_token_non_padded=tokens, expert_location_dispatch_info=info,
-        )  # fmt: skip
-    return Replicated(found, _load(recorded, metadata))
+            topk_ids=ids.clone(),
+            topk_weights=torch.zeros(ids.shape, device=ids.device),
+            topk_config=topk.TopKConfig(top_k=ids.shape[-1], layer_id=0),
+            router_logits=torch.zeros(len(ids), metadata.num_logical_experts, device=ids.device),
+            layer_id=0,
+            num_token_non_padded=torch.tensor(tokens, dtype=torch.int32, device=ids.device),
+            expert_location_dispatch_info=info,
+        )
+    return found, recorded
 
 
 def metadata_of(physical_to_logical: Tensor, experts: int) -> Any:

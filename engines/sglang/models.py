@@ -28,7 +28,46 @@ from moe_conformance.engines.sglang.refusing import said
 from moe_conformance.engines.vllm import published
 
 # By model type, the class of published checkpoints that SGLang has under another name than transformers.
-CLASSES: Mapping[str, str] = {"gemma4_text": "Gemma4ForCausalLM", "llama4_text": "Llama4ForCausalLM"}
+CLASSES: Mapping[str, str] = {"gemma4_text": "Gemma4ForCausalLM"}
+# Families that were published with their wrapper alone, whose loader SGLang's class of the text model has not.
+WRAPPED = ("llama4_text",)
+
+_YARN = {
+    "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 10000.0,
+}  # fmt: skip
+_DEEPSEEK = {"rope_parameters": _YARN, "moe_layer_freq": 1}
+# By model type, keys beside experts that published configs have and SGLang reads, with their value or how it follows.
+KEYS: Mapping[str, Mapping[str, Any]] = {
+    "bailing_hybrid": {"n_group": lambda level: level["num_expert_group"]},
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v32": _DEEPSEEK,
+    "deepseek_v4": {"num_key_value_heads": 1},
+    "diffusion_gemma_text": {"allow_global_per_layer_attribute_access": True},
+    "exaone_moe": {"is_moe_layer": lambda level: [kind == "sparse" for kind in level["mlp_layer_types"]]},
+    "gemma4_text": {"allow_global_per_layer_attribute_access": True},
+    "glm_moe_dsa": _DEEPSEEK,
+    "granitemoehybrid": {"mamba_d_head": lambda level: 2 * level["hidden_size"] // level["mamba_n_heads"]},
+    "hunyuan_v1_moe": {"moe_intermediate_size": lambda level: level["intermediate_size"], "num_shared_expert": 1},
+    "hy_v4": _DEEPSEEK,
+    "kimi_linear": {
+        "linear_attn_config": lambda level: {
+            "kda_layers": [], "full_attn_layers": list(range(1, level["num_hidden_layers"] + 1)), "head_dim": 8,
+            "num_heads": level["num_attention_heads"], "short_conv_kernel_size": 4,
+        },
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16, "head_dim": 16,
+    },
+    "longcat_flash": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e7}},
+    "mimo_v2_flash": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
+    "nemotron_h": {"n_groups": lambda level: level.get("mamba_n_groups", 1)},
+    "qwen3_next": {
+        "full_attention_interval": 4,
+        "linear_num_key_heads_cpu": lambda level: level.get("linear_num_key_heads", 16),
+        "linear_num_value_heads_cpu": lambda level: level.get("linear_num_value_heads", 32),
+    },
+    "zaya": {"num_query_groups": lambda level: level["num_key_value_heads"]},
+}  # fmt: skip
 
 
 class MoELayer(NamedTuple):
@@ -64,7 +103,7 @@ def known() -> Mapping[str, str]:
     """Names of SGLang's model classes, and the module of each, read in its files: importing all takes half a minute."""
     import sglang.srt.models as package
 
-    found = {}
+    found: dict[str, str] = {}
     for folder in package.__path__:
         for file in sorted(Path(folder).glob("*.py")):
             entry = re.search(r"^EntryClass\s*=\s*(\[[^\]]*\]|\w+)", file.read_text(), re.MULTILINE)
@@ -102,6 +141,7 @@ def architectures(record: Any, flat: bool) -> list[str]:
     whole = [published.CLASSES.get(record.tiny.model_class, ""), record.tiny.model_class]
     if (own := published.OWN_CLASSES.get(record.model_type)) is not None:
         return [own]
+    flat = flat and record.model_type not in WRAPPED
     return [name for name in dict.fromkeys([*text, *whole] if flat else whole) if name]
 
 
@@ -112,6 +152,13 @@ def architecture(record: Any, flat: bool = True) -> str | None:
 def model_types() -> frozenset[str]:
     """Of the families with a record, those whose model SGLang has, by the name of its class."""
     return frozenset(model_type for model_type in RECORDS if architecture(RECORDS[model_type]) is not None)
+
+
+def is_text(model_type: str) -> bool:
+    """Whether the class for a config of the text model alone is not that of a wrapper around it."""
+    record = RECORDS[model_type]
+    whole = (record.tiny.model_class, published.CLASSES.get(record.tiny.model_class))
+    return record.wrapper is None or architecture(record) not in whole
 
 
 def as_published(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -125,6 +172,11 @@ def as_published(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         raise Unsupported(f"SGLang has no {' or '.join(architectures(record, flat))}")
     register(name)
     values = published.config(record, name, copy.deepcopy(dict(config)))
+    level = values
+    for key in () if published.is_flat(record, values) else record.wrapper.path:
+        level = level[key]
+    for key, value in KEYS.get(record.model_type, {}).items():
+        level[key] = value(level) if callable(value) else value
     return record, {**values, "architectures": [name]}
 
 

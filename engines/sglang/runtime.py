@@ -40,7 +40,8 @@ def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
 # Stands for every process group: collectives of one rank give back what they are given.
 GROUP = SimpleNamespace(
     world_size=1, rank_in_group=0, rank=0, local_rank=0, ranks=[0], first_rank=0, last_rank=0, is_first_rank=True,
-    is_last_rank=True, use_symmetric_memory=False, pynccl_comm=None, device_group=None, cpu_group=None,
+    is_last_rank=True, use_symmetric_memory=False, pynccl_comm=None,
+    device_group=SimpleNamespace(rank=lambda: 0, size=lambda: 1), cpu_group=None,
     all_reduce=_same, all_gather=_same, reduce_scatter=_same, broadcast=_same,
 )  # fmt: skip
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")

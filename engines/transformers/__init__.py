@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# The first whose classes this adapter reads as they are meant. Before 5.19 gpt-oss reads no limit from its config,
-# before 5.18 Switch's router answers in another order, before 5.0 experts are no modules.
+# The first release that this adapter reads correctly. Before 5.19 gpt-oss reads no limit from its config, before 5.18
+# Switch's router answers in another order, before 5.0 experts are not modules.
 OLDEST = Version("5.20")
 
 
 class Transformers(Engine):
-    """Stages are offered as far as the installed transformers has the classes that stand behind them."""
+    """Stages are offered as far as the installed transformers has the classes for them."""
 
     name = "transformers"
     device = "cpu"
 
-    # Of "eager", "batched_mm" and "grouped_mm" the only one that takes any width and any id: from_pretrained's choice,
-    # grouped_mm, wants rows of a multiple of 16 bytes. A subclass may judge the others.
+    # "eager" is the only one of "eager", "batched_mm" and "grouped_mm" that takes any width and any id:
+    # from_pretrained's default, grouped_mm, needs rows of a multiple of 16 bytes. A subclass may judge the others.
     experts_implementation = "eager"
 
     @classmethod
@@ -145,7 +145,7 @@ class Transformers(Engine):
 
 
 class TransformersOnGPU(Transformers):
-    """The same on a GPU, by its address alone."""
+    """The same on a GPU. Not registered: asked for by module:Class."""
 
     name = "transformers-gpu"
     device = "cuda"

@@ -16,7 +16,7 @@ from moe_conformance.errors import Unsupported
 
 
 def experts(inputs: ExpertsInputs, implementation: str) -> Tensor:
-    """Ids and weights as given; "no expert" is the id behind all others, with weight 0."""
+    """Ids and weights as given; "no expert" is the id E with weight 0."""
     asked = {
         "an expert map": inputs.expert_map is not None,
         "a scale of the sum": inputs.output_scale != 1,
@@ -28,8 +28,8 @@ def experts(inputs: ExpertsInputs, implementation: str) -> Tensor:
     routing = Routing(inputs.ids, inputs.weights)
     with torch.no_grad():
         if type(getattr(block.moe, "router", None)).__name__ in FORMS:
-            # Experts that are given no ids: the block around them, whose shared expert is zero. They take a score of
-            # every expert for every token (Llama 4), and no word for a pair that has none.
+            # For experts that take no ids, the block around them runs, with a zero shared expert. They take a score for
+            # every expert and token (Llama 4), and cannot express a pair without an expert.
             if not inputs.native_ids and bool((inputs.ids < 0).any()):
                 raise Unsupported(f"experts: {type(block.moe).__name__} computes every expert, and drops no pair")
             with Tap(block.moe, routing, inputs.native_ids):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -27,6 +31,28 @@ def formats() -> frozenset[str]:
     except ImportError:
         pass
     return frozenset(found)
+
+
+def loaded_as_numbers(folder: Path) -> dict[str, Any]:
+    """What from_pretrained is told, beside the folder, so that it dequantises on load; nothing for plain weights.
+
+    Raises Unsupported where it keeps weights as they are stored, or asks for a quantiser's library.
+    """
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+    said = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    if said is None:
+        return {}
+    match said.get("quant_method"):
+        case "mxfp4":
+            return {"quantization_config": Mxfp4Config(dequantize=True)}
+        case "fp8":
+            if find_spec("accelerate") is None:
+                raise Unsupported("load: transformers reads fp8 with accelerate, which is not installed")
+            tile = tuple(said.get("weight_block_size") or (128, 128))
+            return {"quantization_config": FineGrainedFP8Config(dequantize=True, weight_block_size=tile)}
+        case method:
+            raise Unsupported(f"load: transformers reads {method} by the quantiser's own library, and keeps its codes")
 
 
 def dequantised(inputs: ExpertsInputs, quant: QuantSpec) -> Mapping[str, Tensor]:
@@ -77,5 +103,7 @@ def _fp8(inputs: ExpertsInputs, quant: QuantSpec, name: str, shape: Shape, halve
     scales = inputs.tensors[f"{name}.scale"].reshape(len(codes), rows // high, columns // wide)
     given = {"weight": list(codes), "weight_scale_inv": list(scales)}
     # Under the name "weight" alone, the first of a list is taken.
-    plain = Fp8Dequantize(None).convert({f"experts.{name}": tensors for name, tensors in given.items()})
-    return torch.stack(plain["experts.weight"]).unflatten(0, (-1, halves)).flatten(1, 2).to(inputs.x.dtype)
+    convert: Any = Fp8Dequantize(None)  # type: ignore[no-untyped-call]
+    plain = convert.convert({f"experts.{name}": tensors for name, tensors in given.items()})
+    whole: Tensor = torch.stack(plain["experts.weight"]).unflatten(0, (-1, halves)).flatten(1, 2)
+    return whole.to(inputs.x.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import ExpertsInputs, called_by_engine
-from moe_conformance.engines.vllm import built, device, interpreted, routing, runtime, stored
+from moe_conformance.engines.vllm import built, device, interpreted, lora, routing, runtime, stored
 from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 
@@ -24,7 +24,7 @@ def features() -> frozenset[str]:
     """Every function and form of call that one of vLLM's models or routers makes; kernels refuse what they lack."""
     found = {"gelu", "gelu_tanh", "relu2", "not_gated", "bias", "clamp", "swiglu_oai", "weight_on_input"}
     found |= {"output_scale", "identity_experts", "dropped_ids", "expert_map", "same_bits"}
-    return frozenset(found | stored.formats())
+    return frozenset(found | stored.formats() | {"lora"})
 
 
 def experts(inputs: ExpertsInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor, str]:
@@ -36,6 +36,12 @@ def experts(inputs: ExpertsInputs, kernels: Sequence[built.Kernel]) -> tuple[Ten
         kernels = [kernel for kernel in kernels if kernel == "fused_experts"]
         if not kernels:
             raise Unsupported("vLLM: stored weights are given to its functional entry alone")
+    if inputs.lora is not None:
+        if inputs.quant is not None:
+            raise Unsupported("vLLM: stored weights go to its functional entry, which takes no adapters")
+        if "triton" not in kernels:
+            raise Unsupported("vLLM: adapters are added by its Triton experts alone")
+        return _by_layer(inputs, "triton")
     reasons = []
     for kernel in kernels:
         try:
@@ -75,7 +81,11 @@ def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]
     logits = inputs.x.new_zeros(len(inputs.x), inputs.experts + inputs.identity_experts)
     with _routing_of_zero_experts(weights, ids) if inputs.identity_experts else contextlib.nullcontext():
         made = built.Built(layer, kernel)
-        return made.run(inputs.x, logits)[:, :width], made.name
+        if inputs.lora is None:
+            return made.run(inputs.x, logits)[:, :width], made.name
+        with made.inside(), lora.aligning():
+            lora.adapt(made, inputs, inputs.lora)
+            return made.run(inputs.x, logits)[:, :width], made.name
 
 
 def _said(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -47,14 +48,12 @@ def stored(inputs: ExpertsInputs) -> tuple[Tensor, Tensor, Any, str]:
             make, arguments = "int8_w8a8_moe_quant_config", {"per_act_token_quant": True}
             arguments |= {"a1_scale": None, "a2_scale": None}
         case "int8", "channel", "no" if not quant.zero_points:
-            make, arguments = "int8_w8a16_moe_quant_config", {}
+            make, arguments = "int8_w8a16_moe_quant_config", dict.fromkeys(("w1_zp", "w2_zp"))
         case "int8" | "int4", "group", "no":
             if inputs.mlp.bias:
                 raise Unsupported("vLLM's fused_experts: the kernel for groups asserts that there is no bias")
-            make, arguments = (
-                f"{quant.format}_w{quant.format[3:]}a16_moe_quant_config",
-                {"block_shape": [0, quant.group]},
-            )
+            make = f"{quant.format}_w{quant.format[3:]}a16_moe_quant_config"
+            arguments = {"block_shape": [0, quant.group], "w1_zp": None, "w2_zp": None}
         case _:
             raise Unsupported(
                 f"vLLM's fused_experts: got {quant.format} by {quant.granularity} with activations "
@@ -66,7 +65,11 @@ def stored(inputs: ExpertsInputs) -> tuple[Tensor, Tensor, Any, str]:
         if quant.zero_points:
             arguments[f"w{number}_zp"] = _zero_points(tensors[f"{name}.zero_point"], quant)
     w1, w2 = (_codes(tensors[name], quant) for name in names)
-    return w1, w2, _config(make)(**arguments, **biases), ""
+    make_config = _config(make)
+    arguments |= biases if inputs.mlp.bias else {}
+    if absent := arguments.keys() - inspect.signature(make_config).parameters.keys():
+        raise Unsupported(f"vLLM: {make} of this release has no argument {', '.join(sorted(absent))}")
+    return w1, w2, make_config(**arguments), ""
 
 
 def _config(name: str) -> Any:
@@ -119,5 +122,7 @@ def _dequantised(inputs: ExpertsInputs, quant: QuantSpec, name: str) -> Tensor:
         raise Unsupported(f"vLLM: got {columns} columns, want a multiple of {quant.group}, a group of NVFP4")
     if whole.dim() > 1:
         raise Unsupported("vLLM: gate and up share one global scale")
+    if "swizzle" not in inspect.signature(dequantize_to_dtype).parameters:
+        raise Unsupported("vLLM: this release's dequantize_to_dtype takes scales in the order of tensor cores alone")
     found: Tensor = dequantize_to_dtype(codes, scale, whole, inputs.x.dtype, quant.group, swizzle=False)
     return found

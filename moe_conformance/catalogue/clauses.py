@@ -270,6 +270,34 @@ CLAUSES: dict[str, Clause] = {
         "2F < D, F > D.",
         ("torchtitan#4373", "vllm#47874", "transformers#46818"),
     ),
+    "rows.padding": Clause(
+        "token-padding",
+        "Rows of padding must not change a bit of a token's row, whatever they hold: numbers of any size, NaN, "
+        "infinities; nor its value, whichever experts they name.",
+        ("vllm#37442", "sglang#10414", "torchtitan#3193"),
+    ),
+    "calls.inputs-unchanged": Clause(
+        "aliasing-compile",
+        "A call must leave every tensor that it is given as it was.",
+        ("vllm-musa#56",),
+    ),
+    "outputs.own-memory": Clause(
+        "aliasing-compile",
+        "What a call returns must be its caller's: no memory of an input, of another output, or of what a later call "
+        "returns.",
+        ("vllm-musa#56",),
+    ),
+    "layer.fake-dtypes": Clause(
+        "aliasing-compile",
+        "Where a layer can be traced: under fake tensors its output must have the shape, dtype and strides of a real "
+        "one, in every dtype.",
+        ("vllm#41646",),
+    ),
+    "inputs.beyond-int32": Clause(
+        "index-width",
+        "Elements further apart than 2^31 must be addressed as they lie.",
+        ("flashinfer#2642", "flashinfer#2853", "vllm#6029"),
+    ),
     "batches.any-size": Clause(
         "chunking",
         "However many tokens there are, and pairs of one expert, and however they are cut into chunks and tiles: each "

@@ -109,7 +109,11 @@ _WORDS: Mapping[str, str] = {
 _OF_STAGE: Mapping[tuple[str, str], str] = {
     ("block", "routing"): "ids and weights that the block is given instead of its router's; empty: the router's own",
     ("capture_session", "padding"): "the id in rows that make slices whole",
+    ("experts", "between"): "what other calls have that are made between two calls of this one; nothing: other values",
+    ("experts", "padding"): "rows at the end that are padding",
+    ("layer", "padding"): "rows at the end that are padding",
     ("replicate", "padding"): "rows behind the real ones, whose ids are as legal as any",
+    ("route", "between"): "what other calls have that are made between two calls of this one; nothing: other values",
     ("router_module", "logits"): "how the router computes its logits",
     ("shard", "copies"): "the logical expert that each physical one is a copy of, before and after a rearrangement",
 }

@@ -117,3 +117,12 @@ def matrix(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32) 
     """Weights [.., out, in] of about 1 / sqrt(in), so that no part of a layer hides in another's rounding."""
     values = windows if shape[-1] > 256 else normal
     return values(shape, seed, dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
+
+
+def padding_rows(tensor: Tensor, tokens: int) -> Tensor:
+    """The first so many rows, and behind them NaN, infinities and the dtype's largest number, in turn."""
+    most, infinity = torch.finfo(tensor.dtype).max, math.inf
+    changed = tensor.clone()
+    for row in range(tokens, len(tensor)):
+        changed[row] = (math.nan, infinity, -infinity, most)[row % 4]
+    return changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -16,7 +17,8 @@ def laid_out(tensor: Tensor, how: str) -> Tensor:
 
     columns: a part of wider rows. sliced: every other column of wider rows. transposed: the last two dims lie the
     other way round; swapped: the first two. offset: contiguous, and not at the beginning of its memory. expanded: all
-    rows are one, with a stride of 0. A name of a dtype converts.
+    rows are one, with a stride of 0. far: the last row lies more than 2^31 elements behind the first. A name of a dtype
+    converts.
     """
     width = tensor.shape[-1]
     match how:
@@ -33,6 +35,8 @@ def laid_out(tensor: Tensor, how: str) -> Tensor:
             return memory[3:].view(tensor.shape).copy_(tensor)
         case "columns":
             return poison_(torch.empty(*tensor.shape[:-1], width + 5, dtype=tensor.dtype))[..., 2:-3].copy_(tensor)
+        case "far":
+            return far_apart(tensor)
         case "sliced":
             memory = poison_(torch.empty(*tensor.shape[:-1], 2 * width + 3, dtype=tensor.dtype))
             return memory[..., 1 : 2 * width : 2].copy_(tensor)
@@ -97,3 +101,27 @@ def _is_wrong(judge: Callable[[Collection[str]], None], given: Collection[str]) 
     except Exception:
         return False
     return False
+
+
+def far_apart(tensor: Tensor) -> Tensor:
+    """The same rows, so far apart that the last begins more than 2^31 elements behind the first.
+
+    In a file of its own that is deleted at once, of which only the pages of the rows are ever written. Raises
+    Unsupported where there can be no such file.
+    """
+    rows = len(tensor)
+    if rows < 2:
+        return tensor
+    step = -(-(2**31 + 8) // (rows - 1))
+    row = tensor[0].numel()
+    elements = (rows - 1) * step + row
+    size = elements * tensor.element_size()
+    try:
+        with tempfile.NamedTemporaryFile(prefix="moe-conformance-far-") as file:
+            file.truncate(size)
+            memory = torch.from_file(file.name, shared=True, size=elements, dtype=tensor.dtype)
+    except (OSError, RuntimeError) as error:
+        raise Unsupported(
+            f"rows far apart: no sparse file of {size >> 30} GiB in {tempfile.gettempdir()}: {error}"
+        ) from error
+    return memory.as_strided(tensor.shape, (step, *tensor[0].contiguous().stride())).copy_(tensor)

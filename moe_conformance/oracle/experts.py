@@ -75,7 +75,7 @@ def experts_value(
 ) -> Value:
     """The sum over each token's experts, [T, D]; x [T, D], ids and weights [T, K], tensors of `mlp.tensors`.
 
-    quant: how those were stored, as `stored` has them. lora: what each token's adapter adds.
+    quant: how the weights were stored; stored: those tensors. lora: what each token's adapter adds.
     """
     names = [name.removeprefix("experts.") for name in mlp.tensors("experts", 0)]
     experts = len(tensors["experts.w2"]) if expert_map is None else len(expert_map)
@@ -107,7 +107,7 @@ def linear(x: Value, weight: Tensor, bias: Tensor | None, storage: Storage, stor
 
 
 def biased(product: Value, bias: Tensor | None, store: torch.dtype) -> Value:
-    """Where there is a bias, it may be added to a product already stored."""
+    """The product plus the bias, if any, which may be added after the product was stored."""
     return product if bias is None else (product + Value.of(bias)).stored(store)
 
 
@@ -128,14 +128,14 @@ class Linear:
     token: Tensor | None = None
 
     def __call__(self, name: str, x: Value, store: torch.dtype) -> Value:
-        """An adapter's update is added behind the bias."""
+        """The product of x and matrix `name`, with bias; an adapter's update is added after the bias."""
         product = biased(self._product(name, x).stored(store), self.tensors.get(f"b{name[1:]}"), store)
         return product if self.lora is None else self._adapted(self.lora, name, x, product, self.storage, store)
 
     def _product(self, name: str, x: Value) -> Value:
         storage, weight, quant = self.storage, self.tensors[name], self.quant
         if quant is None or self.stored is None:
-            # An adapter may be merged into the weights of the tokens that have it.
+            # An engine may merge an adapter into the weights for the tokens that have it.
             whole = weight if self.lora is None else Value.of(weight).stored(storage.x)
             return x.project(whole, storage.compute)
         tile = {"block": quant.block[1], "group": quant.group}.get(quant.granularity, x.exact.shape[-1])
@@ -156,7 +156,7 @@ class Linear:
             rows = (adapters == adapter).nonzero().flatten()
             a, b = (lora.tensors[f"lora.{name}.{side}"][adapter, self.expert] for side in ("a", "b"))
             narrow = x[rows].project(a, storage.compute).stored(store)
-            # Its scaling may multiply what A or B gives, or B itself.
+            # An engine may apply the scaling after A, after B, or to B itself.
             update = (narrow.project(Value.of(b).stored(store), storage.compute).stored(store) * scaling).stored(store)
             found = (product[rows] + update).stored(store)
             for whole, part in zip(parts, (found.exact, found.spread, found.limit), strict=True):
@@ -174,7 +174,7 @@ def mlp_value(
 ) -> Value:
     """The output of one MLP for x [T, D]. tensors: w13 or w1, w2, b13 or b1, b2, output_norm. weight: [T, 1].
 
-    multiply: the two products, where weights are not plain.
+    multiply: the two products, if weights are not plain.
     """
     multiply = multiply or Linear(tensors, storage)
     if weight is not None and spec.weight_on == "input":

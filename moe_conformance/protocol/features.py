@@ -376,6 +376,7 @@ _OF_EVERY: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("capture_shape", ""): ("worker", "reader"),
     ("describe", "config.say-what-is-missing"): ("refusals",),
     ("describe", "describe.layers"): ("layers",),
+    ("layer", "layer.fake-dtypes"): ("traceable",),
     ("layer", "layer.traceable"): ("traceable",),
     ("shard", "shard.out-of-range"): ("dropped_ids",),
     **{(stage, "rows.batch-invariant"): ("batch_invariant",) for stage in ("route", "experts", "layer")},

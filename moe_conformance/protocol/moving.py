@@ -41,8 +41,16 @@ def _moved(value: Any, device: str) -> Any:
     return value
 
 
+# Memory that is larger, in bytes, is mostly room between rows, which is not read to be moved.
+_MOVED_WHOLE = 1 << 30
+
+
 def _tensor(tensor: Tensor, device: str) -> Tensor:
     if tensor.is_contiguous() or tensor.device.type == device:
         return tensor.to(device)
+    if tensor.untyped_storage().nbytes() > _MOVED_WHOLE:
+        import torch
+
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
     memory = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
     return memory.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -1,4 +1,4 @@
-"""The words around a verdict: what the clause says, whom its breach has cost, how to rerun."""
+"""The text around a verdict: what the clause says, where its breach has cost somebody, how to rerun."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _kinds(value: Any) -> Iterator[type]:
 
 
 def spelled(value: Any) -> str:
-    """As `repr`, but a spec shows only the fields that are not at their defaults."""
+    """Like `repr`, but a spec shows only the fields that differ from their defaults."""
     if is_dataclass(value) and not isinstance(value, type):
         named = [item for item in fields(value) if _default(item) != getattr(value, item.name)]
         inside = ", ".join(f"{item.name}={spelled(getattr(value, item.name))}" for item in named)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# A repository whose owner is not certain has no address, and its threads are shown as text.
+# A repository whose owner is uncertain is not listed; its threads are shown as text.
 _OWNERS = {
     "Automodel": "NVIDIA-NeMo",
     "FastDeploy": "PaddlePaddle",
@@ -28,6 +28,7 @@ _OWNERS = {
     "vllm": "vllm-project",
     "vllm-ascend": "vllm-project",
     "vllm-gaudi": "vllm-project",
+    "vllm-musa": "MooreThreads",
     "vllm-xpu-kernels": "vllm-project",
 }
 

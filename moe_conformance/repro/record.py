@@ -22,8 +22,9 @@ from moe_conformance.catalogue.clauses import CLAUSES
 from moe_conformance.engine import Repro, ShardInputs
 from moe_conformance.errors import InputError, MoEConformanceError, Undecided, Unsupported
 from moe_conformance.judging.judge import Judge
+from moe_conformance.repro import STAGES
 from moe_conformance.repro.script import About, script
-from moe_conformance.repro.wanted import STAGES, Wanted, calls_of_an_answer, is_legal
+from moe_conformance.repro.wanted import Wanted, calls_of_an_answer, is_legal
 from moe_conformance.running.discovery import Target, extend_path
 
 NOT_SHOWN = 3

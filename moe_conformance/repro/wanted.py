@@ -17,8 +17,8 @@ from moe_conformance.oracle.layer import expected_layer
 from moe_conformance.oracle.precision import wide
 from moe_conformance.oracle.scores import compared_value
 from moe_conformance.oracle.value import Value
+from moe_conformance.repro import STAGES
 
-STAGES = ("route", "experts", "layer", "shard")
 # Rows of an answer that a script compares; those that are wrong.
 ROWS = 3
 

@@ -262,9 +262,9 @@ def _lengths(record: Path, requests: Sequence[Request], findings: Findings) -> N
             findings.add(
                 "end-row" if rows == tokens - 2 else "rows-missing",
                 record.name,
-                f"request {request.name}",
-                got=f"{rows} rows of {tokens} tokens",
-                want=f"{tokens - 1}, or positions that say which rows these are",
+                f"request {request.name} ({rows} rows of {tokens} tokens)",
+                got="one row too few" if rows == tokens - 2 else "too few rows",
+                want="one less than tokens, or positions that say which rows these are",
                 do="record a row for every token that was run through the model: all but the last",
             )
 
@@ -276,8 +276,8 @@ def _add(findings: Findings, record: Path, requests: Sequence[Request], table: T
     for number in table.request[rows].unique().tolist():
         at = table.position[rows & (table.request == number)].tolist()
         wrong = pattern.cells[table.request == number].any(0).nonzero().flatten().tolist()
-        in_layers = "" if len(wrong) == len(table.layers) else f", layers {few([table.layers[i] for i in wrong])}"
-        places.append(f"request {requests[number].name}, rows {_runs(at)}{in_layers}")
+        in_layers = "" if len(wrong) == len(table.layers) else f" of layers {few([table.layers[i] for i in wrong])}"
+        places.append(f"request {requests[number].name} (rows {_runs(at)}{in_layers})")
     findings.add(
         pattern.kind,
         record.name,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ class Table:
 @dataclass(frozen=True)
 class Pattern:
     """kind: a word for machines. got, do: in words. cells: [M, L] bool, the wrong ones that it explains. tried: how
-    many such patterns were looked at. is_certain: it needs no evidence, for no router gives such an answer."""
+    many such patterns were looked at. is_certain: it needs no evidence, for no router gives such an answer. also: cells
+    that follow from the pattern, and are no evidence of it."""
 
     kind: str
     got: str
@@ -75,6 +76,7 @@ class Pattern:
     cells: Tensor
     tried: float = 1
     is_certain: bool = False
+    also: Tensor | None = None
 
 
 def shared(own: Tensor, ids: Tensor) -> Tensor:
@@ -93,6 +95,8 @@ def patterns(table: Table) -> Iterator[Pattern]:
         if not found:
             return
         first = max(found, key=lambda pattern: int(pattern.cells.sum()))  # of equals the first
+        if first.also is not None:
+            first = replace(first, cells=first.cells | first.also & left)
         yield first
         left &= ~first.cells
 
@@ -208,17 +212,20 @@ def _shifted(table: Table, left: Tensor, votes: Counter[int]) -> Iterator[Patter
     for shift, _ in votes.most_common(3):
         source = _places(table, table.request, table.position + shift)
         cells = _by_rows(table, left, source)
-        beyond = left & (source < 0)[:, None]  # rows that a shift takes from outside the request
         if not cells.any():
             continue
+        # Rows that a shift takes from outside the request hold anything; they are fewer than those that it explains.
+        moved = torch.zeros(len(table.starts)).index_add(0, table.request, cells.any(1).float())
+        beyond = left & ((source < 0) & (moved[table.request] >= abs(shift)))[:, None]
         way = "later" if shift > 0 else "earlier"
         by = f"{abs(shift)} position{'s' * (abs(shift) > 1)} {way}"
         yield Pattern(
             "shifted",
             f"{_many(int(cells.any(1).sum()), 'row')} of {_requests(table, cells)} with the experts of {by}",
             "record each step's rows at its own positions: count cached and chunked tokens, and the sampled one once",
-            cells | beyond,
+            cells,
             tried=2 * len(table.own),
+            also=beyond,
         )
 
 
@@ -361,7 +368,7 @@ def _renamed(table: Table, left: Tensor) -> Iterator[Pattern]:
     if mapped:
         yield Pattern(
             "physical",
-            f"ids under other numbers, the same for all rows, in {_many(len(mapped), 'layer')}: {example}",
+            f"ids under other numbers, the same for all rows, in {_many(len(mapped), 'layer')}, as {example}",
             "translate physical ids to logical ones, by the placement of that step, before they are recorded",
             _cells_of(left, mapped),
             tried=2.0 ** min(1000, experts * math.log2(experts)),

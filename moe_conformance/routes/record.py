@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_conformance.checkpoints.headers import Damaged, Stored, read_header
 from moe_conformance.checkpoints.json_files import open_at_once, parsed
-from moe_conformance.errors import InputError
+from moe_conformance.errors import CheckpointError, InputError
 from moe_conformance.quote import few, plainly, quoted
 
 Ints = npt.NDArray[np.int64]
@@ -114,13 +115,24 @@ def _npy(where: str, content: bytes) -> Any:
     """An array of numbers. An .npy of objects is a pickle, which is not opened."""
     if content[:6] != b"\x93NUMPY":
         raise RecordError(f"{where}: is no .npy file; save it with numpy.save")
+    stream = io.BytesIO(content)
     try:
-        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OverflowError, MemoryError, SyntaxError, RecursionError, TypeError) as error:
+        version = np.lib.format.read_magic(stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = header(stream)
+    except Exception as error:  # whatever a parser of foreign words may raise
         raise RecordError(
             f"{where}: not readable as .npy ({plainly(str(error))}); save it again with numpy.save, as integers"
         ) from error
-    return array
+    if dtype.kind not in "iu":
+        raise RecordError(f"{where}: got {plainly(str(dtype))}, want integers; save the ids themselves")
+    size, held = math.prod(shape) * dtype.itemsize, len(content) - stream.tell()
+    if min(shape, default=0) < 0 or size != held or len(shape) > 8:
+        raise RecordError(
+            f"{where}: got {held} bytes of {quoted(shape)} {dtype}, want {quoted(size)}; save it again, whole"
+        )
+    order: Literal["F", "C"] = "F" if is_fortran else "C"
+    return np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape, order=order)
 
 
 def _bytes(path: Path, most: int) -> bytes:
@@ -187,8 +199,8 @@ def _of_lines(path: Path) -> Iterator[Request]:
             said = parsed(line.decode(), where)
         except UnicodeDecodeError:
             raise RecordError(f"{where}: is not UTF-8; write JSON, one object a line") from None
-        except Exception as error:
-            raise RecordError(f"{error}") from error
+        except CheckpointError as error:
+            raise RecordError(str(error)) from error
         yield _of_response(where, str(number), said)
 
 
@@ -229,7 +241,7 @@ def _listed(where: str, values: Any, dims: int) -> Any:
         array = np.array(values)
     except (ValueError, OverflowError, RecursionError) as error:
         raise RecordError(f"{where}: got lists of different lengths, want [rows, layers, k] ({error})") from error
-    return array
+    return _integers(where, array, dims)
 
 
 def _decoded(where: str, text: str, said: Mapping[str, Any]) -> Any:

@@ -26,7 +26,7 @@ class Target:
 
     @property
     def asked_as(self) -> str:
-        """What --engine takes for it."""
+        """What to pass to --engine for it."""
         return self.name if self.name in registered() else self.path
 
     def load(self) -> Any:
@@ -75,7 +75,7 @@ def registered() -> dict[str, Target]:
 def resolve(name: str) -> Target:
     """The target for `NAME`, `package.module:Class` or `file.py:Class`, without importing it.
 
-    An unregistered one goes by its path until it was asked for its name. Raises UsageError that lists what there is.
+    An unregistered engine goes by its path until it was asked for its name. Raises UsageError that lists what there is.
     """
     known = registered()
     if name in known:

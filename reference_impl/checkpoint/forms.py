@@ -47,7 +47,7 @@ class Form(NamedTuple):
 
 def numbers(form: Form) -> Tensor:
     """float64 of form.shape. Raises CheckpointError for a form that is not read."""
-    read = _FORMS.get(form.kind)
+    read = FORMS.get(form.kind)
     if read is None:
         raise CheckpointError(f"{form.kind} weights: got a form that is not read; load it with what wrote it")
     try:
@@ -96,7 +96,7 @@ def layout(form: Form, shape: Shape) -> tuple[Tile, int, str]:
     return (1, group or -(-columns // own[-1])), 1, "group"
 
 
-def _scaled(form: Form) -> Tensor:
+def read_scaled(form: Form) -> Tensor:
     """fp8 and int8: code, less its zero point, times scale."""
     codes = form.stacked(form.tensors["weight"]).double()
     if "weight_zero_point" in form.tensors:
@@ -111,19 +111,19 @@ def _by_group(form: Form, size: int, scale: Tensor) -> Tensor:
     return scale.reshape(experts, rows, -1)[..., index]
 
 
-def _mxfp8(form: Form) -> Tensor:
+def read_mxfp8(form: Form) -> Tensor:
     scale = scale_values(form.tensors["weight_scale"])
     return form.stacked(form.tensors["weight"]).double() * _by_group(form, 32, scale)
 
 
-def _mxfp4(form: Form) -> Tensor:
+def read_mxfp4(form: Form) -> Tensor:
     experts, rows, columns = _rows_columns(form)
     codes = form.one_of("blocks", "weight_packed", "weight").view(torch.uint8).reshape(experts, rows, -1)
     scale = form.one_of("scales", "weight_scale", "scale", "weight_scale_inv", "scale_inv")
     return unpack_e2m1(codes)[..., :columns] * _by_group(form, 32, scale_values(scale))
 
 
-def _nvfp4(form: Form) -> Tensor:
+def read_nvfp4(form: Form) -> Tensor:
     experts, rows, columns = _rows_columns(form)
     codes = form.one_of("weight_packed", "weight").view(torch.uint8).reshape(experts, rows, -1)
     found = unpack_e2m1(codes)[..., :columns] * _by_group(form, 16, form.tensors["weight_scale"].double())
@@ -132,7 +132,7 @@ def _nvfp4(form: Form) -> Tensor:
     return found * each(form, form.one_of("weight_scale_2", "scale_2"))
 
 
-def _packed(form: Form) -> Tensor:
+def read_packed(form: Form) -> Tensor:
     """compressed-tensors' pack-quantized: codes of 4 or 8 bits, the middle added to them."""
     experts, rows, columns = _rows_columns(form)
     words = form.stacked(form.tensors["weight_packed"])
@@ -144,27 +144,28 @@ def _packed(form: Form) -> Tensor:
         zeros = unpack(form.stacked(form.tensors["weight_zero_point"]), 1, bits)[:, :rows]
     index = form.tensors.get("weight_g_idx")
     if index is None or bool((index < 0).any()):  # what nothing was ordered by is filled with -1
-        index = torch.arange(columns) // _group(form, columns, scale.shape[-1])
+        index = torch.arange(columns) // group_of(form, columns, scale.shape[-1])
     index = index.int().expand(experts, columns)
     return dequantise_groups(unpack(words, 2, bits)[..., :columns], zeros, scale, index, torch.float64)
 
 
-def _group(form: Form, columns: int, count: int) -> int:
+def group_of(form: Form, columns: int, count: int) -> int:
     """How many columns a group has, of which there are so many."""
     said = (size for size in sorted(form.scheme.groups) if size and -(-columns // size) == count)
     return next(said, -(-columns // count))
 
 
-def _gptq(form: Form) -> Tensor:
+def read_gptq(form: Form) -> Tensor:
     columns = form.shape[-1]
     qweight, scales = form.stacked(form.tensors["qweight"]), form.stacked(form.tensors["scales"])
     index = form.tensors.get("g_idx")
-    version = form.said.get("checkpoint_format") or "gptq"
+    # AutoGPTQ's files of old say nothing.
+    version: Any = form.said.get("checkpoint_format") or "gptq"
     return dequantise_gptq(
         qweight,
         scales,
         qzeros=form.stacked(form.tensors["qzeros"]),
-        group=-1 if scales.shape[1] == 1 else _group(form, columns, scales.shape[1]),
+        group=-1 if scales.shape[1] == 1 else group_of(form, columns, scales.shape[1]),
         checkpoint_format=version,
         desc_act=bool(form.said.get("desc_act")),
         g_idx=None if index is None else index.expand(len(qweight), columns),
@@ -173,20 +174,20 @@ def _gptq(form: Form) -> Tensor:
     )
 
 
-def _awq(form: Form) -> Tensor:
+def read_awq(form: Form) -> Tensor:
     scales = form.stacked(form.tensors["scales"])
-    group = -1 if scales.shape[1] == 1 else _group(form, form.shape[-1], scales.shape[1])
+    group = -1 if scales.shape[1] == 1 else group_of(form, form.shape[-1], scales.shape[1])
     if form.scheme.bits not in (frozenset(), {4}):
         raise InputError(f"bits: got {quoted(sorted(form.scheme.bits))}, want 4, as AWQ packs them")
     qweight, qzeros = (form.stacked(form.tensors[name]) for name in ("qweight", "qzeros"))
     return dequantise_awq(qweight, scales, qzeros=qzeros, group=group, dtype=torch.float64)
 
 
-def _bnb8(form: Form) -> Tensor:
+def read_bnb8(form: Form) -> Tensor:
     return form.tensors["weight"].double() * (form.tensors["SCB"].double() / 127)[..., None]
 
 
-def _bnb4(form: Form) -> Tensor:
+def read_bnb4(form: Form) -> Tensor:
     """Flat, the high four bits first: an entry of the map times its block's largest magnitude."""
     state = next((tensor for end, tensor in form.tensors.items() if end.startswith("quant_state")), None)
     said = json.loads(bytes(state.tolist())) if state is not None else {}
@@ -202,15 +203,15 @@ def _bnb4(form: Form) -> Tensor:
     return form.tensors["quant_map"].double()[codes.long()] * largest.double().repeat_interleave(block)[:count]
 
 
-_FORMS: Mapping[Kind, Callable[[Form], Tensor]] = {
-    "fp8": _scaled,
-    "int8": _scaled,
-    "mxfp8": _mxfp8,
-    "mxfp4": _mxfp4,
-    "nvfp4": _nvfp4,
-    "packed": _packed,
-    "gptq": _gptq,
-    "awq": _awq,
-    "bnb4": _bnb4,
-    "bnb8": _bnb8,
+FORMS: dict[Kind, Callable[[Form], Tensor]] = {
+    "fp8": read_scaled,
+    "int8": read_scaled,
+    "mxfp8": read_mxfp8,
+    "mxfp4": read_mxfp4,
+    "nvfp4": read_nvfp4,
+    "packed": read_packed,
+    "gptq": read_gptq,
+    "awq": read_awq,
+    "bnb4": read_bnb4,
+    "bnb8": read_bnb8,
 }

@@ -27,10 +27,25 @@ from moe_conformance.checkpoints.sorting import Matrix
 from moe_conformance.checkpoints.whole import judge
 from moe_conformance.errors import CheckpointError, ConfigError
 from moe_conformance.model.families.naming import Piece
+from moe_conformance.model.storage import QuantSpec
 from moe_conformance.quote import few, plainly
 from moe_conformance.reference_impl.checkpoint.arrange import part, to_canonical
+from moe_conformance.reference_impl.checkpoint.canonical import Matrix as Named
+from moe_conformance.reference_impl.checkpoint.canonical import Packed, Place, deinterleaved, of_layer, packed
 from moe_conformance.reference_impl.checkpoint.forms import Form, numbers
 from moe_conformance.reference_impl.checkpoint.places import Layer
+
+
+class Loaded(dict[str, Tensor]):
+    """Tensors by canonical name. stored: by what precedes a layer's names, its experts as they lie in memory.
+
+    That is a QuantSpec and the tensors of `QuantSpec.tensors("experts", ...)`. Layers whose matrices are not all in one
+    form that a QuantSpec says have none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored: dict[str, tuple[QuantSpec, dict[str, Tensor]]] = {}
 
 
 class Placed(NamedTuple):
@@ -51,7 +66,7 @@ def is_stored(path: Path, config: Mapping[str, Any]) -> bool:
     )
 
 
-def load_stored(path: Path) -> dict[str, Tensor]:
+def load_stored(path: Path) -> Loaded:
     """As `loading.load`: stored weights in float32, each rounded once, others as they are; scales are not given on.
 
     Raises CheckpointError for the first defects that `moe-conformance checkpoint` would list.
@@ -102,9 +117,10 @@ def _placed(layout: Layout, groups: Mapping[Any, Any], scheme: Scheme, usual: fr
                 yield Placed(layer, pieces[at], number % layer.sizes.experts, matrix, kind)
 
 
-def _read(folder: Folder, layout: Layout, places: list[Placed], scheme: Scheme) -> dict[str, Tensor]:
+def _read(folder: Folder, layout: Layout, places: list[Placed], scheme: Scheme) -> Loaded:
     said = next((value for key in KEYS if isinstance(value := folder.config.get(key), Mapping)), {})
-    out: dict[str, Tensor] = {}
+    out = Loaded()
+    forms: dict[str, dict[Named, dict[Place, Packed | None]]] = {}
     quantised = {placed.layer.prefix + placed.piece.target for placed in places if placed.kind}
     with ExitStack() as stack:
         files: dict[str, Any] = {}
@@ -121,17 +137,27 @@ def _read(folder: Folder, layout: Layout, places: list[Placed], scheme: Scheme) 
             if "bias" in matrix.stored and set(matrix.stored) == {"bias"}:
                 continue
             shape, piece = _as_stored(layout, layer, piece, expert, matrix, kind)
+            one = None
             if kind is None:
                 values = tensors["weight"].reshape(shape)
             else:
                 halves = piece.half is None and piece.target.endswith("w13")
-                values = numbers(Form(kind, tensors, shape, scheme, halves, said))
+                form = Form(kind, tensors, shape, scheme, halves, said)
+                values, one = numbers(form), packed(form) if piece.ops in ((), ("interleaved",)) else None
+                one = deinterleaved(one) if piece.ops and one is not None else one
+            if piece.target in ("experts.w13", "experts.w1", "experts.w2"):
+                target: Any = piece.target.removeprefix("experts.")
+                forms.setdefault(layer.prefix, {}).setdefault(target, {})[piece.half, expert] = one
             if name not in out:
                 dtype = torch.float32 if name in quantised else values.dtype
                 out[name] = torch.empty(layer.tensors[piece.target], dtype=dtype)
             row = values.chunk(piece.rows)[piece.row]
             part(out[name], piece, expert).copy_(to_canonical(row, piece, layer.sizes))
-    return dict(sorted(out.items()))
+    experts = {layer.prefix: layer.sizes.experts for layer, *_ in places}
+    for prefix, found in forms.items():
+        if whole := of_layer(found, experts[prefix]):
+            out.stored[prefix] = whole
+    return out
 
 
 def _as_stored(

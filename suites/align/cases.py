@@ -137,6 +137,12 @@ PERMUTED = tuple(
     )
 )
 
+UNCHANGED = (
+    _align("unchanged", "calls.inputs-unchanged"),
+    _align("unchanged-map-dropped-int64", "calls.inputs-unchanged", held=MAPS["scattered"], dropped=7, dtype="int64"),
+)
+OWN_MEMORY = (_align("own-memory", "outputs.own-memory"), _align("own-memory-block-1", "outputs.own-memory", block=1))
+
 WRITTEN = (
     _align("written-no-tokens", "outputs.written", T=0, E=5, K=2, tier="smoke"),
     _align("written-idle", "outputs.written", held=MAPS["idle"], T=7),
@@ -158,4 +164,15 @@ SPELLED_OUT = (
     _align("spelled-out-map", "align.no-expert", T=7, E=5, K=2, block=4, dropped=5, held=(4, 0, 3)),
 )
 
-CASES = (*WHOLE_BLOCKS, *NO_EXPERT, *OUT_OF_RANGE, *EARLIER_CALLS, *PERMUTED, *WRITTEN, *ARGUMENTS, *SPELLED_OUT)
+CASES = (
+    *WHOLE_BLOCKS,
+    *NO_EXPERT,
+    *OUT_OF_RANGE,
+    *EARLIER_CALLS,
+    *PERMUTED,
+    *UNCHANGED,
+    *OWN_MEMORY,
+    *WRITTEN,
+    *ARGUMENTS,
+    *SPELLED_OUT,
+)

@@ -219,6 +219,49 @@ CHUNK_CASES = (
     *(_case(f"{T}-tokens", "batches.any-size", {**_SMALL, "T": T}, "full") for T in (511, 513, 1025, 2050, 4097)),
 )
 
+# The last rows are padding. Its ids are legal, or -1 where an engine knows that.
+PADDING_CASES = (
+    _case("padding", "rows.padding", tier="smoke", padding=21),
+    _case("padding-bf16", "rows.padding", NARROW, padding=32, dtype="bfloat16"),
+    _case("padding-one-token-fp16", "rows.padding", {**NARROW, "T": 8}, padding=7, dtype="float16"),
+    _case("padding-dropped", "rows.padding", padding=13, dropped=6),
+    _case("padding-131-tokens-bias", "rows.padding", {**NARROW, "T": 131}, padding=61, function="silu-bias"),
+    _case("padding-ep3", "rows.padding", padding=13, owners=SCATTERED, rank=2),
+)
+
+UNCHANGED_CASES = (
+    _case("unchanged-scale", "calls.inputs-unchanged", tier="smoke", output_scale=2.5),
+    _case("unchanged-bf16", "calls.inputs-unchanged", NARROW, dtype="bfloat16", function="silu-bias"),
+    _case("unchanged-one-token", "calls.inputs-unchanged", {**TINY, "T": 1}, dtype="bfloat16"),
+    _case("unchanged-weight-on-input", "calls.inputs-unchanged", function="weight-on-input"),
+    _case("unchanged-131-tokens", "calls.inputs-unchanged", {**NARROW, "T": 131}),
+    _case("unchanged-ep3-dropped", "calls.inputs-unchanged", owners=SCATTERED, rank=1, dropped=6),
+)
+
+OWN_MEMORY_CASES = (
+    _case("own-memory", "outputs.own-memory"),
+    _case("own-memory-bf16", "outputs.own-memory", {**NARROW, "T": 131}, dtype="bfloat16"),
+    _case("own-memory-one-token", "outputs.own-memory", {**TINY, "T": 1}),
+    _case("own-memory-all-dropped", "outputs.own-memory", {**TINY, "T": 5}, dropped=20),
+    _case("own-memory-identity", "outputs.own-memory", {**TINY, "K": 2}, identity_experts=3),
+)
+
+# A row of x, ids or weights lies 2^30 elements and more behind the one before, in a file of which little is written.
+FAR_CASES = (
+    _case("far-x", "inputs.beyond-int32", {**TINY, "T": 3}, "smoke", dtype="bfloat16", arguments={"x": "far"}),
+    _case("far-ids", "inputs.beyond-int32", {**TINY, "T": 3}, arguments={"ids": "far"}),
+    _case("far-weights", "inputs.beyond-int32", {**TINY, "T": 3}, arguments={"weights": "far"}),
+    _case(
+        "far-matrices-bf16",
+        "inputs.beyond-int32",
+        {**TINY, "E": 3, "K": 2},
+        dtype="bfloat16",
+        arguments={"tensors": "far"},
+    ),
+    _case("far-x-fp32", "inputs.beyond-int32", {**TINY, "T": 4}, "full", arguments={"x": "far"}),
+    _case("far-matrices", "inputs.beyond-int32", {**TINY, "E": 3, "K": 2}, "full", arguments={"tensors": "far"}),
+)
+
 # Fresh memory is poisoned in every case; here much of it is for nobody.
 WRITTEN_CASES = (
     _case("written-rows-without-expert", "outputs.written", tier="smoke", dropped=12),
@@ -264,6 +307,10 @@ CASES = (
     *ARGUMENT_CASES,
     *ORIENTED_CASES,
     *CHUNK_CASES,
+    *PADDING_CASES,
+    *UNCHANGED_CASES,
+    *OWN_MEMORY_CASES,
+    *FAR_CASES,
     *WRITTEN_CASES,
     *STATE_CASES,
     *INVARIANT_CASES,

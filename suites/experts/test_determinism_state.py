@@ -10,7 +10,7 @@ import torch
 
 from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import ExpertsInputs
-from moe_conformance.errors import Nonconformance, Unsupported
+from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
 from moe_conformance.oracle.bounds import twice
 from moe_conformance.oracle.experts import expected_experts
@@ -42,8 +42,8 @@ def test_another_call_between_leaves_no_trace(engine: Any, case: Case) -> None:
                 assert_sum(engine, other)
         except Nonconformance as error:
             raise Nonconformance(f"after another call, with {dict(changes) or 'other values'}: {error}") from error
-        except Unsupported:
-            continue
+        except Exception:
+            continue  # what another call raises is for cases of its own
     again, what = answer(engine, inputs), "routed sum of the same call again, against the first"
     if case.level == "SHOULD":
         compare.equal(what, again, first)

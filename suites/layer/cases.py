@@ -42,6 +42,7 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
         "tokens": dims["T"],
         "clause": "layer.cut-before-add",
         "arguments": {},
+        "padding": 0,
         **changes,
     }
     has, latent = set(parts), "latent" in parts
@@ -65,7 +66,7 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
             "dtype": changes["dtype"],
             "padded_hidden": dims["Dp" if latent else "Hp"] if "padded_hidden" in has else None,
             "padded_intermediate": dims["Fp"] if "padded_intermediate" in has else None,
-            **({"arguments": changes["arguments"]} if changes["arguments"] else {}),
+            **{name: changes[name] for name in ("arguments", "padding") if changes[name]},
         },
         tier=tier,
     )
@@ -213,6 +214,35 @@ CHUNK_CASES = tuple(
     )
 )
 
+PADDING_CASES = tuple(
+    _case("padding", {**dims, "T": tokens}, parts, scale=1.0, dtype=dtype, clause="rows.padding", padding=padding)
+    for dims, tokens, padding, parts, dtype in (
+        (NARROW, 32, 21, (), "float32"),
+        (NARROW, 8, 7, ("shared",), "bfloat16"),
+        (TINY, 32, 13, ("shared", "latent", "padded_hidden"), "float32"),
+        (TINY, 16, 3, BOTH, "float32"),
+    )
+)
+
+_KINDS = ((), ("shared",), ("shared", "latent", "padded_hidden"))
+UNCHANGED_CASES = tuple(
+    _case(f"unchanged{suffix}", TINY, parts, scale=1.0, dtype=dtype, clause="calls.inputs-unchanged")
+    for suffix, dtype, several in (("", "float32", _KINDS), ("-bf16", "bfloat16", _KINDS[:2]))
+    for parts in several
+)
+OWN_MEMORY_CASES = tuple(_case("own-memory", TINY, parts, scale=1.0, clause="outputs.own-memory") for parts in _KINDS)
+FAKE_CASES = tuple(
+    _case(f"fake-{short}", TINY, parts, scale=1.0, dtype=long, clause="layer.fake-dtypes")
+    for short, long in (("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"))
+    for parts in (*_KINDS, BOTH)
+)
+FAR_CASES = (
+    _case(
+        "far-x", {**TINY, "T": 3}, (), scale=1.0, dtype="bfloat16", clause="inputs.beyond-int32", arguments={"x": "far"}
+    ),
+    _case("far-logits", {**TINY, "T": 3}, (), scale=1.0, clause="inputs.beyond-int32", arguments={"logits": "far"}),
+)
+
 WRITTEN_CASES = tuple(
     _case(
         f"written{suffix}", {**NARROW, "T": tokens}, parts, scale=1.0, dtype=dtype, clause="outputs.written", tier=tier
@@ -254,6 +284,11 @@ CASES = (
     *ARGUMENT_CASES,
     *ORIENTED_CASES,
     *CHUNK_CASES,
+    *PADDING_CASES,
+    *UNCHANGED_CASES,
+    *OWN_MEMORY_CASES,
+    *FAKE_CASES,
+    *FAR_CASES,
     *WRITTEN_CASES,
     *STATE_CASES,
     *INVARIANT_CASES,

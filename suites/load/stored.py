@@ -91,7 +91,7 @@ def fp8_channel(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
 
 def fp8_tensor(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
     """ModelOpt's, with the scale of activations; that of one matrix may be a number or an array of one."""
-    weight, scale, numbers = fp8(shape, seed, (*shape[:-2], 1, 1), *shape[-2:], torch.float32)
+    weight, scale, numbers = fp8(shape, seed, (*shape[:-2], 1, 1), shape[-2], shape[-1], torch.float32)
     scale = scale.reshape(shape[:-2])
     return {"weight": weight, "weight_scale": scale, "input_scale": torch.full(shape[:-2] or (1,), 0.5)}, numbers
 

@@ -293,6 +293,33 @@ ARGUMENT_CASES = tuple(
     )
 )
 
+UNCHANGED_CASES = tuple(
+    _case("calls.inputs-unchanged", row)
+    for row in (
+        "renorm       40  5  7 fp32 fine contiguous core",
+        "deepseek-v3  40  5  7 fp32 fine contiguous core",
+        "gemma4       40  5  7 bf16 fine contiguous core",
+        "biased       40  5  1 fp32 fine contiguous core",
+    )
+)
+OWN_MEMORY_CASES = tuple(
+    _case("outputs.own-memory", row)
+    for row in (
+        "renorm       44  4  7 fp32 fine contiguous core",
+        "plain         7  7  7 fp32 fine contiguous core",
+        "deepseek-v3  48  4  1 bf16 fine contiguous core",
+    )
+)
+
+FAR_CASES = tuple(
+    _case("inputs.beyond-int32", row)
+    for row in (
+        "renorm      128  8  3 bf16 fine far core",
+        "deepseek-v3 256  8  3 fp32 fine far core",
+        "gemma4       60  4  5 fp32 fine far full",
+    )
+)
+
 CHUNK_CASES = tuple(
     _case("batches.any-size", f"{name} {E} {K} {T} {dtype} fine contiguous {'full' if T > 257 else 'core'}")
     for name, E, K, dtype, tokens in (
@@ -346,6 +373,9 @@ CASES = (
     *PADDING_CASES,
     *FUSED_CASES,
     *ARGUMENT_CASES,
+    *UNCHANGED_CASES,
+    *OWN_MEMORY_CASES,
+    *FAR_CASES,
     *CHUNK_CASES,
     *WRITTEN_CASES,
     *STATE_CASES,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_conformance.catalogue.case import Case, check
-from moe_conformance.errors import Nonconformance, Unsupported
+from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
 from moe_conformance.oracle.bounds import relative
 from moe_conformance.oracle.routing import judge_routing
@@ -28,8 +28,8 @@ def test_another_call_between_leaves_no_trace(engine: Any, case: Case) -> None:
         other = replace(other, logits=other.logits.flip(0, 1), tensors=tensors)
         try:
             found = routed(engine, "route of another call", other)
-        except Unsupported:
-            continue
+        except Exception:
+            continue  # what another call raises is for cases of its own
         if not changes and _is_right(answer, inputs):
             judge_routing("route of another router of the same shape, after the first", found, other)
     again = by_expert(routed(engine, "route again", inputs))

@@ -47,7 +47,7 @@ def norm(default: bool, *names: str) -> Fields:
 
 
 def groups(many: int | None = 1, top: int | None = 1, *names: str) -> Fields:
-    """Null is one group."""
+    """null means one group."""
     return {
         "groups": _groups(names or "n_group", many),
         "top_groups": _groups("topk_group", top),
@@ -59,7 +59,7 @@ def _groups(name: str | tuple[str, ...], default: int | None) -> Key:
 
 
 def count(name: str, default: int, least: int, most: int) -> Key:
-    """An integer."""
+    """A key whose value is an integer."""
     return Key(name, default, least=least, most=most, whole=True)
 
 
@@ -119,15 +119,15 @@ INPUT = {"score_dtype": "input"}
 FLOAT32 = {"dtype": "float32"}
 BIASED = {"selection_bias": True}
 ALWAYS = {"renormalize": "sum"}
-CHOSEN = {"select_on": "logits"}  # the best logits; scores are of those alone
+CHOSEN = {"select_on": "logits"}  # the best logits are chosen, and only they are scored
 SIGMOID = {"score": "sigmoid", **BIASED, **ALWAYS}
 SIGMOID_EPS = {**SIGMOID, "epsilon": 1e-20}
-PAIRS = {"group_score": "top2_sum"}  # of a group, its two best
+PAIRS = {"group_score": "top2_sum"}  # a group's two best
 SOFTMAX_PAIRS = {**groups(), **PAIRS, "group_mask": 0.0, "epsilon": 1e-20, **scale(1.0)}
 SWIGLU_OAI = {**clamped(7.0), "alpha": Key("swiglu_alpha", 1.702), "up_offset": 1.0}
 
 
 def noaux(factor: float | None, many: int = 1, top: int = 1, normed: bool = True) -> Fields:
-    """DeepSeek-V3: sigmoid and a bias for the choice, the best groups, renormalised by key, scaled but for a None."""
+    """DeepSeek-V3: sigmoid, a selection bias, the best groups, renormalised by key, scaled unless factor is None."""
     scaled = {} if factor is None else scale(factor)
     return {**SIGMOID_EPS, **norm(normed), **groups(many, top), **PAIRS, **scaled}

@@ -1,0 +1,113 @@
+"""Routers of SGLang's models, from hidden states on: a block that has such a router, run up to its experts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from moe_conformance.engine import LayerSpec, RouterHandle, RouterSpec, Unsupported, inverse, normal
+from moe_conformance.engines.sglang import block, models, runtime
+from moe_conformance.engines.sglang.refusing import refusals
+
+# Families that are asked first, by model type: those that a method is known by.
+_FIRST = ("mixtral", "olmoe", "gpt_oss", "glm4_moe", "hy_v3", "deepseek_v3", "deepseek_v2", "gemma4_text", "phimoe")
+_PARTS = ("routing", "logits", "num_experts", "hidden_size")
+# Of what nobody looks at: the experts behind a router.
+_UNSEEN = 32
+
+
+class Router(nn.Module):
+    """A block whose experts note what they are handed, and compute nothing."""
+
+    def __init__(self, found: block.Block) -> None:
+        super().__init__()
+        self.root, self.scale, self.takes = found.root, found.scale, found.takes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Router:
+        """Copies share the configs of transformers, which nobody trains."""
+        for module in self.modules():
+            memo |= {id(value): value for value in vars(module).values() if isinstance(value, PretrainedConfig)}
+        twin = self.__new__(Router)
+        memo[id(self)] = twin
+        twin.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        experts = next(module for module in self.root.modules() if models.is_experts(module))
+        with runtime.building(hidden.dtype), block.stopping(experts) as heard, refusals():
+            self.root(hidden, **block.step(self.takes, None))
+        if not heard:
+            raise Unsupported(f"router_module: {type(self.root).__name__} hands no routing to its experts")
+        return heard[0].topk_weights.float() * self.scale, heard[0].topk_ids
+
+
+@torch.no_grad()
+def router_module(spec: RouterSpec) -> tuple[RouterHandle, str]:
+    """The router of the first model that has it, and the name of its block.
+
+    Raises Unsupported with the reason of every such model, or where no family's record says this router.
+    """
+    reasons = []
+    for setting, layer, config in _settings(spec):
+        try:
+            return _handle(spec, setting, layer, config)
+        except Unsupported as refusal:
+            reasons.append(f"{setting.record.slug}: {refusal}")
+    raise Unsupported(
+        "; ".join(reasons) or f"router_module: no model of SGLang's routes by {spec.logits}, {spec.routing}"
+    )
+
+
+def _settings(spec: RouterSpec) -> Iterator[tuple[inverse.Setting, LayerSpec, dict[str, Any]]]:
+    """Settings of families with that router; those in which "input" is the word for float32 come last."""
+    for narrow in dict.fromkeys((True, spec.dtype != torch.float32)):
+        for model_type in _small_models():
+            for setting in inverse.settings(model_type):
+                small = inverse.small(
+                    setting.spec, spec.routing, spec.num_experts, _UNSEEN, logits=spec.logits,
+                    hidden_size=spec.hidden_size,
+                )  # fmt: skip
+                if (answer := inverse.expressed(setting, small, _PARTS, narrow)) is not None:
+                    yield setting, answer[1].spec, answer[1].config
+
+
+def _small_models() -> list[str]:
+    """Model types whose text model has a class of its own: what is around the others takes gigabytes."""
+    first = dict.fromkeys(name for name in _FIRST if name in models.model_types())
+    return [name for name in (first | dict.fromkeys(sorted(models.model_types()))) if models.is_text(name)]
+
+
+def _handle(spec: RouterSpec, setting: Any, layer: LayerSpec, config: dict[str, Any]) -> tuple[RouterHandle, str]:
+    wanted = spec.tensors()
+    tensors = {
+        name: normal(shape, f"sglang-router-{name}") if name in wanted else torch.zeros(shape)
+        for name, shape in layer.tensors().items()
+    }
+    dtypes = {name: spec.dtype for name in tensors} | {"router.selection_bias": torch.float32}
+    tensors = {name: value.to(dtypes[name]) for name, value in tensors.items()}
+    found = block.loaded(config, setting.layer, spec.dtype, tensors)
+    router = Router(found)
+    held = {name: _holder(router, tensors[name]) for name in wanted}
+    if left := [name for name, holder in held.items() if holder is None]:
+        raise Unsupported(f"it keeps {', '.join(left)} otherwise than as one whole tensor")
+    _check_copies(router, found.name)
+    return RouterHandle(router, "hidden", {name: holder or "" for name, holder in held.items()}), found.name
+
+
+def _holder(module: nn.Module, value: Tensor) -> str | None:
+    """The parameter or buffer that has these values."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return next((n for n, t in named if t.shape == value.shape and torch.equal(t, value.to(t.dtype))), None)
+
+
+def _check_copies(router: Router, name: str) -> None:
+    """Raise Unsupported where Python cannot copy the block."""
+    try:
+        copy.deepcopy(router)
+    except Exception as error:
+        raise Unsupported(f"router_module: {name} cannot be copied: {type(error).__name__}: {error}") from error

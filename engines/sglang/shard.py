@@ -1,0 +1,81 @@
+"""One rank's part of SGLang's expert layer: its experts, or its slice of each, cut out by SGLang's own loader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moe_conformance.engine import MLPSpec, ShardInputs, Unsupported
+from moe_conformance.engines.sglang import built, eplb, expert_map, experts, runtime
+from moe_conformance.engines.sglang.refusing import refusals
+
+
+def features() -> frozenset[str]:
+    """Not "idle_ranks": its models refuse more ranks than experts."""
+    return experts.features() - {"expert_map"} | {"shared", "tensor_parallel", "uneven_width", "replicas"}
+
+
+@torch.no_grad()
+def shard(inputs: ShardInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor, str]:
+    """This rank's part, and what computed it: the first of these kernels that takes the call."""
+    reasons = []
+    for kernel in kernels:
+        try:
+            return _shard(inputs, kernel)
+        except Unsupported as refusal:
+            reasons.append(str(refusal))
+    raise Unsupported("; ".join(dict.fromkeys(reasons)))
+
+
+def _shard(inputs: ShardInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
+    whole = inputs.whole
+    if whole.identity_experts or whole.output_scale != 1:
+        raise Unsupported("shard: SGLang's blocks scale the sum, and add what identity experts pass on, themselves")
+    ep, tp = (inputs.ep_rank, inputs.ep_size), (inputs.tp_rank, inputs.tp_size)
+    copies, ids = inputs.physical_to_logical, whole.ids.int()
+    if copies is not None:
+        metadata = eplb.metadata_of(copies, whole.experts)
+        ids = eplb.physical_ids(ids, metadata, len(ids))[0]
+    count = whole.experts if copies is None else len(copies)
+    own = expert_map.dispatcher_of(count, *ep).local_expert_mapping
+    if own is not None and not torch.equal(own.long(), inputs.expert_map.long()):
+        raise Unsupported("shard: SGLang gives each rank a run of ids, in order of ranks")
+    layer = built.Layer(
+        whole.mlp, whole.x.shape[-1], ids.shape[-1], whole.x.dtype, whole.tensors, ep=ep, tp=tp, copies=copies
+    )
+    made = built.Built(layer, kernel)
+    found = made.run(whole.x, ids, whole.weights)
+    if inputs.shared is not None:
+        found = found + _shared(inputs, inputs.shared)
+    return found, made.name
+
+
+def _shared(inputs: ShardInputs, spec: MLPSpec) -> Tensor:
+    """The rank's slice of a shared expert, as Qwen2-MoE has one: divided among all ranks, however experts are."""
+    from sglang.srt.models.qwen2_moe import Qwen2MoeMLP
+
+    if spec != MLPSpec(spec.width, dtype=spec.dtype):
+        raise Unsupported(f"shard: no model of SGLang's that is built here has a shared expert of {spec}")
+    x, tensors = inputs.whole.x, inputs.shared_tensors
+    ep, tp = (inputs.ep_rank, inputs.ep_size), (inputs.tp_rank, inputs.tp_size)
+    with runtime.building(x.dtype), runtime.as_rank(ep, tp), refusals():
+        module = Qwen2MoeMLP(x.shape[-1], spec.width, "silu", reduce_results=False, prefix="shared")
+        gate, up = tensors["shared.w13"].chunk(2)
+        for name, values in (
+            ("gate_up_proj.weight", (gate, 0)),
+            ("gate_up_proj.weight", (up, 1)),
+            ("down_proj.weight", (tensors["shared.w2"],)),
+        ):
+            parameter = module.get_parameter(name)
+            parameter.weight_loader(parameter, *values)
+        _ready(module)
+        answer: Tensor = module(x.clone())
+    return answer
+
+
+def _ready(module: nn.Module) -> None:
+    for part in module.modules():
+        if (method := getattr(part, "quant_method", None)) is not None:
+            method.process_weights_after_loading(part)
