@@ -38,7 +38,7 @@ from moe_conformance.suites.load.checkpoint import write
 from moe_conformance.suites.remap.names import config_of, names_of
 
 EVERY = settings(
-    derandomize=True, deadline=None, max_examples=25, database=None, suppress_health_check=[HealthCheck.too_slow]
+    derandomize=True, deadline=None, max_examples=12, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 seeds, booleans = st.integers(0, 2**30), st.booleans()
 # A float32 sum of so few terms in another order is another float32 within this; exact values are below 2^9.
