@@ -81,7 +81,7 @@ def shown(engine: Any, case: str, file: Path, seed: int = 0) -> str:
 
 @pytest.mark.parametrize(
     "mutant",
-    [pytest.param(m, marks=() if n % 4 == 0 else pytest.mark.nightly) for n, m in enumerate(SHOWN)],
+    [pytest.param(m, marks=() if n % 16 == 0 else pytest.mark.nightly) for n, m in enumerate(SHOWN)],
     ids=lambda mutant: mutant.engine.name,
 )
 def test_the_script_of_a_mutant_shows_its_fault(mutant: Mutant, tmp_path: Path) -> None:
@@ -91,7 +91,11 @@ def test_the_script_of_a_mutant_shows_its_fault(mutant: Mutant, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "mutant",
-    [pytest.param(m, marks=() if m.engine.name in SEVERAL else pytest.mark.nightly) for m in MINE if m not in SHOWN],
+    [
+        pytest.param(m, marks=() if m.engine.name == "ties-go-either-way" else pytest.mark.nightly)
+        for m in MINE
+        if m not in SHOWN
+    ],
     ids=lambda mutant: mutant.engine.name,
 )
 def test_what_no_single_call_shows_is_said(mutant: Mutant, tmp_path: Path) -> None:
@@ -171,6 +175,7 @@ def test_the_calls_before_are_made_where_the_fault_needs_them(tmp_path: Path) ->
     assert "elements of rows" in run(file.read_text())
 
 
+@pytest.mark.nightly
 def test_the_command_writes_a_script_of_an_adapter_that_is_a_file(tmp_path: Path, monkeypatch: Any) -> None:
     """With the run's seed; run once more by itself, it says the same."""
     folder = tmp_path / "my adapters"
@@ -194,6 +199,7 @@ def test_an_engine_that_dies_is_shown_by_the_call_that_it_died_of(tmp_path: Path
     assert said == "by SIGSEGV"
 
 
+@pytest.mark.nightly
 def test_what_cannot_be_shown_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="want one of route, experts, layer, shard"):
         write("reference", "config-qwen3-moe", 0, tmp_path / "repro.py")

@@ -241,6 +241,14 @@ class StoresBytes(_WithParts):
             super().write(slots, torch.where(rows < 0, rows, rows % 256))
 
 
+class NoneIsTheLastOf256(_WithParts):
+    """256 experts fill a byte, in which -1 is the last of them."""
+
+    class store(HostStore):
+        def write(self, slots: Sequence[int], rows: Tensor) -> None:
+            super().write(slots, rows % 256 if self.experts == 256 else rows)
+
+
 class StoreFilledWithZeros(_WithParts):
     class store(HostStore):
         def __init__(self, spec: CaptureSpec) -> None:
@@ -407,6 +415,12 @@ MUTANTS = (
         "keeps 8 bits of an id on the host",
         "store-narrow-e257",
         "every_expert_id_survives_the_store",
+    ),
+    _mutant(
+        NoneIsTheLastOf256,
+        "keeps -1 as the last of 256 experts",
+        "store-minus-one-e256",
+        "no_expert_survives_the_store_beside_every_id",
     ),
     _mutant(
         StoreFilledWithZeros,

@@ -19,6 +19,11 @@ TWO = (_store("two-stores", "capture.only-real-rows"),)
 NARROW = tuple(
     _store(f"narrow-e{experts}", "capture.narrow", experts=experts) for experts in (128, 256, 257, 896, 40000)
 )
+# All bits set is -1, and in a byte the last of 256 experts.
+NARROW_NONE = tuple(
+    _store(f"minus-one-e{experts}", "capture.narrow", experts=experts, needs=("unwritten",))
+    for experts in (128, 255, 256, 257, 32768)
+)
 # "unwritten": a slot that nobody wrote reads as -1, or raises.
 UNWRITTEN = (_store("unwritten-slots", "capture.only-real-rows", needs=("unwritten",)),)
 BOUNDS = tuple(
@@ -34,6 +39,7 @@ CASES = (
     *SLOTS_CHANGE_HANDS,
     *TWO,
     *NARROW,
+    *NARROW_NONE,
     *UNWRITTEN,
     *BOUNDS,
 )

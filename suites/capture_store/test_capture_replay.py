@@ -16,6 +16,7 @@ from moe_conformance.suites.capture_session.steps import ids_at_the_edges, recor
 from moe_conformance.suites.capture_store.cases import (
     BOUNDS,
     NARROW,
+    NARROW_NONE,
     OWNER_CLOSES,
     OWNER_KILLED,
     READER,
@@ -138,6 +139,25 @@ def test_every_expert_id_survives_the_store(engine: Engine, case: Case) -> None:
     with closing(engine.capture_store(spec_of(len(want), case["experts"]))) as store:
         store.write(slots, want.int())
         compare.equal(f"ids of {case['experts']} experts", read_slots(engine, store.address, slots), want)
+
+
+@check(NARROW_NONE)
+def test_no_expert_survives_the_store_beside_every_id(engine: Engine, case: Case) -> None:
+    """A layer that a token was not captured in is written as -1, and read as that, unless the store refuses it."""
+    want = ids_at_the_edges(case["experts"])
+    want[:, 1] = -1
+    slots = list(range(len(want)))
+    with closing(engine.capture_store(spec_of(len(want), case["experts"]))) as store:
+        try:
+            store.write(slots, want.int())
+        except Unsupported:
+            raise
+        except Exception:
+            return  # refused, in whatever words
+        got = read_slots(engine, store.address, slots)
+        unreadable("the layer written as -1", lambda: got, (slice(None), 1))
+        for layer in (0, 2):
+            compare.equal(f"ids of {case['experts']} experts, layer {layer}", got[:, layer], want[:, layer])
 
 
 @check(UNWRITTEN)
