@@ -20,22 +20,25 @@ from moe_conformance.protocol.stages import STAGES
 from moe_conformance.running.discovery import Target
 
 OFFERED = Reference().capabilities()
+# What products of torch on a CPU do not give: their bits vary with the batch. Whole models, with attention, are not its
+# matter either.
+DECLINED = {"batch_invariant"}
 
 
 def test_every_feature_of_every_stage_is_offered() -> None:
     assert complaints(OFFERED) == []
-    assert [*OFFERED, "generate"] == list(STAGES)  # whole models, with attention, are not its matter
+    assert [*OFFERED, "generate"] == list(STAGES)
     for stage in OFFERED:
         stand_ins = {"MODEL_TYPE", "implementation:NAME"}
-        assert words(stage).keys() - OFFERED[stage] <= stand_ins, stage
+        assert words(stage).keys() - OFFERED[stage] <= stand_ins | DECLINED, stage
     assert set(RECORDS) <= OFFERED["block"]
 
 
 def test_no_case_asks_for_what_the_reference_does_not_offer() -> None:
-    """But for experts computed by another implementation, which it has none of, and whole models."""
+    """But for what it declines, and experts computed by another implementation, which it has none of."""
     for case in catalogue().values():
         lacking = case.needs - OFFERED[case.stage] if case.stage in OFFERED else ()
-        assert all(word.startswith("implementation:") for word in lacking), (case.id, lacking)
+        assert all(word in DECLINED or word.startswith("implementation:") for word in lacking), (case.id, lacking)
 
 
 def test_it_has_no_limits() -> None:
@@ -64,7 +67,7 @@ def test_a_stage_computes_where_its_inputs_are(stage: str) -> None:
     judge = Judge(Target("elsewhere", f"{__name__}:Elsewhere"))
     # Dynamo does not trace the device that stands for another.
     checks = [check for check in CHECKS if check[2].stage == stage and not check[2].id.startswith("trace-")]
-    smoke = [check for check in checks if check[2].tier == "smoke"]
+    smoke = [check for check in checks if check[2].tier == "smoke" and not check[2].needs & DECLINED]
     assert smoke
     for module, name, case in smoke:
         assert judge.run(module, name, case).verdict is Verdict.PASS, (name, case.id)

@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import torch
+
 from moe_conformance.engine import CheckpointName, Target
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.errors import CheckpointError
+from moe_conformance.reference_impl.checkpoint import loading
+from moe_conformance.reference_impl.checkpoint.arrange import to_canonical
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moe_conformance.model.families.naming import Piece
+    from moe_conformance.reference_impl.checkpoint.places import Sizes
 
 
 class _Renamed(Faulty):
@@ -229,8 +236,15 @@ class UnknownTensorsSkipped(Faulty):
 
 
 class ShapesUnchecked(Faulty):
+    """Fewer experts than config.json says are loaded, and the others stay zero."""
+
     def load(self, folder: Path) -> Loaded:
-        with patch("moe_conformance.reference_impl.checkpoint.loading._fits", lambda *_, **__: None):
+        def grown(row: Tensor, piece: Piece, sizes: Sizes) -> Tensor:
+            found = to_canonical(row, piece, sizes)
+            missing = sizes.experts - len(found) if found.ndim == 3 else 0
+            return torch.cat([found, found.new_zeros(missing, *found.shape[1:])]) if missing > 0 else found
+
+        with patch.object(loading, "_fits", lambda *_, **__: None), patch.object(loading, "to_canonical", grown):
             return super().load(folder)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import cycle
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe_conformance.catalogue.case import Case
@@ -169,15 +168,26 @@ NO_EXPERT_CASES = tuple(
 ALWAYS_ON = tuple(slug for slug in GIVEN if (spec := spec_of(slug)).shared or spec.dense or spec.output_bias)
 SHARED_CASES = tuple(_case(slug, "shared", "block.shared", _tier(slug, SOME), routing="zero") for slug in ALWAYS_ON)
 
-# Sequences behind tokens, columns of wider rows, a transpose: x as other parts of a model hand it on.
+
+def _each(kind: str, clause: str, recipes: Mapping[str, Mapping[str, Any]]) -> Iterable[Case]:
+    """Every recipe on the families of smoke; by default one on each, whichever other families there are."""
+    for slug in SMOKE:
+        for number, (name, recipe) in enumerate(recipes.items()):
+            tier = "core" if number == len(slug) % len(recipes) else "full"
+            yield _case(slug, f"{kind}-{name}", clause, tier, **recipe)
+
+
+# Sequences behind tokens, columns of wider rows: x as other parts of a model hand it on.
 ARGUMENT_CASES = tuple(
-    _case(slug, f"x-{layout}", "inputs.strides", "core", arguments={"x": layout})
-    for slug, layout in zip(SMOKE, cycle(("swapped", "columns")))
+    _each("x", "inputs.strides", {layout: {"arguments": {"x": layout}} for layout in ("swapped", "columns")})
 )
 
 WRITTEN_CASES = tuple(
-    _case(slug, f"written-{kind}", "outputs.written", "core", shape=shape)
-    for slug, (kind, shape) in zip(SMOKE, cycle((("one-token", (1, 1)), ("no-tokens", (1, 0)), ("17-tokens", (1, 17)))))
+    _each(
+        "written",
+        "outputs.written",
+        {name: {"shape": (1, tokens)} for name, tokens in (("one-token", 1), ("no-tokens", 0), ("17-tokens", 17))},
+    )
 )
 
 CASES = (
