@@ -32,6 +32,7 @@ from moe_conformance.engine import (
     RouterSpec,
     Routing,
     ShardInputs,
+    UpdateInputs,
 )
 from moe_conformance.model.families.families import RECORDS
 from moe_conformance.protocol.features import words
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def is_offered(word: str) -> bool:
-    """Words in capitals stand for names: those of families are listed, those of implementations are other engines'."""
+    """Words in capitals stand for names. Families are listed separately; implementations are other engines'."""
     return not any(part.isupper() for part in word.split(":"))
 
 
@@ -55,15 +56,21 @@ class Reference(Engine):
         return EngineInfo(self.name, moe_conformance.__version__, self.device)
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
-        """Every feature of every stage, and blocks of every family; a block has no second implementation here."""
-        # Whole models, with attention, are not its matter.
+        """Every feature of every stage, and blocks of every family; a block has no second implementation here.
+
+        But for one: torch's products of matrices may sum a row otherwise beside others.
+        """
+        # It has no attention, and so no whole models.
         stages = [stage for stage in STAGES if stage != "generate"]
         offered = {stage: frozenset(word for word in words(stage) if is_offered(word)) for stage in stages}
         named = frozenset(name for name, record in RECORDS.items() if record.names is not None)
         return offered | {
+            "experts": offered["experts"] - {"batch_invariant"},
+            "layer": offered["layer"] - {"batch_invariant"},
             "block": offered["block"] | frozenset(RECORDS),
             "load": offered["load"] | named,
             "remap": offered["remap"] | named,
+            "update": offered["update"] | frozenset(RECORDS),
         }
 
     def describe(self, config: Any) -> MoESpec:
@@ -148,9 +155,14 @@ class Reference(Engine):
 
         return stage.load(folder)
 
+    def update(self, inputs: UpdateInputs) -> Sequence[Tensor]:
+        from moe_conformance.reference_impl import update as stage
+
+        return stage.update(inputs)
+
 
 class ReferenceOnGPU(Reference):
-    """The same on a GPU; by its address alone, for on a CPU is where the reference can be debugged."""
+    """The same on a GPU. Not registered: asked for by module:Class, because the reference is debugged on a CPU."""
 
     name = "reference-gpu"
     device = "cuda"

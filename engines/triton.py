@@ -36,7 +36,7 @@ HAS = ("route", "router_module", "align", "experts", "layer", "block", "capture_
 # Their routers look beyond one row of logits: at an expert's capacity, or at the other tokens of the batch.
 NOT_BY_ROW = frozenset({"switch_transformers", "nllb-moe", "doge"})
 BEYOND_A_ROW = frozenset({"capacity", "product_keys"})
-# float8 weights are loaded in the dtype of what they are multiplied with; no kernel loads codes of fewer bits.
+# float8 weights are loaded in the dtype of the other operand; no kernel loads codes with fewer bits.
 CODES = frozenset({"quantised:int8", "quantised:int4", "quantised:mxfp4", "quantised:nvfp4", "quantised_activations"})
 LACKS = {
     "route": BEYOND_A_ROW,
@@ -47,13 +47,13 @@ LACKS = {
 
 
 class Triton(Engine):
-    """Routing, dispatch, experts, combine and capture run in kernels; what stands between them is the reference's."""
+    """Routing, dispatch, experts, combine and capture run in kernels; the code between them is the reference's."""
 
     name = "triton"
 
     @classmethod
     def environment(cls) -> Mapping[str, str]:
-        # Triton 3.10 flips this default and warns where it is not said.
+        # Triton 3.10 changes this default, and warns if it is not set.
         fusion = {"TRITON_DEFAULT_FP_FUSION": "1"}
         return fusion if gpu_count() else {**fusion, "TRITON_INTERPRET": "1"}
 
@@ -83,7 +83,7 @@ class Triton(Engine):
         return self._info
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
-        """Of each stage that the kernels have, every feature but those they lack."""
+        """Every feature of each stage that the kernels have, except those listed in LACKS."""
         offered = {
             stage: frozenset(word for word in words(stage) if is_offered(word)) - LACKS.get(stage, frozenset())
             for stage in HAS

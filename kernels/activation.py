@@ -8,14 +8,14 @@ import triton.language as tl
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)), by exponentials of negative numbers alone, so that nothing overflows."""
+    """1 / (1 + exp(-x)), using exponentials of negative numbers only, so that nothing overflows."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
 def log1p_exp(x):
-    """log(1 + exp(x)) for x <= 0. Kahan's way: what 1 + u rounds away is made good by the same rounding of u."""
+    """log(1 + exp(x)) for x <= 0. Kahan's trick: the rounding error of 1 + u is cancelled by the same rounding of u."""
     u = tl.exp(x)
     y = 1.0 + u
     return tl.where(y == 1.0, u, tl.log(y) * (u / tl.where(y == 1.0, 1.0, y - 1.0)))
@@ -46,7 +46,7 @@ def act(v, ACTIVATION: tl.constexpr):
         # (1 + tanh z) / 2 = sigmoid(2 z), z = sqrt(2/pi) (v + 0.044715 v^3)
         return v * sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
     elif ACTIVATION == "relu":
-        return tl.where(v < 0, 0.0, v)  # a NaN stays one
+        return tl.where(v < 0, 0.0, v)  # NaN stays NaN
     else:
         tl.static_assert(ACTIVATION == "relu2")
         r = tl.where(v < 0, 0.0, v)

@@ -14,7 +14,7 @@ from moe_conformance.errors import InputError
 from moe_conformance.kernels.launch import interpreted, load_float32, local_expert, require_device, rounded
 
 
-# No compilation for each number of tokens.
+# Not specialised on the number of tokens: one compilation serves all.
 @triton.jit(do_not_specialize=["tokens"])
 def combine_kernel(
     outputs_ptr,
@@ -54,7 +54,7 @@ def combine_kernel(
     passes = tl.zeros([BLOCK_T], tl.int1)
     for k in tl.static_range(TOP_K):
         pair = offs_t * TOP_K + k
-        # Neither row nor weight of a pair that no expert takes means anything.
+        # Row and weight of a pair without an expert are meaningless.
         taken = local_expert(ids_ptr, pair, mask_t, map_ptr, experts, HAS_MAP) >= 0
         weight = tl.load(
             weights_ptr + offs_t * stride_wt + k * tl.cast(stride_wk, tl.int64), mask=mask_t, other=0.0
@@ -69,7 +69,7 @@ def combine_kernel(
             passed_on += tl.where(named, weight, 0.0)
             passes = passes | named
     if HAS_IDENTITY:
-        # A token that no identity expert takes is not read: 0 times what it holds may be NaN.
+        # x is read only for tokens with an identity expert: 0 times its contents could be NaN.
         x_ptrs = x_ptr + offs_t[:, None] * stride_xt + offs_d[None, :] * stride_xd
         total += passed_on[:, None] * load_float32(x_ptrs, mask & passes[:, None])
     total *= scale

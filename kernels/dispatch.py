@@ -1,7 +1,7 @@
 """Dispatch: pairs sorted by expert, each expert in blocks of its own. Twin of reference_impl/dispatch.py.
 
-A counting sort that keeps order, without atomics, so it gives the same bits every run. Programs cannot wait for each
-other: where there are few pairs each counts all of them, in one launch; where there are many, two launches count first.
+A stable counting sort without atomics, so it gives the same bits every run. Programs cannot wait for each other: with
+few pairs, each program counts all of them in one launch; with many, two launches count first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SLICE = 8192
 MOST_PAIRS = {"one launch": 64, "counted": 128, "interpreted": 256}
 
 
-# No compilation for each number of tokens.
+# Not specialised on the number of tokens: one compilation serves all.
 @triton.jit(do_not_specialize=["pairs"])
 def count_kernel(
     ids_ptr, map_ptr, counts_ptr, pairs, experts, HAS_MAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr
@@ -78,7 +78,7 @@ def align_kernel(
     SLICE_E: tl.constexpr,
     SLICE_B: tl.constexpr,
 ):
-    """Each program places its BLOCK_R pairs, and fills a share of what is no pair's.
+    """Each program places its BLOCK_R pairs, and fills a share of the slots and blocks without pairs.
 
     FILL_E experts, FILL_B blocks, FILL_S slots: a program's shares. SLICE_E, SLICE_B: what it holds of them at a time.
     """
@@ -108,7 +108,7 @@ def align_kernel(
     slot = tl.gather(starts + before, tl.maximum(own, 0), 0) + tl.sum(earlier.to(tl.int32), axis=1)
     tl.store(slot_to_pair_ptr + slot, own_r, mask=own >= 0)
 
-    # Slots between an expert's last pair and its end, and those behind all experts.
+    # Slots between an expert's last pair and the end of its blocks, and those after all experts.
     for first in range(0, FILL_E, SLICE_E):
         fill_e = program * FILL_E + first + tl.arange(0, SLICE_E)
         inside = tl.minimum(fill_e, BLOCK_E - 1)
@@ -205,7 +205,7 @@ def align(ids: Tensor, experts: int, block: int, expert_map: Tensor | None = Non
     ids: [T, K] int32 or int64 of any strides; ids outside [0, experts) are dropped, as are those of other ranks.
     block: a power of two. expert_map: [experts] int32, the local id of each expert here, -1 for the others.
     returns slot_to_pair [P] int32, T K where a slot holds no pair, with P = `slot_count(T K, experts, block)`;
-    expert_of_block [P / block] int32, ascending, -1 behind the last one in use; padded_count [1] int32. Pairs of one
+    expert_of_block [P / block] int32, ascending, -1 for trailing unused blocks; padded_count [1] int32. Pairs of one
     expert are in ascending order. Never waits for the device, so it can be recorded in a CUDA graph.
     Raises InputError for shapes and dtypes, and for a block that is no power of two.
     """

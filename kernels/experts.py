@@ -1,7 +1,7 @@
 """The routed sum: align, both projections, combine. Twin of `routed_experts` in reference_impl/experts.py.
 
-Ids: the reference raises InputError for an id outside [-1, N). Kernels cannot raise without waiting for the device: to
-them any id that names no expert is a pair that no expert takes, as -1 is, and adds nothing.
+Ids: the reference raises InputError for an id outside [-1, N). Kernels cannot raise without waiting for the device:
+they treat any id that names no expert as -1, which adds nothing.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from moe_conformance.reference_impl.operators import arguments, keywords, operat
 
 
 def parts(spec: MLPSpec) -> tuple[str, str]:
-    """What both matrices of an expert are called."""
+    """The names of an expert's two matrices."""
     return "w13" if spec.gated else "w1", "w2"
 
 
 def problem_of(x: Tensor, spec: MLPSpec, w2: Tensor, top_k: int, experts: int) -> Problem:
-    """What tiles are chosen for, at the widths that the weights have. experts: that the ids count."""
+    """The problem that tiles are chosen for, at the weights' widths. experts: how many the ids count."""
     _, hidden, width = w2.shape
     return Problem(len(x), top_k, experts, hidden, width, x.dtype, spec.gated, w2.dtype == torch.float8_e4m3fn)
 
@@ -166,8 +166,8 @@ def routed_experts(
     ids: [T, K] int32 or int64; those from E on are identity experts, which pass x on; any other id that names no
     expert, or one of another rank, adds nothing whatever its weight is. weights: [T, K] float32.
     added: [T, D], what is always on. expert_map: [E] int32, local id of each expert, -1 for those of other ranks.
-    quantised: "w13" or "w1", and "w2": scales of float8_e4m3fn weights. interleaved: rows of w13 and b13 are gate and
-    up in turn.
+    quantised: "w13" or "w1", and "w2": scales of float8_e4m3fn weights. interleaved: rows of w13 and b13 alternate gate
+    and up.
     returns [T, D] in x's dtype, rounded once. Sums are float32. Raises InputError for shapes and dtypes.
     """
     names = list(spec.tensors("experts", *x.shape[1:]))

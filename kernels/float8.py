@@ -57,15 +57,16 @@ def quantised_of(quant: QuantSpec, mlp: MLPSpec, tensors: Mapping[str, Tensor]) 
         raise Unsupported(f"quant.activations: got {quant.activations}, want no: the kernels quantise none")
     found = {}
     for part in ("w13" if mlp.gated else "w1", "w2"):
-        scale, stacked = tensors[f"experts.{part}.scale"], False
+        scale, halves = tensors[f"experts.{part}.scale"], quant.split_gate_up and part == "w13"
+        stacked = False
         match quant.granularity:
             case "tensor":
-                tile, stacked = (0, 0), quant.split_gate_up and part == "w13"
+                tile, stacked = (0, 0), halves
                 scale = scale.reshape(len(scale), -1, 1)
             case "channel":
                 tile, scale = (1, 0), scale[..., None]
             case "block":
-                tile = quant.block
+                tile, stacked = quant.block, halves
             case "group":
                 tile = (1, quant.group)
         if tile[1] % 16:

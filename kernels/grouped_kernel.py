@@ -48,7 +48,7 @@ def rows_of_block(
     return expert.to(tl.int64), pair.to(tl.int64), mask
 
 
-# No compilation for each number of tokens.
+# Not specialised on the number of tokens: one compilation serves all.
 @triton.jit(do_not_specialize=["pairs", "blocks"])
 def grouped_matmul_kernel(
     x_ptr,
@@ -120,7 +120,7 @@ def grouped_matmul_kernel(
     expert, pair, mask_m = rows_of_block(
         block, pairs, experts, slot_to_pair_ptr, expert_of_block_ptr, ids_ptr, map_ptr, ALIGNED, HAS_MAP, BLOCK_M
     )
-    # No map may lead beyond the weights that there are.
+    # A map must not lead beyond the existing weights.
     if (expert < 0) | (expert >= held):
         return
     offs_n = column.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

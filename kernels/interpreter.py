@@ -1,7 +1,7 @@
-"""Triton's interpreter made fit for a process of our own that interprets.
+"""Speeds up Triton's interpreter in processes of this project that interpret.
 
-What it computes stays as it is; what it does for each operation, time and again, is done once (profiled with Triton
-3.9, where a small kernel's time is all overhead):
+Results are unchanged; work that it repeats for each operation is done once (profiled with Triton 3.9, where a small
+kernel's time is all overhead):
 
 - types of blocks, their shapes and numpy dtypes are made anew for every operation: here each is kept (light_types);
 - the language's functions are patched anew for every launch, and for every device function that a kernel calls, and
@@ -27,7 +27,7 @@ from moe_conformance.kernels.launch import interpreted
 
 Operator = Callable[..., Any]
 
-# What `make_light` replaces; a Triton that lacks one of them is left alone.
+# What `make_light` replaces. If a Triton lacks one of them, nothing is replaced.
 PARTS = (
     *("_patch_lang", "_patch_attr", "_LangPatchScope", "_get_np_dtype"),
     *("InterpretedFunction", "TensorHandle", "interpreter_builder", "interpreter_semantic"),
@@ -35,7 +35,7 @@ PARTS = (
 
 
 def quotient(left: Any, right: Any) -> Any:
-    """Of integers, towards zero."""
+    """Integer division, rounding towards zero."""
     return (left - np.fmod(left, right)) // right
 
 
@@ -52,7 +52,7 @@ EXACT = (np.dtype("int32"), np.dtype("int64"), np.dtype("float32"))
 
 
 def make_light(check_overflow: bool = False) -> None:
-    """Patch the interpreter of this process; nothing where kernels are compiled, or its parts have other names."""
+    """Patch the interpreter of this process. Does nothing if kernels are compiled, or if its parts have other names."""
     if not interpreted():
         return
     from triton.runtime import interpreter
@@ -75,7 +75,7 @@ def light_types(interpreter: Any) -> None:
     dtypes: dict[str, Any] = {}
 
     def of_tensors(kind: Any) -> dict[str, Any]:
-        """All attributes of a tensor but those that are its own."""
+        """All attributes of a tensor that are the same for every tensor of its type."""
         tensor = object.__new__(tl.tensor)
         make_tensor(tensor, None, kind)
         return {name: value for name, value in vars(tensor).items() if name not in ("handle", "type", "dtype")}
@@ -156,7 +156,7 @@ def light_language(interpreter: Any, check_overflow: bool) -> None:
 
 
 def light_broadcast(interpreter: Any) -> None:
-    """Two tensors of one type are as they are; the types that two others are broadcast to are found out once."""
+    """Two tensors of one type are returned as they are; for others the broadcast types are computed once."""
     semantic = interpreter.interpreter_semantic
     broadcast = semantic.broadcast_impl_value
     plans: dict[tuple[Any, Any], tuple[Any, Any]] = {}

@@ -1,7 +1,8 @@
-"""What every kernel here needs to run in its three modes: compiled, interpreted on a CPU, ahead of time.
+"""What every kernel here needs to run in three modes: compiled, interpreted on a CPU, compiled ahead of time.
 
-The interpreter is chosen by TRITON_INTERPRET=1, which must be in the environment before triton is imported. Its own
-bfloat16 computes with raw bits, so kernels meet bfloat16 in `widened`, `operand` and `rounded` alone.
+The interpreter is chosen by TRITON_INTERPRET=1, which must be in the environment before triton is imported. Its
+bfloat16 arithmetic works on raw bits and is wrong, so kernels handle bfloat16 only in `widened`, `operand` and
+`rounded`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def operand(x):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 x in dtype, ties to even; what tl.store must be given, for it would cut bfloat16 off interpreted."""
+    """float32 x in dtype, ties to even.
+
+    Values must be rounded before tl.store, which truncates bfloat16 when interpreted.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         half = ((bits >> 16) & 1) + 0x7FFF  # just below one half of the last place, or one half where it is odd
@@ -51,9 +55,9 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def local_expert(ids_ptr, pair, mask, map_ptr, experts, HAS_MAP: tl.constexpr):
-    """int32 expert of each pair as this rank numbers it, -1 where no expert here takes it.
+    """int32 local expert of each pair, -1 if no expert of this rank takes it.
 
-    That is an id outside [0, experts), and with a map one of another rank's; neither is ever an index.
+    That is so for an id outside [0, experts) and, with a map, for another rank's expert; neither is used as an index.
     map_ptr: [experts] int32, local ids in [0, experts).
     """
     expert = tl.load(ids_ptr + pair, mask=mask, other=-1)

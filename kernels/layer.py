@@ -1,7 +1,7 @@
 """One Mixture-of-Experts layer in kernels: route, align, both projections, combine. Twin of reference_impl/layer.py.
 
-What is a plain matrix product or norm of all tokens (router projection, latent projections, shared and dense MLP) is
-the reference's torch; what is always on is added, and the routed sum scaled, by the kernel that combines.
+Plain matrix products and norms over all tokens (router projection, latent projections, shared and dense MLP) are the
+reference's torch code. The combine kernel scales the routed sum and adds what is always on.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def layer(
 ) -> LayerOutput:
     """What the layer computes of its input, without the residual around it; arguments as the reference's `layer`.
 
-    storage: how the experts' weights lie, `quantised` and `interleaved` of `routed_experts`.
-    Raises Unsupported for routing that does not stand in one row of logits (capacity, product keys).
+    storage: layout of the experts' weights: `quantised` and `interleaved` of `routed_experts`.
+    Raises Unsupported for routing that looks beyond one row of logits (capacity, product keys).
     """
     logits, state = router_logits(x, spec.logits, tensors, state=state)  # [T, classes]
     if routing is not None and not spec.routing.shared_classes:
@@ -56,7 +56,7 @@ def combined(
     shared: Tensor | None = None,
     **storage: Any,
 ) -> Tensor:
-    """All that follows the router, [T, H] -> [T, H]; in one launch with the combine where no step stands between."""
+    """All that follows the router, [T, H] -> [T, H]; fused into the combine launch if no step comes between."""
     between = spec.latent or (spec.dense and spec.dense.norm_eps) or spec.output_bias or spec.output_norm
     if between or (spec.shared and spec.shared.combine != "sum"):
         return experts_output(x, spec, tensors, ids, weights, shared, experts=partial(routed_experts, **storage))
@@ -83,8 +83,8 @@ def moe_layer(inputs: LayerInputs) -> Tensor:
     """The layer's output [T, H] in x's dtype; see LayerInputs for shapes.
 
     Weights are padded as a load would leave them; x and output are not, for the kernels' masks cut them.
-    Raises Unsupported for routing that does not stand in one row of logits, for stored forms that the kernels do not
-    read, and for those at padded widths.
+    Raises Unsupported for routing that looks beyond one row of logits, for stored forms that the kernels do not read,
+    and for stored forms at padded widths.
     """
     spec, tensors, storage = inputs.spec, inputs.tensors, {}
     ids, weights, shared = route_logits(inputs.logits, spec.routing, tensors, token_ids=inputs.token_ids)

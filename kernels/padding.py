@@ -50,7 +50,7 @@ def resize_blocks(rows: int, width: int, interpret: bool) -> dict[str, int]:
 
 def _bits_of(fill: int | float, dtype: torch.dtype, integer: torch.dtype) -> int:
     exact = torch.float64 if isinstance(fill, float) else torch.int64
-    # On the CPU whatever the default device is: from another the number would have to be waited for.
+    # On the CPU, whatever the default device is: reading the number from another device would wait for it.
     return int(torch.tensor([fill], dtype=exact, device="cpu").to(dtype).view(integer))
 
 
@@ -95,7 +95,8 @@ _unpad = operator("unpad(Tensor x, SymInt width) -> Tensor", lambda x, width: _r
 def pad(x: Tensor, width: int, fill: float = 0.0) -> Tensor:
     """Widen the last dim to `width`, the new columns holding `fill`. [..., D] -> [..., width].
 
-    x: any real dtype, any strides, at least one dim. returns a new contiguous tensor, or x where nothing is to be done.
+    x: any real dtype, any strides, at least one dim. returns a new contiguous tensor, or x itself if it already has
+    that width.
     Raises InputError if x is wider than `width`.
     """
     if x.ndim == 0 or width < x.shape[-1]:

@@ -18,7 +18,7 @@ MAX_CLASSES = 1024
 # The output tile is [BLOCK_T, BLOCK_K]; no public model chooses more than 22 (Nemotron-3-Super).
 MAX_SLOTS = 32
 
-# Never given: it looks beyond a row.
+# Not supported: capacity looks beyond one row.
 _WITHOUT = ("capacity",)
 
 
@@ -87,8 +87,8 @@ def route_logits(
 def route(inputs: RouteInputs) -> Routing:
     """Ids and weights [T, inputs.slots] of `RouteInputs`; a padding row has ids of -1 and weights of 0.
 
-    Otherwise as `route_logits`. Raises InputError, too, where the router's weights of shared experts are asked for and
-    are not as many.
+    Otherwise as `route_logits`. Also raises InputError if the router's weights of shared experts are asked for and
+    their number differs.
     """
     fused, spec = inputs.fused_shared or FusedShared(0), inputs.routing
     if fused.rule == "router" and fused.count != spec.shared_classes:

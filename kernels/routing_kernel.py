@@ -18,7 +18,7 @@ from moe_conformance.kernels.scores import condition, in_precision, log_sigmoid,
 from moe_conformance.kernels.selection import TAKEN, best_groups, place_of, sort_keys, value_of
 
 
-# No compilation for each number of tokens or for numbers that only multiply.
+# Not specialised on the number of tokens, nor on numbers that only multiply.
 @triton.jit(do_not_specialize=["tokens", "valid"])
 def route_kernel(
     logits_ptr,
@@ -106,13 +106,13 @@ def route_kernel(
         compared = tl.where(mask_e, compared, float("-inf"))
         if GROUPS > 1:
             compared = best_groups(compared, mask_e, group_mask, GROUPS, TOP_GROUPS, TOP2, BLOCK_T, BLOCK_G, BLOCK_S)
-        # Columns beyond the experts are not below an expert of -inf, but lose every tie with it.
+        # Columns beyond the experts are -inf, too, but lose every tie with an expert of -inf.
         keys = sort_keys(compared, BLOCK_E)
         for k in range(TOP_K):
             best = tl.max(keys, axis=1)  # [BLOCK_T]
             places = tl.where(offs_k[None, :] == k, place_of(best, BLOCK_E)[:, None], places)
             if SELECTOR == "sparsemixer":
-                # Softmax of the chosen among those that are left and near it.
+                # Softmax of the chosen logit among the remaining ones near it.
                 chosen = value_of(best)[:, None]
                 far = tl.div_rn(chosen - logits, tl.maximum(tl.abs(logits), chosen)) > 2 * jitter
                 near = mask_e & (keys != TAKEN) & (far == 0)
@@ -122,10 +122,11 @@ def route_kernel(
 
     ids = places // BLOCK_S * group_size + places % BLOCK_S
     if SELECTOR != "sparsemixer":
-        # A table's id may be no column here; its weight means nothing then.
+        # A table's id may not be a column here; its weight is then meaningless.
         inside = tl.minimum(tl.maximum(places, 0), BLOCK_E - 1)
         if SHARED:
-            # Sigmoid scores over their sum, in logarithms: logits far below 0 have a weight where their score is 0.
+            # Sigmoid scores over their sum, in logarithms: very negative logits still get a weight although their score
+            # underflows to 0.
             mask_shared = (offs_k[None, :] >= TOP_K) & (offs_k[None, :] < TOP_K + SHARED)
             offs_shared = offs_t[:, None] * stride_lt + (experts - TOP_K + offs_k).to(tl.int64)[None, :] * stride_le
             shared = load_float32(logits_ptr + offs_shared, mask_t & mask_shared)

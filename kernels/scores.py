@@ -50,5 +50,5 @@ def score(logits, mask, SCORE: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def log_sigmoid(x):
-    """log(sigmoid(x)), by which logits far below 0 still differ where their scores are 0."""
+    """log(sigmoid(x)): very negative logits still differ although their scores underflow to 0."""
     return tl.minimum(x, 0.0) - log1p_exp(-tl.abs(x))

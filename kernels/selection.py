@@ -1,6 +1,6 @@
 """The largest of a row by 64-bit keys: one order of ties, infinities and NaN in all three modes of Triton.
 
-By values it would not be: the maximum of a row that holds a NaN is another in each.
+Comparing values is not portable: max() of a row with NaN differs between modes.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import triton.language as tl
 
 @triton.jit
 def sort_keys(x, WIDTH: tl.constexpr):
-    """int64 keys [rows, WIDTH] that order as x does: a NaN above all, -0 as 0, of equals the first. No two are equal,
-    and all are above TAKEN."""
+    """int64 keys [rows, WIDTH] in the order of x: NaN highest, -0 equal to 0, ties to the first column.
+
+    All keys are distinct and above TAKEN.
+    """
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    bits = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FC00000)  # the larger the less, below zero
+    # Below zero, larger bits mean a smaller number.
+    bits = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FC00000)
     return (bits.to(tl.int64) << 32) | (WIDTH - 1 - tl.arange(0, WIDTH)).to(tl.int64)[None, :]
 
 
@@ -29,7 +32,7 @@ def place_of(key, WIDTH: tl.constexpr):
 
 @triton.jit
 def value_of(key):
-    """What was made a key of."""
+    """Inverse of sort_keys: the float32 value of a key."""
     bits = (key >> 32).to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 

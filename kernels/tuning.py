@@ -19,11 +19,12 @@ import triton
 from moe_conformance.errors import InputError
 from moe_conformance.kernels.launch import interpreted
 
-# Programs that keep the memory of the largest of the targets busy: two on each of an H200's 132 multiprocessors.
+# Programs that keep the memory of the largest target busy: two on each of an H200's 132 multiprocessors.
 ENOUGH_PROGRAMS = 264
-# Pairs of fewer than one expert in four are not sorted: nearly each would have a block of its own anyway.
+# Below one pair for every four experts, pairs are not sorted: nearly each would have its own block anyway.
 SPARSE = 4
-# By how much numbers of tokens may differ that share a kept configuration: those that are measured are 4 to 8 apart.
+# The factor by which numbers of tokens may differ and still share a kept configuration: measured numbers are a factor
+# of 4 to 8 apart.
 NEAR = 4
 # Bytes of shared memory from which on the matrix units read operands there, not in registers: sm_90 and sm_100.
 WIDE = 200 * 1024
@@ -52,7 +53,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Problem:
-    """What tiles are chosen for. dtype: of x; fp8: weights are float8. gated: w13 and not w1."""
+    """The problem that tiles are chosen for. dtype: of x. fp8: weights are float8. gated: w13, not w1."""
 
     tokens: int
     top_k: int
@@ -65,7 +66,7 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """As kept files name it: everything but the number of tokens."""
+        """The key in kept files: everything but the number of tokens."""
         dtype = str(self.dtype).removeprefix("torch.") + ("-fp8" if self.fp8 else "")
         return f"{dtype} E{self.experts} K{self.top_k} H{self.hidden} F{self.width}{'' if self.gated else ' plain'}"
 
@@ -77,7 +78,7 @@ def power(number: float, low: int, high: int) -> int:
 
 
 def default(problem: Problem, shared_memory: int, lanes: int = 32) -> Config:
-    """By shape alone. `tools/aot.py` guards what comes of it on each target: no spills, matrix instructions, occupancy.
+    """Tiles by shape alone. `tools/aot.py` guards the result on each target: no spills, matrix instructions, occupancy.
 
     shared_memory: bytes that one block of threads may have. lanes: of a warp, 32, or 64 on AMD.
     Blocks are as tall as twice an expert's share of pairs, for experts are not chosen evenly, and a second block reads
@@ -89,7 +90,7 @@ def default(problem: Problem, shared_memory: int, lanes: int = 32) -> Config:
     pairs = problem.tokens * problem.top_k
     aligned = pairs * SPARSE > problem.experts
     block_m = power(2 * pairs / problem.experts, 16, 128) if aligned else 16
-    blocks = max(min(pairs, problem.experts), pairs // block_m)  # as if every expert had its share
+    blocks = max(min(pairs, problem.experts), pairs // block_m)  # as if pairs were spread evenly over the experts
     size, tall = problem.dtype.itemsize, block_m >= 64
     wide = shared_memory >= WIDE and size == 2 and not problem.fp8
     # float8 is converted in registers, where each step's sums wait for their scale too: more threads for a tile of it,
@@ -154,7 +155,7 @@ def file_name(device: str) -> str:
 
 
 def read(entry: Mapping[str, Any]) -> Config:
-    """A kept entry; what else is in it, as the time measured, is not looked at. Raises InputError where it is none."""
+    """A kept entry; further keys, such as the time measured, are ignored. Raises InputError for an invalid entry."""
     try:
         config = Config(entry["block_m"], Tile(**entry["gate_up"]), Tile(**entry["down"]), entry["aligned"])
     except (KeyError, TypeError) as error:

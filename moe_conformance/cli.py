@@ -30,6 +30,10 @@ CHECKPOINT = """Say whether an MoE checkpoint is whole, before it is served. Hea
 
 exit code 0: sound. 1: a defect. 2: wrong usage, or nothing that can be judged."""
 
+ROUTES = """Say whether captured routes are what the model's own router chose. It runs layer by layer.
+
+exit code 0: they are. 1: a defect. 2: wrong usage, or nothing that can be judged."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `moe-conformance`; ends by SystemExit."""
@@ -50,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Suggests the near name where a command or a value is none of those that there are."""
+    """Suggests the nearest name for an unknown command or value."""
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
@@ -59,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _near(names: Sequence[str], there: Sequence[str]) -> str:
-    """What somebody may have meant, as the end of a message."""
+    """A suggestion of what was meant, as the end of a message."""
     from difflib import get_close_matches
 
     near = [match for name in names for match in get_close_matches(name.partition("=")[0], there, n=1)]
@@ -82,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         made = commands.add_parser(
             name,
             aliases=aliases,
-            help=about.partition(".")[0] + ".",
+            help=re.split(r"\.\s", about)[0].rstrip(".") + ".",
             description=about,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -92,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     def filters(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--engine", metavar="NAME", help="only of stages that it offers; or package.module:Class")
+        made.add_argument("--engine", metavar="NAME", help="only of its stages; or package.module:Class, file.py:Class")
         for name, about in (("class", "bug class"), ("stage", "stage"), ("family", "model family, or its model type")):
             made.add_argument(
                 f"--{name}",
@@ -103,8 +107,15 @@ def _parser() -> argparse.ArgumentParser:
                 help=f"only this {about}",
             )
 
+    def forms(made: argparse.ArgumentParser) -> None:
+        form = made.add_mutually_exclusive_group()
+        form.add_argument("--json", action="store_true", help="for machines")
+        form.add_argument("--markdown", action="store_true", help="for a summary of a CI job")
+
     this = add("run", run, RUN)
-    this.add_argument("--engine", action="append", default=[], metavar="NAME", help="or package.module:Class")
+    this.add_argument(
+        "--engine", action="append", default=[], metavar="NAME", help="or package.module:Class, or file.py:Class"
+    )
     this.add_argument(
         "--class", action="append", default=[], metavar="SLUG", dest="classes", help="only this bug class"
     )
@@ -118,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     this.add_argument("--shard", metavar="N/M", help="only this part of the cases; `merge` joins the parts")
     this.add_argument("--tier", default="core", choices=["smoke", "core", "full", "gpu"], help="default: core")
+    this.add_argument("--seed", type=int, default=0, metavar="N", help="draw other inputs; goldens are of seed 0 alone")
     this.add_argument("--known", action="append", default=[], metavar="FILE", help="TOML file of known failures")
     this.add_argument("--out", metavar="FOLDER", help="write verdicts.jsonl, summary.md and junit.xml here")
     this.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="that a case may take (120)")
@@ -140,6 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     this = add("explain", explain, "Say what cases try and why, without running them.")
     this.add_argument("case", nargs="*", help="default: all that the options leave")
     filters(this)
+    this = add("repro", repro, "Write a script that shows the fault of an engine in a case, for a bug report.")
+    this.add_argument("case", help="id")
+    this.add_argument("--engine", required=True, metavar="NAME", help="or package.module:Class, or file.py:Class")
+    this.add_argument("--seed", type=int, default=0, metavar="N", help="of the run that failed")
+    this.add_argument("--to", type=Path, metavar="FILE", help="default: repro_CASE.py here")
     this = add("merge", merge, "Join the results of all shards of a run. The exit code is that of the whole run.")
     this.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="a folder of `run --shard N/M --out`")
     this.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for verdicts.jsonl and summary.md")
@@ -160,9 +177,13 @@ def _parser() -> argparse.ArgumentParser:
     this = add("checkpoint", checkpoint, CHECKPOINT)
     this.add_argument("folder", type=Path, help="with config.json and safetensors")
     this.add_argument("--values", action="store_true", help="read every tensor: scales, NaN, experts that are alike")
-    form = this.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="for machines")
-    form.add_argument("--markdown", action="store_true", help="for a summary of a CI job")
+    forms(this)
+    this = add("routes", routes, ROUTES)
+    this.add_argument("folder", type=Path, help="of the model, with config.json and safetensors")
+    this.add_argument("record", type=Path, help="of routed experts: .npy, .safetensors or .jsonl (docs/routes.md)")
+    this.add_argument("--tokens", type=Path, metavar="FILE.npy", help="token ids of an .npy record")
+    this.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="served in (as config.json says)")
+    forms(this)
     this = add(
         "diff",
         diff,
@@ -184,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
-    """Hand the options to pytest, as those of its plugin."""
+    """Pass the options to pytest, as those of its plugin."""
     from moe_conformance.catalogue import aliases
     from moe_conformance.catalogue.aliases import current
     from moe_conformance.catalogue.case import catalogue
@@ -215,7 +236,7 @@ def run(options: argparse.Namespace, pytest_arguments: list[str]) -> int:
         arguments += ["-n", "auto"]
     listed = {"engine": options.engine, "class": classes, "stage": stages, "case": cases, "known": options.known}
     arguments += [f"--moe-{name}={value}" for name, values in listed.items() for value in values]
-    arguments += [f"--moe-tier={options.tier}", f"--moe-timeout={options.timeout}"]
+    arguments += [f"--moe-tier={options.tier}", f"--moe-timeout={options.timeout}", f"--moe-seed={options.seed}"]
     optional = {"engine-timeout": options.engine_timeout, "memory": options.memory, "shard": options.shard}
     for name, amount in optional.items():
         arguments += [f"--moe-{name}={amount}"] if amount is not None else []
@@ -310,6 +331,15 @@ def _selected(options: argparse.Namespace) -> list[Case]:
     return selected(options.class_names, options.stage_names, options.family_names, offered)
 
 
+def repro(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.repro.command import write
+
+    file = options.to or Path(f"repro_{options.case.replace('-', '_')}.py")
+    print(write(options.engine, options.case, options.seed, file))
+    print(f"{file} is written.")
+    return 0
+
+
 def new_engine(options: argparse.Namespace, _: list[str]) -> int:
     from moe_conformance.starter.new_engine import new_engine as write
 
@@ -346,6 +376,20 @@ def checkpoint(options: argparse.Namespace, _: list[str]) -> int:
     try:
         found = judged(options.folder, options.values)
     except (CheckpointError, DenseModelError) as error:
+        print(f"moe-conformance: {error}", file=sys.stderr)
+        return 2
+    print(report.as_json(found) if options.json else (report.markdown if options.markdown else report.text)(found))
+    return int(not found.is_sound)
+
+
+def routes(options: argparse.Namespace, _: list[str]) -> int:
+    from moe_conformance.checkpoints import report
+    from moe_conformance.errors import MoEConformanceError
+    from moe_conformance.routes.command import judged
+
+    try:
+        found = judged(options.folder, options.record, options.tokens, options.dtype)
+    except MoEConformanceError as error:
         print(f"moe-conformance: {error}", file=sys.stderr)
         return 2
     print(report.as_json(found) if options.json else (report.markdown if options.markdown else report.text)(found))

@@ -40,7 +40,7 @@ from moe_conformance.model.storage import LoraSpec, QuantSpec
 from moe_conformance.protocol.align import Aligned, AlignInputs
 from moe_conformance.protocol.capture import CaptureReader, CaptureSession, CaptureSpec, CaptureStore, RowKind, Rows
 from moe_conformance.protocol.checkpoint import CheckpointName, Target
-from moe_conformance.protocol.engine import Engine, EngineInfo, called_by_engine
+from moe_conformance.protocol.engine import Engine, EngineInfo, Repro, called_by_engine
 from moe_conformance.protocol.experts import ExpertsInputs, Lora
 from moe_conformance.protocol.generate import Generated, GenerateInputs
 from moe_conformance.protocol.layer import BlockInputs, BlockOutput, LayerInputs
@@ -48,6 +48,7 @@ from moe_conformance.protocol.limits import Limits
 from moe_conformance.protocol.ranks import ExpertMapSpec, Replicated, ReplicateInputs, ShardInputs
 from moe_conformance.protocol.routing import FusedShared, RouteInputs, RouterHandle, RouterSpec, Routing
 from moe_conformance.protocol.stages import PROTOCOL_VERSION, STAGES
+from moe_conformance.protocol.update import UpdateInputs
 
 if TYPE_CHECKING:
     from moe_conformance.judging.inputs import (
@@ -71,10 +72,10 @@ __all__ = [
     "CheckpointName", "ConfigError", "DenseModelError", "DenseSpec", "Engine", "EngineInfo", "ExpertMapSpec",
     "ExpertsInputs", "FusedShared", "GenerateInputs", "Generated", "InputError", "LatentSpec", "LayerInputs",
     "LayerSpec", "Limits", "LogitsSpec", "Lora", "LoraSpec", "MLPSpec", "MoEConformanceError", "MoESpec", "Precision",
-    "QuantSpec", "ReplicateInputs", "Replicated", "RouteInputs", "RouterHandle", "RouterSpec", "Routing", "RoutingSpec",
-    "RowKind", "Rows", "Shape", "ShardInputs", "SharedSpec", "Target", "Unavailable", "Unsupported", "bits",
-    "called_by_engine", "checkpoint_of", "distinct_logits", "integers", "inverse", "layer_of", "normal",
-    "poison_", "poisoned_allocations", "windows",
+    "QuantSpec", "ReplicateInputs", "Replicated", "Repro", "RouteInputs", "RouterHandle", "RouterSpec", "Routing",
+    "RoutingSpec", "RowKind", "Rows", "Shape", "ShardInputs", "SharedSpec", "Target", "Unavailable", "Unsupported",
+    "UpdateInputs", "bits", "called_by_engine", "checkpoint_of", "distinct_logits", "integers", "inverse", "layer_of",
+    "normal", "poison_", "poisoned_allocations", "windows",
 ]
 # fmt: on
 

@@ -16,7 +16,11 @@ class Unsupported(MoEConformanceError):
 
 
 class BeyondLimits(Unsupported):
-    """The call is larger, or of another dtype, than the adapter's `limits()` say that the stage takes."""
+    """The call exceeds the adapter's `limits()` for this stage, in size or dtype."""
+
+
+class Unjudged(Unsupported):
+    """The answer to these inputs is written down for the default seed alone."""
 
 
 class Unavailable(MoEConformanceError):
@@ -28,8 +32,14 @@ class Nonconformance(MoEConformanceError):
 
 
 class Broken(MoEConformanceError):
-    """What a check needs is not as it was made: a golden is missing, a package does not import. The verdict is `error`,
-    for the engine was not judged."""
+    """Something a check needs is broken: a golden is missing, a package does not import.
+
+    The verdict is `error`, because the engine was not judged.
+    """
+
+
+class Undecided(MoEConformanceError, ValueError):
+    """The oracle cannot tell what is right for these inputs. They are drawn again; the engine is not to blame."""
 
 
 class ConfigError(MoEConformanceError, ValueError):
@@ -41,7 +51,7 @@ class DenseModelError(ConfigError):
 
 
 class UnknownFamilyError(ConfigError):
-    """The config is of a model whose checkpoint names no record has."""
+    """No record has the checkpoint names of this config's model."""
 
 
 class InputError(MoEConformanceError, ValueError):

@@ -26,7 +26,7 @@ quoted = _Short().repr
 
 
 def plainly(text: str) -> str:
-    """A name as it is, or what can be printed of it; cut where it is long."""
+    """A name as it is, or its printable form; shortened if it is long."""
     return quoted(text)[1:-1]
 
 

@@ -16,10 +16,10 @@ from moe_conformance.reference_impl.tensors import check_tensors
 
 
 def block(inputs: BlockInputs, layer: Callable[..., LayerOutput] = layer) -> BlockOutput:
-    """Compute one layer's block; see BlockInputs for shapes. layer: what computes it, with the arguments of ours.
+    """Compute one layer's block; see BlockInputs for shapes. layer: the function that computes it, called like `layer`.
 
     Raises InputError for a layer without experts, and for tensors that are not exactly those of the layer; Unsupported
-    where the layer of this model cannot be said as a LayerSpec, and for an implementation by name.
+    if this model's layer cannot be expressed as a LayerSpec, and for a named implementation.
     """
     if inputs.implementation is not None:
         raise Unsupported(f"block: got implementation {inputs.implementation!r}, want None; experts have one here")
@@ -42,7 +42,7 @@ def block(inputs: BlockInputs, layer: Callable[..., LayerOutput] = layer) -> Blo
 
 
 def layer_spec(config: Mapping[str, Any], index: int) -> LayerSpec:
-    """What decoder layer `index` computes; of the encoder's layers where only those have experts."""
+    """What decoder layer `index` computes; an encoder layer if only the encoder has experts."""
     model = describe(config)
     if not model.layers:
         raise Unsupported(

@@ -1,4 +1,4 @@
-"""Capacity: an expert takes so many tokens, and those that come too late are dropped."""
+"""Capacity: an expert takes a limited number of tokens; later ones are dropped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_conformance.model.specs import Capacity
 
 
 def over_capacity(ids: Tensor, importance: Tensor, capacity: Capacity, experts: int, sequences: int) -> Tensor:
-    """Which (token, expert) pairs come when their expert is full: [T, K] bool.
+    """Which (token, expert) pairs arrive when their expert is full: [T, K] bool.
 
     All first choices queue up before any second choice; within a choice tokens come in order, or by importance, the
     largest first. A pair that is dropped keeps its place in the queue.

@@ -25,7 +25,7 @@ def capture_shape(config: Any) -> CaptureShape:
 
 
 def storage_dtype(experts: int) -> torch.dtype:
-    """The narrowest dtype that holds every id of `experts` experts and one pattern more, all bits set: unwritten."""
+    """The narrowest dtype that holds every id of `experts` experts, and all bits set: unwritten."""
     if experts <= 255:
         return torch.uint8
     return torch.int16 if experts <= 2**15 else torch.int32
@@ -54,7 +54,7 @@ def row_counts(counts: tuple[int, ...], dp_rank: int, tp_size: int) -> dict[RowK
 def local_rows(ids: Tensor, rows: Rows, spec: CaptureSpec) -> Tensor:
     """The rows of the tokens that this data-parallel rank owns: [counts[dp_rank], K], a view where no gather is needed.
 
-    ids: [rows, K] in the layout `rows` says, and behind rows.valid_rows padding, which is cut off first. Depends on
+    ids: [rows, K] in the layout of `rows`; rows from rows.valid_rows on are padding, which is cut off first. Depends on
     sizes only, never on what ids holds.
     Raises InputError if ids has another number of rows, or `rows` does not fit `spec`.
     """
@@ -93,7 +93,7 @@ def capture(ids: Tensor, start: int, count: int, buffer: Tensor, layer_id: int, 
     """buffer[:count, layer_id] = ids[start : start + count], or nothing at all if one of these ids is no expert.
 
     ids: [rows, K] int32 or int64, any strides. buffer: [tokens, L, K], an integer dtype that holds `experts` - 1.
-    rejected: [L] int32, 0 where nothing is wrong; a bad id leaves 1 + its row there, and the layer takes nothing more
+    rejected: [L] int32, 0 if nothing is wrong. A bad id stores 1 + its row there, and the layer records nothing more
     until `raise_rejected` has read it. Never waits for the device.
     Raises InputError for shapes, dtypes, rows or a layer id out of range.
     """
@@ -160,7 +160,7 @@ class Capturer:
         self._mark(layer_id, own.shape[0])
 
     def _mark(self, layer_id: int, count: int) -> None:
-        """Note on the device that this step has the layer, and begin a new step if the last one had it already."""
+        """Mark the layer as captured in this step, on the device; begin a new step if it was captured already."""
         last = self.step_of_layer[layer_id]
         self.step += (last == self.step) | (self.rows_in_step != count)
         self.rows_in_step.fill_(count)
@@ -179,6 +179,6 @@ class Capturer:
         return torch.where(captured, widen(self.buffer[:num_tokens]), UNWRITTEN)
 
     def close(self) -> None:
-        """Let go of the buffer; nothing can be captured or read afterwards."""
+        """Release the buffer; nothing can be captured or read afterwards."""
         self.buffer, self.rejected = self.buffer[:0, :0], self.rejected[:0]
         self.rows_in_step.fill_(-1)

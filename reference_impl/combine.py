@@ -26,8 +26,8 @@ def combine(
     outputs: [T K, D'], row t K + k is pair (t, k)'s; columns behind D are padding. ids, weights: [T, K]. x: [T, D],
     passed on by ids in [experts, experts + identity_experts). weighted: False where the weights are in the outputs
     already. added: [T, D]. expert_map: [experts], the local id of each expert, -1 for those of other ranks.
-    returns [T, D] in x's dtype, summed in float32 or wider. A pair that no expert takes adds nothing, whatever stands
-    in its row and in its weight. This is what one kernel does, so an id out of range is such a pair here (experts.py).
+    returns [T, D] in x's dtype, summed in float32 or wider. A pair without an expert adds nothing, whatever its row and
+    weight hold. As in a kernel, an id out of range is such a pair (experts.py).
     """
     (tokens, width), top_k = x.shape, ids.shape[1]
     taken = (ids >= 0) & (ids < experts)  # [T, K]

@@ -1,4 +1,4 @@
-"""Dispatch: pairs sorted by expert, each expert's padded to whole blocks, so that a kernel's tile has one expert."""
+"""Dispatch: pairs sorted by expert, each expert's pairs padded to whole blocks, so that a tile has one expert."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def align(ids: Tensor, experts: int, block: int, expert_map: Tensor | None = Non
     ids: [T, K] int32 or int64, in [0, experts), or -1 for a pair that no expert takes.
     expert_map: [E] integer, this rank's local id of each expert, -1 for those of other ranks; None: it has all of them.
     Raises InputError for an id out of range and for any other shape, dtype or block.
-    Source: vLLM's moe_align_block_size, which neither orders the pairs of an expert nor promises the slots' number.
+    Source: vLLM's moe_align_block_size, which guarantees neither the order of an expert's pairs nor the number of
+    slots.
 
     One pair more than a block of expert 0, none of 1, a block of 2, and two blocks that these shapes may need; 6 marks
     padding:
@@ -48,7 +49,7 @@ def align(ids: Tensor, experts: int, block: int, expert_map: Tensor | None = Non
 
 
 def slot_count(pairs: int, experts: int, block: int) -> int:
-    """P of `align`, enough for any ids: each expert that has pairs, one a pair at most, has block - 1 of padding."""
+    """P of `align`, enough for any ids: min(E, pairs) experts may have pairs, each with block - 1 slots of padding."""
     slots = round_up(pairs + min(experts, pairs) * (block - 1), block)
     most = torch.iinfo(torch.int32).max
     if slots > most:
@@ -57,7 +58,7 @@ def slot_count(pairs: int, experts: int, block: int) -> int:
 
 
 def _checked(ids: Tensor, experts: int, block: int, expert_map: Tensor | None) -> Tensor:
-    """The expert map, made where there is none. Ids and local ids are checked where they are looked up."""
+    """The expert map, by default of all experts. Ids and local ids are checked where they are looked up."""
     if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
         raise InputError(f"ids: got {list(ids.shape)} {ids.dtype}, want [T, K] int32 or int64")
     if experts < 1 or block < 1:

@@ -1,7 +1,7 @@
-"""Experts: one MLP in every form a model gives it, and each token's chosen ones summed by routing weight.
+"""Experts: one MLP in every form that models use, and the sum over each token's experts by routing weight.
 
-Ids: -1 is a pair that no expert takes. An id outside [-1, N) raises InputError here. Kernels cannot raise without
-waiting for the device: to them, any id that names no expert is such a pair.
+Ids: -1 is a pair without an expert. An id outside [-1, N) raises InputError here. Kernels cannot raise without waiting
+for the device, so they treat any id that names no expert as -1.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def one_mlp(
 
 
 def normalised_output(output: Tensor, norm: Tensor, eps: float) -> Tensor:
-    """RMSNorm of (1 + norm) * output over the true width; columns behind it are a kernel's padding and stay garbage."""
+    """RMSNorm of (1 + norm) * output over the true width; padding columns after it stay garbage."""
     width = len(norm)
     normed = rms_norm(output[:, :width] * (1 + norm), 1.0, eps)
     return torch.cat([normed, output[:, width:]], dim=1) if width < output.shape[1] else normed
@@ -136,8 +136,8 @@ def _routed_sum(
     output_scale: float,
     around: Sequence[Around] = (),
 ) -> Tensor:
-    """`routed_experts`: the one loop over experts. How they are stored and adapted is the projections' affair."""
-    experts = len(tensors["experts.w2"])  # here; identity experts come behind them
+    """`routed_experts`: the one loop over experts. Storage formats and adapters are left to the projections."""
+    experts = len(tensors["experts.w2"])  # on this rank; identity experts follow them
     ids = _own_ids(ids, experts, identity_experts, expert_map)
     project = plain(tensors)
     for outer in around:
@@ -164,7 +164,7 @@ def _routed_sum(
 
 
 def _own_ids(ids: Tensor, held: int, identity_experts: int, expert_map: Tensor | None) -> Tensor:
-    """Ids by this rank's own numbers, below `held`; -1 for other ranks' experts. Identity experts keep their ids."""
+    """Local ids on this rank, below `held`; -1 for other ranks' experts. Identity experts keep their ids."""
     experts = held if expert_map is None else len(expert_map)
     last = experts + identity_experts - 1
     if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) <= last:
@@ -184,7 +184,7 @@ def _routed_experts_shape(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-# Opaque, as in engines: which rows an expert gets depends on data.
+# An opaque operator, as in engines: which rows an expert gets depends on data.
 _operator = operator(
     "routed_experts(Tensor x, str[] names, Tensor[] experts, Tensor ids, Tensor weights, Tensor? expert_map, "
     f"int identity_experts, float output_scale, {arguments(MLPSpec)}) -> Tensor",
@@ -211,7 +211,7 @@ def routed_experts(
     expert_map, of this rank's experts by local id. ids: [T, K] int; those from E on are identity experts, which pass x
     on; -1 is a dropped pair, which adds nothing whatever its weight is. weights: [T, K] float. expert_map: [E] int32,
     the local id of each expert, -1 for those of other ranks, whose pairs add nothing. output_scale: multiplies the sum.
-    around: what stands around the plain projections, the outermost last: quantised activations, adapters.
+    around: wrappers of the plain projections, the outermost last: quantised activations, adapters.
     returns [T, D] in x's dtype. Raises InputError for an id out of range.
     """
     if around:

@@ -1,7 +1,7 @@
 """The two projections of all experts, pair by pair: row t K + k is what expert ids[t, k] makes of its input.
 
-The same numbers as in `routed_experts`, before they are summed: what a grouped kernel leaves between its launches.
-Ids out of range are pairs that no expert takes, as in a kernel (experts.py).
+The same numbers as in `routed_experts` before the sum: what a grouped kernel leaves between its launches. As in a
+kernel, a pair with an id out of range has no expert (experts.py).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class LayerOutput(NamedTuple):
 
 
 class Padding(NamedTuple):
-    """The widths an engine's expert kernel runs at, at least D and F, and how it widens and cuts, as in padding.py."""
+    """The widths an engine's expert kernel runs at, at least D and F, and how it pads and unpads (padding.py)."""
 
     hidden: int
     intermediate: int
@@ -54,8 +54,9 @@ def layer(
 
     x: [T, H], as the router sees it. tensors: as `spec.tensors()` names and shapes them. token_ids: [T] integer, for a
     "table" selector. state: [T, R], the router state of the previous MoE layer, for a router that takes one.
-    sequences: how many of equal length x holds, one behind the other. routing: ids and weights [T, K] instead of the
-    router's, which still gives the state and the shared experts' weights; for dropped pairs see `routed_experts`.
+    sequences: how many sequences of equal length x holds, one after the other. routing: ids and weights [T, K] instead
+    of the router's, which still gives the state and the shared experts' weights; for dropped pairs see
+    `routed_experts`.
     experts: what computes the routed sum instead of `routed_experts`, with its arguments; on several ranks, `on_ranks`.
     """
     logits, state = router_logits(x, spec.logits, tensors, state=state)  # [T, classes]
@@ -84,7 +85,7 @@ def experts_output(
     output = _routed(x, spec, tensors, ids, weights, padding, experts)
     if spec.shared is not None:
         output = output + shared_output(x, spec.shared, tensors, shared_weights)
-        if spec.shared.combine == "average":  # of the two sums, however many experts are in them (cohere2_moe)
+        if spec.shared.combine == "average":  # of the two sums, however many experts each has (cohere2_moe)
             output = output / 2
     if spec.dense is not None:
         output = output + dense_output(x, spec.dense, tensors)
@@ -106,8 +107,8 @@ def _routed(
 ) -> Tensor:
     """The routed sum: norm, project in, pad, experts, cut, scale, project out, norm; each where the model has it.
 
-    The padded columns are cut before anything else touches the sum, because whatever the kernel left there would enter
-    the projection or not fit the shared output (vllm#40794). The scale meets the routed sum only.
+    The padded columns are cut before anything else touches the sum, because the garbage in them would enter the
+    projection, or the width would not match the shared output (vllm#40794). The scale multiplies only the routed sum.
     """
     latent, norm_eps = spec.latent, spec.dense.norm_eps if spec.dense else 0.0
     if norm_eps:

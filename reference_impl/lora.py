@@ -31,7 +31,7 @@ def scaling(spec: LoraSpec) -> float:
 
 
 def with_adapters(base: Project, lora: Lora) -> Project:
-    """`base`, and for each token what its adapter adds; the adapter sees the rows before `base` quantises them.
+    """`base` plus each token's adapter update; the adapter sees the rows before `base` quantises them.
 
     A token without an adapter has the bits of `base`. Raises InputError for tensors that do not fit the spec, and for
     an adapter that does not exist.
@@ -79,10 +79,10 @@ def merged(spec: MLPSpec, tensors: Tensors, lora: Lora, adapter: int) -> dict[st
 def side_by_side(gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Updates (a [.., r, D], b [.., F, r]) of gate and up as one of the fused w13, whose rank is the sum of theirs.
 
-    It has scaling of its own: give LoraSpec an alpha that keeps theirs.
+    The fused update has its own scaling: give LoraSpec an alpha that keeps theirs.
     """
     (gate_a, gate_b), (up_a, up_b) = gate, up
-    above = F.pad(gate_b, (0, up_b.shape[-1]))  # gate's rows, times nothing of up's
+    above = F.pad(gate_b, (0, up_b.shape[-1]))  # gate's rows do not see up's ranks
     below = F.pad(up_b, (gate_b.shape[-1], 0))
     return torch.cat([gate_a, up_a], dim=-2), torch.cat([above, below], dim=-2)
 
@@ -103,8 +103,8 @@ def from_peft(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 def tensor_parallel(spec: MLPSpec, lora: Lora, rank: int, ranks: int) -> Lora:
     """The share of a rank that holds a slice of the width F, as `slice_width` divides it.
 
-    w13 keeps a whole and gate's and up's rows of b; w2 a slice of a and b whole, so that its partial outputs, the
-    update's among them, add up over ranks.
+    w13 keeps all of a, and its gate and up rows of b. w2 keeps its slice of a and all of b, so that partial outputs,
+    including those of the update, add up over ranks.
     """
     widths = even_split(spec.width, ranks)
     start, width = sum(widths[:rank]), widths[rank]

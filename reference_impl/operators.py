@@ -1,6 +1,6 @@
-"""Opaque operators, for what neither fake tensors nor torch.compile can follow: data-dependent rows, kernel launches.
+"""Opaque operators for what neither fake tensors nor torch.compile can trace: data-dependent rows, kernel launches.
 
-Registered below torch.library.custom_op, whose first call imports all of Dynamo.
+Registered with torch.library directly, because the first call of custom_op imports all of Dynamo.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def arguments(spec: type, without: Collection[str] = ()) -> str:
 
 
 def keywords(spec: Any, without: Collection[str] = ()) -> dict[str, Any]:
-    """What an operator with `arguments` of this spec's class is called with; `type(spec)(**keywords)` is the spec."""
+    """The arguments of an operator with `arguments` of this spec's class; `type(spec)(**keywords)` is the spec."""
     return {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in without}
 
 

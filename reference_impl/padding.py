@@ -30,7 +30,7 @@ def pad(x: Tensor, width: int, fill: float = 0.0) -> Tensor:
 
 
 def unpad(x: Tensor, width: int) -> Tensor:
-    """Keep the first `width` columns of the last dim; whatever stands in the others is never read."""
+    """Keep the first `width` columns of the last dim; the others are never read."""
     if width > x.shape[-1]:
         raise InputError(f"unpad: got {x.shape[-1]} columns, want at least the true width {width}")
     return x[..., :width]
@@ -42,9 +42,9 @@ def pad_expert_weights(
     """The experts' tensors at kernel widths D' = hidden and F' = intermediate.
 
     w13: [E, 2F, D] -> [E, 2F', D']; gate and up are padded each on its own, in b13, too. w2: [E, D, F] -> [E, D', F'];
-    b2: [E, D']. What is summed over is padded with zeros, so it adds nothing. The rows of w2 that produce padded output
-    columns are NaN: those columns are garbage by contract, and a leak must show. The output norm stays at the true
-    width, which it is taken over.
+    b2: [E, D']. Dims that are summed over are padded with zeros, which add nothing. The rows of w2 that produce padded
+    output columns are NaN: those columns are garbage by contract, and a leak must show. The output norm keeps the true
+    width.
     """
     first, halves = ("13", 2) if spec.gated else ("1", 1)
     w1, w2 = tensors[f"experts.w{first}"], tensors["experts.w2"]

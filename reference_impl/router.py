@@ -42,7 +42,10 @@ def router_logits(
 def zaya_hidden(
     x: Tensor, spec: LogitsSpec, read: Callable[..., Tensor], state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What ZAYA1's router projects to logits, and what it passes on, [T, R] both; read: a tensor by name and shape."""
+    """The hidden state that ZAYA1's router projects to logits, and the one it passes on, both [T, R].
+
+    read: a tensor by name and shape.
+    """
     width = spec.width
     x = F.linear(x, read("router.down.weight", width, x.shape[1]), read("router.down.bias", width))  # [T, R]
     if spec.takes_state and state is not None:
@@ -55,7 +58,7 @@ def zaya_hidden(
 
 
 class FusedExperts(nn.Module):
-    """Stands for a fused expert layer that is handed its routing function and calls it."""
+    """Stands in for a fused expert layer that is given its routing function and calls it."""
 
     def __init__(self, routing_function: Callable[..., Routing]) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ class Router(nn.Module):
     others parameters. All are poisoned until loaded.
     """
 
-    route = staticmethod(route)  # an engine with a kernel for it has its own
+    route = staticmethod(route)  # an engine with a kernel for this overrides it
 
     def __init__(self, spec: RouterSpec) -> None:
         super().__init__()
@@ -99,7 +102,7 @@ class Router(nn.Module):
         return {name: attrgetter(own_name(name))(self) for name in self.spec.tensors()}
 
     def select(self, logits: Tensor, *, token_ids: Tensor | None = None, sequences: int = 1) -> Routing:
-        """Route by what the tensors hold at this moment."""
+        """Route with the tensors' current values."""
         return self.route(RouteInputs(logits, self.spec.routing, self.tensors(), token_ids, sequences))
 
     def forward(self, hidden: Tensor, *, state: Tensor | None = None, **batch: Any) -> tuple[Tensor, Tensor]:
@@ -108,7 +111,7 @@ class Router(nn.Module):
         return weights, ids
 
 
-# Tensors that are not trained by gradient, and their dtype whatever the model's is.
+# Tensors that are not trained by gradient, and their dtype, which does not follow the model's.
 BUFFERS = {"router.selection_bias": torch.float32, "router.table": torch.int64}
 
 

@@ -1,7 +1,7 @@
 """Routing: from router logits to the experts of each token and their weights.
 
-`route_logits` is every router of transformers 5.23 in the order in which they all act: condition the logits, score
-them, choose, weigh, normalise, scale. What differs from model to model stands in a RoutingSpec.
+`route_logits` covers every router of transformers 5.23; all act in this order: condition the logits, score them,
+choose, weigh, normalise, scale. What differs between models is in the RoutingSpec.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def route_logits(
 
     logits: [T, classes] float. tensors: by the names of `LayerSpec.tensors`; only those that spec asks for are read.
     token_ids: T integers in any shape, for a table. sequences: how many equally long ones the T tokens are, in order.
-    returns ids, unique and in range for any row; ties go to the lowest id, a NaN is larger than any number. An id of
-    an identity expert stays as it is; a pair that is skipped has id -1 and weight 0, one over capacity weight 0.
+    returns ids, unique and in range even for rows with ties, NaN or inf; ties break to the lowest id; NaN sorts
+    highest. Ids of identity experts are kept; a skipped pair has id -1 and weight 0, a pair over capacity has weight 0.
     Raises InputError for a tensor that is missing or does not fit logits or spec.
 
     >>> route_logits(torch.tensor([[0.0, 4.0, 4.0, 2.0]]), RoutingSpec(2, score="sigmoid", renormalize="sum"), {})[:2]
@@ -67,7 +67,8 @@ def route_logits(
     if spec.selector == "sparsemixer":
         weights = sparsemixer(logits, ids, spec.jitter)
     elif spec.shared_classes:
-        # Sigmoid scores over their sum, in logarithms: logits far below 0 have a weight where their score is 0.
+        # Sigmoid scores over their sum, in logarithms: very negative logits still get a weight although their score
+        # underflows to 0.
         chosen = torch.cat([logits.gather(1, ids), shared_logits], dim=1)  # [T, K + n]
         weights = F.logsigmoid(chosen).softmax(dim=1)
     else:
@@ -90,7 +91,7 @@ def route_logits(
 def top_experts(scores: Tensor, top_k: int) -> Tensor:
     """The ids of the top_k largest scores of each row, largest first, ties to the lowest id.
 
-    scores: [T, E] float. A NaN counts as larger than any number, so ids stay unique and in range for any row.
+    scores: [T, E] float. NaN sorts highest, so ids are unique and in range for any row.
     returns [T, K] int64. Raises InputError for top_k outside [1, E].
 
     >>> top_experts(torch.tensor([[0.1, 0.5, 0.5, 0.2]]), 2)
@@ -114,7 +115,7 @@ def score(logits: Tensor, spec: RoutingSpec) -> Tensor:
 
 
 def best_groups(compared: Tensor, spec: RoutingSpec) -> Tensor:
-    """compared [T, E], with spec.group_mask wherever an expert is not in one of the best groups of E / groups experts.
+    """compared [T, E], with spec.group_mask for experts outside the best groups (of E / groups experts each).
 
     Sources: group_limited_greedy of DeepSeek-V2 ("max", masked with 0), noaux_tc of DeepSeek-V3 ("top2_sum", -inf).
     """
@@ -131,8 +132,8 @@ def best_groups(compared: Tensor, spec: RoutingSpec) -> Tensor:
 def sums_of_halves(logits: Tensor) -> Tensor:
     """[T, n * n], the sum of logit i of one half and j of the other at i * n + j, for logits [T, 2 n].
 
-    Doge reads its logits as [2, T, n], so with several tokens the halves of token t are not its own: they are rows t
-    and T + t of the 2 T rows of n logits. One token alone has its own two halves.
+    Doge reads its logits as [2, T, n]. So with several tokens the halves of token t belong to other tokens: they are
+    rows t and T + t of the 2 T rows of n logits. Only a single token has its own two halves.
     Source: product keys, Lample et al. 2019; transformers DogeCDMoE.
     """
     tokens, columns = logits.shape
@@ -154,7 +155,7 @@ def ids_of_tokens(table: Tensor, token_ids: Tensor | None, tokens: int) -> Tenso
 
 
 def sparsemixer(logits: Tensor, ids: Tensor, jitter: float) -> Tensor:
-    """Weights [T, K] of PhiMoE: each chosen logit against those near it that are not chosen before it.
+    """Weights [T, K] of PhiMoE: softmax of each chosen logit among those near it that were not chosen before it.
 
     A logit l is near the chosen m where (m - l) / max(|l|, m) <= 2 jitter. logits: [T, E]; ids: [T, K], best first.
     Source: SparseMixer-v2 in evaluation, Liu et al. 2024; transformers PhimoeTopKRouter.
@@ -169,7 +170,7 @@ def sparsemixer(logits: Tensor, ids: Tensor, jitter: float) -> Tensor:
 
 
 def normalised(weights: Tensor, ids: Tensor, spec: RoutingSpec, classes: int, sequences: int) -> Tensor:
-    """Weights [T, K] normalised, those of tokens over the capacity of their expert 0."""
+    """Weights [T, K] normalised; 0 for tokens over the capacity of their expert."""
     dropped = torch.zeros_like(weights, dtype=torch.bool)
     if spec.capacity is not None:
         dropped = over_capacity(ids, weights[:, 0], spec.capacity, classes, sequences)
@@ -184,7 +185,7 @@ def normalised(weights: Tensor, ids: Tensor, spec: RoutingSpec, classes: int, se
 
 
 def in_precision(tensor: Tensor, precision: Precision) -> Tensor:
-    """The tensor in float32 where precision asks for it; float64 stays float64."""
+    """The tensor in float32 if precision says so; float64 stays float64."""
     return tensor.float() if precision == "float32" and tensor.dtype != torch.float64 else tensor
 
 
@@ -202,8 +203,8 @@ def named(tensors: Mapping[str, Tensor], name: str, *shape: int | None) -> Tenso
 def route(inputs: RouteInputs) -> Routing:
     """Ids and weights [T, slots] of router logits; see RouteInputs for shapes.
 
-    Rows behind the valid ones get -1 and weight 0, and are cut off before anything is computed: valid rows have the
-    bits that they have alone. Raises InputError as `route_logits` does, and for valid_rows outside [0, T].
+    Rows after the valid ones get -1 and weight 0. They are cut off before anything is computed, so valid rows have the
+    same bits as without them. Raises InputError as `route_logits` does, and for valid_rows outside [0, T].
     """
     tokens = len(inputs.logits)
     valid = tokens if inputs.valid_rows is None else inputs.valid_rows
@@ -222,14 +223,14 @@ def route(inputs: RouteInputs) -> Routing:
 
 
 def chosen_from(spec: RoutingSpec, columns: int) -> int:
-    """How many classes the router chooses among, of logits with so many columns."""
+    """How many classes the router chooses among, given the number of logit columns."""
     return (columns // 2) ** 2 if spec.selector == "product_keys" else columns - spec.shared_classes
 
 
 def with_fused_shared(routed: Routed, fused: FusedShared, first: int) -> Routing:
-    """A slot more for each shared expert, ids from `first` on, weighed by the rule.
+    """Appends a slot for each shared expert, with ids from `first` on, weighed by the rule.
 
-    Raises InputError where the router's weights are asked for and are not as many.
+    Raises InputError if the router's own weights are asked for and their number differs.
     """
     match fused.rule:
         case "constant":

@@ -1,7 +1,7 @@
 """Routed experts on the host, by slot, in shared memory that any process can read.
 
-The segment is the owner's: closing the store removes it, and if the owner is killed its resource tracker does. A
-reader must not be known to a tracker of its own, or the segment would vanish with the first reader that exits
+The owner removes the segment by closing the store; if the owner is killed, its resource tracker does. A reader must not
+register with a tracker of its own, or the segment would vanish with the first reader that exits
 (https://github.com/python/cpython/issues/82300).
 """
 
@@ -43,7 +43,7 @@ class StoreAddress:
 
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[None]:
-    """Hold the lock against every other store and reader of this user; the kernel frees it if we are killed."""
+    """Hold the lock against other stores and readers of this user; the kernel frees it if this process dies."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -114,7 +114,7 @@ class HostStore:
             _rows(self._segment, self.address)[index] = stored
 
     def close(self) -> None:
-        """Remove the segment; readers that have it open keep what they see, nobody can open it again."""
+        """Remove the segment. Readers that have it open can go on reading; nobody can open it again."""
         self._removal()
 
 
@@ -141,7 +141,7 @@ class HostReader:
         return widen(torch.from_numpy(stored))
 
     def close(self) -> None:
-        """Let go of the segment, which stays."""
+        """Close this view of the segment; the segment stays."""
         self._segment.close()
 
 

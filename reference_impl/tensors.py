@@ -1,4 +1,4 @@
-"""Tensors by canonical name, held against what a spec says."""
+"""Tensors by canonical name, compared with what a spec asks for."""
 
 from __future__ import annotations
 

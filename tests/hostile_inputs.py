@@ -26,6 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hostile_records as records
 import torch
 
 from moe_conformance.checkpoints.command import judged as judged_folder
@@ -40,6 +41,7 @@ from moe_conformance.reference_impl.checkpoint.places import SUFFIXES, Places
 from moe_conformance.reference_impl.checkpoint.saving import save
 from moe_conformance.reference_impl.quantised import fp4, fp8, gptq, integers
 from moe_conformance.reference_impl.quantised.tiles import BLOCK_128, PER_CHANNEL, PER_TENSOR
+from moe_conformance.routes.record import read_record
 from moe_conformance.suites.block import configs as blocks
 from moe_conformance.suites.describe import cases as described
 from moe_conformance.suites.describe.families import flat_keys, layer_keys, nested
@@ -49,7 +51,7 @@ MEMORY = 2 * 2**30
 LONGEST = 5000  # characters of a message
 
 Edits = list[list[Any]]
-Kind = str  # "config", "checkpoint", "stored"
+Kind = str  # "config", "checkpoint", "stored", "record"
 
 
 @dataclass(frozen=True)
@@ -773,6 +775,9 @@ def generated(kind: Kind, rng: random.Random) -> Hostile:
         base = rng.choice(checkpoints())
         edits = [_checkpoint_edit(rng, base) for _ in range(count)]
         return Hostile(kind, base, edits if rng.random() < 0.8 else [*edits, _save_edit(rng, base)])
+    if kind == "record":
+        base = rng.choice(records.BASES)
+        return Hostile(kind, base, [records.edit(rng, base) for _ in range(count)])
     base = rng.choice(list(STORED))
     return Hostile(kind, base, [_stored_edit(rng, base) for _ in range(count)])
 
@@ -806,6 +811,14 @@ def tries(hostile: Hostile) -> Iterator[list[tuple[str, Callable[[], Any]]]]:
                 tensors, shards = given(hostile.base, saves)
                 calls.append(("save", lambda: save(Path(name) / "saved", config, tensors, shards)))
             yield calls
+        elif hostile.kind == "record":
+            folder = Path(name)
+            records.write(folder, hostile.base)
+            for change in hostile.edits:
+                if not records.spoil(folder, change):
+                    _spoil(folder, change)
+            tokens = folder / records.TOKENS if hostile.base.endswith(".npy") else None
+            yield [("read_record", lambda: read_record(folder / hostile.base, tokens))]
         else:
             call, arguments = STORED[hostile.base]
             arguments = dict(arguments)

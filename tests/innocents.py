@@ -36,8 +36,10 @@ from moe_conformance.judging.verdict import Verdict
 from moe_conformance.model.families.scope import plain
 from moe_conformance.reference_impl.block import layer_spec
 from moe_conformance.reference_impl.capture import Capturer, local_rows
-from moe_conformance.reference_impl.experts import experts
+from moe_conformance.reference_impl.experts import Project, experts, routed_experts
+from moe_conformance.reference_impl.lora import merged
 from moe_conformance.reference_impl.parallel.experts import shard
+from moe_conformance.reference_impl.quantised.experts import dequantised, stored_experts
 
 
 class Innocent(Reference):
@@ -174,8 +176,66 @@ class AddsInAnyOrder(Innocent, lacks={"experts": {"same_bits"}}):
         total = torch.zeros(inputs.x.shape)
         for k in torch.randperm(inputs.ids.shape[1], generator=self.calls).tolist():
             own = replace(inputs, x=inputs.x.float(), ids=inputs.ids[:, [k]], weights=inputs.weights[:, [k]])
-            total += experts(replace(own, tensors={name: tensor.float() for name, tensor in inputs.tensors.items()}))
+            wide = inputs.tensors if inputs.quant else {name: t.float() for name, t in inputs.tensors.items()}
+            total += experts(replace(own, tensors=wide))
         return total.to(inputs.x.dtype)
+
+
+class DequantisesIntoTheDtypeOfX(Innocent):
+    """Weights are made numbers of x's dtype on load, and lie transposed in memory; then nothing is stored any more."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        quant, x = inputs.quant, inputs.x
+        if quant is None or quant.activations != "no" or inputs.lora is not None:
+            return super().experts(inputs)
+        plain = dequantised(quant, inputs.mlp, inputs.tensors, x.shape[1], x.dtype)
+        turned = {name: t.mT.contiguous().mT if t.dim() == 3 else t for name, t in plain.items()}
+        return super().experts(replace(inputs, quant=None, tensors=turned))
+
+
+class ScalesTheSums(Innocent):
+    """Codes are multiplied as they are, and an output is scaled by its row; activations are codes before that, too."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        quant, mlp, tensors = inputs.quant, inputs.mlp, inputs.tensors
+        if quant is None or quant.granularity != "channel" or quant.zero_points or mlp.bias:
+            return super().experts(inputs)
+        ones = {name: torch.ones_like(t) if name.endswith(".scale") else t for name, t in tensors.items()}
+        plain, around = stored_experts(quant, mlp, ones, inputs.x.shape[1], torch.float32)
+
+        def scaled(base: Project) -> Project:
+            def project(name: str, expert: int, token: Tensor, rows: Tensor) -> Tensor:
+                output = base(name, expert, token, rows.float()) * tensors[f"experts.{name}.scale"][expert]
+                return output.to(rows.dtype)
+
+            return project
+
+        return routed_experts(
+            inputs.x,
+            mlp,
+            plain,
+            inputs.ids,
+            inputs.weights,
+            expert_map=inputs.expert_map,
+            output_scale=inputs.output_scale,
+            around=[*around, scaled],
+        )
+
+
+class MergesAdapters(Innocent, lacks={"experts": {"same_bits"}}):
+    """The tokens of one adapter are a batch, whose weights have the update in them."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        lora = inputs.lora
+        if lora is None or inputs.quant is not None:
+            return super().experts(inputs)
+        output = torch.zeros_like(inputs.x)
+        for adapter in lora.adapters.unique().tolist():
+            rows = lora.adapters == adapter
+            tensors = merged(inputs.mlp, inputs.tensors, lora, adapter) if adapter >= 0 else inputs.tensors
+            batch = replace(inputs, x=inputs.x[rows], ids=inputs.ids[rows], weights=inputs.weights[rows])
+            output[rows] = super().experts(replace(batch, tensors=tensors, lora=None))
+        return output
 
 
 class SumsInAnyOrder(Innocent, lacks={"shard": {"same_bits"}}):
@@ -298,6 +358,7 @@ _SHARED = "two_tensors_never_share_a_target"
 _TWICE = "mapping_twice_equals_mapping_once"
 _BROKEN = "a_broken_checkpoint_is_refused"
 _DENSE = "layers_that_route_nothing_disturb_no_other"
+_OWN = "stored_weights_take_their_own_scales"
 _METHOD = "ids_and_weights_are_those_of_the_method"
 _PADDING = "padding_rows_change_no_token"
 _CUT = "padding_never_reaches_the_output"
@@ -351,9 +412,25 @@ ACCUSED = tuple(
         ),
         (
             AddsInAnyOrder,
-            "experts.combine",
-            "experts-hot",
+            "calls.same-result",
+            "experts-after-others",
             "another_call_between_leaves_no_trace",
+            Verdict.PASS,
+        ),
+        (DequantisesIntoTheDtypeOfX, "experts.stored-weights", "experts-stored-int8-channel-fp16", _OWN, Verdict.PASS),
+        (ScalesTheSums, "experts.stored-weights", "experts-stored-int8-channel-fp16", _OWN, Verdict.PASS),
+        (
+            ScalesTheSums,
+            "experts.quantised-activations",
+            "experts-stored-fp8-channel-token",
+            "activations_are_quantised_by_their_own_scales",
+            Verdict.PASS,
+        ),
+        (
+            MergesAdapters,
+            "experts.adapters",
+            "experts-lora-fp16",
+            "tokens_have_the_update_of_their_own_adapter",
             Verdict.PASS,
         ),
         (OneLayout, "capture.only-real-rows", "capture-steps-shrink", "each_step_shows_its_own_rows", Verdict.PASS),

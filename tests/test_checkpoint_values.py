@@ -22,7 +22,7 @@ from moe_conformance.errors import CheckpointError
 
 EXPERTS = "model.layers.5.mlp.experts"
 UP = f"{EXPERTS}.3.up_proj"
-# Shared by gate and up, or by all experts: what a sound checkpoint has one value for.
+# Tensors that have one value for gate and up, or for all experts, in a sound checkpoint.
 ONE = ("weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale")
 
 
@@ -91,7 +91,7 @@ def copy(source: str, target: str) -> Change:
 
 
 def both(end: str, data: bytes) -> Change:
-    """Of gate and up of one expert."""
+    """The same change in gate and up of one expert."""
     return lambda tensors: [put(f"{EXPERTS}.3.{part}.{end}", data)(tensors) for part in ("gate_proj", "up_proj")]
 
 
@@ -105,7 +105,7 @@ def bf16(value: float) -> bytes:
 
 NAN, INF = float("nan"), float("inf")
 GATES = f"{EXPERTS}.3.gate_proj"
-# Name: the form, how, the kind, what must be named.
+# Name -> form, change, kind of finding, words that the finding must contain.
 PLANTED: dict[str, tuple[str, Change, str, str]] = {
     "scale-zero": ("fp8-block", put(f"{UP}.weight_scale_inv", f32(0), 4), "scale-zero", "1 of 6 scales"),
     "scale-minus-zero": ("fp8-block", put(f"{UP}.weight_scale_inv", f32(-0.0), 4), "scale-zero", UP),

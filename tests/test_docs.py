@@ -1,26 +1,43 @@
-"""The adapter that the documentation shows: it is short, it is judged, and a fault in it is noticed."""
+"""The tutorial's adapter is short, is judged, and a fault in it is noticed; pages made from the code are whole."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import reference_pages
 from every_check import CHECKS, verdict
 
+from moe_conformance import cli
+from moe_conformance.catalogue.case import catalogue
+from moe_conformance.catalogue.clauses import CLAUSES
 from moe_conformance.judging.judge import Judge
 from moe_conformance.judging.verdict import Verdict
 from moe_conformance.reporting.stream import read
 from moe_conformance.running.discovery import Target
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 ADAPTER = PAGE.partition("```python\n")[2].partition("```")[0]
 ENGINE = re.findall(r"^class (\w+)", ADAPTER, re.MULTILINE)[-1]
-COMMAND = PAGE.rpartition("```bash\nmoe-conformance ")[2].partition("\n")[0].split()
+(COMMAND,) = (
+    line.split()[1:]
+    for line in PAGE.splitlines()
+    if line.startswith(f"moe-conformance run --engine docs_adapter:{ENGINE}")
+)
+
+CONTRACT = reference_pages.contract()
+# Pages that are kept, by name.
+PAGES = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
+    if path.name not in ("contract.md", "commands.md", "CHANGELOG.md")
+}
 
 
 def _judge(folder: Path, source: str, *more: str) -> subprocess.CompletedProcess[str]:
@@ -33,6 +50,11 @@ def _judge(folder: Path, source: str, *more: str) -> subprocess.CompletedProcess
 
 def test_the_adapter_takes_under_forty_lines() -> None:
     assert 0 < len(ADAPTER.splitlines()) < 40
+
+
+def test_the_adapter_is_called_otherwise_than_the_package_written_before_it() -> None:
+    """Two engines of one name are refused, and the package is registered by then."""
+    assert set(re.findall(r"new-engine ([\w-]+)", PAGE)).isdisjoint(re.findall(r'name = "([\w-]+)"', ADAPTER))
 
 
 @pytest.mark.nightly
@@ -67,3 +89,43 @@ def test_a_fault_in_the_adapter_is_noticed(
         == ("route-deepseek-v3-e256-k8-t9-fp32-fine", "test_ids_and_weights_are_those_of_the_method")
     )
     assert verdict(judge, *row) is Verdict.FAIL
+
+
+def test_the_contract_has_every_clause_with_its_cases_and_every_class_a_mutant() -> None:
+    rows = re.findall(r"^\| \*\*(\w+)\*\* `([\w.-]+)`: .* \| (\d+) \| (\d+) \|$", CONTRACT, re.MULTILINE)
+    assert {name: level for level, name, *_ in rows} == {name: clause.level for name, clause in CLAUSES.items()}
+    assert sum(int(cases) for *_, cases, _ in rows) == len(catalogue())
+    assert all(int(cases) for *_, cases, _ in rows), "a clause without a case is judged of nobody"
+    sections = re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", CONTRACT, re.MULTILINE | re.DOTALL)
+    mutants = {name: sum(int(n) for n in re.findall(r"(\d+) \|$", text, re.MULTILINE)) for name, text in sections}
+    assert [name for name, count in mutants.items() if not count] == []
+
+
+def test_the_commands_are_those_of_the_first_help_text() -> None:
+    page = reference_pages.commands()
+    listed = re.findall(r"^    ([a-z-]+)", page.partition("## moe-conformance run")[0], re.MULTILINE)
+    assert re.findall(r"^## moe-conformance ([a-z-]+)$", page, re.MULTILINE) == listed
+    assert "--engine-timeout SECONDS" in page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_is_there(page: str) -> None:
+    """Paths from a folder of the checkout, or of the package; capitals stand for a name."""
+    prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    named = {name for name in re.findall(r"`([a-z_]+/[\w./-]*)`", prose) if not re.search(r"[A-Z]{2}", name)}
+    places = [ROOT, ROOT / "moe_conformance"]
+    mine = {name for name in named if any((place / name.partition("/")[0]).is_dir() for place in places)}
+    made = {"kernels/tuned/", "results/junit.xml", "results/summary.md"}
+    assert [name for name in sorted(mine - made) if not any((place / name).exists() for place in places)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_is_one(page: str) -> None:
+    """What `run` does not know goes to pytest."""
+    blocks = re.findall(r"```bash\n(.*?)```", PAGES[page], re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for line in lines:
+        if line.startswith("moe-conformance "):
+            words = shlex.split(line, comments=True)[1:]
+            _, others = cli._parser().parse_known_args(words)
+            assert words[0] == "run" or others == [], line

@@ -35,7 +35,7 @@ def test_every_stage_is_told_in_the_words_of_its_docstrings(stage: str) -> None:
 def test_a_capturers_methods_are_told_with_their_rows() -> None:
     told = form(["capture_session"])
     assert "capture(layer_id: int, ids: Tensor, rows: Rows) -> None" in told
-    assert "valid_rows: only the first so many rows" in told
+    assert "valid_rows: how many leading rows" in told
 
 
 def test_each_type_is_told_once() -> None:

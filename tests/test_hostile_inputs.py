@@ -33,7 +33,7 @@ def test_what_was_found_once_is_refused_or_read(file: Path) -> None:
     assert findings(kept(file)) == []
 
 
-@pytest.mark.parametrize(("kind", "count"), [("config", 200), ("checkpoint", 150), ("stored", 100)])
+@pytest.mark.parametrize(("kind", "count"), [("config", 200), ("checkpoint", 150), ("stored", 100), ("record", 100)])
 def test_hostile_inputs_are_refused_or_read(kind: str, count: int) -> None:
     for number in range(count):
         hostile = generated(kind, random.Random(f"test {number}"))
@@ -51,7 +51,7 @@ def test_what_inputs_are_made_of_is_valid() -> None:
     assert len(refused) < len(configs()) / 10, refused
 
 
-@pytest.mark.parametrize("kind", ["config", "checkpoint", "stored"])
+@pytest.mark.parametrize("kind", ["config", "checkpoint", "stored", "record"])
 def test_inputs_depend_on_their_seed_alone(kind: str) -> None:
     assert generated(kind, random.Random("one")).text() == generated(kind, random.Random("one")).text()
 

@@ -6,7 +6,9 @@ from functools import cache
 
 import pytest
 from every_check import CHECKS, verdict
-from innocents import ACCUSED, Accused, SumsInAnyOrder
+from innocents import ACCUSED as OF_STAGES
+from innocents import Accused, SumsInAnyOrder
+from innocents_of_calls import ACCUSED as OF_CALLS
 
 from moe_conformance.engine import STAGES
 from moe_conformance.engines.reference import Reference
@@ -14,10 +16,17 @@ from moe_conformance.judging.judge import Judge
 from moe_conformance.judging.verdict import Verdict
 from moe_conformance.running.discovery import Target
 
+ACCUSED = (*OF_STAGES, *OF_CALLS)
+# Inputs of the default seed and of two others; every night of 20.
+SEEDS = (0, 1, 2)
+NIGHTLY_SEEDS = range(20)
+# Hours of CPU: for the nightly job alone, not for a push to pass.
+MANY = [pytest.mark.nightly, pytest.mark.seeds]
+
 
 @cache
-def judge_of(engine: type[Reference]) -> Judge:
-    judge = Judge(Target(engine.name, f"{engine.__module__}:{engine.__qualname__}"))
+def judge_of(engine: type[Reference], seed: int = 0) -> Judge:
+    judge = Judge(Target(engine.name, f"{engine.__module__}:{engine.__qualname__}"), seed)
     judge.adapters = judge.adapters[1:]  # an innocent's file is its engine, so what it raises is the engine's failure
     return judge
 
@@ -30,20 +39,41 @@ def test_the_case_that_could_accuse_an_innocent_clears_it(accused: Accused) -> N
     assert verdict(judge_of(accused.engine), *named) is accused.verdict
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["smoke", "core"])
+@pytest.mark.parametrize(
+    ("seed", "every"),
+    [
+        *(pytest.param(seed, False, id=f"smoke-seed{seed}") for seed in SEEDS),
+        pytest.param(0, True, id="core-seed0", marks=pytest.mark.nightly),
+        *(pytest.param(seed, True, id=f"core-seed{seed}", marks=MANY) for seed in NIGHTLY_SEEDS[1:]),
+    ],
+)
 @pytest.mark.parametrize("engine", dict.fromkeys(accused.engine for accused in ACCUSED), ids=lambda engine: engine.name)
 def test_an_innocent_passes_every_case_of_the_stages_that_it_does_its_own_way(
-    engine: type[Reference], every: bool
+    engine: type[Reference], seed: int, every: bool
 ) -> None:
     stages = {stage for stage in STAGES if getattr(engine, stage) is not getattr(Reference, stage)}
 
     def judged(tier: str) -> dict[str, Verdict]:
         rows = [row for row in CHECKS if row[2].stage in stages and row[2].tier == tier]
-        return {f"{row[2].id}: {row[1]}": verdict(judge_of(engine), *row) for row in rows}
+        return {f"{row[2].id}: {row[1]}": verdict(judge_of(engine, seed), *row) for row in rows}
 
     found = judged("smoke")
     if every or Verdict.PASS not in found.values():  # nothing is cleared where nothing was judged
         found |= judged("core")
+    assert Verdict.PASS in found.values()
+    assert {name: verdict for name, verdict in found.items() if verdict.is_bad} == {}
+
+
+@pytest.mark.parametrize(
+    ("seed", "tiers"),
+    [
+        *(pytest.param(seed, ("smoke",), id=f"smoke-seed{seed}") for seed in SEEDS[1:]),
+        *(pytest.param(seed, ("core", "full"), id=f"full-seed{seed}", marks=MANY) for seed in NIGHTLY_SEEDS[1:]),
+    ],
+)
+def test_the_reference_passes_with_other_inputs(seed: int, tiers: tuple[str, ...]) -> None:
+    judge = judge_of(Reference, seed)
+    found = {f"{row[2].id}: {row[1]}": verdict(judge, *row) for row in CHECKS if row[2].tier in tiers}
     assert Verdict.PASS in found.values()
     assert {name: verdict for name, verdict in found.items() if verdict.is_bad} == {}
 

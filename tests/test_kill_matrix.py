@@ -23,7 +23,10 @@ MUTANTS: list[Mutant] = [
 ]
 
 
-every_mutant = pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.engine.name)
+every_mutant = pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(one, marks=[pytest.mark.nightly] * one.slow, id=one.engine.name) for one in MUTANTS],
+)
 
 
 def judge_of(mutant: Mutant) -> Judge:

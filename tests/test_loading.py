@@ -302,38 +302,6 @@ def test_tensors_outside_the_block_are_not_judged(folder: Path) -> None:
     assert len(loading.load(folder)) == TENSORS * checkpoint.LAYERS
 
 
-def test_quantised_experts_keep_each_suffix_under_its_own_key(folder: Path) -> None:
-    experts, seen = checkpoint.EXPERTS, {}
-
-    def quantise(named: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in named if ".experts." in name]:
-            number = len(seen) + 1
-            stem = name.removesuffix(".weight")
-            rows, columns = named[name].shape
-            named[name] = torch.full((rows, columns // 2), number % 251, dtype=torch.uint8)
-            named[f"{stem}.weight_scale_2"] = seen[stem] = torch.tensor(float(number))
-
-    retensor(folder, quantise)
-    edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "modelopt"}))
-    loaded = loading.load(folder)
-    assert loaded["layers.2.experts.w13"].shape == (experts, 96, 32)
-    assert loaded["layers.2.experts.w13.weight_scale_2"].shape == (experts, 2)
-    assert loaded["layers.2.experts.w2.weight_scale_2"].shape == (experts,)
-    for e in range(experts):
-        for at, part in enumerate(("gate_proj", "up_proj")):
-            want = seen[f"model.layers.2.experts.{e}.{part}"]
-            assert loaded["layers.2.experts.w13.weight_scale_2"][e, at] == want
-            assert (loaded["layers.2.experts.w13"][e, 48 * at : 48 * at + 48] == want % 251).all()
-
-
-def test_one_missing_scale_is_named(folder: Path) -> None:
-    stem = "model.layers.0.experts"
-    scales = {f"{stem}.{e}.down_proj.input_scale": torch.ones(()) for e in range(checkpoint.EXPERTS) if e != 10}
-    retensor(folder, lambda named: named.update(scales))
-    edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "modelopt"}))
-    assert "layers.0.experts.10.down_proj.input_scale" in refusal(folder)
-
-
 @pytest.mark.parametrize("file", ["config.json", INDEX, FIRST])
 @pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder", "a link to itself", "a file without end"])
 def test_what_is_no_file_is_refused_at_once(folder: Path, file: str, kind: str) -> None:
@@ -384,18 +352,6 @@ def test_a_shard_with_a_name_beyond_all_names_is_refused(folder: Path) -> None:
     edit(folder / INDEX, lambda index: index["weight_map"].update({DOWN: f"{'x' * 10_000}.safetensors"}))
     assert "not there, or no file" in refusal(folder)
     assert len(refusal(folder)) < 2000
-
-
-def test_one_gate_for_all_experts_beside_an_up_for_each_is_refused(folder: Path) -> None:
-    """As numbers they are put together; as stored bytes they cannot be."""
-
-    def pack(named: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in named if ".experts." in name]:
-            named[name] = named[name].to(torch.int8)[:, : 1 + ("up_proj" in name)].clone()
-
-    retensor(folder, pack)
-    edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "any"}))
-    assert "both for one expert or both for all; they become one tensor, layers.0.experts.w13" in refusal(folder)
 
 
 @pytest.mark.parametrize("value", [7, True, "fp8", ["fp8"]])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import ExpertsInputs, InputError, MLPSpec, QuantSpec
+from moe_conformance.engine import ExpertsInputs, MLPSpec
 from moe_conformance.oracle.experts import divided, divisor, expected_experts, expected_parts, shared_slices
 from moe_conformance.oracle.storage import Storage
 from moe_conformance.reference_impl.experts import experts
@@ -103,11 +103,6 @@ def test_a_policy_that_stores_less_has_a_smaller_bound() -> None:
     assert (narrow.limit < wide.limit).all()
     assert "running sum in torch.float32" in narrow.origin
     assert "running sum in torch.bfloat16" in wide.origin
-
-
-def test_experts_that_are_not_plain_are_refused() -> None:
-    with pytest.raises(InputError, match="got quant or lora, want neither"):
-        expected_experts(replace(built(MLPS["silu"]), quant=QuantSpec("int8", "channel")))
 
 
 @pytest.mark.parametrize("name", MLPS)

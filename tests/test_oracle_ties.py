@@ -1,4 +1,4 @@
-"""Cases full of ties: engines that break them at random are right, and those that choose less than the best are not."""
+"""Cases full of ties: engines may break ties at random, but must not choose anything worse than the best."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def id_of(case: Case) -> str:
 
 
 def at_random(inputs: RouteInputs, seed: int) -> Routing:
-    """A correct router that computes in float64, where noise far below any rounding decides ties of experts, groups and
-    tokens."""
+    """A correct router in float64, in which noise far below any rounding decides ties of experts, groups and tokens."""
     noise = torch.rand(inputs.logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     ids, weights = route(replace(inputs, logits=inputs.logits.double() + noise * 1e-11))
     return Routing(ids, weights.float())
@@ -44,7 +43,7 @@ def test_rows_of_any_kind_have_some_experts(case: Case) -> None:
 
 
 def test_random_ties_are_ties_of_experts_and_of_tokens() -> None:
-    """Where an expert takes so many tokens: which expert a token wants, and which token finds a place."""
+    """With a capacity, ties decide which expert a token wants and which token gets a place."""
     places = []
     for case in BY_CAPACITY:
         answers = [at_random(inputs_of(case), seed) for seed in range(3)]
@@ -55,7 +54,7 @@ def test_random_ties_are_ties_of_experts_and_of_tokens() -> None:
 
 
 def worst_first(inputs: RouteInputs, answer: Routing) -> Routing:
-    """A token that has a place, and experts that differ, takes its smallest logit."""
+    """A token that has a place, and whose logits differ, takes the smallest."""
     has_place, differ = (answer.weights > 0).all(1), inputs.logits.amax(1) > inputs.logits.amin(1)
     token = int((has_place & differ).nonzero()[0])
     answer.ids[token, 0] = inputs.logits[token].argmin()

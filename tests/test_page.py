@@ -221,6 +221,28 @@ def test_the_open_case_links_the_threads_of_its_clause(browser: Browser) -> None
     assert "https://github.com/vllm-project/vllm/issues/40794" in links
 
 
+def test_a_failure_has_the_commands_that_rerun_it_and_write_a_report_of_it(driver: Any, tmp_path: Path) -> None:
+    """With the run's seed, and the engine as it was asked for; what repro cannot write out has no such command."""
+    made = [result(name, Verdict.FAIL, "got 1, want 2", "my pkg/a.py:E") for name in (CASES[0], "align-e60-k6")]
+    made.append(result(CASES[1], Verdict.PASS, engine="my pkg/a.py:E"))
+    folder = write(tmp_path / "run", lines(made, {"my pkg/a.py:E": "1"}, selection={"seed": 7}))
+    (file := tmp_path / "report.html").write_text(html(gather([folder])), encoding="utf-8")
+    browser = Browser(driver, file)
+    found = {}
+    for name in (CASES[0], CASES[1], "align-e60-k6"):
+        browser.open()
+        browser.js(f"[...document.querySelectorAll('#results a')].find((a) => a.innerText.includes('{name}')).click()")
+        browser.until("document.querySelector('#case').open")
+        found[name] = browser.js("[...document.querySelectorAll('#case .command pre')].map((text) => text.innerText)")
+    asked = "--engine 'my pkg/a.py:E'"
+    rerun = {name: f"moe-conformance run {asked} --case {name} --seed 7" for name in found}
+    assert found == {
+        CASES[0]: [rerun[CASES[0]], f"moe-conformance repro {CASES[0]} {asked} --seed 7"],
+        CASES[1]: [rerun[CASES[1]]],
+        "align-e60-k6": [rerun["align-e60-k6"]],
+    }
+
+
 def test_markup_in_a_message_is_text(browser: Browser) -> None:
     browser.open(f"open={CASES[0]}/output+is+right/mine+0.10.0")
     assert EVIL in browser.js("document.querySelector('#case pre').textContent")

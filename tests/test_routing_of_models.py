@@ -21,7 +21,7 @@ pytest.importorskip("transformers", minversion="5.24", reason="the families here
 
 BATCH, LENGTH, HIDDEN, EXPERTS, TOP_K, VOCABULARY = 3, 7, 8, 12, 3, 11
 
-# What the routers read of their configs: no value is the one that hides its use.
+# What the routers read from their configs. No value is one at which ignoring the key would not show.
 CONFIG: dict[str, Any] = {
     "hidden_size": HIDDEN,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS),
@@ -105,7 +105,7 @@ def with_token_ids(module: Any, x: Tensor, given: Given) -> Routed:
 
 
 def with_state(module: Any, x: Tensor, given: Given) -> Routed:
-    module.balancing_biases[-1] = 0.25  # or no token would choose the class that is no expert
+    module.balancing_biases[-1] = 0.25  # otherwise no token would choose the class without an expert
     _, weights, ids, state = module(x, given["state"].unflatten(0, x.shape[:2]) if "state" in given else None)
     given["next_state"] = state.flatten(0, 1)
     return Routed(ids, weights, None)

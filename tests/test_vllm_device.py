@@ -6,14 +6,17 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from moe_conformance.engines.vllm import VLLM, VLLMTriton, capture, device, interpreted, routing
-from moe_conformance.errors import Unavailable
+from moe_conformance.engines.vllm import VLLM, VLLMTriton, capture, device, interpreted, models, routing, runtime
+from moe_conformance.engines.vllm.backends import AITER, FlashInferCUTLASS, FlashInferTRTLLM
+from moe_conformance.errors import Unavailable, Unsupported
 
 Build = Callable[[str], None]
 
@@ -97,6 +100,37 @@ def test_on_a_gpu_nothing_stands_in_and_nothing_is_taken_for_something_else(
     interpreted.require()
     assert stand_ins == [1]
     assert "interpreted" in interpreted.said("TritonExperts")
+
+
+@pytest.mark.parametrize("engine", [AITER, FlashInferCUTLASS, FlashInferTRTLLM])
+def test_a_backend_is_asked_of_vllm_by_its_own_name_and_needs_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, build: Build, engine: type[VLLM]
+) -> None:
+    for name, value in engine.environment().items():
+        monkeypatch.setenv(name, value)
+    assert device.backend() == {"moe_backend": engine.name.removeprefix("vllm-").replace("-", "_")}
+    monkeypatch.setattr("moe_conformance.engines.vllm.find_spec", lambda name: True)
+    monkeypatch.setattr(device, "interprets", lambda: True)
+    assert "compiled for GPUs" in (engine.missing() or "")
+    monkeypatch.setattr(device, "interprets", lambda: False)
+    assert engine.missing() is None
+    adapter = engine()
+    vars(adapter)["_offered"] = {"block": frozenset(), "route": frozenset()}
+    assert adapter.capabilities() == {"block": frozenset()}
+
+
+def test_no_backend_is_asked_of_a_release_without_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class EngineArgs:
+        model: str
+
+    arg_utils = ModuleType("vllm.engine.arg_utils")
+    arg_utils.EngineArgs = EngineArgs  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", arg_utils)
+    monkeypatch.setenv(device.BACKEND, "flashinfer_cutlass")
+    for engine_config in (runtime.engine_config, lambda folder: models.engine_config(folder, "float32")):
+        with pytest.raises(Unsupported, match="EngineArgs of this release has no argument moe_backend"):
+            engine_config(Path())
 
 
 def test_on_a_gpu_rows_are_captured_by_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:

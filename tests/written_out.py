@@ -1,7 +1,7 @@
-"""What is derived from a record, written out: one file a family in tests/families, which a reviewer reads.
+"""Writes what is derived from each record to a file in tests/families, for review.
 
-`python tests/written_out.py` writes them again. The configs, and what they are judged by, are the record's; names of
-tensors are those that transformers' own model writes, so that the record is held against what it did not make.
+`python tests/written_out.py [SLUG...]` writes them again. Configs, and how they are judged, come from the record; names
+of tensors come from what transformers' own model saves, so that the record is compared with something it did not make.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ FOLDER = Path(__file__).parent / "families"
 # A layer's own number, and an expert's.
 _LAYER = re.compile(r"(.*?(?:layers|blocks|block)\.)(\d+)(\..+)")
 _EXPERT = re.compile(r"(experts\.(?:expert_)?)\d+(?=\.)")
-# What has to do with no expert: other towers than the language model, and the other parts of a layer.
+# Tensors that have nothing to do with experts: towers other than the language model, and other parts of a layer.
 _ELSEWHERE = re.compile(r"audio|vision_(?:tower|model|encoder)|visual|\bvit\b|attn|attention|mamba|conv|indexer|mtp")
 
 
 def said(record: Record) -> Iterator[str]:
-    """Every config that is judged, as cases have it; what the record says beside them."""
+    """Every config that is judged, as its case has it, and what else the record says."""
     yield f"model types: {', '.join((record.model_type, *record.also))}"
     classes = filter(None, (record.tiny.model_class, record.tiny.text_class, record.published_config_class))
     yield f"checkpoints are of: {', '.join(classes)}"
@@ -72,7 +72,7 @@ def generic(names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
 
 
 def never_written(record: Record, real: Iterable[str]) -> Iterator[str]:
-    """What a record has of names that are not among the real ones: spellings that are only read, and switched parts."""
+    """Names in a record that the real model does not write: spellings that are only read, and optional parts."""
     names = {line.split(" ")[1] for line in real if line.startswith(("hub ", "modules "))}
     for piece in record.names.pieces if record.names else ():
         if piece.experts == "identity" or not any(name.endswith(f"{{l}}.{piece.pattern}") for name in names):

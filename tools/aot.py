@@ -4,9 +4,9 @@
     python tools/aot.py --write                         # keep what was compiled as tools/aot.md
     python tools/aot.py --only "gate_up Gemma" --target sm_90 --target gfx942
 
-`shapes.py` says what is compiled, `figures.py` what is read off the binaries. Guarded whatever the version of
-Triton: no spills, shared memory within the target's, matrix instructions, wide accesses, blocks resident. With the
-version that tools/aot.md was made with, figures worse than those kept fail too. Exits 1 on any failure.
+`shapes.py` lists what is compiled, `figures.py` reads the binaries. Checked with any version of Triton: no spills,
+shared memory within the target's, matrix instructions, wide accesses, blocks resident. With the version that made
+tools/aot.md, figures worse than those kept fail, too. Exits 1 on any failure.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ TABLE = Path(__file__).with_name("aot.md")
 # A row of the table: kernel, shape, target.
 Key = tuple[str, str, str]
 COLUMNS = ("kernel", "shape", "target", "tile", *(field.name for field in fields(Figures)))
-# What may be had more of before it is worse: registers, one step of their allocation; instructions, a twentieth. Of
-# the others more is worse at once.
+# By how much a figure may grow before it counts as worse: registers by one allocation step, instructions by a
+# twentieth, all others not at all.
 MORE_REGISTERS, MORE_INSTRUCTIONS = 8, 20
 LESS_IS_WORSE = ("blocks", "matrix", "wide_loads", "wide_stores")
 HEAD = """# What the kernels compile to
@@ -51,7 +51,7 @@ def key_of(launch: Launch) -> Key:
 
 
 def faults(launch: Launch, found: Figures) -> list[str]:
-    """What is wrong whatever was kept."""
+    """Faults that do not depend on the figures kept."""
     constants, target = launch.constants, launch.target
     complaints = []
     if found.spilled:
@@ -61,7 +61,7 @@ def faults(launch: Launch, found: Figures) -> list[str]:
             f"shared: got {found.shared} bytes, want at most {target.block_memory}; take a stage or a shorter BLOCK_K"
         )
     block_m = constants.get("BLOCK_M", 0)
-    # Tall tiles use a multiprocessor whole; others hide latency behind each other.
+    # Tall tiles fill a multiprocessor alone; others hide each other's latency.
     floor = 1 if block_m >= 64 else 2
     if found.blocks < floor:
         complaints.append(
@@ -76,21 +76,21 @@ def faults(launch: Launch, found: Figures) -> list[str]:
             )
         if not found.wide_loads:
             complaints.append(f"loads: got {found.loads} below 16 bytes, want 16; see which stride lost its multiple")
-        # AMD's matrix units leave their sums in other lanes than wide stores want.
+        # AMD's matrix units leave sums in lanes that do not suit wide stores.
         if not target.amd and constants["BLOCK_N"] * block_m * 2 >= launch.warps * 32 * 16 and not found.wide_stores:
             complaints.append(f"stores: got {found.stores} below 16 bytes, want 16; see which stride lost its multiple")
     return complaints
 
 
 def matrix_unit(target: str, block_m: int) -> str:
-    """The instruction that multiplies 16-bit tiles. Below 64 rows sm_90 and sm_100 have sm_80's alone."""
+    """The instruction that multiplies 16-bit tiles. Below 64 rows, sm_90 and sm_100 only have sm_80's."""
     if target.startswith("gfx"):
         return "v_mfma"
     return {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(target, "HMMA") if block_m >= 64 else "HMMA"
 
 
 def worse(found: Figures, kept: Figures) -> list[str]:
-    """Where what was found is worse than what was kept."""
+    """The figures that are worse than those kept."""
     complaints = []
     limits = {
         "registers": kept.registers + MORE_REGISTERS,
@@ -156,9 +156,9 @@ def main() -> int:
     start = time.perf_counter()
     wanted = list(launches(options.only, frozenset(options.target or names)))
     with tempfile.TemporaryDirectory() as cache:
-        # A cached kernel would say nothing about this compiler.
+        # A cached kernel would tell nothing about this compiler.
         os.environ["TRITON_CACHE_DIR"] = cache
-        # Spawned, for a process with threads cannot be forked safely.
+        # Spawned, because a process with threads cannot be forked safely.
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
             results = dict(zip(wanted, pool.map(tried, wanted), strict=True))
 

@@ -8,18 +8,21 @@ import time
 import zipfile
 from pathlib import Path
 
-# What Triton reads again: a kernel, its metadata, a launcher. The stages of a compilation are four fifths of an entry.
+# What Triton reads back: a kernel, its metadata, a launcher. The intermediate stages are four fifths of an entry.
 KEPT = (".cubin", ".hsaco", ".json", ".so")
 BINARIES = (".cubin", ".hsaco")
 
 
 def kernels(folder: Path) -> int:
-    """How many are compiled there."""
+    """The number of kernels compiled there."""
     return sum(path.suffix in BINARIES for path in folder.glob("*/*"))
 
 
 def pack(folder: Path, archive: Path, largest: int) -> str:
-    """Entries as they were made, as many as fit. returns what was done, in words; empty where there is nothing."""
+    """Pack entries in the order in which they were made, as many as fit.
+
+    Returns what was done, in words; empty if nothing was.
+    """
     began, half = time.monotonic(), archive.with_name(f".{archive.name}.half")
     entries = sorted((entry for entry in folder.iterdir() if entry.is_dir()), key=lambda entry: entry.stat().st_mtime)
     if not kernels(folder):
@@ -28,7 +31,7 @@ def pack(folder: Path, archive: Path, largest: int) -> str:
     with half.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
         for entry in entries:
             files = [path for path in entry.iterdir() if path.suffix in KEPT and path.is_file()]
-            # As if nothing could be compressed, and room for the list of all at the end.
+            # Assumes that nothing compresses, and leaves room for the directory at the end of the archive.
             if file.tell() + sum(path.stat().st_size for path in files) > 0.95 * largest:
                 left_out += 1
                 continue
@@ -41,7 +44,7 @@ def pack(folder: Path, archive: Path, largest: int) -> str:
 
 
 def unpack(archive: Path, folder: Path) -> str:
-    """Into an empty folder, which stays empty where the archive is damaged. returns what was done, in words."""
+    """Unpack into an empty folder, which stays empty if the archive is damaged. Returns what was done, in words."""
     if not archive.exists():
         return "compile cache: none, a cold start"
     began = time.monotonic()
@@ -52,7 +55,7 @@ def unpack(archive: Path, folder: Path) -> str:
             # Triton keeps where the files of an entry were, looks there, and from 3.9 on wants them all.
             files = [path.parent / name for name in json.loads(path.read_text())["child_paths"]]
             path.write_text(json.dumps({"child_paths": {file.name: str(file) for file in files if file.exists()}}))
-    except Exception as error:  # of zipfile, zlib, json: a damaged archive meets any of them
+    except Exception as error:  # from zipfile, zlib or json: a damaged archive may raise any of them
         for entry in folder.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return f"compile cache: {archive.name} is damaged, a cold start ({type(error).__name__}: {error})"

@@ -16,7 +16,7 @@ from moe_conformance.running.shards import DURATIONS
 
 
 def durations(runs: Sequence[Path]) -> dict[str, int]:
-    """Milliseconds, at least one: an item costs about that much whatever it judges."""
+    """Milliseconds, at least one: any item costs about that much."""
     seconds: dict[tuple[str, str], float] = {}
     for run in runs:
         of_run: dict[tuple[str, str], float] = {}

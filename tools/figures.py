@@ -1,4 +1,4 @@
-"""Compiles a recorded launch, and reads what can be read off its binary without running it."""
+"""Compiles a recorded launch, and reads figures from its binary without running it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def resident(target: Target, registers: int, warps: int, shared: int) -> int:
 
 
 def _nvidia(cubin: bytes, target: Target, warps: int, shared: int) -> Figures:
-    """By the cuobjdump that lies in Triton's wheel; shared memory is given at launch, so the binary does not say."""
+    """From the cuobjdump in Triton's wheel; shared memory is given at launch, so the binary does not show it."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)

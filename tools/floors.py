@@ -1,7 +1,8 @@
-"""Tries what pyproject.toml admits at its lowest: judges, and runs tests, in an environment made of ci/floors.txt.
+"""Tries the lowest versions that pyproject.toml admits: judges, and runs tests, in an environment made from
+ci/floors.txt.
 
 torch is the one of ci/constraints.txt, or with --torch the lowest, too. The transformers adapter has a floor of its own
-above the package's: its release comes last. The environment is kept, and made anew when a file that defines it changes.
+above the package's: its release comes last. The environment is kept, and rebuilt when a file that defines it changes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from moe_conformance.engines.transformers import OLDEST
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS, PINS = ROOT / "ci" / "floors.txt", ROOT / "ci" / "constraints.txt"
-# Each package that has a floor at work, in a minute: the plug-in's hooks (pytest, xdist), goldens (syrupy), floats of a
-# byte (ml_dtypes), random specs (hypothesis), kernels (triton), checkpoints (safetensors), tools (click).
+# A minute of tests that use each package with a floor: the plug-in's hooks (pytest, xdist), goldens (syrupy), one-byte
+# floats (ml_dtypes), random specs (hypothesis), kernels (triton), checkpoints (safetensors), tools (click).
 TESTS = (
     "test_plugin", "test_scheduler", "test_lost_results", "test_cli", "test_goldens", "test_small_floats",
     "test_oracle_ties", "test_operators", "test_targets", "test_quote", "test_floors", "test_stored_experts",
@@ -34,7 +35,7 @@ SMOKE = ("-m", "moe_conformance.cli", "run", "--tier", "smoke", "-n", "2")
 def main(lowest_torch: bool, folder: Path) -> None:
     """Make the environment of the floors, judge the smoke cases in it and run a minute of tests.
 
-    Exit code 0: all is green. 1: something is not, which is the last that was printed.
+    Exit code 0: everything passed. 1: something failed; it is the last thing printed.
     """
     pins = floors(FLOORS)
     if not lowest_torch:

@@ -1,9 +1,9 @@
-"""Throws hostile configs and checkpoints at the readers of both: `python tools/fuzz.py --seconds 60 --seed 1`.
+"""Throws hostile configs, checkpoints and records at their readers: `python tools/fuzz.py --seconds 60 --seed 1`.
 
-Each call must give a result or an error of this project's own, in two seconds and two GiB. What does not is printed
-once a kind, with the fewest edits that still show it, and is kept with --keep; then the exit code is 1. Inputs are
-tried in a process of their own, which is ended and replaced where it does not come back. An input depends on the seed
-and its number alone: --only N tries that one.
+Each call must give a result or an error of this project's own, in two seconds and two GiB. What does not is printed,
+once for each kind, with the fewest edits that still show it, is kept with --keep, and makes the exit code 1. Inputs are
+tried in a separate process, which is replaced if it does not come back. An input depends only on the seed and its
+number: --only N tries that one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ sys.path.append(str(ROOT / "tests"))
 from hostile_inputs import SECONDS, Found, Hostile, generated, judged, little_memory, tries  # noqa: E402
 
 CORPUS = ROOT / "tests" / "hostile"
-# As users meet them: more configs than folders, few stored weights, whose calls are quick and alike.
-KINDS = ("config",) * 5 + ("checkpoint",) * 4 + ("stored",)
+# The mix that users meet: more configs than folders; few stored weights and records, whose calls are quick and alike.
+KINDS = ("config",) * 5 + ("checkpoint",) * 4 + ("stored", "record")
 PATIENCE = 3 * SECONDS  # for a call that does not heed its time limit
 
 
@@ -104,7 +104,7 @@ def report(number: int, hostile: Hostile, finding: Found, keep: Path | None) -> 
 
 
 def again(worker: Worker, hostile: Hostile, finding: Found) -> bool:
-    """Whether the finding is there once more: what is slow once may be the machine's doing."""
+    """Whether the finding shows again: a single slow call may be due to the machine."""
     found = (other for _, _, other in worker.ask(hostile))
     return any(other is not None and other.signature == finding.signature for other in found)
 
@@ -138,7 +138,7 @@ class Worker:
             theirs.close()
         self._pipe.send(hostile)
         answers: list[Answer] = []
-        call = "setup"  # where that fails, hostile_inputs.py is at fault
+        call = "setup"  # if that fails, hostile_inputs.py is at fault
         while True:
             try:
                 told = self._pipe.recv() if self._pipe.poll(PATIENCE + 10 * (call == "setup")) else None

@@ -1,6 +1,6 @@
-"""What this machine's GPU is, and what of it the steps of tools/gpu_job.py can have: facts.json.
+"""What this machine's GPU is, and what the steps of tools/gpu_job.py can use of it: facts.json.
 
-"lacks" says what a step may need and does not have here, and why; there it is said, too, that there is no GPU.
+"lacks" lists what a step may need and does not find here, with the reason; a missing GPU is listed there, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from moe_conformance.engines.transformers import Transformers
 from moe_conformance.engines.triton import Triton
 
-# In use before this process has a context: more is somebody else's work, which would be timed too.
+# Memory in use before this process has a context: more than this is somebody else's work, which would be timed, too.
 BUSY = 2**30
 # Of the context of this process, where the driver's tool was not there to be asked before.
 CONTEXT = 2**30

@@ -1,4 +1,4 @@
-"""Whether the steps down to the tuning fit a short loan of a GPU, from what they took in a rehearsal without one."""
+"""Whether the steps up to the tuning fit into a short loan of a GPU, estimated from a rehearsal without one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def estimate(steps: Sequence[Step], computed: Mapping[str, float]) -> Iterator[s
             short.append(f"{step.name} is not begun")
             continue
         if step.name == LAST:
-            # It takes what it gets.
+            # It uses whatever time is left.
             seconds = PLANNED * limit
             done = (seconds - START) / (COMPILE / CORES + CANDIDATE)
             candidates = f"{min(1.0, done / step.kernels):.0%} of its {step.kernels} candidates"

@@ -1,15 +1,15 @@
-"""Everything that a GPU is needed for, in the order of its worth, within a budget; a second call goes on.
+"""Everything that needs a GPU, most valuable first, within a budget; a second call continues.
 
     ci/gpu.sh --budget 480 --out results/gpu        # finds an interpreter, installs what is missing, and calls this
     python tools/gpu_job.py --rehearse --out results/rehearsal      # the same steps without a GPU, interpreted, smaller
 
-The steps are those of tools/gpu_steps.py. Each is a process group with a limit of its own, at which it is killed. With
---budget a step gets its weight's part of what is left, and what the steps before it did not use. A step that is done
-is not run again by a call with the same --out: one that was cut short is, where it stands; one that was killed at its
-limit is, behind those that have not been begun.
+The steps are those of tools/gpu_steps.py. Each is a process group with a time limit, at which it is killed. With
+--budget, a step gets a share of the remaining time by its weight, including what earlier steps did not use. A call with
+the same --out does not repeat steps that are done. A step that was cut short is run again in its place; one that was
+killed at its limit is run again after those that have not begun.
 
 OUT has state.json, summary.md, log.txt (the output of all steps, bounded), results.zip (their files, a folder a step)
-and cache.zip (what Triton compiled, for the next call); in OUT/now lies what the step at work has written so far.
+and cache.zip (what Triton compiled, for the next call); OUT/now has what the running step has written so far.
 
 exit code 0: every step is done, and none has failed.
           1: a step failed or was killed at its limit.
@@ -70,7 +70,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a step. outcome: ok, failed, killed, interrupted, or unable. sources, device: what it ran on.
+    """The result of a step. outcome: ok, failed, killed, interrupted, or unable. sources, device: what it ran on.
 
     compiled: kernels that it added to the compile cache. core_seconds: that its processes computed, all together.
     """
@@ -88,7 +88,7 @@ class Record:
 
 @dataclass
 class State:
-    """All that a later call must know. running: the step at work, and its processes' mark. calls: when, and how."""
+    """All that a later call must know. running: the current step, and its processes' mark. calls: when, and how."""
 
     mode: str
     steps: dict[str, Record] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class State:
     version: int = VERSION
 
     def save(self, path: Path) -> None:
-        """At once: a call that is killed here leaves the state before, or this one."""
+        """Atomically: a call that is killed here leaves either the old state or this one."""
         write_whole(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
 
@@ -143,7 +143,7 @@ class Job:
         self.began = time.monotonic()
         self.state = load(out / "state.json", "rehearsal" if rehearse else "GPU job")
         self.sources = digest_of_sources()
-        # Of this call: what was not reached, and why.
+        # What this call did not reach, and why.
         self.unreached: dict[str, str] = {}
         # Where Triton keeps what it compiled, and what is to be said of it.
         self.cache, self.caching = Path(), ""
@@ -184,7 +184,7 @@ class Job:
         return code or self.code()
 
     def clean(self) -> None:
-        """What a call that was killed has left: the processes of its step, and their half results."""
+        """Remove what a killed call left: the processes of its step, and their partial results."""
         if self.state.running:
             step, mark = self.state.running["step"], self.state.running["mark"]
             killed = end_marked(mark)
@@ -205,7 +205,7 @@ class Job:
         return sorted((s for s in self.steps if outcome(s) not in DONE), key=lambda step: outcome(step) == "killed")
 
     def lacking(self, step: Step) -> str:
-        """Why it cannot run here, empty where it can."""
+        """Why it cannot run here; empty if it can."""
         if self.rehearse and not step.rehearsal:
             return "no rehearsal: it needs a GPU"
         facts, known = self.state.facts, ("gpu", "triton", "transformers", "idle")
@@ -243,7 +243,7 @@ class Job:
         self.finish(step, replace(record, compiled=kernels(self.cache) - before, core_seconds=spent), now)
 
     def finish(self, step: Step, record: Record, now: Path) -> None:
-        """Its files first, then the state that says that they are there."""
+        """Files first, then the state that refers to them."""
         if step.name == DEVICE:
             self.state.facts = facts_of(now / "facts.json", record)
         left_out = add_results(self.out / "results.zip", step.name, now)
@@ -384,7 +384,7 @@ def facts_of(path: Path, record: Record) -> dict[str, Any]:
 
 
 def add_results(path: Path, step: str, folder: Path) -> str:
-    """Put the step's files in the archive, in place of those of an earlier try. returns what had no room, in words."""
+    """Put the step's files in the archive, replacing those of an earlier try. Returns what had no room, in words."""
     files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
     left_out = []
     while True:
@@ -404,7 +404,7 @@ def add_results(path: Path, step: str, folder: Path) -> str:
 
 
 def place_tuned(results: Path) -> None:
-    """Tiles that an earlier step measured, where the installed kernels look; a checkout's own files are left alone."""
+    """Put tiles that a step measured where the installed kernels look; a checkout's own files are left alone."""
     spec = importlib.util.find_spec("moe_conformance")
     if spec is None or spec.origin is None or not results.exists():
         return
@@ -417,7 +417,7 @@ def place_tuned(results: Path) -> None:
 
 
 def refuse_other_sources() -> None:
-    """Raises Refused where the installed package is not this checkout: results would be told as the checkout's."""
+    """Raises Refused if the installed package is not this checkout: results would be reported as the checkout's."""
     for folder in ("kernels", "reference_impl", "engines", "suites"):
         spec = importlib.util.find_spec(f"moe_conformance.{folder}")
         installed = Path(spec.origin).parent if spec and spec.origin else Path()
@@ -429,7 +429,7 @@ def refuse_other_sources() -> None:
 
 
 def digest_of_sources() -> str:
-    """By which results of two states of the code are told apart."""
+    """Distinguishes results of different states of the code."""
     folders = ("kernels", "reference_impl", "engines", "suites", "moe_conformance", "benchmarks", "tools", "tests")
     digest = hashlib.sha256()
     for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
@@ -463,7 +463,7 @@ def seconds(text: str) -> float:
 
 
 def stop(number: int, _: object) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # once is enough: what follows is cleaning up
+    signal.signal(number, signal.SIG_IGN)  # only once: what follows is cleaning up
     raise Stopped(str(number))
 
 

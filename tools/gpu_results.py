@@ -2,8 +2,8 @@
 
     python tools/gpu_results.py results/gpu
 
-A section a device, which its next results replace as a whole; tiles of other models and batches stay. Results of a
-rehearsal are no results: with --into FOLDER they can be looked at.
+One section for each device, which its next results replace as a whole; tiles of other models and batches stay. Results
+of a rehearsal are not kept: --into FOLDER shows them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def tuned(results: zipfile.ZipFile) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def keep_section(path: Path, text: str) -> None:
-    """In place of the section of the same title, else behind all others."""
+    """Replaces the section of the same title; without one, it is appended."""
     old = path.read_text(encoding="utf-8") if path.exists() else HEAD
     head, *sections = re.split("^(?=## )", old, flags=re.MULTILINE)
     title = text.partition("\n")[0]

@@ -1,4 +1,4 @@
-"""The steps of tools/gpu_job.py, in the order of their worth: what a short loan of a GPU should answer first."""
+"""The steps of tools/gpu_job.py, most valuable first: what a short loan of a GPU should answer first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ class Step:
     """A command, and what it may cost.
 
     command: words in which {python}, {out} (a folder for its results), {seconds} (that it should take), {jobs} (cores)
-    and {workers} (processes that share the GPU) are filled in. weight: its part of what is left of the budget, as to
-    those behind it. limit: seconds at which it is killed at the latest. least: with less left it is not begun.
+    and {workers} (processes that share the GPU) are filled in. weight: its share of the remaining budget, relative to
+    the steps after it. limit: seconds at which it is killed at the latest. least: it is not begun with fewer seconds
+    left.
     needs: gpu, triton, transformers, idle (nobody else on the GPU), or a program on the PATH. memory: free GiB.
     rehearsal: the command without a GPU, interpreted; empty for a step that has none.
     For tools/gpu_estimate.py, kernels: that it compiles where the cache has none; longest: of them, those that one of
@@ -34,7 +35,8 @@ class Step:
     figures: int = 0
 
 
-# Of the seconds that a step has, what it should plan with: it writes its last results, and Python starts and ends.
+# The share of its seconds that a step should plan with; the rest is for Python's start and end, and writing last
+# results.
 PLANNED = 0.75
 # The step whose facts.json says what the others can have: it is part of every call.
 DEVICE = "device"
@@ -42,7 +44,7 @@ PYTHON = "{python}"
 FACTS = (PYTHON, "tools/gpu_device.py", "--out", "{out}")
 TIMED = ("gpu", "triton", "idle")
 INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-# Each tensor in an allocation of its own, so that an access beside it is seen.
+# Each tensor in its own allocation, so that an access beside it is noticed.
 SANITIZED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
@@ -70,7 +72,7 @@ def sanitizer(tool: str) -> str:
 
 
 def limit_of(step: Step, waiting: Sequence[Step], left: float) -> float | None:
-    """Seconds that it may take; None where too few are left to begin. waiting: itself, and those behind it."""
+    """Seconds that it may take; None if too few are left to begin. waiting: this step and those after it."""
     if left < step.least:
         return None
     share = left * step.weight / sum(other.weight for other in waiting) if left < math.inf else left
@@ -105,6 +107,10 @@ STEPS = (
         "tuning",
         (*TUNE, *TUNED, *BATCHES, "--jobs", "{jobs}"), 12, 600, 60, TIMED, 48,
         (*TUNE, "--model", "gemma4", "--dry-run"), kernels=4163,
+    ),
+    Step(
+        "vllm", conformance("vllm", "vllm-triton", "vllm-flashinfer-cutlass", "vllm-flashinfer-trtllm"), 4, 1800, 60,
+        ("gpu", "vllm"), 16,
     ),
     Step("quick", table("--quick"), 1, 180, 30, TIMED, 16, table("--quick")),
     Step("graphs", pytest("-n", "0", "tests/test_gpu.py"), 1, 180),

@@ -1,12 +1,12 @@
-"""The way of a new user, step by step and timed: python tools/journey.py DIST [--site FOLDER] [--out FILE]
+"""The journey of a new user, step by step and timed: python tools/journey.py DIST [--site FOLDER] [--out FILE]
 
 DIST has the wheel that ci/dist.sh makes. It becomes an index on this disk, from which an empty environment is filled,
 in a folder far from the checkout; after that nothing is fetched. Then come doctor, new-engine, a first verdict, the
 report, the test of the new package, and a fault in the engine, which its job must notice. Exit code 1 at the first
 step that is not as it should be.
 
---site: a folder of installed packages that stand for the dependencies, where torch shall not be fetched once more. What
-the pinning engine wants is fetched in any case, and installed before them.
+--site: a folder of installed packages that serve as the dependencies, so that torch is not fetched again. What the
+pinning engine wants is fetched in any case, and comes before them.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Journey:
         shutil.copy(self.wheel, self.index)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "PIP_"))}
         self.environment = kept | {"PATH": f"{folder / 'env' / 'bin'}{os.pathsep}{kept['PATH']}"}
-        # From the index alone, whatever this machine's own settings are.
+        # From this index only, whatever this machine's own settings are.
         self.environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.index)}
 
     def step(self, name: str, *command: str | Path, code: int = 0, words: Sequence[str] = (), where: str = ".") -> str:
-        """What it printed. Ends the journey where exit code or words are not those."""
+        """Run one step; returns what it printed. Ends the journey if the exit code or the words differ."""
         started = time.perf_counter()
         done = subprocess.run(
             [str(part) for part in command],

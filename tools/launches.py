@@ -1,7 +1,7 @@
-"""What launches of kernels compile, recorded on a machine without a GPU.
+"""Records what launches of kernels would compile, on a machine without a GPU.
 
-The launchers run as they are, on meta tensors, and Triton specialises their arguments itself; its hook before
-compilation keeps what would be compiled, and stops there. So no list of arguments is written down twice.
+The launchers run unchanged on meta tensors, and Triton specialises their arguments itself. Its hook before compilation
+records what would be compiled, and stops there. So no list of arguments is written down twice.
 """
 
 from __future__ import annotations

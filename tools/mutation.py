@@ -2,7 +2,8 @@
 
     python tools/mutation.py reference --sample 300 --seed 1 --jobs 2 --out results/mutation
 
-Works on installed copies of the tree, one a job. Mutants of annotations are left out: nothing runs them. Writes
+Works on installed copies of the tree, one for each job. Mutants of annotations are left out: nothing executes them.
+Writes
 OUT/mutants.jsonl, one line a mutant, and prints the share killed and every survivor's difference.
 Needs `pip install cosmic-ray` beside the project's own requirements.
 """
@@ -26,7 +27,7 @@ from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome, WorkItem
 
 ROOT = Path(__file__).parent.parent
-# What can be named in place of files, and the tests that may kill there.
+# Names that stand for files, and the tests that may kill mutants there.
 ROOMS = {
     "reference": (
         tuple(f"reference_impl/{name}.py" for name in ("routing", "router", "capacity", "experts", "layer", "block")),

@@ -1,4 +1,4 @@
-"""Where releases of vLLM lie to be judged: wheels from a package index, environments, and the folder that keeps them.
+"""The cache of vLLM releases that are judged: wheels from a package index, and environments.
 
 One environment serves most releases. It holds the base release with all that its metadata asks for; each further
 release is the Python files of its own wheel, unpacked in the cache and put first on PYTHONPATH. A release whose
@@ -55,7 +55,7 @@ class Place:
 
 
 class Cache:
-    """The folder of environments and sources. What is half made has no marker and is made again."""
+    """The folder of environments and sources. An unfinished entry has no marker and is made again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +77,7 @@ class Cache:
             yield
 
     def place(self, version: str) -> Place:
-        """Fetches and builds what is missing."""
+        """Where the release is; fetches and builds what is missing."""
         if Version(version) == Version(BASE):
             return Place(self._environment(BASE), None, False)
         if _torch_of(self._metadata(version)) == Version(_pins()["torch"].partition("==")[2]):
@@ -194,7 +194,7 @@ def install_project(python: Path, target: Path | None = None, *beside: str) -> N
 
 
 def write(file: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write the whole file or nothing."""
     part = file.with_name(f"{file.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)

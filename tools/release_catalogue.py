@@ -1,7 +1,7 @@
-"""The catalogue of the last release, which ci/catalogue.json keeps: python tools/release_catalogue.py [--check]
+"""The catalogue of the last release, kept in ci/catalogue.json: python tools/release_catalogue.py [--check]
 
-Written when a release is made. Until the next one, tests/test_stability.py holds the tree to it, as docs/stability.md
-promises.
+Written when a release is made. Until the next one, tests/test_stability.py compares the tree with it, as
+docs/stability.md promises.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ FILE = Path(__file__).parent.parent / "ci" / "catalogue.json"
 
 
 def today() -> dict[str, Any]:
-    """What the promise is about, as it is in the tree. cases: id -> stage, class, level."""
+    """Everything that docs/stability.md makes a promise about, as it is in the tree.
+
+    cases: id -> stage, class, level.
+    """
     return {
         "release": moe_conformance.__version__,
         "protocol": PROTOCOL_VERSION,
@@ -36,7 +39,7 @@ def today() -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """A line for each case, so that a difference of two releases can be read."""
+    """One line for each case, so that the diff of two releases is readable."""
     cases = found["cases"]
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items() if key != "cases"]
     each = ",\n".join(f"  {json.dumps(name)}: {json.dumps(cases[name])}" for name in sorted(cases))

@@ -1,4 +1,4 @@
-"""The command behind releases.py: which releases, judged how, and what is said of them.
+"""The command behind releases.py: which releases to judge, how, and what to report.
 
 Environments and sources lie in a cache (release_cache.py): the first run takes minutes for each environment and some
 seconds for each release, later ones what the judging takes.
@@ -193,7 +193,7 @@ def _bisect(judge: _Judge, asked: Asked, versions: Sequence[str]) -> None:
 
 def _report(judge: _Judge, asked: Asked) -> None:
     text = "\n".join(as_text(judge.results)).lstrip("\n")
-    # An engine that came from an address is asked for by that, and has another name in its results.
+    # An engine given as module:Class is asked for by that, and has another name in its results.
     addressed = [engine for engine in asked.engines if ":" in engine]
 
     def again(version: str, result: Result) -> str:

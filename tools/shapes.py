@@ -15,7 +15,8 @@ from moe_conformance.engine import FusedShared, MLPSpec, RouteInputs, RoutingSpe
 from moe_conformance.reference_impl import operators
 from moe_conformance.reference_impl.quantised.tiles import scale_shape
 
-# Given meta tensors, an operator would call its fake function, which launches nothing: here it is its launcher.
+# With meta tensors an operator would call its fake function, which launches nothing; here its launcher is called
+# instead.
 with patch.object(operators, "operator", lambda schema, launcher, fake: launcher):
     from moe_conformance.kernels.capture import capture
     from moe_conformance.kernels.dispatch import align
@@ -26,7 +27,7 @@ with patch.object(operators, "operator", lambda schema, launcher, fake: launcher
     from moe_conformance.kernels.tuning import default
 
 ALL = frozenset(target.name for target in TARGETS)
-# One of NVIDIA and one of AMD, for what a target's own instructions hardly change.
+# One target of NVIDIA and one of AMD, for kernels that hardly depend on the target's instructions.
 TWO = frozenset({"sm_90", "gfx942"})
 H100 = frozenset({"sm_90"})
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Every process of a step has it in its environment, by which those are found that have left the group.
+# Every process of a step has this in its environment, so that those that left the group can be found.
 MARK = "MOE_CONFORMANCE_STEP"
 # Of a step's output: so much as it comes, and so much of its end. The whole file is cut to half where it is longer.
 HEAD, TAIL, WHOLE = 256 * 1024, 64 * 1024, 12 * 2**20

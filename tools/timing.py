@@ -1,7 +1,7 @@
 """How long the usual commands take, as ratios that do not depend on the machine: `python tools/timing.py`.
 
-Each command is timed beside an interpreter that does nothing, or imports torch and no more; the two take turns, so that
-what else the machine does meets both. The medians of several rounds give the ratio.
+Each command is timed against an interpreter that does nothing, or only imports torch. The two take turns, so that other
+load of the machine affects both. The medians of several rounds give the ratio.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ANSWERS = (
     "from moe_conformance.running.discovery import registered; from moe_conformance.running.survey import surveys; "
     "surveys(list(registered().values()))",
 )
-# As people have it: with what Python compiled kept from run to run. Without, everything here takes twice as long.
+# As users have it: Python keeps its bytecode from run to run. Without that, everything here takes twice as long.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | {"NO_COLOR": "1"}
 
 
@@ -39,7 +39,7 @@ class Timed:
     most: float
 
 
-# What a contributor waits for; a change that does not fit goes to a nightly job.
+# What a contributor waits for; whatever does not fit goes to a nightly job.
 COMMANDS = {
     "help": Timed((*MOE, "--help"), EMPTY, 3),
     # What it adds to the engines' answers.

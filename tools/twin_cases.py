@@ -1,7 +1,7 @@
 """One launch of each kernel for each dtype, on small inputs, against its twin in reference_impl: what twins.py runs.
 
 Ids, slots, copies: equal. Sums: within the bound of what the kernel stores and rounds, as the oracle derives it. Widths
-fill no tile, a third of the ids names no expert, and what must not be read is NaN. The adverse inputs are those of
+fill no tile, a third of the ids names no expert, and whatever must not be read is NaN. The adverse inputs are those of
 tests/kernel_twins; here each kernel is compiled once for each way that its launcher takes.
 """
 

@@ -91,7 +91,7 @@ def judged(
             return
         if last.verdict != "error":
             add(last)
-        # Without a first case another process would do no better; behind the last none is needed.
+        # If not even the first case ran, another process would do no better; after the last case none is needed.
         if last.case in ("start", "end") or last.verdict == "not reached":
             return
     keep(Result(kernel, dtype, "all that follows" if done else "all", "not reached", message="out of time"))
@@ -135,7 +135,7 @@ def from_one_process(
         code, seconds = wait(process), round(time.monotonic() - began, 3)
         if how == "all" and code == 0:
             return None
-        if how == "error":  # that case has its result; what a device is worth after one is not known
+        if how == "error":  # that case has its result; the device's state after an error is unknown
             return last
         why = f"no answer in {seconds:.0f} s" if how in ("hung", "not reached") else f"process ended with {code}"
         with contextlib.suppress(queue.Empty):  # a sanitizer reports when its process ends
@@ -147,7 +147,7 @@ def from_one_process(
 
 
 def lines_of(stream: IO[str] | None) -> queue.Queue[str | None]:
-    """Its lines as they come, None behind the last."""
+    """Its lines as they come; None after the last."""
     found: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -160,7 +160,7 @@ def lines_of(stream: IO[str] | None) -> queue.Queue[str | None]:
 
 
 def parsed(line: str | None) -> dict[str, Any]:
-    """A message of the process; empty for what anybody else has printed there."""
+    """A message of the process; empty for anything else that was printed there."""
     try:
         message = json.loads(line or "")
     except ValueError:
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] = CHILD)
 
 
 def told(results: Sequence[Result], seconds: float) -> int:
-    """What is not right comes last, where the end of a log shows it."""
+    """Failures come last, where the end of a log shows them."""
     compiles = sum(result.compiles or 0 for result in results)
     compiling = sum(result.compile_seconds or 0 for result in results)
     bad = [result for result in results if result.verdict != "right"]

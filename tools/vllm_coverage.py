@@ -31,9 +31,9 @@ FUSED_MOE = Path("vllm") / "model_executor" / "layers" / "fused_moe"
 LIST = Path(__file__).with_name("vllm_unreachable.toml")
 ENGINES = ("vllm", "vllm-triton")
 COVERAGE = "coverage==7.17.5"
-# Entries of this kind could be reached, were they asked for: their size is shown apart.
+# Entries of this kind could be reached with the right configuration; their size is shown separately.
 NOT_ASKED_FOR = "quantised"
-# Abstract methods do not run; what is for type checkers is no code.
+# Abstract methods do not run, and code for type checkers is not counted.
 NO_CODE = ("@(abc\\.)?abstractmethod", "@overload", "if TYPE_CHECKING:", "raise NotImplementedError$")
 
 

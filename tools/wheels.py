@@ -1,10 +1,10 @@
-"""Wheels for a GPU machine without a network, in one folder: this project's, and of what it needs what is not there.
+"""Collects wheels for a GPU machine without a network: this project's, and the dependencies missing there.
 
     python tools/wheels.py --out wheels                # ci/gpu.sh finds them there, or takes --wheels FOLDER
     python tools/wheels.py --also transformers==5.24.0 --also huggingface_hub==1.31.0
 
-What is needed is what pyproject.toml says, without HAS, in the versions of ci/constraints.txt; nothing of HAS is ever
-downloaded unless --also names it. The size of all is printed, and above 30 MiB refused.
+Downloads the dependencies of pyproject.toml in the versions of ci/constraints.txt, without those in HAS; a package in
+HAS is downloaded only if --also names it. Prints the total size, and refuses more than 30 MiB.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-# What such a machine has, and with these whatever they need themselves.
+# Packages that such a machine has, with their own dependencies.
 HAS = ("numpy", "safetensors", "torch", "transformers", "triton")
-# Beside the package's own dependencies: benchmarks/ and tools/ import it.
+# Needed in addition to the package's own dependencies: benchmarks/ and tools/ import it.
 OF_DEV = ("click",)
 PYTHON, PLATFORMS = "3.12", ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 LARGEST = 30 * 2**20
@@ -40,7 +40,7 @@ def needed() -> list[str]:
 def download(requirements: Sequence[str], also: Sequence[str], folder: Path) -> None:
     for_machine = ("--python-version", PYTHON, *(word for name in PLATFORMS for word in ("--platform", name)))
     command = ("download", "--only-binary=:all:", *for_machine, "--dest", str(folder))
-    # Whatever a requirement leads to: no version of HAS is ever chosen, and so none is downloaded.
+    # An impossible version of each of HAS: pip cannot choose one as a dependency of something else.
     never = folder / "never.txt"
     never.write_text("".join(f"{name}<0\n" for name in HAS))
     pip(*command, "--constraint", str(ROOT / "ci" / "constraints.txt"), "--constraint", str(never), *requirements)
@@ -56,7 +56,7 @@ def pip(*words: str) -> None:
 
 
 def told(wheels: Sequence[Path]) -> str:
-    """A line each, and all. Exits where all are too large."""
+    """A line for each wheel, and the total. Exits if the total is too large."""
     sizes = {wheel.name: wheel.stat().st_size for wheel in wheels}
     total = sum(sizes.values())
     lines = [f"{size / 2**20:6.2f} MiB  {name}" for name, size in sorted(sizes.items())]

@@ -1,8 +1,8 @@
 """Makes golden/whole-models: `python tools/whole_models.py [NAME...]`, with the transformers of ci/constraints.txt.
 
-Of each model the answers are those of its own class without a cache, one forward a token, in float64. Requests are
-drawn until float32 and weights that are off by a ten thousandth answer the same: then no correct engine answers
-otherwise.
+The answers are those of the model's own class without a cache, one forward per token, in float64. Requests are drawn
+until float32, and weights that are off by a ten thousandth, give the same answers: then no correct engine answers
+differently.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _published(model: Any) -> tuple[dict[str, list[int]], dict[str, Any]]:
 
 
 def _folded(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Experts that are tensors of their own become one name, with a star in place of their numbers."""
+    """Tensors of single experts become one name, with a star in place of the expert's number."""
     found: dict[str, list[int]] = {}
     for name, shape in shapes.items():
         starred = re.sub(r"(?<=experts\.)\d+(?=\.)", "*", name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -15,7 +17,7 @@ from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.errors import InputError
 from moe_conformance.reference_impl import store as store_stage
 from moe_conformance.reference_impl.capture import Capturer, capture
-from moe_conformance.reference_impl.store import HostReader, HostStore
+from moe_conformance.reference_impl.store import HostReader, HostStore, StoreAddress, _remove
 
 
 class _WithParts(Faulty):
@@ -288,8 +290,45 @@ class KeepsReadersOpen(_WithParts):
         return self.readers[address]
 
 
-def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
-    return Mutant(engine, "capture-replay", fault, killed_by=(case, check))
+class OneSegmentForAll(_WithParts):
+    """The stores of a process share a segment, as those named by its id alone would."""
+
+    class store(HostStore):
+        kept: ClassVar[list[HostStore]] = []
+
+        def __init__(self, spec: CaptureSpec) -> None:
+            super().__init__(spec)
+            first = next(
+                (one for one in self.kept if one._removal.alive and one.address.shape == self.address.shape), self
+            )
+            self.address, self._segment = first.address, first._segment
+            self.kept[:] = [first]
+
+
+class OutlivesItsOwner(_WithParts):
+    """Nobody removes the memory of an owner that is killed; here its reader does, when all is over."""
+
+    class store(HostStore):
+        def __init__(self, spec: CaptureSpec) -> None:
+            super().__init__(spec)
+            resource_tracker.unregister(self._segment._name, "shared_memory")  # type: ignore[attr-defined]
+
+        def close(self) -> None:
+            resource_tracker.register(self._segment._name, "shared_memory")  # type: ignore[attr-defined]
+            super().close()
+
+    class reader(HostReader):
+        def __init__(self, address: StoreAddress) -> None:
+            super().__init__(address)
+            atexit.register(self._end)
+
+        def _end(self) -> None:
+            resource_tracker.register(self._segment._name, "shared_memory")  # type: ignore[attr-defined]
+            _remove(self._segment)
+
+
+def _mutant(engine: type[Faulty], fault: str, case: str, check: str, slow: bool = False) -> Mutant:
+    return Mutant(engine, "capture-replay", fault, killed_by=(case, check), slow=slow)
 
 
 _STEPS = "each_step_shows_its_own_rows"
@@ -399,5 +438,13 @@ MUTANTS = (
         "serves the rows of an owner that is gone",
         "store-owner-closes",
         "a_closed_store_cannot_be_opened",
+    ),
+    _mutant(OneSegmentForAll, "has one segment for all stores", "store-two-stores", "stores_share_no_memory"),
+    _mutant(
+        OutlivesItsOwner,
+        "leaves a killed owner's memory readable",
+        "store-owner-killed",
+        "memory_does_not_outlive_a_killed_owner",
+        slow=True,
     ),
 )

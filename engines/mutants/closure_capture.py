@@ -130,6 +130,28 @@ class BiasKeepsTensor(_Keeps):
     name_kept = "router.selection_bias"
 
 
+class KeepsWhatItWasCalledWith(Faulty):
+    """Each call leaves its scale in the module, and torch.func.functional_call's with it."""
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        def rewire(router: Router) -> Callable[[Tensor], Routing]:
+            handed: list[Tensor] = []
+
+            def route(logits: Tensor) -> Routing:
+                now, own = _scale(router), vars(router)["_parameters"].get("per_expert_scale")
+                swapped = bool(handed) and now.data_ptr() != handed[0].data_ptr()
+                if not handed:
+                    handed.append(now)
+                answer = _gemma4(spec, logits, now)
+                if swapped and isinstance(own, Tensor):
+                    handed[0].data.copy_(now)
+                return answer
+
+            return route
+
+        return _rewired(spec, rewire)
+
+
 _CHECK = "routing_uses_the_values_at_call_time"
 
 MUTANTS = (
@@ -174,5 +196,11 @@ MUTANTS = (
         "closure-capture",
         "the selection bias was captured, all else is read when called",
         ("closure-deepseek-v3-selection-bias-replaced-parameter", _CHECK),
+    ),
+    Mutant(
+        KeepsWhatItWasCalledWith,
+        "closure-capture",
+        "a functional call's values stay in the module",
+        ("closure-gemma4-per-expert-scale-functional-call", "a_functional_call_leaves_the_module_as_it_was"),
     ),
 )

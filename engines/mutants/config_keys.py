@@ -24,6 +24,7 @@ _DESCRIBED = "a_config_says_what_the_model_is"
 _LAYERS = "a_config_says_how_its_layers_compute"
 _BOTH_SIDES = "both_sides_of_capture_take_the_sizes_of_the_model"
 _NO_ANSWER = "a_config_without_answer_is_refused_with_the_keys"
+_REFUSED = "both_sides_of_capture_refuse_on_purpose"
 _NO_EXPERTS = "a_dense_model_is_refused_by_name"
 
 Side = Literal["worker", "reader"]
@@ -346,6 +347,24 @@ class HashedLayersAreNot(Faulty):
             return super().describe(config)
 
 
+class DenseModelCapturesNothing(Faulty):
+    """A buffer of no columns, in place of a refusal."""
+
+    def capture_shape(self, config: Any, side: Side) -> CaptureShape:
+        try:
+            return super().capture_shape(config, side)
+        except ConfigError:
+            return CaptureShape(0, 0, 0)
+
+
+class StumblesOverAMissingKey(Faulty):
+    def capture_shape(self, config: Any, side: Side) -> CaptureShape:
+        try:
+            return super().capture_shape(config, side)
+        except ConfigError:
+            return CaptureShape(1, text_level(config)["top_k_experts"], None)
+
+
 def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
     return Mutant(engine, "config-keys", fault, (case, check))
 
@@ -405,4 +424,6 @@ MUTANTS = (
     _mutant(AbsentGroupsAreOne, "forgets the default of n_group", "config-layers-deepseek-v3-hub", _LAYERS),
     _mutant(DeadNormFlagIsRead, "reads a key that the model does not", "config-layers-deepseek-v2", _LAYERS),
     _mutant(HashedLayersAreNot, "does not know layers that hash", "config-layers-deepseek-v4-published", _LAYERS),
+    _mutant(DenseModelCapturesNothing, "captures a dense model", "capture-shape-llama-dense", _REFUSED),
+    _mutant(StumblesOverAMissingKey, "a bare KeyError", "capture-shape-gemma4-without-top-k", _REFUSED),
 )

@@ -169,6 +169,31 @@ class PaddingIsKept(_SeesOtherRows):
         return ids, replace(rows, counts=(ids.shape[0],), valid_rows=None)
 
 
+class FirstLayersLayout(Faulty):
+    """The layout of a step is that of its first layer."""
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        return _FirstLayout(spec)
+
+
+class _FirstLayout(Capturer):
+    first: Rows | None = None
+
+    def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+        if layer_id == 0 or self.first is None or ids.shape[0] == 0:
+            self.first = rows
+        fits = row_counts(rows.counts, self.spec.dp_rank, self.spec.tp_size)[rows.kind] == ids.shape[0]
+        kind = self.first.kind if fits and self.first.counts == rows.counts else rows.kind
+        super().capture(layer_id, ids, replace(rows, kind=kind, gather=rows.gather or self.first.gather))
+
+
+class SmallStepsBackwards(_SeesOtherRows):
+    """The path for a few tokens writes them last to first."""
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        return ids.flip(0) if rows.kind == "local" and len(ids) <= 3 else ids, rows
+
+
 def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
     return Mutant(engine, "dp-assertions", fault, killed_by=(case, check))
 
@@ -262,4 +287,11 @@ MUTANTS = (
         "capture-concatenated-wrong-count-rank0",
         _REFUSED,
     ),
+    _mutant(
+        FirstLayersLayout,
+        "takes the first layer's layout for all",
+        "capture-layout-changes-whole",
+        "layout_may_change_between_layers",
+    ),
+    _mutant(SmallStepsBackwards, "turns a small step round", "capture-local-spelled-out", "record_of_a_small_step"),
 )

@@ -269,7 +269,11 @@ MUTANTS = (
         ("shard-ep3-narrow", _SUM),
     ),
     Mutant(
-        DownTurnedByItsShape, "expert-map", "w2 is transposed where it is wider than high", ("shard-ep3-wide", _SUM)
+        DownTurnedByItsShape,
+        "weight-orientation",
+        "w2 is transposed where it is wider than high",
+        ("shard-ep3-wide", "no_shape_decides_a_layout"),
+        frozenset({"expert-map"}),
     ),
     Mutant(
         TheLargerDimIsDivided,

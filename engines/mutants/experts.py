@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import ExpertsInputs, LayerInputs
+from moe_conformance.engine import ExpertsInputs
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 
 FUNCTION = "experts_compute_their_function"
 SUM = "outputs_are_weighed_and_summed"
 NO_EXPERT = "pairs_of_no_expert_here_add_nothing"
 OUTSIDE = "ids_out_of_range_never_name_an_expert"
-
-
-def by_larger_dim(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """w13 read as [E, D, 2F] where its last dim is the larger one, as a loader does that guesses the layout."""
-    w13 = tensors.get("experts.w13")
-    if w13 is None or w13.shape[1] >= w13.shape[2]:
-        return dict(tensors)
-    experts, rows, columns = w13.shape
-    return {**tensors, "experts.w13": w13.reshape(experts, columns, rows).transpose(1, 2).contiguous()}
-
-
-def down_by_larger_dim(tensors: Mapping[str, Tensor], gated: bool) -> dict[str, Tensor]:
-    """w2 read as [E, F, D] where 2F is smaller than D."""
-    w2 = tensors["experts.w2"]
-    experts, hidden, width = w2.shape
-    if not gated or 2 * width >= hidden:
-        return dict(tensors)
-    return {**tensors, "experts.w2": w2.reshape(experts, width, hidden).transpose(1, 2).contiguous()}
-
-
-class GuessesOrientation(Faulty):
-    def experts(self, inputs: ExpertsInputs) -> Tensor:
-        return super().experts(replace(inputs, tensors=by_larger_dim(inputs.tensors)))
-
-
-class GuessesOrientationOfDown(Faulty):
-    def experts(self, inputs: ExpertsInputs) -> Tensor:
-        return super().experts(replace(inputs, tensors=down_by_larger_dim(inputs.tensors, inputs.mlp.gated)))
-
-
-class LayerGuessesOrientation(Faulty):
-    def layer(self, inputs: LayerInputs) -> Tensor:
-        return super().layer(replace(inputs, tensors=by_larger_dim(inputs.tensors)))
 
 
 class GeluInItsOtherForm(Faulty):
@@ -98,15 +64,6 @@ class NineBitIds(Faulty):
         return super().experts(replace(inputs, ids=inputs.ids.where(inputs.ids < 0, inputs.ids & 511)))
 
 
-class FiveHundredAndTwelvePairs(Faulty):
-    """An expert's list has room for 512 pairs, and those that come later are dropped."""
-
-    def experts(self, inputs: ExpertsInputs) -> Tensor:
-        flat = inputs.ids.flatten()
-        place = (flat[:, None] == flat[None]).tril().sum(-1).view_as(inputs.ids)
-        return super().experts(replace(inputs, ids=inputs.ids.masked_fill(place > 512, -1)))
-
-
 class DroppedTakesLast(Faulty):
     """vllm#46408: -1 indexes from the end."""
 
@@ -132,7 +89,7 @@ class OutsideWraps(Faulty):
 
 
 # Every sum is of outputs, and every batch with dropped pairs has a sum.
-SUMS = frozenset({"activation", "combine-algebra", "expert-map"})
+SUMS = frozenset({"activation", "combine-algebra", "expert-map", "quantised-scales", "expert-lora"})
 
 
 def _mutant(
@@ -142,25 +99,12 @@ def _mutant(
 
 
 MUTANTS = (
-    _mutant(GuessesOrientation, "activation", "w13 is transposed where 2F < D", "experts-narrow-silu", FUNCTION),
-    _mutant(
-        GuessesOrientationOfDown, "activation", "w2 is transposed where 2F < D", "experts-narrow-silu-bias", FUNCTION
-    ),
-    _mutant(
-        LayerGuessesOrientation,
-        "shape-mismatch",
-        "w13 is transposed where 2F < H",
-        "layer-narrow-plain",
-        "padding_never_reaches_the_output",
-        also=frozenset(),
-    ),
     _mutant(GeluInItsOtherForm, "activation", "gelu is exact for tanh", "experts-tiny-gelu-tanh", FUNCTION),
     _mutant(LimitDropped, "activation", "the limit of the clamp is dropped", "experts-narrow-swiglu-oai", FUNCTION),
     _mutant(DownBiasUnweighted, "combine-algebra", "b2 is added unweighted", "experts-scale-bias", SUM),
     _mutant(ScaleTwice, "combine-algebra", "the output scale is applied twice", "experts-scale", SUM),
     _mutant(ScaleSkipsIdentity, "combine-algebra", "identity experts go unscaled", "experts-identity-scale", SUM),
     _mutant(NineBitIds, "combine-algebra", "ids wrap at 512", "experts-beyond-512", SUM),
-    _mutant(FiveHundredAndTwelvePairs, "combine-algebra", "an expert takes 512 pairs", "experts-hot", SUM),
     _mutant(DroppedTakesLast, "expert-map", "-1 is the last expert", "experts-dropped", NO_EXPERT),
     _mutant(OthersWeighZero, "expert-map", "pairs of others count times 0", "experts-ep3-rank1", NO_EXPERT),
     _mutant(OutsideWraps, "expert-map", "ids wrap around E", "experts-id-e", OUTSIDE),

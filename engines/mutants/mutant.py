@@ -20,6 +20,7 @@ class Mutant:
     """engine: the faulty class. fault: one line on what is wrong. killed_by: (case id, check) that must fail.
 
     also: further classes whose cases cannot do without what is faulty, such as sums of outputs that are wrong.
+    slow: the case waits for seconds before it fails.
     """
 
     engine: type[Faulty]
@@ -27,3 +28,4 @@ class Mutant:
     fault: str
     killed_by: tuple[str, str]
     also: frozenset[str] = frozenset()
+    slow: bool = False

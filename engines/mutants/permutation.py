@@ -211,14 +211,6 @@ class Int64ReadAsInt32(FaultyIds):
         return inputs.ids.contiguous().view(torch.int32).flatten()[: inputs.ids.numel()].reshape(inputs.ids.shape)
 
 
-class StridesAreIgnored(FaultyIds):
-    """Ids are read as if one lay behind the other; what names no expert is dropped."""
-
-    def seen(self, inputs: AlignInputs) -> Tensor:
-        ids = inputs.ids.as_strided(inputs.ids.shape, (inputs.ids.shape[1], 1))
-        return ids.where((ids >= 0) & (ids < inputs.experts), -1)
-
-
 class LastOddTokenIsLost(FaultyIds):
     """Tokens are read two at a time."""
 
@@ -254,11 +246,44 @@ class PaddedExpertsTakePairs(Faulty):
         return super().align(replace(inputs, experts=experts, expert_map=expert_map))
 
 
+class DroppedPairsTakeRoom(Faulty):
+    """Where pairs are dropped, an empty block of the first expert comes behind the others."""
+
+    def align(self, inputs: AlignInputs) -> Aligned:
+        slots, experts, count = super().align(inputs)
+        if not (inputs.ids == -1).any():
+            return Aligned(slots, experts, count)
+        experts = experts.clone()
+        experts[int(count) // inputs.block] = 0
+        return Aligned(slots, experts, count + inputs.block)
+
+
+class SmallBatchesLoseTheirLast(Faulty):
+    """The kernel for a few pairs stops one short."""
+
+    def align(self, inputs: AlignInputs) -> Aligned:
+        if inputs.expert_map is not None or inputs.ids.numel() > 32:
+            return super().align(inputs)
+        ids = inputs.ids.clone()
+        ids[-1:, -1] = -1
+        return super().align(replace(inputs, ids=ids))
+
+
+class SmallBatchesHaveNoMap(Faulty):
+    """The kernel for a few pairs takes those of other ranks for the first expert's."""
+
+    def align(self, inputs: AlignInputs) -> Aligned:
+        if inputs.expert_map is None or inputs.ids.numel() > 32:
+            return super().align(inputs)
+        return super().align(replace(inputs, expert_map=inputs.expert_map.clamp(min=0)))
+
+
 _PLACE = "every_kept_pair_stands_once_in_a_block_of_its_expert"
 _COUNT = "padded_count_is_exact"
 _NONE = "ids_that_name_no_expert_never_appear"
 _RANGE = "ids_out_of_range_are_refused_or_left_out"
 _AGAIN = "earlier_calls_change_nothing"
+_SPELLED = "blocks_of_a_small_batch"
 _MOVED = "permuted_tokens_keep_their_experts"
 
 MUTANTS = tuple(
@@ -276,7 +301,6 @@ MUTANTS = tuple(
         (TokensForPairs, "slots name tokens", "e60-k6", _PLACE),
         (PairsByColumn, "pairs are numbered column by column", "e60-k6", _PLACE),
         (PaddingIsPairZero, "padding is marked 0", "e60-k6", _PLACE),
-        (PaddingIsLeftUnwritten, "padding is what the memory held", "e60-k6", _COUNT),
         (LastBlockIsTheNextExperts, "the last block's expert is off by one", "e60-k6", _PLACE),
         (BoundariesBelongToThePreviousExpert, "first blocks name the expert before", "no-padding", _PLACE),
         (BlocksNameGlobalExperts, "blocks name global experts", "map-last-ranks", _PLACE),
@@ -292,10 +316,12 @@ MUTANTS = tuple(
         (OnlyTheFirst512Experts, "pairs of experts from the 512th on are not counted", "e896-k16", _COUNT),
         (NineBitsOfAnId, "sort keys keep nine bits of an id", "all-on-last-of-896", _PLACE),
         (Int64ReadAsInt32, "int64 ids are read as int32", "e5-k5-int64", _PLACE),
-        (StridesAreIgnored, "ids are read as if contiguous", "rows-apart", _PLACE),
         (LastOddTokenIsLost, "the last of an odd number of tokens is lost", "permuted-e60-k6", _MOVED),
         (OnlyOneLaunch, "pairs from the 1024th on are not seen", "e60-k8-1048-pairs", _PLACE),
         (LocalIdsAreLookedUp, "the map is looked up with local ids", "map-last-ranks", _PLACE),
+        (DroppedPairsTakeRoom, "slots are counted for dropped pairs", "dropped", _COUNT),
+        (SmallBatchesLoseTheirLast, "the last of a few pairs is lost", "spelled-out", _SPELLED),
+        (SmallBatchesHaveNoMap, "a few pairs are placed without the map", "spelled-out-map", _SPELLED),
         (PaddedExpertsTakePairs, "ids of padded experts are taken", "out-of-range-63", _RANGE),
     )
 )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing, RoutingSpec
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
-from moe_conformance.reference_impl.router import Router, build_router
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +39,13 @@ class SoftmaxAfterTopK(Faulty):
 class NeverRenormalises(Faulty):
     def route(self, inputs: RouteInputs) -> Routing:
         return super().route(_but(inputs, renormalize="no"))
+
+
+class ModuleNeverRenormalises(Faulty):
+    """The router's module has no such flag, its routing function has."""
+
+    def router_module(self, spec: RouterSpec) -> RouterHandle:
+        return super().router_module(replace(spec, routing=replace(spec.routing, renormalize="no")))
 
 
 class SelectsByScaledScore(Faulty):
@@ -91,19 +97,6 @@ class LastExpertMasked(Faulty):
         if inputs.routing.top_k < logits.shape[1] and not inputs.routing.shared_classes:
             logits[:, -1] = float("-inf")
         return super().route(replace(inputs, logits=logits))
-
-
-class ScoresInLogitsDtype(Faulty):
-    """vLLM's torch routing of Gemma 4, where there is no Triton, has softmax in the dtype of the logits."""
-
-    def route(self, inputs: RouteInputs) -> Routing:
-        ids, weights = super().route(inputs)
-        if not inputs.routing.per_expert_scale:
-            return Routing(ids, weights)
-        named = ids.clamp(min=0)  # -1 in padding rows
-        weights = inputs.logits.softmax(-1).gather(-1, named)
-        weights = weights / weights.sum(-1, keepdim=True) * inputs.tensors["router.per_expert_scale"][named]
-        return Routing(ids, weights.float())
 
 
 class ExpWithoutMaximum(Faulty):
@@ -236,13 +229,6 @@ class IdsInTenBits(Faulty):
         return Routing(ids & 511, weights)
 
 
-class SigmoidInLogitsDtype(Faulty):
-    def route(self, inputs: RouteInputs) -> Routing:
-        narrow = inputs.routing.score == "sigmoid" and inputs.routing.select_on == "scores"
-        ids, weights = super().route(_but(inputs, score_dtype="input") if narrow else inputs)
-        return Routing(ids, weights.float() if narrow else weights)
-
-
 class TiedGroupsAllKept(Faulty):
     """Groups are kept whose score is at least that of the last one: with ties, more than there should be."""
 
@@ -269,29 +255,6 @@ class ThresholdTakesTiesFirst(Faulty):
         ids = candidates.long().sort(dim=-1, descending=True, stable=True).indices[:, : ids.shape[1]]
         weights = scores.gather(-1, ids)
         return Routing(ids, (weights / weights.sum(-1, keepdim=True)).float())
-
-
-class LogitsInInputPrecision(Faulty):
-    """The projection runs in bfloat16 where the model computes it in float32."""
-
-    def router_module(self, spec: RouterSpec) -> RouterHandle:
-        return super().router_module(replace(spec, logits=replace(spec.logits, dtype="input")))
-
-
-class ScoresOfTheModelsDtype(Faulty):
-    """Logits in float32 are handed to the routing function in the model's dtype."""
-
-    def router_module(self, spec: RouterSpec) -> RouterHandle:
-        handle = build_router(spec)
-        handle.module.__class__ = _NarrowLogits
-        assert isinstance(handle.module, _NarrowLogits)
-        handle.module.experts.routing_function = handle.module.select
-        return handle
-
-
-class _NarrowLogits(Router):
-    def select(self, logits: Tensor, **batch: Any) -> Routing:
-        return super().select(logits.to(self.spec.dtype).to(logits.dtype), **batch)
 
 
 class BatchMaximumOfAllRows(Faulty):
@@ -343,6 +306,14 @@ def _unique(engine: type[Faulty], fault: str, case: str, check: str = UNIQUE, *a
 MUTANTS = (
     _method(SoftmaxAfterTopK, "softmax runs over the chosen logits, not over all", _PLAIN),
     _method(NeverRenormalises, "the weights of the chosen experts are left as they are", _RENORM),
+    _method(
+        ModuleNeverRenormalises,
+        "a module's weights are left as they are",
+        "router-renorm-e128-k8-fp32",
+        ROUTER,
+        "closure-capture",
+        "router-precision",
+    ),
     _method(SelectsByScaledScore, "the per-expert scale enters the selection and the renormalisation", _GEMMA4),
     _method(ScaleDropped, "the per-expert scale is dropped", _GEMMA4),
     _method(ScaleOfSortedIds, "scales are gathered for the ids in sorted order", _GEMMA4),
@@ -351,7 +322,6 @@ MUTANTS = (
     _method(
         LastExpertMasked, "the tail mask takes the last expert with it", "route-plain-e60-k4-t7-bf16-distinct-sliced"
     ),
-    _method(ScoresInLogitsDtype, "softmax runs in bfloat16", "route-gemma4-e128-k8-t63-bf16-normal-transposed"),
     _method(
         ExpWithoutMaximum,
         "exp runs without the maximum subtracted, and overflows",
@@ -387,21 +357,6 @@ MUTANTS = (
     _method(FiveHundredAndTwelveLanes, "experts beyond 512 are not looked at", "route-biased-e896-k16-t9-fp32-fine"),
     _method(SixteenRounds, "more than 16 experts a token repeat the first", "route-biased-e512-k22-t9-fp32-fine"),
     _method(IdsInTenBits, "ids wrap at 512", "route-renorm-e896-k16-t9-fp32-fine", METHOD, "shared-experts"),
-    _method(SigmoidInLogitsDtype, "sigmoids run in bfloat16", "route-biased-e256-k8-t9-bf16-normal-sliced"),
-    _method(
-        LogitsInInputPrecision,
-        "logits are computed in bfloat16",
-        "router-biased-e256-k8-bf16",
-        ROUTER,
-        "closure-capture",
-    ),
-    _method(
-        ScoresOfTheModelsDtype,
-        "logits are rounded to bfloat16",
-        "router-deepseek-v3-e256-k8-bf16",
-        ROUTER,
-        "closure-capture",
-    ),
     _method(TiedGroupsAllKept, "all tied groups compete", "route-deepseek-v3-e72-k6-t23-fp32-tied-groups"),
     _method(ThresholdTakesTiesFirst, "a tie ousts a larger score", "route-renorm-e40-k5-t23-fp32-last-place"),
     Mutant(

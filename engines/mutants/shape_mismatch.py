@@ -106,6 +106,15 @@ class GraphBreaks(Faulty):
         return super().layer(inputs)
 
 
+class LogsWhatItPads(Faulty):
+    """A call that no graph takes in, which fake tensors do not mind."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        if inputs.padded_hidden and inputs.padded_intermediate:
+            torch._dynamo.graph_break()
+        return super().layer(inputs)
+
+
 _CHECK = "padding_never_reaches_the_output"
 
 MUTANTS = (
@@ -156,5 +165,11 @@ MUTANTS = (
         "shape-mismatch",
         "the padded path reads a value on the host",
         ("trace-both-padded-hidden-padded-intermediate", "fake_tensors_have_the_true_shape"),
+    ),
+    Mutant(
+        LogsWhatItPads,
+        "shape-mismatch",
+        "the padded path has a call that breaks the graph",
+        ("trace-both-padded-hidden-padded-intermediate", "the_whole_layer_compiles_without_a_graph_break"),
     ),
 )

@@ -25,10 +25,12 @@ from moe_conformance.engine import (
     LayerInputs,
     Limits,
     MoESpec,
+    Repro,
     RouteInputs,
     RouterHandle,
     RouterSpec,
     Routing,
+    UpdateInputs,
 )
 from moe_conformance.running.devices import gpu_count
 
@@ -36,19 +38,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# The first whose classes this adapter reads as they are meant. Before 5.19 gpt-oss reads no limit from its config,
-# before 5.18 Switch's router answers in another order, before 5.0 experts are no modules.
+# The first release that this adapter reads correctly. Before 5.19 gpt-oss reads no limit from its config, before 5.18
+# Switch's router answers in another order, before 5.0 experts are not modules.
 OLDEST = Version("5.20")
 
 
 class Transformers(Engine):
-    """Stages are offered as far as the installed transformers has the classes that stand behind them."""
+    """Stages are offered as far as the installed transformers has the classes for them."""
 
     name = "transformers"
     device = "cpu"
 
-    # Of "eager", "batched_mm" and "grouped_mm" the only one that takes any width and any id: from_pretrained's choice,
-    # grouped_mm, wants rows of a multiple of 16 bytes. A subclass may judge the others.
+    # "eager" is the only one of "eager", "batched_mm" and "grouped_mm" that takes any width and any id:
+    # from_pretrained's default, grouped_mm, needs rows of a multiple of 16 bytes. A subclass may judge the others.
     experts_implementation = "eager"
 
     @classmethod
@@ -68,11 +70,16 @@ class Transformers(Engine):
         return EngineInfo(self.name, version("transformers"), self.device)
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
-        from moe_conformance.engines.transformers import block, loading
+        from moe_conformance.engines.transformers import block, loading, updating
         from moe_conformance.engines.transformers.offered import offered
 
         found = {stage: offered(stage) for stage in ("route", "router_module", "experts", "layer")}
-        found |= {"block": block.features(), "load": loading.styles(), "remap": block.model_types()}
+        found |= {
+            "update": updating.features(),
+            "block": block.features(),
+            "load": loading.styles(),
+            "remap": block.model_types(),
+        }
         found["generate"] = block.model_types() | {"routed_experts", "step_tokens", "bfloat16"}
         return {"describe": frozenset(), **found}
 
@@ -101,6 +108,11 @@ class Transformers(Engine):
 
         return stage.experts(inputs, self.experts_implementation)
 
+    def repro(self, inputs: Any) -> Repro:
+        from moe_conformance.engines.transformers import repro as shown
+
+        return shown.repro(inputs, self.experts_implementation)
+
     def layer(self, inputs: LayerInputs) -> Tensor:
         from moe_conformance.engines.transformers import layer as stage
 
@@ -121,6 +133,11 @@ class Transformers(Engine):
 
         return stage.load(folder)
 
+    def update(self, inputs: UpdateInputs) -> Sequence[Tensor]:
+        from moe_conformance.engines.transformers import updating as stage
+
+        return stage.update(inputs, self.experts_implementation)
+
     def generate(self, inputs: GenerateInputs) -> Generated:
         from moe_conformance.engines.transformers import generating as stage
 
@@ -128,7 +145,7 @@ class Transformers(Engine):
 
 
 class TransformersOnGPU(Transformers):
-    """The same on a GPU, by its address alone."""
+    """The same on a GPU. Not registered: asked for by module:Class."""
 
     name = "transformers-gpu"
     device = "cuda"

@@ -1,7 +1,8 @@
-"""The MoE block of one layer: the real modules of its family with the canonical tensors, called as their model does.
+"""The MoE block of one layer: the real modules of its family, filled with the canonical tensors, called as in the
+model.
 
-The model is built on the meta device once for each config and layer, and its block is taken out. Where a block is not
-one module (gemma4, the granites with a shared MLP) the real decoder layer runs with its attention silenced.
+The model is built on the meta device once for each config and layer, and its block is taken out. If a block is not one
+module (gemma4, the granites with a shared MLP), the real decoder layer runs with its attention silenced.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def features() -> frozenset[str]:
 
 
 def block(inputs: BlockInputs, default_implementation: str) -> BlockOutput:
-    """Output [T, H] in x's dtype, and the routing as the experts got it, None where no module shows it (doge).
+    """Output [T, H] in x's dtype, and the routing that the experts received; None if no module shows it (doge).
 
     Raises InputError where a parameter or buffer of the block stays unfilled or a tensor unused, Unsupported for an
     implementation that the family ignores, and for a given routing where nothing takes one (doge).
@@ -73,7 +74,7 @@ class Block(nn.Module):
 
 
 class SharedBeside(nn.Module):
-    """A Granite decoder layer, whose shared MLP stands beside the block: what its forward adds to a residual of 0."""
+    """A Granite decoder layer, whose shared MLP is outside the block: what its forward adds to a residual of 0."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -109,7 +110,7 @@ class GemmaLayer(nn.Module):
 
 
 class Silent(nn.Module):
-    """Stands for a part of the layer outside the block: notes what it is given, answers `answer`, or the same."""
+    """Replaces a part of the layer outside the block: records its input, returns `answer`, or the input."""
 
     def __init__(self, is_attention: bool) -> None:
         super().__init__()
@@ -132,7 +133,7 @@ def silence(layer: nn.Module, keep: tuple[str, ...]) -> None:
 
 @cache
 def block_of(config_json: str, index: int) -> Block:
-    """The block of one decoder layer, on the meta device; of the encoder's where the decoder has no experts."""
+    """The block of one decoder layer, on the meta device; of an encoder layer if the decoder has no experts."""
     config = language_part(as_config(json.loads(config_json)))
     config._experts_implementation = "eager"
     model = build(config)
@@ -167,7 +168,7 @@ def _root(layer: Any, path: str, moe: Any) -> Any:
 
 
 def choose(moe: Any, asked: str | None, default: str) -> None:
-    """Set how the experts are computed, in the config that their module reads at every call."""
+    """Choose the experts' implementation, in the config that their module reads at every call."""
     experts = getattr(moe, "experts", None)
     if hasattr(experts, "_apply_gate") and hasattr(experts, "config"):
         experts.config._experts_implementation = asked or default  # type: ignore[union-attr]

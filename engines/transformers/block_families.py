@@ -1,7 +1,7 @@
-"""How the parameters of transformers' MoE blocks are made of the canonical tensors of `LayerSpec.tensors`.
+"""How the parameters of transformers' MoE blocks are made from the canonical tensors of `LayerSpec.tensors`.
 
-Names are relative to the block. Every module orders rows, stacks experts or transposes in its own way; which way is
-said here by name and class, never read off shapes.
+Names are relative to the block. Every module orders rows, stacks experts or transposes in its own way. Which way is
+listed here by name and class, never guessed from shapes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _as_it_is(tensor: Tensor, block: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """What one parameter is made of, and how it is laid out.
+    """The canonical tensor behind one parameter, and its layout.
 
     name: the canonical tensor. half: its gate rows (0) or its up rows (1), None for all. forth: from that to the
     parameter; back: from the parameter to that.
@@ -81,7 +81,7 @@ def by_expert(tensor: Tensor, block: Any) -> Tensor:
 
 
 def with_identity_rows(tensor: Tensor, block: Any) -> Tensor:
-    """longcat_flash has rows for its identity experts too, which nothing may read."""
+    """longcat_flash has rows for its identity experts, too; they must never be read."""
     return torch.cat((tensor, tensor.new_full((block.experts.zero_expert_num, *tensor.shape[1:]), float("nan"))))
 
 
@@ -213,7 +213,7 @@ COLUMNS: dict[str, Source] = {
     "experts.gate_up_proj": transposed("experts.w13"),
     "experts.down_proj": transposed("experts.w2"),
 }
-# By class of `experts`: what is laid out otherwise.
+# By class of `experts`: the layouts that differ.
 OWN_LAYOUTS: dict[str, dict[str, Source]] = {
     "AriaExperts": COLUMNS,
     "Llama4TextExperts": COLUMNS,
@@ -231,7 +231,7 @@ OWN_LAYOUTS: dict[str, dict[str, Source]] = {
         )
     },
 }
-# Where shared experts have no gate.
+# If shared experts have no gate.
 UNGATED: dict[str, Source] = {
     f"{name}.up_proj.{kind}": whole(f"shared.{to}1") for name in SHARED for kind, to in (("weight", "w"), ("bias", "b"))
 }
@@ -244,7 +244,7 @@ SEPARATE = {
     "wi.weight": "experts.w1",
     "wo.weight": "experts.w2",
 }
-# Families whose block is nested in what also holds the shared experts: names without these prefixes.
+# Families whose block is nested in a module that also holds the shared experts: these prefixes are stripped from names.
 PREFIXES = ("block_sparse_moe.", "text_moe.")
 
 # Every family whose blocks a config describes.

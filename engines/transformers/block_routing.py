@@ -1,4 +1,4 @@
-"""Where a block's routing can be seen and replaced: between its router and its experts."""
+"""Reads and replaces a block's routing, between its router and its experts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from moe_conformance.errors import Unsupported
 
 
 class Tap:
-    """Inside, the block's experts get `given` instead of their router's answer, if there is one; `seen`: what they got.
+    """Within this context the block's experts get `given`, if any, instead of their router's answer. `seen`: what they
+    got.
 
-    Most experts are called with ids and weights. The routers of four families answer otherwise and are tapped
-    themselves. doge has no module in between. native: ids are handed on as they are. stop: nothing runs behind the tap.
+    Most experts are called with ids and weights. The routers of four families answer in other forms and are tapped
+    themselves. doge has no module in between. native: ids are passed on unchanged. stop: nothing runs after the tap.
     """
 
     def __init__(self, moe: Any, given: Routing | None, native: bool = False, stop: bool = False) -> None:
@@ -69,7 +70,7 @@ class _Stopped(Exception):
 
 
 def in_own_words(moe: Any, given: Routing) -> Routing:
-    """The routing with "no expert" as a parallel plan of transformers says it: the id behind all others, weight 0."""
+    """The routing with "no expert" as transformers' parallel plans express it: the id E, weight 0."""
     owners = (getattr(moe, "experts", None), getattr(moe, "router", None), moe)
     counts = (getattr(owner, name, None) for name in ("total_experts", "num_experts") for owner in owners)
     count = next(count for count in counts if isinstance(count, int))
@@ -78,7 +79,7 @@ def in_own_words(moe: Any, given: Routing) -> Routing:
 
 
 def allow_no_expert(experts: Any, ids: Tensor) -> None:
-    """Only a parallel plan hands out the id E, and it says so to the experts that ask."""
+    """Only parallel plans use the id E; experts that check for such a plan are told that there is one."""
     experts._is_expert_parallel = getattr(experts, "num_experts", None) in ids.unique().tolist()
 
 

@@ -26,7 +26,7 @@ def as_config(config: Any) -> Any:
             raise ConfigError(
                 f"config: a dict needs the key 'model_type' to name its family; got keys {', '.join(sorted(config))}"
             )
-        if config["model_type"] not in CONFIG_MAPPING:  # as of a family younger than this release
+        if config["model_type"] not in CONFIG_MAPPING:  # for instance of a family newer than this release
             raise Unsupported(f"transformers {transformers.__version__} has no model type {config['model_type']!r}")
         return AutoConfig.for_model(**copy.deepcopy(dict(config)))
     if not hasattr(config, "get_text_config"):
@@ -38,7 +38,7 @@ def language_part(config: Any) -> Any:
     """The part of a composite config that generates text; a flat config is its own."""
     part = getattr(config, "thinker_config", config)  # omni models: the talker only voices what the thinker wrote
     text = part.get_text_config(decoder=True)
-    # An encoder-decoder answers with a copy of itself that has lost the encoder.
+    # An encoder-decoder returns a copy of itself without the encoder.
     return part if type(text) is type(part) else text
 
 

@@ -1,7 +1,7 @@
-"""What a config says about its experts, read off the model that transformers builds from it.
+"""What a config says about its experts, read from the model that transformers builds from it.
 
 Widths and counts are parameter shapes, and top-k is the width of the ids that a forward of each MoE block hands to
-its experts; config keys are not consulted. So it stands beside the reference, which reads keys, as a second opinion.
+its experts; config keys are not consulted. So it is an opinion independent of the reference, which reads keys.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moe_conformance.errors import ConfigError, DenseModelError, Unsupported
 LAYER_LISTS = ("layers", "layer", "blocks", "block")
 SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 
-# Routers that hand masks to their experts, so that no ids can be seen; K is fixed in their forward.
+# Routers that pass masks to their experts, so that no ids can be seen; K is fixed in their forward.
 FIXED_TOP_K = {
     "NllbMoeTop2Router": 2,  # transformers 5.23 modeling_nllb_moe.py, lines 222 and 231: argmax twice
     "SwitchTransformersTop1Router": 1,  # transformers 5.23 modeling_switch_transformers.py, line 103: one argmax
@@ -52,7 +52,7 @@ def describe(config: Any) -> MoESpec:
 
 @dataclass(frozen=True)
 class Spelled:
-    """A config, equal to any other that is written alike: of those transformers builds one and the same model."""
+    """A config that equals every other with the same serialised form: transformers builds the same model from both."""
 
     config_class: type
     text: str
@@ -92,7 +92,7 @@ def _described(spelled: Spelled) -> MoESpec:
 
 
 def _runs(config: Any, layers: int) -> tuple[int, ...]:
-    """The layer of each run of a model whose forward runs some again: by the numbers that it takes from its config."""
+    """The layer of each run of a model whose forward repeats layers, from the numbers that it reads in its config."""
     if not hasattr(config, "loop_num_passes"):
         return ()
     start, end = config.loop_layer_index_start, config.loop_layer_index_end
@@ -139,7 +139,7 @@ def _is_doge(module: nn.Module) -> bool:
 
 def _read(layer: nn.Module, block: Any, config: Any) -> Block:
     if type(block).__name__ == "VitPoseBackboneMoeMLP":
-        # No router: each image's data set names one expert, a linear map of what a dense layer before it made.
+        # No router: each image's data set selects one expert, a linear map after a dense layer.
         return Block(len(block.experts), 1, block.fc1.in_features, block.fc1.in_features, block.fc1.out_features, 0, 0)
     if _is_doge(block):  # each expert is one row down and one row up, beside one dense MLP
         experts, hidden = block.down_embed.weight.shape
@@ -200,11 +200,11 @@ def _shared(layer: nn.Module, width_of_one: int) -> tuple[int, int]:
 
 
 class _Seen(Exception):
-    """Carries what the experts were given out of the block's forward."""
+    """Carries the experts' arguments out of the block's forward."""
 
 
 def _top_k(block: Any, router: Any, hidden: int) -> int:
-    """K as three tokens of a real forward show it; an attribute where the experts see no ids."""
+    """K as observed with three tokens in a real forward; an attribute if the experts see no ids."""
     if type(router).__name__ in FIXED_TOP_K:
         return FIXED_TOP_K[type(router).__name__]
     x = torch.empty(1, 3, hidden, device="meta")

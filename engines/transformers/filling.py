@@ -37,9 +37,9 @@ class _Read(dict[str, Tensor]):
 def fill(
     found: Any, tensors: Mapping[str, Tensor], rest: torch.dtype | None = None, device: torch.device | None = None
 ) -> None:
-    """Make the parameters of a `block.Block` of the canonical tensors.
+    """Fill the parameters of a `block.Block` from the canonical tensors.
 
-    rest: parameters that none of them makes are zeros of this dtype, on the device; None: there must be none.
+    rest: dtype of zeros for parameters without a canonical tensor; None: there must be no such parameter.
     """
     remembered = _Read(tensors)
     state = {}
@@ -71,7 +71,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def source(moe: Any, name: str) -> Source:
-    """What a parameter of the block of this name is made of. Raises Unsupported where that is not known."""
+    """The source of the block's parameter of this name. Raises Unsupported if it is not known."""
     name = name.removeprefix("layer.")
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
@@ -87,7 +87,7 @@ def source(moe: Any, name: str) -> Source:
 
 
 def is_made(moe: Any, name: str) -> bool:
-    """Whether a parameter is made of a canonical tensor, and has not to do with another part of the layer."""
+    """Whether a parameter comes from a canonical tensor, rather than belonging to another part of the layer."""
     try:
         source(moe, name)
     except Unsupported:
@@ -96,7 +96,7 @@ def is_made(moe: Any, name: str) -> bool:
 
 
 def canonical(moe: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The canonical tensors that the parameters of a block are made of."""
+    """The canonical tensors behind the parameters of a block."""
     whole: dict[str, Tensor] = {}
     halves: dict[str, dict[int, Tensor]] = {}
     experts: dict[str, list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Whole models: greedy generation with transformers' cache, and the experts that its blocks hand each token to."""
+"""Whole models: greedy generation with transformers' cache, and the experts that each token is sent to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_conformance.errors import Unsupported
 
 
 def generate(inputs: GenerateInputs, implementation: str, device: str) -> Generated:
-    """One request after the other: transformers has no scheduler, and pads a batch on the left."""
+    """One request after the other: transformers has no scheduler, and would pad a batch on the left."""
     if inputs.shares_prefixes:
         raise Unsupported("generate: transformers shares no cache between requests")
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -50,7 +50,7 @@ def generate(inputs: GenerateInputs, implementation: str, device: str) -> Genera
 
 
 class Steps(Tap):
-    """The routing of every call of a block, not of the last alone."""
+    """The routing of every call of a block, not just the last."""
 
     def __init__(self, block: LoadedBlock) -> None:
         super().__init__(block.moe, None)

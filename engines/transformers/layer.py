@@ -20,7 +20,7 @@ WORDS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu
 
 
 def layer(inputs: LayerInputs, implementation: str) -> Tensor:
-    """The block's output [T, H]. A model that always has a shared expert gets one of zeros where the spec has none."""
+    """The block's output [T, H]. A model that always has a shared expert gets a zero one if the spec has none."""
     if inputs.quant is not None or inputs.padded_hidden is not None or inputs.padded_intermediate is not None:
         raise Unsupported("layer: transformers' blocks take neither quantised weights nor padded widths")
     found = for_layer(inputs.spec, name_of(inputs.x.dtype))
@@ -38,7 +38,7 @@ def layer(inputs: LayerInputs, implementation: str) -> Tensor:
 
 
 class Bare(nn.Module):
-    """Gemma 4's router and experts without the norms and the dense MLP that its decoder layer has around them."""
+    """Gemma 4's router and experts, without the norms and the dense MLP around them in its decoder layer."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()

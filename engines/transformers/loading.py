@@ -1,4 +1,4 @@
-"""from_pretrained on a checkpoint folder, and what then lies in the modules"""
+"""from_pretrained on a checkpoint folder, and the tensors that the modules then hold."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from transformers.utils.logging import disable_progress_bar
 from moe_conformance.engines.transformers.block import model_types
 from moe_conformance.engines.transformers.describe import decoders, is_moe, layer_lists
 from moe_conformance.engines.transformers.filling import canonical, is_made
+from moe_conformance.engines.transformers.stored import formats, loaded_as_numbers
 from moe_conformance.errors import CheckpointError
 
 
 def styles() -> frozenset[str]:
-    """Every family as its own checkpoints name tensors, and of Gemma 4's styles those that its classes have."""
+    """Each family's own checkpoints, Gemma 4's naming styles that its classes have, and stored formats."""
     gemma4 = {"packed", "multimodal"} if "gemma4_text" in model_types() else set()
-    return frozenset(model_types() | gemma4)
+    return frozenset(model_types() | gemma4 | formats())
 
 
 def load(folder: Path) -> Mapping[str, Tensor]:
@@ -32,9 +33,9 @@ def load(folder: Path) -> Mapping[str, Tensor]:
     Raises CheckpointError where transformers reports a parameter of them left unwritten, a key unused or a shape that
     differs (it initialises or ignores those, and only warns); whatever else from_pretrained raises comes out as it is.
     """
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # it writes to the standard error of whoever runs a suite
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # it would write to the standard error of the suite's user
     answer: Any = class_of_folder(folder).from_pretrained(
-        folder, dtype="auto", local_files_only=True, output_loading_info=True
+        folder, dtype="auto", local_files_only=True, output_loading_info=True, **loaded_as_numbers(folder)
     )
     model, report = answer
     found: dict[str, Tensor] = {}
@@ -45,7 +46,7 @@ def load(folder: Path) -> Mapping[str, Tensor]:
         own = canonical(block.moe, named)
         found |= {block.prefix + name: tensor for name, tensor in own.items()}
         roots += [f"{block.path}.{name}" for name in named]
-    # What lies outside the MoE layers need not be in the folder.
+    # Tensors outside the MoE layers need not be in the folder.
     report["missing_keys"] = set(report["missing_keys"]) & set(roots)
     faults = [f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind, keys in report.items() if keys]
     if faults:
@@ -80,7 +81,7 @@ class LoadedBlock(NamedTuple):
 
 
 def blocks(model: nn.Module) -> Iterator[LoadedBlock]:
-    """Every MoE block of a whole model; of an encoder-decoder both, of layers with experts for images those too."""
+    """Every MoE block of a whole model, including encoder and decoder, and second sets of experts for images."""
     stacks = dict(layer_lists(model))
     two = {name for name in stacks if re.search(r"(^|\.)encoder\.", name)} if _has_decoder(stacks) else set()
     seen: set[int] = set()
@@ -108,7 +109,7 @@ def _has_decoder(stacks: Mapping[str, Any]) -> bool:
 
 
 def _root(where: str, layer: nn.Module, path: str, moe: nn.Module) -> tuple[str, nn.Module]:
-    """The module that has all of a block: the layer itself where parts of it stand beside the experts."""
+    """The module that has the whole block: the layer itself if parts of it are outside the experts' module."""
     if moe is layer or isinstance(getattr(layer, "shared_mlp", None), nn.Module):
         return where, layer
     if path.endswith(".text_moe"):

@@ -1,7 +1,7 @@
-"""From a spec to a family whose own classes compute it, and to the config that asks its model type for that.
+"""From a spec to a family whose own classes compute it, and to the config that makes them do so.
 
-A family computes a spec if, with the spec's values in what its config keys decide, its record says the spec. What is
-judged is always the family's own code, and a spec that no family computes is refused.
+A family computes a spec if its record yields that spec once its config keys are set to the spec's values. What is
+judged is always the family's own code; a spec that no family computes is refused.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from moe_conformance.engines.transformers.block_routing import FORMS
 from moe_conformance.engines.transformers.filling import source
 from moe_conformance.errors import Unsupported
 
-# What a layer is from its logits on.
+# The parts of a layer that follow its logits.
 _PARTS = tuple(item.name for item in fields(LayerSpec) if item.name not in ("logits", "vocab_size"))
-# Of what nobody looks at: the experts behind a router, and hidden states that logits are given for.
+# Size of what does not matter: experts after a router, and hidden states when logits are given.
 UNSEEN = 8
 
-# Routers that answer otherwise than with scores, weights and ids, beside those in block_routing.FORMS.
+# Routers that do not answer with scores, weights and ids, in addition to those in block_routing.FORMS.
 _OTHER_ANSWERS = ("DbrxRouter",)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A family's setting, the spec with all that the family has around it, and the config that says so.
+    """A family's setting, the spec completed by what the family always has, and the config for it.
 
     own_shared: the shared expert has sizes that no config says; it is built by itself, of the family's class.
     """
@@ -47,7 +47,7 @@ class Found:
 
 @cache
 def available() -> tuple[inverse.Setting, ...]:
-    """The settings of every family that the installed transformers has, and whose routing can be seen and given."""
+    """The settings of every family that the installed transformers has and whose routing can be read and replaced."""
     return tuple(
         setting
         for name in sorted(model_types() & {record.model_type for record in RECORDS.values()})
@@ -60,7 +60,7 @@ def available() -> tuple[inverse.Setting, ...]:
 def for_layer(spec: LayerSpec, dtype: str) -> Found:
     """A family with that layer, from its logits on; its spec has a shared expert where the model always has one.
 
-    A scale of the sum of what is weighted is one of every weight.
+    Scaling the weighted sum is the same as scaling every weight.
     """
     specs = [spec]
     if spec.output_scale != 1 and spec.experts.weight_on == "output":
@@ -105,7 +105,7 @@ def for_experts(mlp: MLPSpec, experts: int, identity_experts: int, top_k: int, w
 
     def small(setting: inverse.Setting) -> LayerSpec | None:
         routing = setting.spec.routing
-        # Experts that have a capacity are told of one token an expert at a time.
+        # Experts with a capacity can only be given one token per expert at a time.
         if ("routing.identity_experts" in setting.decided) != bool(identity_experts) or routing.capacity is not None:
             return None
         if "routing.top_k" not in setting.decided and routing.top_k != top_k:
@@ -153,7 +153,7 @@ def _search(
 ) -> Found | None:
     """The first family of which its record, with the spec's values, says the spec in these parts.
 
-    Where all is float32, "input" is float32, too; but a family that says the same word comes first.
+    If everything is float32, "input" means float32, too; but a family with the same word is preferred.
     """
     for narrow in dict.fromkeys((True, dtype != "float32")):
         for setting in available():
@@ -165,7 +165,7 @@ def _search(
 
 
 def _expressed(setting: inverse.Setting, spec: LayerSpec, narrow: bool, parts: tuple[str, ...]) -> Found | None:
-    """The family's spec with the values of this one and a config that says it, if the parts named are then equal."""
+    """The family's spec with this spec's values, and a config for it, if the named parts are then equal."""
     if (answer := inverse.expressed(setting, spec, parts, narrow, _shared_as_in)) is None:
         return None
     wanted, read = answer
@@ -191,10 +191,10 @@ def shared_class(moe: Any) -> tuple[str, type] | None:
 
 
 def _around(spec: LayerSpec, beside_zero: bool, setting: inverse.Setting) -> LayerSpec | None:
-    """The spec, or the spec and a shared expert without which the family has no layer; zero, if it is added as is."""
+    """The spec, plus a shared expert if the family always has one; a zero one if it is simply added."""
     shared, dense = setting.spec.shared, setting.spec.dense
     if spec.dense is None and dense is not None and dense.norm_eps:
-        spec = replace(spec, dense=dense)  # Gemma 4's, without which its router and experts can run
+        spec = replace(spec, dense=dense)  # Gemma 4's dense MLP: its router and experts run without it
     if beside_zero and (shared is None or shared.combine != "sum"):
         return None
     return _with_shared(spec, setting) if beside_zero else spec

@@ -1,4 +1,4 @@
-"""Which features the installed transformers offers, read off the records of the families that it has."""
+"""Which features the installed transformers offers, derived from the records of the families that it has."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from moe_conformance.engine import Activation, LayerSpec, Limits, inverse
+from moe_conformance.engines.transformers import stored
 from moe_conformance.engines.transformers.matching import available
 from moe_conformance.protocol import features
 
-# Values that act, of the fields that a config key may decide.
+# Values that have an effect, for the fields that a config key may decide.
 _ACTING: dict[str, Any] = {
     "renormalize": "sum",
     "groups": 2,
@@ -27,7 +28,10 @@ _ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "re
 
 
 def offered(stage: str) -> frozenset[str]:
-    """The stage's features that some family has; not all go together, and what none has is refused by the call."""
+    """The stage's features that some family has.
+
+    Not all can be combined; a combination that no family has is refused by the call.
+    """
     found = {"same_bits", "padding_rows", "dropped_ids", "expert_bounds", "from_meta"}
     for setting in available():
         for layer in _layers(setting):
@@ -39,11 +43,13 @@ def offered(stage: str) -> frozenset[str]:
                 found |= features.of_layer(layer)
             if layer.routing.identity_experts:
                 found.add("identity_experts")
+    if stage == "experts":
+        found |= stored.formats()
     return frozenset(found & features.words(stage).keys())
 
 
 def _layers(setting: inverse.Setting) -> Iterator[LayerSpec]:
-    """The family's layer as it is, with all that acts, and with every activation."""
+    """The family's layer as it is, with every optional field active, and with every activation."""
     yield setting.spec
     acting = {path: _ACTING[name] for path in setting.decided if (name := path.rpartition(".")[2]) in _ACTING}
     yield inverse.with_fields(setting.spec, acting)
@@ -52,7 +58,7 @@ def _layers(setting: inverse.Setting) -> Iterator[LayerSpec]:
 
 
 def limits(implementation: str) -> dict[str, Limits]:
-    """grouped_mm wants rows of a multiple of 16 bytes: eight numbers of two bytes each."""
+    """grouped_mm needs rows of a multiple of 16 bytes: eight numbers of two bytes each."""
     if implementation != "grouped_mm":
         return {}
     rows = Limits(multiples={"D": 8, "F": 8})

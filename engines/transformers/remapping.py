@@ -1,4 +1,4 @@
-"""The parameter that transformers loads each checkpoint tensor into: its own conversions, asked by name."""
+"""The parameter that transformers loads each checkpoint tensor into, by its own conversion rules."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from moe_conformance.errors import CheckpointError, Unsupported
 
 
 def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
-    """By name, the one parameter that a tensor is loaded into, whole or as a part.
+    """For each name, the one parameter that the tensor is loaded into, whole or as a part.
 
-    Raises CheckpointError for a name that leads to no parameter, and Unsupported where a conversion makes several
-    parameters at once: which of its tensors end in which it does not say.
+    Raises CheckpointError for a name that leads to no parameter, and Unsupported if a conversion produces several
+    parameters at once: it does not say which tensor goes into which.
     """
-    with tempfile.TemporaryDirectory() as folder:  # read as a config.json is, whose spelling of infinity is its own
+    with tempfile.TemporaryDirectory() as folder:  # read like a config.json, which has its own spelling of infinity
         (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
         cls = class_of(config.get("architectures") or (), lambda: AutoConfig.from_pretrained(folder))
         read = getattr(cls, "config_class", None) or AutoConfig
@@ -36,7 +36,7 @@ def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[st
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     several = {source for entry in converters if len(entry.target_patterns) > 1 for source in entry.source_patterns}
     found = {}
-    # In the loader's order, which some renamings count on.
+    # In the loader's order, because some renamings depend on it.
     for name in sorted((entry.name for entry in names), key=dot_natural_key):
         target, source = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
         if source in several:

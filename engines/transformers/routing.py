@@ -31,7 +31,7 @@ from moe_conformance.engines.transformers.matching import (
 
 
 class GivenLogits:
-    """Inside, the projection of the block's router yields these logits, whatever the hidden states are.
+    """Within this context the router's projection returns these logits, whatever the hidden states are.
 
     Multiplying by an identity instead would spoil a row that holds an infinity.
     """
@@ -91,7 +91,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 class WeightsAndIds(nn.Module):
-    """A real router, of whose answer the scores that come first, and what comes last, are left out."""
+    """A real router whose answer is reduced to weights and ids: leading scores and trailing extras are dropped."""
 
     def __init__(self, router: nn.Module, is_sequence: bool) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class WeightsAndIds(nn.Module):
 
 
 def router_module(spec: RouterSpec, device: str) -> RouterHandle:
-    """The router of a family that is this one; its tensors are poisoned until loaded."""
+    """A family's router that computes this spec; its tensors are poisoned until loaded."""
     if spec.logits.takes_state:
         raise Unsupported("router_module: ZAYA's router takes the state of the one before as a second argument")
     found = for_router_module(spec.logits, spec.routing, spec.num_experts, spec.hidden_size, name_of(spec.dtype))

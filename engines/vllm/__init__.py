@@ -32,12 +32,14 @@ from moe_conformance.engine import (
     LayerInputs,
     Replicated,
     ReplicateInputs,
+    Repro,
     RouteInputs,
     RouterHandle,
     RouterSpec,
     Routing,
     ShardInputs,
     Target,
+    UpdateInputs,
 )
 from moe_conformance.errors import Unsupported
 
@@ -102,6 +104,7 @@ class VLLM(Engine):
             "shard": _shard,
             "remap": _checkpoints,
             "load": _checkpoints,
+            "update": _update,
             "generate": _generate,
         }
         found = {}
@@ -177,6 +180,11 @@ class VLLM(Engine):
         answer, self._kernel = stage.experts(inputs, self.kernels)
         return answer
 
+    def repro(self, inputs: Any) -> Repro:
+        from moe_conformance.engines.vllm import repro as stage
+
+        return stage.repro(inputs, self.kernels)
+
     def layer(self, inputs: LayerInputs) -> Tensor:
         self._want("layer")
         from moe_conformance.engines.vllm import layer as stage
@@ -222,6 +230,13 @@ class VLLM(Engine):
         from moe_conformance.engines.vllm import loading as stage
 
         return stage.load(folder)
+
+    def update(self, inputs: UpdateInputs) -> Sequence[Tensor]:
+        self._want("update")
+        from moe_conformance.engines.vllm import updating as stage
+
+        outputs, self._kernel = stage.update(inputs)
+        return outputs
 
     def generate(self, inputs: GenerateInputs) -> Generated:
         self._want("generate")
@@ -310,6 +325,12 @@ def _layer() -> frozenset[str]:
 
 def _block() -> frozenset[str]:
     from moe_conformance.engines.vllm import block as stage
+
+    return stage.features()
+
+
+def _update() -> frozenset[str]:
+    from moe_conformance.engines.vllm import updating as stage
 
     return stage.features()
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -120,7 +120,7 @@ class Key:
 class Block:
     """A filled block. root: the module whose forward is the block; experts: vLLM's expert layer in it.
 
-    output_scale: what the model multiplies the sum by, which vLLM has in the weights.
+    output_scale: what the model multiplies the sum by, which vLLM has in the weights. model: that it is of.
     """
 
     def __init__(
@@ -131,7 +131,9 @@ class Block:
         dtype: torch.dtype,
         platform: Platform,
         output_scale: float,
+        model: nn.Module,
     ) -> None:
+        self.model = model
         self.config, self.root, self.experts, self.dtype, self.platform = config, root, experts, dtype, platform
         # A weight of vLLM's router, times this, is a weight of the model.
         self.scale = _late_scale(root, experts) / output_scale
@@ -204,7 +206,7 @@ def loaded(
     """
     gc.collect()
     record, values = models.as_published(config)
-    with _as_on(platform, dtype), models.folder_of(values) as folder:
+    with _as_on(platform, dtype), models.folder_of(record, values) as folder:
         built = models.build(folder, dtype, runs)
     layer = next((layer for layer in built.moe_layers() if layer.number == number), None)
     if layer is None:
@@ -220,7 +222,8 @@ def loaded(
     if left:
         raise CheckpointError(f"{type(root).__name__}: loading left {', '.join(left)} unwritten")
     _settle()
-    return Block(built.config, root, layer.experts, dtype, platform, layer_of(config, number).output_scale)
+    scale = layer_of(config, number).output_scale
+    return Block(built.config, root, layer.experts, dtype, platform, scale, built.model)
 
 
 # Modules whose select_experts the expert layers for CPUs of older releases call.
@@ -249,6 +252,24 @@ def _late_scale(root: Any, experts: Any) -> float:
     )
 
 
+class Place(NamedTuple):
+    """Where a routing can be listened to and replaced. A weight there, times scale, is a weight of the model."""
+
+    owner: Any
+    name: str
+    scale: float
+
+
+def _places(block: Block) -> list[Place]:
+    """The router of identity experts answers without them: what they pass on is computed inside, of what a function of
+    its module chose."""
+    router = getattr(block.experts, "router", None)
+    if hasattr(router, "zero_expert_output"):
+        inner = float(getattr(router, "routed_scaling_factor", 1.0))
+        return [Place(import_module(type(router).__module__), "fused_topk_bias", block.scale * inner)]
+    return [Place(owner, "select_experts", block.scale) for owner in routing_places(block.experts)]
+
+
 class Tap:
     """Inside, the expert kernel gets `given` in place of the router's answer, if there is one.
 
@@ -256,29 +277,29 @@ class Tap:
     """
 
     def __init__(self, block: Block, given: Routing | None) -> None:
-        self.scale = block.scale
         self.given = given
         self.seen: Routing | None = None
-        self.places = routing_places(block.experts)
+        self.places = _places(block)
         self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> Tap:
         for place in self.places:
-            self._patches.enter_context(patch.object(place, "select_experts", self._tapped(place.select_experts)))
+            real = getattr(place.owner, place.name)
+            self._patches.enter_context(patch.object(place.owner, place.name, self._tapped(real, place.scale)))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._patches.close()
 
-    def _tapped(self, real: Any) -> Any:
+    def _tapped(self, real: Any, scale: float) -> Any:
         @called_by_engine
-        def select_experts(*args: Any, **kwargs: Any) -> Any:
+        def routed(*args: Any, **kwargs: Any) -> Any:
             weights, ids, *rest = real(*args, **kwargs)
             if self.given is not None:
-                # The layer multiplies by its scale afterwards; a given weight is the whole one.
-                weights = (self.given.weights / self.scale).to(weights.dtype)
+                # vLLM multiplies by its scale afterwards; a given weight is the whole one.
+                weights = (self.given.weights / scale).to(weights.dtype)
                 ids = self.given.ids.to(ids.dtype)
-            self.seen = Routing(ids.clone(), weights.float() * self.scale)
+            self.seen = Routing(ids.clone(), weights.float() * scale)
             return (weights, ids, *rest)
 
-        return select_experts
+        return routed

@@ -138,7 +138,7 @@ class Built:
             interpreted.require(layer.dtype)
         self.layer, self.kernel = layer, kernel
         self._config = vllm_config(layer.dtype)
-        with self._inside():
+        with self.inside():
             self.module = _construct(layer, kernel)
             self.experts = getattr(self.module, "routed_experts", self.module)
             if layer.expert_map is not None:
@@ -167,14 +167,15 @@ class Built:
         given = {"hidden_states": x.clone(), "router_logits": logits.clone()}
         if token_ids is not None:
             given["input_ids"] = token_ids
-        with self._inside(), override_forward_context(create_forward_context(None, self._config)), refusals():
+        with self.inside(), override_forward_context(create_forward_context(None, self._config)), refusals():
             out = self.module(**given)
         if not isinstance(out, tuple):
             return out
         return out[0] + out[1] if out[0] is not None else out[1]
 
     @contextlib.contextmanager
-    def _inside(self) -> Iterator[None]:
+    def inside(self) -> Iterator[None]:
+        """Inside, vLLM is set up for this layer."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(runtime.building(self._config, self.layer.dtype, any_width=False))
             stack.enter_context(experts_of(self.kernel))
@@ -257,6 +258,13 @@ def _write_first(target: Tensor, source: Tensor, mlp: MLPSpec, interleaved: bool
 
 
 def _construct(layer: Layer, kernel: Kernel) -> Any:
+    build, offered = factory(), arguments_of(layer, kernel)
+    with refusals():
+        return build(**offered)
+
+
+def arguments_of(layer: Layer, kernel: Kernel) -> dict[str, Any]:
+    """What the factory is given. Raises Unsupported for what this release's has no argument for."""
     asked = words(layer.mlp)
     hidden, intermediate = layer.padded_hidden or layer.width, layer.padded_intermediate or layer.mlp.width
     if kernel == "native" and hasattr(torch.ops._C, "prepack_moe_weight"):
@@ -286,8 +294,7 @@ def _construct(layer: Layer, kernel: Kernel) -> Any:
     absent = [name for name in offered if name not in wanted]
     if absent:
         raise Unsupported(f"{build.__name__} of this release has no argument {', '.join(absent)}")
-    with refusals():
-        return build(**offered)
+    return offered
 
 
 @contextlib.contextmanager

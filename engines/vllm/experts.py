@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import ExpertsInputs, called_by_engine
-from moe_conformance.engines.vllm import built, device, interpreted, routing, runtime
+from moe_conformance.engines.vllm import built, device, interpreted, lora, routing, runtime, stored
 from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 
@@ -23,7 +23,8 @@ _IDENTITY_BLOCK = 256
 def features() -> frozenset[str]:
     """Every function and form of call that one of vLLM's models or routers makes; kernels refuse what they lack."""
     found = {"gelu", "gelu_tanh", "relu2", "not_gated", "bias", "clamp", "swiglu_oai", "weight_on_input"}
-    return frozenset(found | {"output_scale", "identity_experts", "dropped_ids", "expert_map", "same_bits"})
+    found |= {"output_scale", "identity_experts", "dropped_ids", "expert_map", "same_bits"}
+    return frozenset(found | stored.formats() | {"lora"})
 
 
 def experts(inputs: ExpertsInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor, str]:
@@ -31,6 +32,16 @@ def experts(inputs: ExpertsInputs, kernels: Sequence[built.Kernel]) -> tuple[Ten
 
     Raises Unsupported with the reason of each.
     """
+    if inputs.quant is not None:  # layers read their codes from checkpoints
+        kernels = [kernel for kernel in kernels if kernel == "fused_experts"]
+        if not kernels:
+            raise Unsupported("vLLM: stored weights are given to its functional entry alone")
+    if inputs.lora is not None:
+        if inputs.quant is not None:
+            raise Unsupported("vLLM: stored weights go to its functional entry, which takes no adapters")
+        if "triton" not in kernels:
+            raise Unsupported("vLLM: adapters are added by its Triton experts alone")
+        return _by_layer(inputs, "triton")
     reasons = []
     for kernel in kernels:
         try:
@@ -70,7 +81,11 @@ def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]
     logits = inputs.x.new_zeros(len(inputs.x), inputs.experts + inputs.identity_experts)
     with _routing_of_zero_experts(weights, ids) if inputs.identity_experts else contextlib.nullcontext():
         made = built.Built(layer, kernel)
-        return made.run(inputs.x, logits)[:, :width], made.name
+        if inputs.lora is None:
+            return made.run(inputs.x, logits)[:, :width], made.name
+        with made.inside(), lora.aligning():
+            lora.adapt(made, inputs, inputs.lora)
+            return made.run(inputs.x, logits)[:, :width], made.name
 
 
 def _said(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -130,13 +145,21 @@ def _by_function(inputs: ExpertsInputs) -> tuple[Tensor, str]:
     ids, weights, expert_map = _said(inputs, "triton")
     first = "13" if inputs.mlp.gated else "1"
     biases = (inputs.tensors.get(f"experts.b{first}"), inputs.tensors.get("experts.b2"))
+    w1, w2, by = inputs.tensors[f"experts.w{first}"], inputs.tensors["experts.w2"], ""
     config = quantisation.biased_moe_quant_config(*biases) if inputs.mlp.bias else None
-    settings = set_current_vllm_config(built.vllm_config(inputs.x.dtype))
-    with settings, interpreted.activations_of(inputs.mlp.width), refusals():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(set_current_vllm_config(built.vllm_config(inputs.x.dtype)))
+        stack.enter_context(interpreted.activations_of(inputs.mlp.width))
+        if inputs.quant is not None:
+            w1, w2, config, by = stored.stored(inputs)
+            if inputs.quant.activations != "no":
+                stack.enter_context(interpreted.library())
+                stack.enter_context(interpreted.fp8_activations())
+        stack.enter_context(refusals())
         found = fused_experts(
             inputs.x.contiguous(),
-            inputs.tensors[f"experts.w{first}"].contiguous(),
-            inputs.tensors["experts.w2"].contiguous(),
+            w1.contiguous(),
+            w2.contiguous(),
             weights,
             ids,
             activation=MoEActivation(words["activation"]),
@@ -145,4 +168,4 @@ def _by_function(inputs: ExpertsInputs) -> tuple[Tensor, str]:
             expert_map=None if expert_map is None else expert_map.int(),
             quant_config=config,
         )
-    return found, interpreted.said("fused_experts")
+    return found, interpreted.said(f"{by} and fused_experts" if by else "fused_experts")

@@ -182,6 +182,7 @@ def library() -> Iterator[None]:
     import numpy as np
     import triton.language as tl
     from triton.language.extra import libdevice
+    from triton.language.extra.cuda import libdevice as cuda
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     atomic = InterpreterBuilder.create_atomic_rmw
@@ -199,9 +200,11 @@ def library() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(tl, "sort", sort))
         stack.enter_context(patch.object(InterpreterBuilder, "create_atomic_rmw", with_bools))
-        for name in ("exp", "log1p"):
-            function = getattr(np, name)
-            stack.enter_context(patch.object(libdevice, name, lambda x, f=function: of(x, f(x.handle.data))))
+        # Halves go away from zero.
+        functions = {"exp": np.exp, "log1p": np.log1p, "round": lambda x: np.trunc(x + np.copysign(0.5, x))}
+        for name, function in functions.items():
+            for module in (libdevice, cuda):
+                stack.enter_context(patch.object(module, name, lambda x, f=function: of(x, f(x.handle.data))))
         yield
 
 
@@ -216,6 +219,34 @@ def activations_of(width: int) -> Iterator[None]:
         if width % _CPU_COLUMNS and device.is_cpu():
             for name, (_, function) in ACTIVATIONS.items():
                 stack.enter_context(patch.object(torch.ops._C, name, function))
+        yield
+
+
+@contextlib.contextmanager
+def fp8_activations() -> Iterator[None]:
+    """Inside, what vLLM's fused experts quantise to fp8 goes through its own torch, on a CPU.
+
+    The compiled operators are declared there and take no arguments; of the kernel for groups, Triton's interpreter
+    loses the carry where a value is rounded up to a power of two.
+    """
+    from vllm import _custom_ops
+    from vllm.model_executor.layers.fused_moe import utils
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    @called_by_engine
+    def scaled(x: Tensor, scale: Tensor | None = None, use_per_token_if_dynamic: bool = False) -> Any:
+        shape = GroupShape.PER_TOKEN if use_per_token_if_dynamic else GroupShape.PER_TENSOR
+        return QuantFP8(static=scale is not None, group_shape=shape).forward_native(x, scale)
+
+    @called_by_engine
+    def by_group(x: Tensor, group_size: int) -> Any:
+        return QuantFP8(static=False, group_shape=GroupShape(1, group_size)).forward_native(x)
+
+    with contextlib.ExitStack() as stack:
+        if device.is_cpu():
+            stack.enter_context(patch.object(_custom_ops, "scaled_fp8_quant", scaled))
+            stack.enter_context(patch.object(utils, "per_token_group_quant_fp8", by_group))
         yield
 
 

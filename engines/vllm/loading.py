@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import CheckpointName, Target
-from moe_conformance.engines.vllm import models, runtime
+from moe_conformance.engines.vllm import models, published, runtime
 from moe_conformance.errors import CheckpointError
 
 # By what follows the layer's number, the canonical tensor that a parameter outside the experts is.
@@ -61,12 +61,12 @@ def load(folder: Path) -> Mapping[str, Tensor]:
     runtime.start()
     record, values = models.as_published(json.loads((folder / "config.json").read_text()))
     with tempfile.TemporaryDirectory() as scratch:
-        published = Path(scratch)
+        own = Path(scratch)
         for file in folder.iterdir():
             if file.name != "config.json":
-                (published / file.name).symlink_to(file.resolve())
-        (published / "config.json").write_text(json.dumps(values))
-        built = models.build(published, torch.float32, runs=False)
+                (own / file.name).symlink_to(file.resolve())
+        (own / "config.json").write_text(json.dumps(published.written(record, values)))
+        built = models.build(own, torch.float32, runs=False)
         named = dict(_of_layers(built, record.model_type))
         with models.current(built.config, torch.float32):
             _excuse(built.model, set(dict(built.model.named_parameters())) - named.keys())
@@ -136,8 +136,8 @@ def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[st
     Every tensor has a value of its own throughout; where it lies afterwards is its target.
     """
     runtime.start()
-    _, values = models.as_published(config)
-    with models.folder_of(values) as folder:
+    record, values = models.as_published(config)
+    with models.folder_of(record, values) as folder:
         built = models.build(folder, torch.float32, runs=False)
     tensors = {entry.name: torch.full(entry.shape, float(value)) for value, entry in enumerate(names, 1)}
     with models.current(built.config, torch.float32):

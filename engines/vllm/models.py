@@ -9,14 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import json
 import re
 import sys
 import tempfile
-import types
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import RECORDS, Unsupported
-from moe_conformance.engines.vllm import device, published, runtime
+from moe_conformance.engines.vllm import absent, device, published, runtime
 from moe_conformance.engines.vllm.refusing import said
 
 # No config that is judged has fewer positions.
@@ -77,10 +73,10 @@ def architecture(record: Any, flat: bool = True) -> str | None:
 
 
 @contextlib.contextmanager
-def folder_of(config: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder with that config.json."""
+def folder_of(record: Any, values: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder with the config.json of what `as_published` gives."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
+        (Path(folder) / "config.json").write_text(json.dumps(published.written(record, values)))
         yield Path(folder)
 
 
@@ -156,10 +152,12 @@ def engine_config(folder: Path, dtype: str) -> Any:
     offered = {
         "model": str(folder), "skip_tokenizer_init": True, "enforce_eager": True, "dtype": dtype,
         "max_model_len": MAX_LENGTH, "max_num_seqs": 4, "max_num_batched_tokens": runtime.MAX_TOKENS,
-        "enable_prefix_caching": False, "language_model_only": True,
+        "enable_prefix_caching": False, "language_model_only": True, **device.backend(),
     }  # fmt: skip
     names = {item.name for item in dataclasses.fields(EngineArgs)}
-    with runtime._inspected_here() as reasons, _image_transforms():
+    if not device.backend().keys() <= names:
+        raise Unsupported("EngineArgs of this release has no argument moe_backend")
+    with runtime._inspected_here() as reasons, absent.imports():
         try:
             found = EngineArgs(**{k: v for k, v in offered.items() if k in names}).create_engine_config()
             _give_back_model_types(found.model_config)
@@ -185,7 +183,7 @@ def _give_back_model_types(model_config: Any) -> None:
 def _beside_experts() -> Iterator[None]:
     """What models have beside experts, and this machine lacks, stands in no one's way: nothing is put through it.
 
-    Image transforms, and sparse attention, in whose place dense attention is made.
+    What `absent` lists, and sparse attention, in whose place dense attention is made.
     """
     from vllm.platforms import current_platform
 
@@ -198,61 +196,12 @@ def _beside_experts() -> Iterator[None]:
         return real(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
     with (
-        _image_transforms(),
+        absent.imports(),
+        contextlib.ExitStack() as beside,
         patch.object(type(current_platform), "get_attn_backend_cls", staticmethod(dense)),
-        patch.object(torch.cuda, "Event", _Nothing),  # as its own worker for CPUs does
+        patch.multiple(torch.cuda, Event=absent.Nothing, Stream=absent.Nothing),  # as its own worker for CPUs does
     ):
+        for (path, name), stand_in in absent.BESIDE.items():
+            if (module := sys.modules.get(path)) is not None:
+                beside.enter_context(patch.object(module, name, stand_in))
         yield
-
-
-class _Inert(type):
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return cls
-
-
-class _Nothing(metaclass=_Inert):
-    """Stands for any class, function or constant of torchvision, and for a CUDA event."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-
-class _Empty(types.ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Nothing
-
-
-class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] != "torchvision":
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _Empty(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def _image_transforms() -> Iterator[None]:
-    """Where torchvision is absent, files of multimodal models can be imported all the same: no image is put in.
-
-    What was imported meanwhile goes again, so that nobody else takes the stand-in for torchvision.
-    """
-    if importlib.util.find_spec("torchvision") is not None:
-        yield
-        return
-    finder = _Absent()
-    sys.meta_path.append(finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]

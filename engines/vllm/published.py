@@ -22,7 +22,12 @@ CLASSES = {
     "UnlimitedOcrForConditionalGeneration": "UnlimitedOCRForCausalLM",
 }
 # By the text model's type, the class of its own that vLLM has, where transformers has none.
-TEXT_CLASSES = {"minimax_m3_vl_text": "MiniMaxM3SparseForCausalLM", "step3p5": "Step3p5ForCausalLM"}
+TEXT_CLASSES = {"step3p5": "Step3p5ForCausalLM"}
+# By the text model's type, where published configs have the text model: under another key than transformers', or at the
+# top ("").
+LEVELS = {"deepseek_ocr2_text": "language_config", "dots3_note_text": "", "unlimited_ocr_text": "language_config"}
+# By transformers' model type, the one that published configs have.
+TYPES = {"deepseek_ocr2": "deepseek_vl_v2", "inkling_text": "inkling_model"}
 # By model type, where transformers reads such checkpoints with another family's class.
 OWN_CLASSES = {"sarvam_mla": "SarvamMLAForCausalLM", "sarvam_moe": "SarvamMoEForCausalLM"}
 
@@ -76,7 +81,21 @@ def config(record: Any, architecture: str, values: dict[str, Any]) -> dict[str, 
         around["vision_config"] = _class_of(record).sub_configs["vision_config"]().to_dict()
     if isinstance(vision := around.get("vision_config"), dict):
         _complete(vision, VISION_KEYS.get(record.model_type, {}))
+    if record.wrapper is not None:
+        _complete(around, AROUND.get(record.model_type, {}))
     return values
+
+
+def written(record: Any, values: Level) -> dict[str, Any]:
+    """What `config` gives, with the text model under the key and type that published config.json files have."""
+    found = dict(values)
+    if found.get("model_type") in TYPES:
+        found["model_type"] = TYPES[found["model_type"]]
+    if record.wrapper is None or record.model_type not in LEVELS or record.wrapper.path[0] not in found:
+        return found
+    level = found.pop(record.wrapper.path[0])
+    to = LEVELS[record.model_type]
+    return {**found, to: level} if to else {**level, **found}
 
 
 def _complete(level: dict[str, Any], keys: Mapping[str, Any]) -> None:
@@ -128,6 +147,7 @@ def _of_layers(kind: str, key: str) -> Callable[[Level], list[int]]:
     return lambda level: [int(entry == kind) for entry in level.get(key) or [""] * level["num_hidden_layers"]]
 
 
+PROJECTOR = {"projector_type": "linear", "input_dim": 32, "n_embed": 32}
 INDEXED = {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 64}
 # By model type, keys that its published configs have, with their value or how it follows from the others; None for keys
 # that they do not have.
@@ -154,6 +174,7 @@ KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
         "sliding_window": 128,
         **INDEXED,
     },
+    "deepseek_ocr2_text": {"architectures": ["DeepseekV2ForCausalLM"], "use_mla": False},
     "deepseek_v32": {"first_k_dense_replace": _leading_dense, **INDEXED},
     "glm4_moe": {"head_dim": _head_dim},
     "glm4_moe_lite": {"first_k_dense_replace": _leading_dense},
@@ -171,6 +192,20 @@ KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
         "expert_hidden_dim": lambda level: level["moe_intermediate_size"],
         "route_norm": True,
     },
+    "kimi_linear": {
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "kv_lora_rank": 32,
+        "mla_use_nope": True,
+        "linear_attn_config": lambda level: {
+            "full_attn_layers": [*range(1, level["num_hidden_layers"] + 1)],
+            "kda_layers": [],
+            "head_dim": 32,
+            "num_heads": 2,
+            "short_conv_kernel_size": 4,
+        },
+    },
     "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
     "mellum": {"num_nextn_predict_layers": 0},
     "mimo_v2_flash": {
@@ -178,7 +213,7 @@ KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
         "layernorm_epsilon": 1e-5,
         "moe_layer_freq": _of_layers("sparse", "mlp_layer_types"),
     },
-    "minimax_m3_vl_text": {"rope_theta": 5e6},
+    "minimax_m3_vl_text": {"moe_layer_freq": _of_layers("sparse", "mlp_layer_types")},
     "step3p5": {
         "moe_router_activation": "sigmoid",
         "max_position_embeddings": 64,
@@ -191,9 +226,18 @@ KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
     "sarvam_moe": {"embedding_dropout": 0.0, "score_function": "sigmoid", "use_bias": False},
 }
 # The same, of keys that transformers does not read and that have one value in all published configs.
-ONLY: Mapping[str, Mapping[str, Any]] = {"deepseek_v4": {"n_shared_experts": 1}}
+ONLY: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v4": {"n_shared_experts": 1},
+    "inkling_text": {"shared_expert_sink": True, "use_gate_bias": True, "use_global_scale": True},
+}
+# The same for what is around the text model.
+AROUND: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
+    "deepseek_ocr2_text": {"tile_tag": "2D", "projector_config": PROJECTOR},
+    "unlimited_ocr_text": {"tile_tag": "2D", "projector_config": PROJECTOR},
+}
 # The same for the config of images.
 VISION_KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
     "ernie4_5_vl_moe_text": {"embed_dim": lambda level: level["hidden_size"], "mlp_ratio": 1},
+    "minimax_m3_vl_text": {"img_token_compression_config": {"spatial_merge_size": 2, "temporal_patch_size": 2}},
     "qwen3_omni_moe_text": {"image_size": 768, "apply_vit_abs_pos_embed": True},
 }

@@ -15,6 +15,7 @@ _REFUSING = (
     "nsupported",
     "range must be a power of 2",
     " is not supported.",
+    "pin_memory=True requires a CUDA",  # as torch says of what is copied to a GPU
     "Tried to instantiate dummy base class",  # as torch without CUDA says of its events and streams
     'assert scoring_func == "softmax"',
     'assert self.scoring_func == "softmax"',

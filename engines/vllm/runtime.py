@@ -6,6 +6,7 @@ Nothing here asks for a version number. Where releases differ, an attribute or a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import runpy
@@ -18,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from moe_conformance.engines.vllm import device, interpreted
+from moe_conformance.engines.vllm import absent, device, interpreted
 from moe_conformance.errors import Unsupported
 
 # Before anything imports vllm.
@@ -147,7 +148,7 @@ def model_config(folder: Path) -> Any:
     """vLLM's real ModelConfig of a folder. Raises Unsupported, with the reason, where vLLM cannot make one."""
     from vllm.config import ModelConfig
 
-    with _inspected_here() as reasons:
+    with _inspected_here() as reasons, absent.imports():
         try:
             return ModelConfig(
                 model=str(folder), tokenizer=str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True
@@ -161,10 +162,13 @@ def engine_config(folder: Path, dtype: str = "float32") -> Any:
     """vLLM's real VllmConfig of a folder; a new one for each model, for layers register their names in it."""
     from vllm.engine.arg_utils import EngineArgs
 
+    asked: dict[str, Any] = {**device.backend()}
+    if not asked.keys() <= {item.name for item in dataclasses.fields(EngineArgs)}:
+        raise Unsupported("EngineArgs of this release has no argument moe_backend")
     with _inspected_here():
         return EngineArgs(
             model=str(folder), skip_tokenizer_init=True, enforce_eager=True, dtype=dtype, max_model_len=MAX_TOKENS,
-            max_num_seqs=4, max_num_batched_tokens=MAX_TOKENS,
+            max_num_seqs=4, max_num_batched_tokens=MAX_TOKENS, **asked,
         ).create_engine_config()  # fmt: skip
 
 

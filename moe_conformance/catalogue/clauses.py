@@ -10,7 +10,8 @@ Level = Literal["MUST", "SHOULD"]
 
 @dataclass(frozen=True)
 class Clause:
-    """text: a full sentence with "must" or "should". upstream: public threads where an engine broke it.
+    """text: a full sentence with "must" or "should". upstream: public threads where an engine broke it. origin: where
+    it comes from else.
 
     level: MUST for a wrong result, a crash, a model that does not load; SHOULD for leniency. A broken SHOULD is a
     verdict of its own, which fails a run only with --strict.
@@ -20,6 +21,7 @@ class Clause:
     text: str
     upstream: tuple[str, ...] = ()
     level: Level = "MUST"
+    origin: str = ""
 
 
 CLAUSES: dict[str, Clause] = {
@@ -50,11 +52,22 @@ CLAUSES: dict[str, Clause] = {
     "config.refuse-dense": Clause(
         "config-keys",
         "A dense model must be refused by name before anything of it is loaded.",
+        ("vllm#41401",),
     ),
     "router-module.current-values": Clause(
         "closure-capture",
         "A router must use the parameter values its module has at call time, however they got there.",
         ("vllm#42250", "sglang#26717"),
+    ),
+    "update.current-values": Clause(
+        "closure-capture",
+        "A block that runs must compute with the weights that were pushed last, whatever was made of earlier ones.",
+        ("vllm#42821", "vllm#17915", "sglang#26717"),
+    ),
+    "update.parts": Clause(
+        "weight-coverage",
+        "A push of some tensors must change those and no others, however many calls it comes in.",
+        ("SkyRL#1680",),
     ),
     "remap.one-target": Clause(
         "double-prefix",
@@ -73,9 +86,16 @@ CLAUSES: dict[str, Clause] = {
         "A load must write every parameter with the checkpoint's values and consume every key, or say which not.",
         ("vllm#41206", "sglang#29659", "Megatron-Bridge#4706"),
     ),
+    "load.stored": Clause(
+        "quantised-scales",
+        "A quantised checkpoint must load with every weight the number that its code, zero point and scales make, in "
+        "every published form: by expert, packed, split by a quantiser, or left as it was in part.",
+        ("vllm#49638", "sglang#37679", "vllm#54047"),
+    ),
     "load.refuse-broken": Clause(
         "weight-coverage",
         "A truncated, mistyped or hostile checkpoint must be refused whole, with nothing half-loaded.",
+        origin="tools/fuzz.py, and what mutated files did to the first loaders",
     ),
     "capture.own-rows": Clause(
         "dp-assertions",
@@ -96,14 +116,17 @@ CLAUSES: dict[str, Clause] = {
     "capture.layers": Clause(
         "capture-replay",
         "Each layer's ids must be read at that layer, whichever other layers of the model route nothing.",
+        origin="models whose dense and draft layers lie between those with experts",
     ),
     "capture.bounds": Clause(
         "capture-replay",
         "Layer ids out of range, and expert ids that do not fit, must be rejected and must change nothing.",
+        origin="findings/vllm_capture_ids.py",
     ),
     "capture.narrow": Clause(
         "capture-replay",
         "Every legal expert id must survive the dtype it is stored in.",
+        origin="findings/vllm_capture_ids.py",
     ),
     "capture.other-process": Clause(
         "capture-replay",
@@ -125,6 +148,12 @@ CLAUSES: dict[str, Clause] = {
         "routing-semantics",
         "A router must select and weigh exactly by the model's method: order of score, top-k, renormalisation, scale.",
         ("transformers#39581", "PaddleFormers#3452", "megablocks#87"),
+    ),
+    "routing.precision": Clause(
+        "router-precision",
+        "Logits, scores, selection and weights must be computed in float32 where the model does, and never narrower "
+        "than they are stored, for one token as for many.",
+        ("torchtitan#2389", "vllm-ascend#9617"),
     ),
     "route.fused-shared": Clause(
         "shared-experts",
@@ -200,10 +229,104 @@ CLAUSES: dict[str, Clause] = {
         "its token hold.",
         ("vllm#46408", "vllm#48371", "sglang#30387", "vllm-gaudi#1796"),
     ),
+    "experts.stored-weights": Clause(
+        "quantised-scales",
+        "A stored weight must be read with the scale, zero point and global scale of its own tile, group, row, half "
+        "and expert, also where the last tile or group is cut.",
+        ("vllm#54974", "sglang#37759", "sglang#38573", "Model-Optimizer#1411"),
+    ),
+    "experts.quantised-activations": Clause(
+        "quantised-scales",
+        "Where activations are quantised, what enters either projection must be rounded by the scale of its own row, "
+        "group or expert, and multiplied back by the same.",
+        ("auto-round#1216", "vllm#26135"),
+    ),
+    "experts.adapters": Clause(
+        "expert-lora",
+        "Each token must have the update of its own adapter at each of its experts, scaled once by alpha over the "
+        "rank or its root; a token without an adapter, and an expert without an update, must have what the weights "
+        "alone give.",
+        ("vllm#42120", "vllm#55545", "sglang#24171", "unsloth-zoo#1269"),
+    ),
     "experts.out-of-range": Clause(
         "expert-map",
         "Where an engine checks ids: one out of range must raise or add nothing; it must never wrap to an expert.",
         ("vllm#46408", "flashinfer#1469"),
+    ),
+    "inputs.strides": Clause(
+        "dtype-stride-arguments",
+        "Whatever strides and offset a tensor has must be honoured or refused: columns of wider rows, a transpose, "
+        "rows of stride 0, memory that begins elsewhere.",
+        ("Liger-Kernel#1377", "vllm#28841"),
+    ),
+    "inputs.dtypes": Clause(
+        "dtype-stride-arguments",
+        "Each dtype of ids and of routing weights must be honoured or refused, beside every dtype of x.",
+        ("aiter#5255", "vllm#20166", "vllm#26162", "sglang#25380"),
+    ),
+    "matrices.orientation": Clause(
+        "weight-orientation",
+        "Which dim of a matrix is which must follow from what is declared, never from its shape: 2F = D, F = D, E = D, "
+        "2F < D, F > D.",
+        ("torchtitan#4373", "vllm#47874", "transformers#46818"),
+    ),
+    "rows.padding": Clause(
+        "token-padding",
+        "Rows of padding must not change a bit of a token's row, whatever they hold: numbers of any size, NaN, "
+        "infinities; nor its value, whichever experts they name.",
+        ("vllm#37442", "sglang#10414", "torchtitan#3193"),
+    ),
+    "calls.inputs-unchanged": Clause(
+        "aliasing-compile",
+        "A call must leave every tensor that it is given as it was.",
+        ("vllm-musa#56",),
+    ),
+    "outputs.own-memory": Clause(
+        "aliasing-compile",
+        "What a call returns must be its caller's: no memory of an input, of another output, or of what a later call "
+        "returns.",
+        ("vllm-musa#56",),
+    ),
+    "layer.fake-dtypes": Clause(
+        "aliasing-compile",
+        "Where a layer can be traced: under fake tensors its output must have the shape, dtype and strides of a real "
+        "one, in every dtype.",
+        ("vllm#41646",),
+    ),
+    "inputs.beyond-int32": Clause(
+        "index-width",
+        "Elements further apart than 2^31 must be addressed as they lie.",
+        ("flashinfer#2642", "flashinfer#2853", "vllm#6029"),
+    ),
+    "batches.any-size": Clause(
+        "chunking",
+        "However many tokens there are, and pairs of one expert, and however they are cut into chunks and tiles: each "
+        "token's result must be its own.",
+        ("vllm#20392", "sglang#3679", "vllm#21963"),
+    ),
+    "outputs.written": Clause(
+        "unwritten-output",
+        "Every element of every output must be written, whatever fresh memory holds: rows without an expert, ranks and "
+        "experts without a token, ends that fill no tile, no tokens at all.",
+        ("vllm#39510", "flashinfer#3840", "FastDeploy#4102"),
+    ),
+    "calls.same-result": Clause(
+        "determinism-state",
+        "A call must give the result of its arguments, whatever was called before: other shapes, other dtypes, another "
+        "layer of the same shape, nothing at all.",
+        ("TileOPs#640", "vllm#20392"),
+    ),
+    "calls.same-bits": Clause(
+        "determinism-state",
+        "The same call again should give the same bits.",
+        ("vllm#45683",),
+        "SHOULD",
+    ),
+    "rows.batch-invariant": Clause(
+        "batch-invariance",
+        "A token's row should have the same bits whatever rows are beside it, in whatever order.",
+        ("vllm#57016", "sglang#17424"),
+        "SHOULD",
     ),
     "shard.same-output": Clause(
         "eplb",

@@ -18,7 +18,7 @@ from moe_conformance.quote import plainly
 def judged(path: Path, values: bool = False) -> Judgement:
     """Raises CheckpointError where there is nothing to judge, and DenseModelError for a model without experts."""
     findings = Findings()
-    # Half a million small tuples, none in a cycle: collecting takes as long as reading.
+    # Half a million small tuples, none in a cycle: garbage collection would take as long as reading.
     collects = gc.isenabled()
     gc.disable()
     try:

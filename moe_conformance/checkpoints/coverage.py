@@ -1,4 +1,4 @@
-"""Every canonical tensor of every MoE layer: there once, and whole."""
+"""Checks that every canonical tensor of every MoE layer is there exactly once, and whole."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from moe_conformance.reference_impl.checkpoint.places import Layer
 
 
 class Coverage:
-    """Looks for what is missing and for what is there twice."""
+    """Finds what is missing and what is there twice."""
 
     def __init__(self, folder: Folder, layout: Layout, findings: Findings) -> None:
         self._folder, self._layout, self._findings = folder, layout, findings
-        # Spellings that some layer has.
+        # Spellings that occur in some layer.
         self._used: set[str] = set()
 
     def judge(self, groups: Mapping[Key, Group]) -> None:
@@ -46,7 +46,7 @@ class Coverage:
             self._no_experts(stack, index, layer)
             return
         if not any(group.experts for group in held):
-            return  # none that can be read, and each has a finding of its own
+            return  # none can be read, and each has a finding of its own
         before = self._before(stack, index, held)
         for target in layer.tensors:
             halves: tuple[int | None, ...] = (0, 1) if target.rpartition(".")[2] in ("w13", "b13") else (None,)
@@ -69,7 +69,7 @@ class Coverage:
 
     @cached_property
     def _dense(self) -> dict[str, str]:
-        """By what stands before the names of a layer, a tensor of a dense MLP there."""
+        """A tensor of a dense MLP in each layer, by what precedes the layer's names."""
         names = (name for name in self._folder.tensors if "gate_proj" in name and ".experts." not in name)
         return {name[: match.end() + 1]: name for name in names if (match := CUT.search(name))}
 
@@ -86,7 +86,7 @@ class Coverage:
         return name[: name.index(middle) + len(middle)] + inner
 
     def _filled(self, before: str, layer: Layer, target: str, half: int | None, held: list[Group]) -> None:
-        """One half of one tensor: by whom it is filled, and which experts are not."""
+        """One half of one tensor: what fills it, and for which experts it is not filled."""
         routed = ".experts." in f".{target}" and target.rpartition(".")[2] in ("w13", "w1", "w2", "b13", "b1", "b2")
         fillers = [
             (group, piece)
@@ -126,7 +126,7 @@ class Coverage:
             f"{before}{group.spelling.name.replace('{e}', str(first + expert))}"
             for expert in islice((e for e in range(experts) if e not in filled), FEW)
         ]
-        # What it should look like, and the file it should be in: those of its neighbour.
+        # Expected shape and file are those of its neighbour.
         absent = next(e for e in range(experts) if e not in filled)
         like = filled[min((e for e in filled if e is not None), key=lambda e: (abs(e - absent), e))].carrier
         if set(filled) == set(range(len(filled))) and gone > 1:
@@ -138,7 +138,7 @@ class Coverage:
         self._findings.add("missing", like.file, names, got="no such tensor", want=want, do=do, count=gone)
 
     def _spelled(self, target: str, half: int | None, held: list[Group]) -> str:
-        """How the layer would call what it lacks: as other layers do, or in the words of what it has."""
+        """The name of the missing tensor: as other layers spell it, or as this layer spells its other tensors."""
         by_expert = any(group.spelling.by_expert for group in held)
         options = [
             spelling

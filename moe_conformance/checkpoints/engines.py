@@ -1,4 +1,4 @@
-"""Whether the engines that are installed know the model's architecture, read off their source: nothing is imported."""
+"""Whether the installed engines know the model's architecture, read from their source; nothing is imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_conformance.checkpoints.findings import Findings
 from moe_conformance.checkpoints.folder import CONFIG
 from moe_conformance.quote import plainly
 
-# Where each says which architectures it has, below its package.
+# The file in which each lists its architectures, relative to its package.
 PLACES: Mapping[str, tuple[str, ...]] = {
     "vllm": ("model_executor/models/registry.py",),
     "sglang": ("srt/models/*.py",),
@@ -21,7 +21,7 @@ PLACES: Mapping[str, tuple[str, ...]] = {
 
 
 def unheard_of(config: Mapping[str, Any], findings: Findings) -> None:
-    """A note for each engine here whose source does not have the architecture by name."""
+    """A note for each installed engine whose source does not name the architecture."""
     found = config.get("architectures")
     names = [name for name in found if isinstance(name, str) and name.isidentifier()] if isinstance(found, list) else []
     for package in PLACES if names else ():

@@ -1,4 +1,4 @@
-"""What `checkpoint` finds: each with its place, what was got against what is wanted, and what to do about it."""
+"""The findings of `checkpoint`: each with its place, got and want, and what to do about it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Literal
 
 # defect: an engine refuses the folder, leaves a weight as it was, or computes with a wrong one. note: worth knowing.
 Level = Literal["defect", "note"]
-# Names that one finding lists; how many there are it says in any case.
+# How many names one finding lists; it always gives their number.
 MOST_LISTED = 1000
 
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: a word for machines. tensors: the first that are meant, of `count`. files: where each of them is, or should
-    be; of a finding without tensors, the files that are meant."""
+    """kind: a word for machines.
+
+    tensors: the first that are meant, of `count`. files: where each of them is, or should be; of a finding without
+    tensors, the files that are meant.
+    """
 
     kind: str
     files: tuple[str, ...]
@@ -45,7 +48,7 @@ class Findings:
         level: Level = "defect",
         count: int | None = None,
     ) -> None:
-        """count: of tensors, where not all that are meant are given."""
+        """count: the number of tensors, if not all of them are listed."""
         names = (tensors,) if isinstance(tensors, str) else tuple(tensors)
         places = self._found.setdefault((kind, level, got, want, do), _Places())
         kept = names[: MOST_LISTED - len(places.tensors)]

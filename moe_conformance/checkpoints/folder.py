@@ -16,19 +16,19 @@ from moe_conformance.errors import CheckpointError
 from moe_conformance.quote import few, plainly, quoted
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# Beside another form of the model, Mistral's own names for the same weights.
+# Mistral's own names for the same weights, in addition to another form of the model.
 CONSOLIDATED = re.compile(r"consolidated[.\w-]*\.safetensors")
 _OF = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors")
 # Formats that may run code when they are read.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-# Entries of a folder that are looked at; the most published: 700.
+# How many entries of a folder are examined; the largest published folder has 700.
 MOST_FILES = 20_000
 
 
 class Folder(NamedTuple):
     """What a folder holds. tensors: by name, of the shards that could be read. data: where each shard's data begin.
 
-    whole: every shard was read, so that what is not there is missing.
+    whole: every shard was read, so that an absent tensor is really missing.
     """
 
     path: Path
@@ -117,7 +117,7 @@ def _shards(path: Path, files: list[str], findings: Findings) -> tuple[list[str]
 
 
 def _are_all(files: list[str], findings: Findings) -> bool:
-    """Whether files that say how many they are are as many."""
+    """Whether there are as many files as their names say."""
     whole = True
     for stem, of in dict.fromkeys((match[1], match[3]) for file in files if (match := _OF.fullmatch(file))):
         present = {int(m[2]) for file in files if (m := _OF.fullmatch(file)) and (m[1], m[3]) == (stem, of)}
@@ -151,7 +151,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _beside(files: list[str], shards: list[str], findings: Findings) -> None:
-    """What lies in the folder and is no part of the model."""
+    """Files in the folder that are not part of the model."""
     for file in files:
         if file.endswith(".safetensors") and file not in shards and file != SINGLE:
             got, do = "a file that is no part of the model", "remove it if it is not meant; it was not judged"
@@ -194,7 +194,10 @@ def _header(path: Path, file: str, is_indexed: bool, findings: Findings) -> Head
 
 
 def _outside(path: Path, file: str) -> str:
-    """Where a link leads that leaves the folder; the hub's cache, whose snapshots link to its blobs, is one folder."""
+    """The target of a link that leaves the folder.
+
+    The hub's cache, whose snapshots link to its blobs, counts as one folder.
+    """
     place = path / file
     if not place.is_symlink():
         return ""
@@ -222,7 +225,7 @@ def _doubled(held: Stored, entry: Stored, findings: Findings) -> None:
 def _agree(
     weight_map: Mapping[str, str], tensors: Mapping[str, Stored], data: Mapping[str, int], findings: Findings
 ) -> None:
-    """Index and shards; of a shard that could not be read, nothing is said."""
+    """Whether index and shards agree; a shard that could not be read is left out."""
     for file, names in _by_file((n, e.file) for n, e in tensors.items() if weight_map.get(n) != e.file):
         lost = [name for name in names if name not in weight_map]
         moved = [name for name in names if name in weight_map and weight_map[name] in data]

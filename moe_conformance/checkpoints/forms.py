@@ -1,6 +1,6 @@
 """The published forms of a quantised matrix: which tensors belong to its weights, of what dtypes and shapes.
 
-From the shape that the matrix has as floats, and what lies there, to what is wrong with it. Layouts: safetensors of
+Given the matrix's shape as floats and its stored tensors, finds what is wrong with them. Layouts: safetensors of
 DeepSeek (`weight_scale_inv`, `scale`), gpt-oss (`_blocks`, `_scales`), compressed-tensors, ModelOpt, AutoGPTQ, AutoAWQ
 and bitsandbytes, as their own code writes them.
 """
@@ -19,9 +19,9 @@ FLOATS = ("F32", "BF16", "F16", "F64")
 FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 INTEGERS = ("I32", "I64")
 E8M0 = ("F8_E8M0", "U8")
-# What carries the weights themselves.
+# Ends of the tensors that hold the weights themselves.
 CARRIERS = ("weight", "weight_packed", "qweight", "blocks")
-# What belongs to a carrier, by the end of its name.
+# Ends of the tensors that accompany such a carrier.
 COMPANIONS = (
     *("weight_scale_inv", "weight_scale_2", "weight_scale", "weight_global_scale", "scale_inv", "scale_2", "scale"),
     *("input_scale", "input_global_scale", "weight_zero_point", "input_zero_point", "weight_shape", "weight_g_idx"),
@@ -32,14 +32,14 @@ COMPANIONS = (
 )
 # Longest first: weight_scale ends in scale.
 ENDS = tuple(sorted((*CARRIERS, *COMPANIONS), key=len, reverse=True))
-# An activation's scale may be there in every form; engines that quantise activations themselves skip it.
+# Any form may have an activation's scale; engines that quantise activations themselves skip it.
 ALWAYS = frozenset(
     (
         *("input_scale", "input_global_scale", "input_zero_point", "input_scale_ub"),
         *("activation_scale", "output_scale", "pre_quant_scale"),
     )
 )
-# By what weights of one dtype are told apart.
+# What distinguishes forms whose weights have the same dtype.
 DECIDING = frozenset(
     (
         *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "scale", "scale_inv"),
@@ -98,8 +98,8 @@ MEND = "mend the export, or quantise again"
 class _Judge:
     """One matrix in one form.
 
-    usual: ends that other matrices have. halves: gate and up lie one above the other in it. unread: companions that
-    nothing has asked for.
+    usual: ends that other matrices have. halves: gate and up lie one above the other in it. unread: companions that no
+    rule has asked for.
     """
 
     members: Members
@@ -138,7 +138,7 @@ class _Judge:
 def kind_of(members: Members, scheme: Scheme | None = None, usual: Ends = frozenset()) -> Kind | None:
     """The form that the carrier is in; None for floats, and for what is in none of these forms.
 
-    Where nothing that would tell it is there, scheme: what the config says, and usual: ends that other matrices have.
+    If the tensors do not tell, it follows from scheme (what the config says) and usual (ends that other matrices have).
     """
     if not DECIDING & members.keys():
         if scheme is not None and len(scheme.kinds) == 1:
@@ -153,6 +153,8 @@ def kind_of(members: Members, scheme: Scheme | None = None, usual: Ends = frozen
     if "qweight" in members:
         # Told apart by their scales: GPTQ packs along the rows of its tensor, AWQ along the columns.
         packed, scales = members["qweight"], members.get("scales")
+        if scales is None and scheme is not None and scheme.kinds == {"awq"}:
+            return "awq"
         if "g_idx" in members or scales is None or packed.shape[-1:] == scales.shape[-1:]:
             return "gptq"
         return "awq"
@@ -198,7 +200,7 @@ def troubles_of(
 ) -> list[Trouble]:
     """What is wrong with a quantised matrix.
 
-    want: its shape as floats, None where nobody says. halves: gate and up lie one above the other in it.
+    want: its shape as floats, None if unknown. halves: gate and up lie one above the other in it.
     """
     kind = kind_of(members, scheme, usual)
     if kind is None or (scheme is not None and not scheme.known):
@@ -221,7 +223,7 @@ def troubles_of(
 
 
 def _inferred(kind: Kind, members: Members, scheme: Scheme | None) -> Shape | None:
-    """The shape as floats, as far as the tensors themselves say it."""
+    """The shape as floats, as far as the tensors themselves show it."""
     if kind == "mxfp4" and "blocks" in members:
         *lead, groups, half = members["blocks"].shape
         return (*lead, groups * half * 2)
@@ -263,7 +265,7 @@ def _scales(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme,
     said = scheme.strategies or frozenset(("block",) if tiled and scheme.blocks else ("block", "tensor", "channel"))
     if "block" in said:
         found += tuple((*lead, -(-rows // high), -(-columns // wide)) for high, wide in sorted(blocks))
-        if judge.halves:  # the tiles of either half begin anew
+        if judge.halves:  # each half has its own tiles
             found += tuple((*lead, 2 * -(-rows // (2 * high)), -(-columns // wide)) for high, wide in sorted(blocks))
     if "tensor" in said:
         found += (*_whole(lead), *(((*lead, 2), (*lead, 2, 1)) if judge.halves else ()))

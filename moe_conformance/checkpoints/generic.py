@@ -1,4 +1,4 @@
-"""What can be said of a model that no record describes: its experts are alike, and as many as its config says."""
+"""Checks for a model without a record: its experts are alike, and as many as its config says."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def alike(stems: Mapping[str, Mapping[str, Stored]], folder: Folder, findings: F
 
 
 def _said(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, int]]:
-    """What the config calls the number of experts, and the number."""
+    """The config's key for the number of experts, and the number."""
     for key in EXPERTS:
         value = config.get(key)
         if type(value) is int and 0 < value <= MOST_EXPERTS:

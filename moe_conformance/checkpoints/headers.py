@@ -1,7 +1,7 @@
 """The header of a safetensors file, read without safetensors: names, dtypes, shapes, and that the data are all there.
 
-Format: https://github.com/huggingface/safetensors#format. A file is refused where safetensors would refuse it. Nothing
-behind the header is read.
+Format: https://github.com/huggingface/safetensors#format. A file is refused if safetensors would refuse it. Nothing
+after the header is read.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Header(NamedTuple):
 
 
 class Damaged(CheckpointError):
-    """A file that no reader takes. kind: "truncated" or "header"."""
+    """A file that no reader accepts. kind: "truncated" or "header"."""
 
     def __init__(self, kind: str, got: str, want: str, do: str = AGAIN) -> None:
         super().__init__(f"got {got}, want {want}; {do}")
@@ -185,7 +185,7 @@ def _misfit(name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int)
 
 
 def _whole(tensors: list[Stored], size: int) -> None:
-    """Data without holes and overlaps, all of them there, and nothing behind them."""
+    """Raise unless the data are complete, without holes and overlaps, and nothing follows them."""
     at = 0
     for entry in sorted(tensors, key=_BY_PLACE):
         if entry.begin != at:

@@ -1,4 +1,4 @@
-"""JSON files of a folder that nobody vouches for: read whole or refused, by one error that says what to do."""
+"""JSON files of an untrusted folder: read whole or refused with one error that says what to do."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def open_at_once(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
 
 
 def _text(path: Path) -> str:
-    """What a file says. A device, a pipe, a folder, which may have no end, and a file beyond all sizes are refused."""
+    """The text of a file.
+
+    Devices, pipes and folders, which may have no end, and files that are too large are refused.
+    """
     with open(path, encoding="utf-8", opener=open_at_once) as stream:
         found = os.fstat(stream.fileno())
         if not stat.S_ISREG(found.st_mode):

@@ -1,6 +1,7 @@
 """Where each tensor of a checkpoint belongs, and which shape it has there, in every spelling of its family.
 
-Beside the names of the family's record: those of quantisers, which split packed experts and name each one's matrices.
+In addition to the names in the family's record it knows those of quantisers, which split packed experts and name each
+expert's matrices.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _NUMBERED = re.compile(r"(experts\.(?:mlp\.)?(?:expert_)?)([0-9]+)(?=\.)")
 NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 # The numbers in a name.
 CUT = re.compile(r"(?<=[._])([0-9]+)(?=\.)")
-# Of draft layers alone, whatever the config counts.
+# Parts of names that only draft layers have, whatever number the config gives.
 DRAFT_MARKS = (".eh_proj.", ".enorm.", ".hnorm.", ".shared_head.")
 DRAFT_KEYS = (
     "num_nextn_predict_layers",
@@ -54,7 +55,7 @@ class Spelling(NamedTuple):
 
 
 class Spot(NamedTuple):
-    """Where names belong that differ in their numbers alone.
+    """Where names belong that differ only in their numbers.
 
     stack: which stack of layers; "mtp" for that of draft layers. spelling: None for a name in the block that is no
     spelling's. end: of a matrix' tensors, which one. layer, expert: which of the numbers they are. fixed: the others.
@@ -153,7 +154,7 @@ class Layout:
             self._marked = {index for name in names for part, index in beyond.items() if part in name}
 
     def layer(self, stack: Stack, index: int) -> tuple[Layer | None, bool]:
-        """What lies there, and whether it is a draft layer, which may be absent."""
+        """The layer there, and whether it is a draft layer, which may be absent."""
         if stack is MTP:
             return self.draft, True
         found = self.layers.get((stack, index))

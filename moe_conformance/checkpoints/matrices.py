@@ -1,4 +1,4 @@
-"""Each matrix by itself: of the shape that its layer says, in one of the published forms, like those beside it."""
+"""Checks each matrix: the shape that its layer asks for, in one of the published forms, the same as its neighbours."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MEND = "mend the export"
 
 
 class Judge:
-    """Judges groups, and remembers what it has judged once."""
+    """Judges groups, and caches its judgements."""
 
     def __init__(self, folder: Folder, model: Model, usual: Ends, findings: Findings) -> None:
         """usual: ends of names that the checkpoint has."""
@@ -41,7 +41,7 @@ class Judge:
         self._known: dict[tuple[Any, ...], list[Trouble]] = {}
         self._quantised: dict[str, Stored] = {}
         self._left = frozenset(model.scheme.left if model.scheme else ())
-        # Quantised by a method that is not known.
+        # Quantised by an unknown method.
         self._is_open = model.scheme is not None and not model.scheme.known
 
     def group(self, key: Key, group: Group) -> None:
@@ -61,7 +61,7 @@ class Judge:
         fitting: set[tuple[int, str, Shape]] = set()
         is_plain = True
         for number, matrix in group.experts.items():
-            at = _piece_of(pieces, number, layer)
+            at = piece_of(pieces, number, layer)
             if at is None:
                 beyond.append(number or 0)
                 continue
@@ -177,7 +177,7 @@ class Judge:
         return self._layout.names.once_transposed and ".experts." in f".{piece.target}"
 
     def _misshapen(self, wrong: list[Stored], group: Group, pieces: list[Piece], layer: Layer) -> None:
-        """All of a layer's: config and tensors contradict each other. Some: these are wrong."""
+        """If all of a layer's are misshapen, config and tensors contradict each other; if some are, those are wrong."""
         piece = pieces[0]
         by_expert = None not in group.experts
         want = stored_shape(piece, layer.tensors[piece.target], layer.sizes, by_expert)
@@ -204,7 +204,7 @@ class Judge:
         self._findings.add(kind, entries[0].file, _names(entries), got=got, want=want, do=do)
 
     def _alike(self, group: Group, pieces: list[Piece]) -> None:
-        """All experts of a layer in one form; those that the config leaves as they were apart."""
+        """All experts of a layer must have one form, apart from those that the config leaves unquantised."""
         if any(piece.experts != "routed" for piece in pieces):
             return
         forms = {number: self._form(matrix) for number, matrix in group.experts.items()}
@@ -232,7 +232,7 @@ class Judge:
         return self._scheme is not None and self._scheme.leaves(carrier.name.rpartition(".")[0])
 
     def outside(self, stems: Outside) -> None:
-        """What belongs to quantised weights that are none of the MoE layers'."""
+        """Quantised weights outside the MoE layers."""
         for held in stems.values():
             if len(held) == 1 and ("" in held or "weight" in held or "bias" in held):
                 (entry,) = held.values()
@@ -281,7 +281,7 @@ class Judge:
             )
 
 
-def _piece_of(pieces: list[Piece], number: int | None, layer: Layer) -> int | None:
+def piece_of(pieces: list[Piece], number: int | None, layer: Layer) -> int | None:
     """What an expert's number is of; None for one that the layer has not."""
     experts = layer.sizes.experts
     if number is None or (number < experts and pieces[0].experts == "routed"):

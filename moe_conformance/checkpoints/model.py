@@ -18,7 +18,7 @@ OTHER_MODEL = "config.json and the tensors are of different models; take both fr
 class Model(NamedTuple):
     """What is known of the model from its config.
 
-    layout: None where config.json is not right, which is a finding, or no record has its names; why: then the reason.
+    layout: None if config.json is wrong, which is a finding, or if no record has its names; why: the reason.
     """
 
     model_type: str

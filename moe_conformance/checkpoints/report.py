@@ -1,16 +1,31 @@
-"""A judgement in words: as text, as Markdown, and as JSON for machines."""
+"""A judgement in words: as text, as Markdown, and as JSON for machines; of a checkpoint, or of a record of routes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from moe_conformance.checkpoints.findings import Finding
 from moe_conformance.quote import plainly
 
 SHOWN = 3  # names of tensors in a line
+
+
+class Judged(Protocol):
+    """What is printed of a judgement. lines: a table between heading and findings. facts: for machines."""
+
+    @property
+    def folder(self) -> str: ...
+    @property
+    def heading(self) -> str: ...
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def findings(self) -> tuple[Finding, ...]: ...
+    def lines(self) -> Iterator[str]: ...
+    def facts(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,21 @@ class Judgement:
         read = "headers and values" if self.values else "headers alone; --values reads the numbers too"
         return f"{_count(defects, 'defect')}, {_count(notes, 'note')} ({read})"
 
+    def lines(self) -> Iterator[str]:
+        yield from ()
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "folder": self.folder,
+            "sound": self.is_sound,
+            "model": self.model,
+            "record": self.record,
+            "tensors": self.tensors,
+            "files": self.shards,
+            "bytes": self.size,
+            "values": self.values,
+        }
+
 
 def _bytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
@@ -62,12 +92,14 @@ def _where(finding: Finding) -> str:
     return plainly(first) + (f" and {_count(len(others), 'more file')}" if others else "")
 
 
-def text(judgement: Judgement) -> str:
+def text(judgement: Judged) -> str:
     return "\n".join(_lines(judgement))
 
 
-def _lines(judgement: Judgement) -> Iterator[str]:
+def _lines(judgement: Judged) -> Iterator[str]:
     yield f"{plainly(judgement.folder)}: {judgement.heading}"
+    table = list(judgement.lines())
+    yield from ["", *table] if table else []
     for finding in judgement.findings:
         yield ""
         yield f"{finding.level}: {finding.kind}: {_where(finding)}"
@@ -80,8 +112,10 @@ def _lines(judgement: Judgement) -> Iterator[str]:
     yield judgement.outcome
 
 
-def markdown(judgement: Judgement) -> str:
+def markdown(judgement: Judged) -> str:
     lines = [f"# `{_cell(plainly(judgement.folder))}`", "", f"{judgement.heading}.", "", f"**{judgement.outcome}**"]
+    table = list(judgement.lines())
+    lines += ["", *table] if table else []
     if judgement.findings:
         lines += ["", "| | what | file | tensor | got | want | to do |", "|---|---|---|---|---|---|---|"]
     for finding in judgement.findings:
@@ -102,17 +136,10 @@ def _cell(value: str) -> str:
     return value.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def as_json(judgement: Judgement) -> str:
+def as_json(judgement: Judged) -> str:
     """ASCII alone, so that no name of a tensor can do harm to a terminal."""
     found: dict[str, Any] = {
-        "folder": judgement.folder,
-        "sound": judgement.is_sound,
-        "model": judgement.model,
-        "record": judgement.record,
-        "tensors": judgement.tensors,
-        "files": judgement.shards,
-        "bytes": judgement.size,
-        "values": judgement.values,
+        **judgement.facts(),
         "findings": [
             {**vars(finding), "files": list(map(plainly, finding.files)), "tensors": list(finding.tensors)}
             for finding in judgement.findings

@@ -1,4 +1,4 @@
-"""What a config says of the form in which weights are stored: quantization_config, and ModelOpt's own file."""
+"""What a config says about how weights are stored: quantization_config, and ModelOpt's own file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scheme:
     method: as the config calls it. kinds: of the forms that it may have. blocks: rows and columns of a tile with a
     scale of its own. groups: columns that share one; 0 for a whole row. bits: of "packed", "gptq" and "awq". symmetric:
     has no zero points. static: activations have given scales. left: patterns of modules that are not quantised.
-    known: what belongs to weights of this method is known; if not, nothing is said of them.
+    known: whether the tensors of this method are known; if not, they are not judged.
     """
 
     method: str
@@ -149,7 +149,7 @@ def _integers(method: str, kind: Kind, given: Mapping[str, Any], left: tuple[str
     )
 
 
-# compressed-tensors' words; what is not here may be anything.
+# compressed-tensors' words; others are not judged.
 _FORMATS: Mapping[str, Kind] = {
     "float-quantized": "fp8",
     "int-quantized": "int8",
@@ -238,7 +238,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.*\-]*")
 def _is_meant(pattern: str, module: str) -> bool:
     """A name, a part of a path, a glob, or a regular expression (re:) that is a glob in other words.
 
-    A regular expression of any other kind may take for ever, so that it is taken to mean every module.
+    Any other regular expression might take forever, so it is taken to match every module.
     """
     if pattern.startswith("re:"):
         bare = pattern[3:].removeprefix("^").removesuffix("$").replace(".*", "*").replace(r"\.", ".")

@@ -1,4 +1,4 @@
-"""Which tensor belongs where: to an expert's matrix in a layer, or by the stem of its name to one outside."""
+"""Sorts tensors: into an expert's matrix in a layer, or outside the MoE layers by the stem of the name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Experts = dict[int | None, Matrix]
 
 
 class Group(NamedTuple):
-    """What a layer holds in one spelling: each expert's matrix, or one of all, under None."""
+    """The tensors of a layer in one spelling: each expert's matrix, or one matrix of all experts under None."""
 
     spelling: Spelling
     experts: Experts
@@ -72,7 +72,7 @@ class _Kind(NamedTuple):
 
 
 def sorted_out(tensors: Mapping[str, Stored], layout: Layout | None, findings: Findings) -> Sorted:
-    """Every tensor in its place: in the MoE layers, or by the stem of its name."""
+    """Sort every tensor into the MoE layers, or by the stem of its name."""
     kinds: dict[tuple[str, ...], _Kind] = {}
     others: list[_Kind] = []
     outside: Outside = {}

@@ -1,8 +1,8 @@
-"""What the numbers of a checkpoint say: scales that cannot be, weights that are no numbers, experts that are alike.
+"""Checks the numbers of a checkpoint: impossible scales, weights that are not finite, experts that are equal.
 
-Files are mapped and read once, from begin to end, a megabyte at a time; pages that were read are given back. NumPy has
-no bfloat16 and no float8: their order as integers is that of their values, so that two maxima of the bytes show
-whether any is NaN or infinite, and nothing is converted.
+Files are mapped and read once from beginning to end, a megabyte at a time; pages that were read are released. NumPy has
+no bfloat16 or float8, but as integers they have the order of their values. So two maxima over the bytes show whether
+any is NaN or infinite, without conversion.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from moe_conformance.model.specs import Shape
 from moe_conformance.quote import few, plainly
 from moe_conformance.reference_impl.checkpoint.places import Layer
 
-STEP = 2**20  # bytes that are looked at together: half of a core's cache
+STEP = 2**20  # bytes that are examined together: half of a core's cache
 WINDOW = 2**26  # bytes after which pages are given back
-PROBE = 64  # bytes at either end by which experts are told apart before all of them are compared
+PROBE = 64  # bytes at either end that are compared first, before whole experts are
 # Width in bytes, and the first pattern above all finite ones, of the positive half.
 _FLOATS: Mapping[str, tuple[int, int]] = {
     "F64": (8, 0x7FF0 << 48),
@@ -45,7 +45,7 @@ SCALES = frozenset(
         *("scale", "scales", "input_scale", "input_global_scale"),
     )
 )
-# Of these zero is no fault: what they scale may be all zero.
+# For these, zero is not a fault: what they scale may be all zero.
 MAXIMA = frozenset(("absmax", "nested_absmax", "SCB"))
 # What gate and up of an expert share in an engine, for they are one matrix there; and what all experts share.
 OF_BOTH = ("weight_scale_2", "weight_global_scale", "scale_2", "input_scale", "input_global_scale")
@@ -91,7 +91,7 @@ class Files:
         return np.frombuffer(mapped, np.uint8, size, start)
 
     def read(self, entry: Stored, until: int) -> None:
-        """Give pages back up to this byte of the entry."""
+        """Release pages up to this byte of the entry."""
         mapped = self._map
         if mapped is None or not hasattr(mapped, "madvise"):
             return
@@ -101,7 +101,7 @@ class Files:
             self._given_back = at
 
     def forget(self) -> None:
-        """Give all pages back."""
+        """Release all pages."""
         if self._map is not None and hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -252,7 +252,7 @@ class _Values:
                 self._add(kind, one, f"{count:,} of {total:,} scales {what}", "all of them above 0 and finite", AGAIN)
 
     def _integers(self, one: Look, raw: Bytes) -> None:
-        """Indices that lead nowhere, and shapes that are not the matrix's."""
+        """Indices out of range, and stored shapes that differ from the matrix's."""
         values = raw.view(np.int32 if one.entry.dtype == "I32" else np.int64)
         if not values.size:
             return
@@ -286,7 +286,7 @@ class _Values:
             self._add("expert-zero", one, f"{which} all zero", "weights", do)
 
     def finish(self) -> None:
-        """Compare what is alike at both ends, byte by byte."""
+        """Compare experts that are equal at both ends, byte by byte."""
         for (size, _, _), held in self._seen.items():
             first, *others = held
             for other in others:

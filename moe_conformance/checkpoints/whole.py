@@ -1,6 +1,6 @@
-"""Is a checkpoint whole: every MoE tensor of its config there once, of its shape and dtype, with what belongs to it.
+"""Whether a checkpoint is whole: every MoE tensor of its config is there once, with its shape, dtype and companions.
 
-From config and headers alone. What every tensor is called is in layout.py, how each form lies in forms.py.
+Uses only config and headers. Names of tensors are in layout.py, stored forms in forms.py.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def shape_and_type(what: str, got: Any, shape: Sequence[int], integer: bool | No
 
 
 def _values(what: str, got: Any, want: Tensor, integer: bool | None = None) -> Tensor:
-    """The numbers in an answer of this shape, on the CPU, whatever its class makes of functions."""
+    """The numbers in an answer of this shape, on the CPU; a tensor subclass cannot intercept that."""
     shape_and_type(what, got, want.shape, integer)
     if type(got) is not Tensor and type(got).__torch_dispatch__ is Tensor.__torch_dispatch__:
         got = Tensor.as_subclass(got, Tensor)
@@ -43,7 +43,7 @@ def _values(what: str, got: Any, want: Tensor, integer: bool | None = None) -> T
 
 
 def _is_fake(tensor: Tensor) -> bool:
-    """Asked of the module where there is one, for importing it takes long."""
+    """Only if the module is already imported: importing it takes long."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
 
@@ -69,6 +69,24 @@ def close(what: str, got: Tensor, want: Tensor, bound: Bound) -> None:
         ratio = worst.nan_to_num(float("inf")).max()
         detail = f"; largest error is {ratio:.3g} times the bound ({bound.origin})"
     _report(what, got, want, bad, detail)
+
+
+def is_close(got: Tensor, want: Tensor, bound: Bound) -> bool:
+    """Whether `close` would let it pass."""
+    return bool(((got.detach().cpu().double() - want.double()).abs() <= bound.limit).all())
+
+
+def written(what: str, got: Tensor) -> None:
+    """No element is NaN, which fresh memory holds while cases run, and no input of the call."""
+    got = _values(what, got, got)
+    bad = got.isnan() if got.is_floating_point() else got == torch.iinfo(got.dtype).max
+    if count := int(bad.sum()):
+        place = _where(int(bad.flatten().to(torch.uint8).argmax()), bad.shape)
+        value = "NaN" if got.is_floating_point() else "the dtype's largest"
+        raise Nonconformance(
+            f"{what}: {count} of {bad.numel()} elements were never written, or made of what was not, first at {place}: "
+            f"got {value}, which fresh memory holds while cases run; write every element, or begin with zeros"
+        )
 
 
 def _report(what: str, got: Tensor, want: Tensor, bad: Tensor, detail: str) -> None:

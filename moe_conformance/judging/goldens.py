@@ -14,7 +14,7 @@ FOLDER = Path(moe_conformance.golden.__path__[0])
 
 
 class Amber(AmberSnapshotExtension):
-    """Stores at golden/<bug class>/<check>.ambr under the case id, whatever test and engine asked."""
+    """Stores at golden/<bug class>/<check>.ambr under the case id, for every test and engine."""
 
     place = FOLDER
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_conformance.judging.draws import note, salt
+
 
 def _mix(counter: Tensor, seed: int) -> Tensor:
     """Splitmix64 (Steele, Lea, Flood 2014) of counter + seed, in wrapping int64."""
@@ -25,7 +27,13 @@ def _mix(counter: Tensor, seed: int) -> Tensor:
 
 
 def bits(shape: Sequence[int], seed: str) -> Tensor:
-    """int64 hash values in [0, 2^62) of the given shape; another seed string gives another stream."""
+    """int64 hash values in [0, 2^62) of the given shape; another seed string gives another stream, as does a run's
+    --seed."""
+    return hashed(shape, seed + salt())
+
+
+def hashed(shape: Sequence[int], seed: str) -> Tensor:
+    """As `bits`, without the run's seed."""
     key = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little", signed=True)
     counter = torch.arange(math.prod(shape), dtype=torch.int64) * -0x61C8864680B583EB  # golden gamma
     return (_mix(counter, key) >> 2 & (1 << 62) - 1).reshape(tuple(shape))
@@ -43,9 +51,11 @@ def normal(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32, 
     """
     if math.frexp(std)[0] != 0.5:
         raise ValueError(f"std: got {std}, want a power of two, so that values are exact in every dtype")
-    hashed = bits(shape, seed)
-    total = sum((hashed >> 6 * i & 63 for i in range(4)), start=torch.zeros((), dtype=torch.int64)) - 126
-    return (total.double() * (std / 32)).to(dtype)
+    drawn = bits(shape, seed)
+    total = sum((drawn >> 6 * i & 63 for i in range(4)), start=torch.zeros((), dtype=torch.int64)) - 126
+    found = (total.double() * (std / 32)).to(dtype)
+    note("normal", tuple(shape), seed + salt(), dtype, std, drawn=found)
+    return found
 
 
 def distinct_logits(tokens: int, experts: int, seed: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -55,7 +65,9 @@ def distinct_logits(tokens: int, experts: int, seed: str, dtype: torch.dtype = t
     """
     order = bits((tokens, experts), seed).argsort(dim=-1)
     step = 1 / 16 if experts <= 256 else 1 / 64
-    return ((order - experts // 2).double() * step).to(dtype)
+    found = ((order - experts // 2).double() * step).to(dtype)
+    note("distinct_logits", tokens, experts, seed + salt(), dtype, drawn=found)
+    return found
 
 
 def poison_(tensor: Tensor) -> Tensor:
@@ -96,10 +108,21 @@ def windows(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32,
     for _ in shape[:-2]:
         strides.insert(0, 1009 * strides[0])
     length = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
-    return normal((length,), seed, dtype, std).as_strided(tuple(shape), tuple(strides)).contiguous()
+    found = normal((length,), seed, dtype, std).as_strided(tuple(shape), tuple(strides)).contiguous()
+    note("windows", tuple(shape), seed + salt(), dtype, std, drawn=found)
+    return found
 
 
 def matrix(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weights [.., out, in] of about 1 / sqrt(in), so that no part of a layer hides in another's rounding."""
     values = windows if shape[-1] > 256 else normal
     return values(shape, seed, dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
+
+
+def padding_rows(tensor: Tensor, tokens: int) -> Tensor:
+    """The first so many rows, and behind them NaN, infinities and the dtype's largest number, in turn."""
+    most, infinity = torch.finfo(tensor.dtype).max, math.inf
+    changed = tensor.clone()
+    for row in range(tokens, len(tensor)):
+        changed[row] = (math.nan, infinity, -infinity, most)[row % 4]
+    return changed

@@ -16,7 +16,17 @@ from torch import Tensor
 import moe_conformance
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import PROTOCOL_VERSION, STAGES, Engine, EngineInfo, Limits
-from moe_conformance.errors import BeyondLimits, Broken, Nonconformance, Unavailable, Unsupported, UsageError
+from moe_conformance.errors import (
+    BeyondLimits,
+    Broken,
+    Nonconformance,
+    Unavailable,
+    Undecided,
+    Unjudged,
+    Unsupported,
+    UsageError,
+)
+from moe_conformance.judging.draws import ATTEMPTS, Draw, drawing
 from moe_conformance.judging.probe import probe
 from moe_conformance.judging.state import kept
 from moe_conformance.judging.verdict import Outcome, Refusal, Verdict
@@ -27,11 +37,11 @@ from moe_conformance.running.discovery import Target
 # Inputs up to this many elements are compared byte for byte after a call; larger ones by torch's version counter,
 # which notices torch's own in-place operations but not a kernel that writes through a pointer.
 _COPIED = 1 << 20
-# Of what an adapter says that ran, so many characters are kept.
+# Characters that are kept of what an adapter's `ran()` says.
 _MOST_WORDS = 200
 
 
-# Parts of this package that adapters, suites and the reference call, none of which is an engine.
+# Parts of this package that adapters, suites and the reference call; frames in them are not the engine's.
 _FOR_ALL = tuple(
     Path(moe_conformance.__file__).parent / part
     for part in ("catalogue", "engine.py", "judging", "model", "oracle", "protocol", "running")
@@ -93,7 +103,7 @@ def _tensors(value: Any, where: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield where, value
     elif is_dataclass(value) and type(value).__module__.startswith("moe_conformance"):
-        # Ours only: transformers' configs are dataclasses too, and reading some of their fields raises.
+        # Our own dataclasses only: transformers' configs are dataclasses too, and reading some of their fields raises.
         for item in fields(value):
             yield from _tensors(getattr(value, item.name), item.name)
     elif isinstance(value, Mapping):
@@ -107,10 +117,13 @@ def _tensors(value: Any, where: str) -> Iterator[tuple[str, Tensor]]:
 class Judge:
     """One engine, built. Raises Unavailable where it cannot start here, UsageError where the adapter is not one.
 
-    raised: the exception behind the last outcome, for a debugger.
+    seed: of all hashed inputs. made: a list for what they are, or None. raised: the exception behind the last outcome,
+    for a debugger.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, seed: int = 0) -> None:
+        self.seed = seed
+        self.made: list[tuple[str, Any]] | None = None
         cls = target.load()
         missing = getattr(cls, "missing", None)
         reason = missing() if missing else None
@@ -128,33 +141,32 @@ class Judge:
         self.raised: BaseException | None = None
 
     def probe(self, stage: str) -> Outcome:
-        """Whether the stage is what the adapter declares; where it is not, no case of the stage is judged."""
+        """Whether the stage is what the adapter declares; if not, no case of the stage is judged."""
         try:
             with kept():
                 probe(cast(Engine, self.engine), stage, self.capabilities.get(stage), self.engine.limits.get(stage))
         except Unsupported:
-            return Outcome(Verdict.PASS)  # refused in its own words, which each case will report
+            return Outcome(Verdict.PASS)  # refused by the engine; each case will report that
         except Exception as error:
             self.raised = error
             return Outcome(Verdict.ERROR, f"the adapter failed the probe of {stage}: {_describe(error)}")
         return Outcome(Verdict.PASS)
 
     def run(self, module: str, function: str, case: Case) -> Outcome:
-        """Run one check, given by name. Never raises on account of the engine."""
+        """Run one check, given by name. Nothing the engine does makes this raise."""
         return self.judge(getattr(importlib.import_module(module), function), case)
 
     def judge(self, check: Callable[[Any, Case], Any], case: Case) -> Outcome:
-        """As `run`, of the check itself."""
+        """As `run`, given the check itself."""
         self.raised = None
         if case.stage not in self.capabilities:
             return Outcome(Verdict.UNSUPPORTED, f"stage {case.stage} is not offered", refusal=Refusal.STAGE)
         if lacking := case.needs - self.capabilities[case.stage]:
             said = f"{case.stage} without {', '.join(sorted(lacking))}"
             return Outcome(Verdict.UNSUPPORTED, said, refusal=Refusal.FEATURE)
-        self._ran()  # what ran for another case
+        self._ran()  # drop what ran for an earlier case
         try:
-            with kept():
-                facts = check(self.engine, case)
+            facts = self._facts(check, case)
         except Exception as error:
             self.raised = error
             outcome = self._outcome(error)
@@ -162,8 +174,24 @@ class Judge:
             return replace(outcome, message=f"{outcome.message} [{ran}]") if ran else outcome
         return Outcome(Verdict.PASS, self._ran(), facts)
 
+    def _facts(self, check: Callable[[Any, Case], Any], case: Case) -> Any:
+        """What the check returns for a golden, which is of the inputs that the default seed draws first.
+
+        A check whose facts depend on what is drawn holds them against the oracle itself, so others are left out.
+        """
+        undecided = ""
+        for attempt in range(ATTEMPTS):
+            with drawing(Draw.of(self.seed, attempt, self.made)) as draw, kept():
+                try:
+                    facts = check(self.engine, case)
+                except Undecided as error:
+                    undecided = str(error)
+                    continue
+            return None if draw.salt and draw.is_used else facts
+        raise Broken(f"{undecided}; so they were in {ATTEMPTS} draws")
+
     def _ran(self) -> str:
-        """What the adapter says that computed, if it says so; that it cannot changes no verdict."""
+        """What the adapter's `ran()` says; an exception in it changes no verdict."""
         try:
             ran = getattr(self.engine.raw, "ran", None)
             return str(ran())[:_MOST_WORDS] if ran else ""
@@ -172,6 +200,8 @@ class Judge:
 
     def _outcome(self, error: Exception) -> Outcome:
         match error:
+            case Unjudged():
+                return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.SEED)
             case BeyondLimits():
                 return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.LIMIT)
             case Unsupported():
@@ -186,10 +216,10 @@ class Judge:
     def _is_adapters(self, error: Exception) -> bool:
         """Whether the adapter or this project broke, rather than the engine.
 
-        The innermost frame decides that lies in neither torch nor the standard library, where both end up, nor in what
-        is here for all (the protocol, the oracle, comparisons), which its caller misused or which is wrong itself. A
-        function that the engine calls back counts as the engine, with all that it calls, and a call that its signature
-        does not take as the adapter.
+        The innermost relevant frame decides. Frames in torch and the standard library are skipped, because both sides
+        end up there. So are frames in shared code (the protocol, the oracle, comparisons), which was misused by its
+        caller or is itself wrong. A function that the engine calls back counts as the engine, with everything it calls;
+        a call that its signature does not accept counts as the adapter.
         """
         codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
         own = [code for code in codes if not _is_library(Path(code.co_filename))]
@@ -209,7 +239,7 @@ class Judge:
 
 
 def _complaints(raw: Any) -> list[str]:
-    """What is wrong with what an adapter declares, before anything of it is called."""
+    """What is wrong with an adapter's declarations, checked before any stage is called."""
     version = getattr(raw, "protocol", PROTOCOL_VERSION)
     if version != PROTOCOL_VERSION:
         return [f"protocol: got {version!r}, want {PROTOCOL_VERSION}; docs/migrating.md says what changed"]

@@ -1,16 +1,16 @@
-"""Text of engines and adapters as everything that shows it can take it: encodable, without control codes, bounded."""
+"""Text of engines and adapters made safe to show anywhere: encodable, without control codes, bounded."""
 
 from __future__ import annotations
 
 import re
 
-# Characters of a message: what a person reads, and a hundred thousand of which a machine still can.
+# Characters of a message: as much as a person reads, and small enough for 100,000 messages in one file.
 LONGEST = 20_000
 _CODES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def plain(text: str) -> str:
-    """The text without colours and control characters, surrogates spelled out, its middle left out beyond LONGEST."""
+    """The text without colours and control characters, surrogates escaped, the middle cut if longer than LONGEST."""
     if len(text) > LONGEST:
         half = LONGEST // 2
         text = f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
@@ -18,6 +18,6 @@ def plain(text: str) -> str:
 
 
 def fence(text: str) -> str:
-    """What can stand around it as Markdown's mark of plain text: longer than any in it."""
+    """A Markdown code fence longer than any run of backticks in the text."""
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     return "`" * max(3, longest + 1)

@@ -1,4 +1,4 @@
-"""Before a stage is judged: one trivial call of it, and honesty about what is not declared."""
+"""Before a stage is judged: one trivial call, and a check that undeclared stages refuse."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class ProbeFailure(Exception):
 def probe(engine: Engine, stage: str, declared: Set[str] | None, limits: Limits | None = None) -> None:
     """Raise ProbeFailure unless a declared stage answers in the right form, and any other raises Unsupported.
 
-    declared: the features of the stage, None where it is not declared. Only form is looked at: a wrong value is for
-    the cases to find. What the engine itself raises goes through.
+    declared: the features of the stage, None where it is not declared. Only the form is checked: wrong values are for
+    the cases to find. What the engine itself raises is passed on.
     """
     if declared is None:
         _must_refuse(engine, stage)

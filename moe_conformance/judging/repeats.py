@@ -7,16 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from moe_conformance.judging import compare
-from moe_conformance.oracle.bounds import Bound
+from moe_conformance.oracle.bounds import Bound, twice
 
 
 def assert_repeats(what: str, engine: Any, stage: str, again: Tensor, first: Tensor, bound: Bound) -> None:
     """Raise Nonconformance unless a repeated call of a stage gave what it gave first.
 
-    bound: how far each of the two may be from the exact value, so that they are at most twice that apart; it counts
-    where the engine does not offer "same_bits".
+    bound: how far each answer may be from the exact value, so two may differ by twice that. Used only if the engine
+    does not offer "same_bits".
     """
     if "same_bits" in engine.capabilities()[stage]:
         compare.equal(what, again, first)
     else:
-        compare.close(what, again, first, Bound(2 * bound.limit, f"twice: {bound.origin}"))
+        compare.close(what, again, first, twice(bound))

@@ -1,4 +1,4 @@
-"""What a call may change of the process beside its answer; the next case finds it as it was."""
+"""Process state that a call may change besides answering; it is restored before the next case."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _set_autocast(enabled: tuple[bool, bool]) -> None:
         torch.set_autocast_enabled(device, is_enabled)
 
 
-# How to ask for it, and how to set it. Threads, modes and patches of modules are an engine's own.
+# How to read each state and how to set it. Threads, modes and patched modules are left to the engine.
 _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (os.getcwd, os.chdir),
     (_umask, os.umask),

@@ -1,4 +1,4 @@
-"""Verdicts, what one check came to, and the record of one result. No torch here."""
+"""Verdicts, the outcome of one check, and the record of one result. No torch here."""
 
 from __future__ import annotations
 
@@ -39,17 +39,19 @@ class Verdict(StrEnum):
 
 
 class Refusal(StrEnum):
-    """Why a case was not judged: the adapter declares no such stage, feature or size, or it refused this call."""
+    """Why a case was not judged: the adapter declares no such stage, feature or size, or it refused this call;
+    or the answer is known for the default seed alone."""
 
     STAGE = "stage"
     FEATURE = "feature"
     LIMIT = "limit"
     CALL = "call"
+    SEED = "seed"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check came to. facts: JSON data for the golden snapshot. refusal: of an unsupported case."""
+    """The outcome of a check. facts: JSON data for the golden snapshot. refusal: of an unsupported case."""
 
     verdict: Verdict
     message: str = ""
@@ -58,7 +60,7 @@ class Outcome:
 
 
 def at_level(outcome: Outcome, level: Level) -> Outcome:
-    """The outcome of a case of this level: a broken SHOULD is no fail. Crashes and hangs are the same at any level."""
+    """The outcome at this level: a broken SHOULD is not a fail. Crashes and hangs are the same at either level."""
     if outcome.verdict is Verdict.FAIL and level == "SHOULD":
         return replace(outcome, verdict=Verdict.BROKEN_SHOULD)
     return outcome

@@ -22,7 +22,7 @@ class MoESpec:
     than once; empty where it runs each once. A layer has one index and one set of weights in all its runs.
     layers: what each layer computes, one entry for each of moe_layers (for an encoder with experts alone, of
     encoder_moe_layers); empty where the engine does not say.
-    undetermined: where `layers` is empty because the config leaves them open, which value does, by its key.
+    undetermined: the key whose value leaves the layers open, where `layers` is empty for that reason.
     """
 
     num_layers: int
@@ -41,7 +41,7 @@ class MoESpec:
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """The layer of each run, also where each layer runs once."""
+        """The layer of each run, for every model: 0 to num_layers - 1 where each layer runs once."""
         return self.layer_runs or tuple(range(self.num_layers))
 
     @property
@@ -59,8 +59,8 @@ class CaptureShape(NamedTuple):
     """Sizes of a routed-experts buffer as one side of an engine derives them from a config.
 
     layers: one for each run of a decoder layer, or of an MoE layer. A layer that a forward pass runs more than once
-    routes anew each time, so that a buffer with one row for it keeps the last run alone.
-    experts is None where the engine does not use it.
+    routes anew each time; a buffer with one row for it would keep only the last run. experts is None where the engine
+    does not use it.
     """
 
     layers: int

@@ -34,11 +34,12 @@ class LogitsSpec:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many tokens one expert takes; those that come too late are dropped (weight 0).
+    """How many tokens one expert takes; later ones are dropped (weight 0).
 
     tokens: the number, or None for twice the even share, 2 ceil(T / E). fraction: of the tokens instead, where above
-    0. per: what tokens compete in. by_weight: the best weights come first, not the first tokens. renormalize_before:
-    weights are normalised before tokens are dropped. Sources: Switch Transformers, NLLB-MoE.
+    0. per: the scope within which tokens compete. by_weight: tokens with the largest weights come first, instead of the
+    earliest tokens. renormalize_before: weights are normalised before tokens are dropped. Sources: Switch Transformers,
+    NLLB-MoE.
     """
 
     tokens: int | None = None

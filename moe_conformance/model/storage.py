@@ -20,9 +20,11 @@ class QuantSpec:
 
     format: of one weight. "fp8_e4m3" is float8_e4m3fn, "int8" is int8; "int4", "mxfp4" and "nvfp4" are two a byte
     (uint8), the even column in the low four bits; the latter two are e2m1 (OCP Microscaling Formats 1.0).
-    granularity: of the scales, float32. "tensor": one a matrix, or one each for gate and up with split_gate_up;
-    "channel": one a row; "block": one a tile of `block` rows and columns; "group": one for `group` columns of a row,
-    for "mxfp4" (32) in e8m0 as uint8, for "nvfp4" (16) in float8_e4m3fn beside one float32 scale a matrix.
+    granularity: of the scales, float32. "tensor": one a matrix; "channel": one a row; "block": one a tile of `block`
+    rows and columns; "group": one for `group` columns of a row, for "mxfp4" (32) in e8m0 as uint8, for "nvfp4" (16) in
+    float8_e4m3fn beside one float32 scale a matrix. Tiles and groups at the ends may be cut.
+    split_gate_up: gate and up have each what a matrix has, a scale, tiles that begin at its own first row, or a global
+    scale; otherwise w13 is one matrix.
     zero_points: a weight is (code - zero point) times scale, and 4-bit codes are 0 to 15; without them integer codes
     are symmetric around 0, those of 4 bits in two's complement.
     activations: "no", weights are dequantised; "token" or "group", x and what enters w2 are quantised by a scale for
@@ -49,22 +51,23 @@ class QuantSpec:
                 found[name] = shape
                 continue
             rows, columns = shape[-2:]
-            halves = self.split_gate_up and mlp.gated and not name.endswith(".w2")
+            parts = 2 if self.split_gate_up and mlp.gated and not name.endswith(".w2") else 1
+            whole = (*lead, 2) if parts == 2 else lead
             scale: Shape
             match self.granularity:
                 case "tensor":
-                    scale = (*lead, 2) if halves else lead
+                    scale = whole
                 case "channel":
                     scale = (*lead, rows)
                 case "block":
-                    scale = (*lead, -(-rows // self.block[0]), -(-columns // self.block[1]))
+                    scale = (*lead, parts * -(-rows // parts // self.block[0]), -(-columns // self.block[1]))
                 case "group":
                     scale = (*lead, rows, -(-columns // self.group))
             found |= {name: (*lead, rows, -(-columns // PER_BYTE[self.format])), f"{name}.scale": scale}
             if self.zero_points:
                 found[f"{name}.zero_point"] = scale
             if self.format == "nvfp4":
-                found[f"{name}.global_scale"] = lead
+                found[f"{name}.global_scale"] = whole
             if self.activations == "static":
                 found[f"{name}.input_scale"] = lead
         return found

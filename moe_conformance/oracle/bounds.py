@@ -23,6 +23,11 @@ class Bound:
     origin: str
 
 
+def twice(bound: Bound) -> Bound:
+    """How far two results may be apart, each of which may be so far from the exact one."""
+    return Bound(2 * bound.limit, f"twice: {bound.origin}")
+
+
 def relative(want: Tensor, roundings: float, dtype: torch.dtype, why: str) -> Bound:
     """Deterministic bound gamma_n |want| for values that n roundings in `dtype` lead to.
 

@@ -1,7 +1,8 @@
-"""Which pairs find a place where an expert takes so many tokens, as far as rounding lets anybody say.
+"""Which pairs fit into the capacity of their expert, as far as rounding leaves that certain.
 
-Written apart from reference_impl. Pairs queue up at their experts: all first choices, then all second ones; within a
-choice tokens come in order, or by the score of their first choice. A pair that is dropped keeps its place in the queue.
+Written independently of reference_impl. Pairs queue up at their experts: all first choices, then all second ones;
+within a choice tokens come in order, or by the score of their first choice. A pair that is dropped keeps its place in
+the queue.
 Sources: Switch Transformers, NLLB-MoE.
 """
 
@@ -17,7 +18,7 @@ from moe_conformance.model.specs import Capacity
 
 
 class Interval(NamedTuple):
-    """What a number may be for some rounding errors, from low to high."""
+    """The range of a number within its rounding errors, from low to high."""
 
     low: Tensor
     high: Tensor
@@ -70,8 +71,8 @@ def room(compared: Interval, first: Interval, capacity: Capacity, sequences: int
 def choices(compared: Interval, top_k: int) -> tuple[Tensor, Tensor]:
     """Whether each expert may be the token's k-th choice, and whether it surely is: [T, E, K] bool both."""
     low, high = compared
-    above = (low[:, None, :] > high[:, :, None]).sum(2)  # surely before it, [T, E]
-    near = (high[:, None, :] >= low[:, :, None]).sum(2) - 1  # perhaps before it, itself left out
+    above = (low[:, None, :] > high[:, :, None]).sum(2)  # certainly before it, [T, E]
+    near = (high[:, None, :] >= low[:, :, None]).sum(2) - 1  # possibly before it, itself excluded
     place = torch.arange(top_k)
     possible = (above[..., None] <= place) & (place <= near[..., None])
     return possible, possible & (above == near)[..., None]
@@ -80,8 +81,8 @@ def choices(compared: Interval, top_k: int) -> tuple[Tensor, Tensor]:
 def fitting(picked: Tensor, compared: Interval, found: Room, top_k: int) -> Tensor:
     """[T] bool: whether the picked experts, [T, E] bool, may be those of a best K that have a place.
 
-    Some best K has all of them and besides only experts that may have no place. Fixed is the number w, which no expert
-    left out of the K exceeds and none of the K is below; it is tried at every score.
+    That is so if some best K contains all of them, and otherwise only experts that may have no place. A threshold w is
+    fixed, which no expert outside the K exceeds and none inside is below; w is tried at every score.
     """
     low, high = compared
     levels = torch.cat([low, torch.full_like(low[:, :1], -torch.inf)], dim=1)[:, :, None]  # [T, E + 1, 1]

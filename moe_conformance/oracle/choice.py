@@ -1,7 +1,7 @@
-"""Which experts a correct router may choose. Ids are compared by score, not for equality.
+"""Which experts a correct router may choose. Ids are judged by their scores, not compared for equality.
 
-A set is right where no score left out exceeds one chosen by more than the errors of both. Written apart from
-reference_impl.
+A set of experts is right if no score left out exceeds a chosen one by more than the errors of both. Written
+independently of reference_impl.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_conformance.errors import Undecided
 from moe_conformance.model.specs import RoutingSpec
 from moe_conformance.oracle.capacity import Interval, Room, choices, room
 from moe_conformance.oracle.precision import in_precision, unit_roundoff
@@ -35,10 +36,10 @@ def interval(value: Value) -> Interval:
 def accepted(ids: Tensor, compared: Value, spec: RoutingSpec) -> Tensor:
     """[T] bool: whether ids [T, K] are the best K, among the best groups, for some scores within their errors.
 
-    Which groups are kept may be open within errors, too. Two numbers are fixed: w, which no expert left out exceeds and
-    no chosen one is below, and t, which no dropped group exceeds and no kept one is below. Then each group may be kept,
-    dropped, or either, whatever the others are. w is tried at the best expert left out of every group, kept or
-    dropped, and t at every group's score.
+    Errors may also leave open which groups are kept. So two thresholds are fixed: w, which no expert left out exceeds
+    and no chosen one is below, and t, which no dropped group exceeds and no kept one is below. With both fixed, each
+    group may be kept, dropped or either, independently of the others. w is tried at the best expert left out of every
+    group, kept or dropped; t at every group's score.
     """
     low, high = interval(compared)
     members = (len(ids), spec.groups, low.shape[1] // spec.groups)  # T, G, E / G
@@ -95,7 +96,7 @@ def best(compared: Value, spec: RoutingSpec) -> tuple[Tensor, Tensor]:
 
 
 def _apart(picked: Tensor, bounds: Interval) -> Tensor:
-    """[T] bool: every picked one surely exceeds all others of its row."""
+    """[T] bool: whether every picked one exceeds all others of its row beyond all errors."""
     worst = bounds.low.masked_fill(~picked, torch.inf).amin(1)
     return worst > bounds.high.masked_fill(picked, -torch.inf).amax(1)
 
@@ -103,8 +104,8 @@ def _apart(picked: Tensor, bounds: Interval) -> Tensor:
 def choose(inputs: RouteInputs, logits: Value | None, stored: torch.dtype) -> Choice:
     """The oracle's own routing of every row, with weights handed on in `stored`.
 
-    logits: with their errors where the engine computes them itself. Raises ValueError where rounding could change an
-    expert: then the inputs are no good.
+    logits: with their errors where the engine computes them itself. Raises Undecided if rounding could change an
+    expert: the inputs are then no good.
     """
     spec, dtype = inputs.routing, inputs.logits.dtype
     given = Value.of(inputs.logits) if logits is None else logits
@@ -123,7 +124,7 @@ def choose(inputs: RouteInputs, logits: Value | None, stored: torch.dtype) -> Ch
         certain, dropped = certain & (keeps ^ drops).all(1), drops
     if not certain.all():
         rows = (~certain).nonzero().flatten().tolist()
-        raise ValueError(f"inputs are no good: rounding may change the experts of rows {rows}")
+        raise Undecided(f"inputs are no good: rounding may change the experts of rows {rows}")
     weights, shared = weights_value(given, ids, spec, inputs.tensors, dtype, dropped, stored=stored)
     return Choice(ids.masked_fill(dropped, -1), weights, shared)
 
@@ -156,6 +157,6 @@ def _anything(bounds: Interval, numbers: Tensor) -> Interval:
 
 
 def without_expert(answer: Routing, spec: RoutingSpec) -> Tensor:
-    """[T, K] bool, pairs that no expert takes: -1; and of weight 0 where the model skips or drops pairs."""
+    """[T, K] bool, pairs without an expert: id -1, and weight 0 if the model skips or drops pairs."""
     none = answer.ids < 0
     return none | (answer.weights == 0) if spec.capacity is not None or spec.skip_expert else none

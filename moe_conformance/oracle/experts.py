@@ -1,46 +1,52 @@
 """What experts compute, and the largest error of an engine that computes them: one MLP, and the routed sum.
 
-Written apart from reference_impl, so that a fault there is not repeated here.
+Written independently of reference_impl, so that a fault there is not repeated here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_conformance.errors import InputError
 from moe_conformance.model.specs import MLPSpec
+from moe_conformance.model.storage import QuantSpec
 from moe_conformance.oracle.activation import activated
 from moe_conformance.oracle.bounds import Bound
+from moe_conformance.oracle.quantised import WEIGHT_ROUNDINGS, plain_weights, through_codes
 from moe_conformance.oracle.storage import Storage
 from moe_conformance.oracle.value import Value
-from moe_conformance.protocol.experts import ExpertsInputs
+from moe_conformance.protocol.experts import ExpertsInputs, Lora
 
 Tensors = Mapping[str, Tensor]
 
 
 def expected_experts(inputs: ExpertsInputs, storage: Storage | None = None) -> tuple[Tensor, Bound]:
-    """The exact routed sum [T, D] in float64, and the largest error of an engine that stores as storage says.
+    """The exact routed sum [T, D] in float64, and the largest error of an engine with this storage policy.
 
-    storage: None for an engine that stores every tensor in x's dtype. A pair adds nothing where its id is -1, out of
-    range, or of an expert that expert_map gives to another rank. Raises InputError for quantised or adapted experts.
+    storage: None for an engine that stores every tensor in x's dtype. A pair adds nothing if its id is -1, out of
+    range, or an expert that expert_map gives to another rank. Stored weights may be dequantised into x's dtype, or
+    their codes multiplied and scaled afterwards; an adapter's update may be stored before it is added.
     """
-    if inputs.quant is not None or inputs.lora is not None:
-        raise InputError("experts: got quant or lora, want neither; the oracle computes plain weights")
     storage = storage or Storage.stored(inputs.x.dtype)
+    quant, tensors = inputs.quant, inputs.tensors
+    if quant is not None:
+        tensors = plain_weights(quant, inputs.mlp, tensors, inputs.x.shape[-1])
     value = experts_value(
         Value.of(inputs.x),
         inputs.mlp,
-        inputs.tensors,
+        tensors,
         inputs.ids,
         Value.of(inputs.weights).stored(storage.weights),
         storage,
         expert_map=inputs.expert_map,
         identity_experts=inputs.identity_experts,
+        quant=quant,
+        stored=inputs.tensors,
+        lora=inputs.lora,
     ).stored(storage.result)
     value = scaled(value, inputs.output_scale, storage)
     return value.exact, value.bound(storage.origin("experts"))
@@ -63,8 +69,14 @@ def experts_value(
     *,
     expert_map: Tensor | None = None,
     identity_experts: int = 0,
+    quant: QuantSpec | None = None,
+    stored: Tensors | None = None,
+    lora: Lora | None = None,
 ) -> Value:
-    """The sum over each token's experts, [T, D]; x [T, D], ids and weights [T, K], tensors as ExpertsInputs.tensors."""
+    """The sum over each token's experts, [T, D]; x [T, D], ids and weights [T, K], tensors of `mlp.tensors`.
+
+    quant: how the weights were stored; stored: those tensors. lora: what each token's adapter adds.
+    """
     names = [name.removeprefix("experts.") for name in mlp.tensors("experts", 0)]
     experts = len(tensors["experts.w2"]) if expert_map is None else len(expert_map)
     parts = [x.exact.new_zeros(ids.shape[1], *x.exact.shape) for _ in range(3)]  # [K, T, D] each
@@ -78,7 +90,8 @@ def experts_value(
             # The output norm is one for all experts.
             own = {name: tensors[f"experts.{name}"] for name in names}
             own = {name: tensor if name == "output_norm" else tensor[local] for name, tensor in own.items()}
-            found = mlp_value(x[token], mlp, own, storage, weight)
+            multiply = Linear(own, storage, quant, stored, local, lora, token)
+            found = mlp_value(x[token], mlp, own, storage, weight, multiply)
         elif experts <= expert < experts + identity_experts:
             found = (x[token] * weight).stored(storage.weighted)
         else:
@@ -88,17 +101,90 @@ def experts_value(
     return Value(*parts).summed(storage.total)
 
 
-def mlp_value(x: Value, spec: MLPSpec, tensors: Tensors, storage: Storage, weight: Value | None = None) -> Value:
-    """The output of one MLP for x [T, D]. tensors: w13 or w1, w2, b13 or b1, b2, output_norm. weight: [T, 1]."""
-    first = "13" if spec.gated else "1"
+def linear(x: Value, weight: Tensor, bias: Tensor | None, storage: Storage, store: torch.dtype) -> Value:
+    """A product with its bias."""
+    return biased(x.project(weight, storage.compute).stored(store), bias, store)
+
+
+def biased(product: Value, bias: Tensor | None, store: torch.dtype) -> Value:
+    """The product plus the bias, if any, which may be added after the product was stored."""
+    return product if bias is None else (product + Value.of(bias)).stored(store)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The two products of one expert, with its bias: how its weights are stored, and what adapters add to its rows.
+
+    tensors: the expert's, plain. quant, stored: how its matrices were stored, and all experts' tensors so; expert: its
+    number among them. lora, token: adapters, and which token each row is.
+    """
+
+    tensors: Tensors
+    storage: Storage
+    quant: QuantSpec | None = None
+    stored: Tensors | None = None
+    expert: int = 0
+    lora: Lora | None = None
+    token: Tensor | None = None
+
+    def __call__(self, name: str, x: Value, store: torch.dtype) -> Value:
+        """The product of x and matrix `name`, with bias; an adapter's update is added after the bias."""
+        product = biased(self._product(name, x).stored(store), self.tensors.get(f"b{name[1:]}"), store)
+        return product if self.lora is None else self._adapted(self.lora, name, x, product, self.storage, store)
+
+    def _product(self, name: str, x: Value) -> Value:
+        storage, weight, quant = self.storage, self.tensors[name], self.quant
+        if quant is None or self.stored is None:
+            # An engine may merge an adapter into the weights for the tokens that have it.
+            whole = weight if self.lora is None else Value.of(weight).stored(storage.x)
+            return x.project(whole, storage.compute)
+        tile = {"block": quant.block[1], "group": quant.group}.get(quant.granularity, x.exact.shape[-1])
+        if quant.activations != "no":
+            given = self.stored[f"experts.{name}.input_scale"][self.expert] if quant.activations == "static" else None
+            x = through_codes(x, quant, given, storage.compute, storage.x)
+            tile = min(tile, quant.group) if quant.activations == "group" else tile
+        # Partial sums of codes are multiplied by the scales of weights and activations.
+        scalings = 2 * -(-x.exact.shape[-1] // tile)
+        return x.project(Value.of(weight).stored(storage.x, WEIGHT_ROUNDINGS), storage.compute, scalings)
+
+    def _adapted(self, lora: Lora, name: str, x: Value, product: Value, storage: Storage, store: torch.dtype) -> Value:
+        assert self.token is not None
+        spec, adapters = lora.spec, lora.adapters[self.token]
+        scaling = Value.of(spec.alpha / (spec.rank**0.5 if spec.rslora else spec.rank)).stored(storage.compute)
+        parts = [part.clone() for part in (product.exact, product.spread, product.limit)]
+        for adapter in adapters[adapters >= 0].unique().tolist():
+            rows = (adapters == adapter).nonzero().flatten()
+            a, b = (lora.tensors[f"lora.{name}.{side}"][adapter, self.expert] for side in ("a", "b"))
+            narrow = x[rows].project(a, storage.compute).stored(store)
+            # An engine may apply the scaling after A, after B, or to B itself.
+            update = (narrow.project(Value.of(b).stored(store), storage.compute).stored(store) * scaling).stored(store)
+            found = (product[rows] + update).stored(store)
+            for whole, part in zip(parts, (found.exact, found.spread, found.limit), strict=True):
+                whole[rows] = part
+        return Value(*parts)
+
+
+def mlp_value(
+    x: Value,
+    spec: MLPSpec,
+    tensors: Tensors,
+    storage: Storage,
+    weight: Value | None = None,
+    multiply: Linear | None = None,
+) -> Value:
+    """The output of one MLP for x [T, D]. tensors: w13 or w1, w2, b13 or b1, b2, output_norm. weight: [T, 1].
+
+    multiply: the two products, if weights are not plain.
+    """
+    multiply = multiply or Linear(tensors, storage)
     if weight is not None and spec.weight_on == "input":
         x = (x * weight).stored(storage.x)
-    both = linear(x, tensors[f"w{first}"], tensors.get(f"b{first}"), storage, storage.hidden)
+    both = multiply("w13" if spec.gated else "w1", x, storage.hidden)
     gate, up = (both[:, : spec.width], both[:, spec.width :]) if spec.gated else (both, None)
     inner = activated(gate, up, spec, storage)  # [T, F]
     if weight is not None and spec.weight_on == "w2_input":
         inner = (inner * weight).stored(storage.activated)
-    output = linear(inner, tensors["w2"], tensors.get("b2"), storage, storage.expert)
+    output = multiply("w2", inner, storage.expert)
     if spec.output_norm:
         scale = Value.of(1 + tensors["output_norm"].double()).stored(storage.expert)
         output = (output * scale).stored(storage.expert)
@@ -106,12 +192,6 @@ def mlp_value(x: Value, spec: MLPSpec, tensors: Tensors, storage: Storage, weigh
     if weight is not None and spec.weight_on == "output":
         output = (output * weight).stored(storage.weighted)
     return output
-
-
-def linear(x: Value, weight: Tensor, bias: Tensor | None, storage: Storage, store: torch.dtype) -> Value:
-    """Where there is a bias, it may be added to a product already stored."""
-    product = x.project(weight, storage.compute).stored(store)
-    return product if bias is None else (product + Value.of(bias)).stored(store)
 
 
 def shared_slices(mlp: MLPSpec, tensors: Tensors, count: int) -> list[tuple[MLPSpec, dict[str, Tensor]]]:
@@ -127,9 +207,9 @@ def expected_parts(
 ) -> tuple[Tensor, Bound]:
     """The exact sum of all ranks' parts [T, D], and how far that of size x tp correct ranks may be from it.
 
-    An expert divided among tp ranks rounds as tp narrower experts do that have the same weight, and a divided shared
-    expert as so many shared ones. Where tp does not divide a width, the next number that does is counted. What a rank
-    stores is one of the partial sums of `Storage.stored`, whichever pairs are in it.
+    An expert divided among tp ranks rounds like tp narrower experts with the same weight; a divided shared expert
+    likewise. If tp does not divide a width, the next larger divisor is counted instead. What a rank stores is one of
+    the partial sums of `Storage.stored`, whichever pairs are in it.
     """
     exact, _ = expected_experts(whole)
     storage, x = Storage.stored(whole.x.dtype), Value.of(whole.x)
@@ -167,7 +247,7 @@ def divisor(width: int, parts: int) -> int:
 def divided(name: str, tensor: Tensor, mlp: MLPSpec, slices: int) -> Tensor:
     """[E, ...] -> [E slices, ...], the tensor of MLPs cut into slices of their width; the first one has b2.
 
-    The output norm, which no slice has alone, stays as it is.
+    The output norm stays as it is: it spans all slices.
     """
     match name.rpartition(".")[2]:
         case "output_norm":

@@ -1,8 +1,7 @@
 """What an MoE layer computes, exactly and with the largest error of a correct engine: each stored tensor is counted.
 
 The layer of a `LayerSpec` is computed in float64 on `Value`s, which carry the spread of their rounding errors along.
-Written apart from reference_impl, so that a fault there is not repeated here: a second opinion on what a layer
-computes.
+Written independently of reference_impl, so that a fault there is not repeated here.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ Tensors = Mapping[str, Tensor]
 def expected_layer(inputs: LayerInputs) -> tuple[Tensor, Bound]:
     """The exact output [T, H] in float64, and the largest error of a correct engine that stores in x's dtype.
 
-    From the layer's logits, by the oracle's own choice of experts; padded widths change nothing. Raises ValueError
-    where rounding could change an expert: then the inputs are no good. Raises InputError for quantised experts.
+    From the layer's logits, by the oracle's own choice of experts; padded widths change nothing. Raises ValueError if
+    rounding could change an expert: the case then needs other inputs. Raises InputError for quantised experts.
     """
     if inputs.quant is not None:
         raise InputError("layer: got quant, want none; the oracle computes plain weights")
@@ -43,9 +42,10 @@ def expected_layer(inputs: LayerInputs) -> tuple[Tensor, Bound]:
 def expected_block(inputs: BlockInputs, spec: LayerSpec, routing: Routing | None = None) -> tuple[Tensor, Bound]:
     """The exact output [T, H] in float64, and the largest error of a correct engine that stores in x's dtype.
 
-    At inputs.routing where the case gives one; what the router gives shared experts then follows from its own choice.
-    Otherwise at `routing`, ids and weights [T, K] that the engine reports, where a pair of weight 0 has no expert if
-    the model drops or skips pairs. None: at the oracle's own choice. Raises ValueError where rounding could change it.
+    The experts are those of inputs.routing if the case gives one; the weights of shared experts then still follow from
+    the oracle's own choice. Otherwise they are those of `routing`, the ids and weights [T, K] that the engine reports,
+    where a pair of weight 0 has no expert if the model drops or skips pairs. With neither, the oracle chooses. Raises
+    ValueError if rounding could change that choice.
     """
     x, logits = inputs.x.flatten(0, 1), block_logits(inputs, spec)
     given, shared = inputs.routing or routing, None
@@ -89,7 +89,7 @@ def layer_bound(
     storage: Storage,
     shared_weights: Tensor | Value | None = None,
 ) -> Bound:
-    """The largest error of the output [T, H] of an engine that stores as storage says; arguments as `layer_value`."""
+    """The largest error of the output [T, H] of an engine with this storage policy; arguments as `layer_value`."""
     value = layer_value(x, spec, tensors, ids, weights, storage, shared_weights)
     return value.bound(storage.origin("layer"))
 

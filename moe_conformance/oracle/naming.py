@@ -1,6 +1,6 @@
 """Which tensors the checkpoints of a model have, and which parts of canonical tensors they hold, from its record.
 
-The reference reads and writes checkpoints by code of its own; a test holds both, and what transformers saves, together.
+The reference reads and writes checkpoints with code of its own; a test compares both with what transformers saves.
 No torch here.
 """
 
@@ -17,8 +17,8 @@ from moe_conformance.model.families.record import Record
 from moe_conformance.model.families.scope import levels, model_type_of
 from moe_conformance.model.specs import LayerSpec, Shape
 
-# As transformers writes them, as the modules of transformers are called, or as those who published the family wrote
-# them, which is mostly the first.
+# As transformers writes them; by the names of transformers' modules; or as the family was published, which is mostly
+# the first.
 Form = Literal["hub", "modules", "published"]
 
 
@@ -85,7 +85,7 @@ def _level(record: Record, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _of_stack(stack: Stack, spec: Any, level: Mapping[str, Any]) -> Iterator[tuple[int, LayerSpec]]:
     if stack.canonical == "layers":
-        yield from zip(spec.moe_layers, spec.layers, strict=False)  # with the encoder's alone, there are none
+        yield from zip(spec.moe_layers, spec.layers, strict=False)  # if only the encoder has experts, there are none
         return
     for index in spec.encoder_moe_layers:
         experts = spec.layers[0].experts
@@ -95,8 +95,8 @@ def _of_stack(stack: Stack, spec: Any, level: Mapping[str, Any]) -> Iterator[tup
 def pieces_of(record: Record, form: Form) -> Pieces:
     """The pieces of one spelling: as written, or with those of the modules or the publishers where these differ.
 
-    () for the modules' own where they are no others, where more than one set of them is read, and where they lie
-    elsewhere in the model than the hub's.
+    () for the modules' names if they are the same, if more than one set of them is read, or if they lie elsewhere in
+    the model than the hub's.
     """
     names = record.names
     if names is None or form == "hub":

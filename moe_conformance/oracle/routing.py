@@ -1,4 +1,4 @@
-"""The judgement of what a router answered: ids by acceptable sets, weights at the ids that it reported."""
+"""Judges a router's answer: ids by the acceptable sets, weights at the reported ids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_conformance.oracle.value import Value
 from moe_conformance.oracle.weights import weights_value
 from moe_conformance.protocol.routing import FusedShared, RouteInputs, Routing
 
-# How many orders of the chosen experts are tried where rounding leaves it open: all of four that nearly tie.
+# How many orders of the chosen experts are tried if rounding leaves the order open: 4!, all orders of four near ties.
 ORDERS = 24
 
 
@@ -34,18 +34,18 @@ def judge_routing(
 ) -> None:
     """Raise Nonconformance, with row, got and want, unless a correct router may give this answer.
 
-    - ids and weights are [T, inputs.slots], ids integer. Rows behind inputs.valid_rows are not looked at.
+    - ids and weights are [T, inputs.slots], ids integer. Rows after inputs.valid_rows are ignored.
     - ids of a row are unique and name experts. -1, and weight 0, is "no expert" where the method drops or skips pairs.
     - The set of ids is a best K for some scores within their errors, in any order.
     - Weights are those of the reported ids within the bound. In the sparse mixer they depend on the order in which
       experts are chosen; a row whose near ties leave more than ORDERS orders has weights that are not judged.
-    - Of a row with a logit that is not a finite number only the second holds. Of a method that chooses more experts
-      than the kept groups have, all of those are chosen; which others, and with what weights, is open, and so are
-      all weights that are divided by a sum of all.
+    - A row with a logit that is not finite is judged by the second rule alone. If a method chooses more experts than
+      the kept groups have, it must choose all of these; the others and their weights are open, and so is every weight
+      that is divided by the sum over all.
 
     logits: the router's, with their errors, where the engine computed them itself; None: inputs.logits are exact.
-    shift: what was added to all logits that the engine was given, of a softmax. stored: the dtype in which weights may
-    be handed on, None for that of the logits; those with a scale of the expert's own are float32 (Gemma 4).
+    shift: a constant that was added to all logits given to the engine, for softmax. stored: the dtype in which weights
+    may be handed on, None for that of the logits; weights with a per-expert scale are float32 (Gemma 4).
     """
     judgement = _Judgement(what, _valid(what, answer, inputs), inputs, logits, shift, stored)
     judgement.names()
@@ -104,7 +104,7 @@ class _Judgement:
         self.compared = compared_value(self.given, spec, inputs.tensors, self.dtype)
         self.experts = self.compared.exact.shape[1] - spec.skip_expert
         self.none = without_expert(self.routed, spec)
-        # Pairs whose expert is not told get it below, as far as it is known.
+        # Pairs whose expert is not reported get one below, as far as it is known.
         self.ids = self.routed.ids.masked_fill(self.none, self.experts if spec.skip_expert else 0)
         self.narrow = None if spec.per_expert_scale else stored or self.dtype
 
@@ -118,7 +118,7 @@ class _Judgement:
             allowed = f"0 to {self.experts - 1}" + (", or -1 for a pair without expert" if may_lack else "")
             raise Nonconformance(f"{self.what}: ids[{row}, {slot}]: got {ids[row, slot].item()}, want {allowed}")
         slots = torch.arange(spec.top_k)
-        told_apart = ids.where(~self.none, -1 - slots)  # pairs without expert are not one expert
+        told_apart = ids.where(~self.none, -1 - slots)  # two pairs without an expert are not a repeated id
         twice = told_apart.sort(1).values.diff(dim=1).eq(0).any(1)
         if twice.any():
             row = int(twice.nonzero()[0])
@@ -193,20 +193,21 @@ class _Judgement:
             )
 
     def _of_kept_groups(self) -> Tensor:
-        """Of more experts than the kept groups have: those surely in one, [T, K] bool, or none if a sum has all."""
+        """If K exceeds the experts of the kept groups: those certainly in one, [T, K] bool; none if a sum has all."""
         spec, size = self.spec, self.compared.exact.shape[1] // self.spec.groups
         if spec.top_k <= size * spec.top_groups:
             return torch.ones_like(self.none)
         if spec.renormalize != "no":
             return torch.zeros_like(self.none)
         best = group_scores(self.compared, spec)
-        rivals = (best.high[:, None] >= best.low[:, :, None]).sum(2) - 1  # [T, G], perhaps better groups
+        rivals = (best.high[:, None] >= best.low[:, :, None]).sum(2) - 1  # [T, G], groups that may be better
         return (rivals < spec.top_groups).gather(1, self.ids // size)
 
     def _orders(self) -> list[list[tuple[int, ...]]]:
         """The orders in which each row's slots may have been chosen, at most ORDERS + 1 of them.
 
-        The first is the one that the engine reports, if that may be; the only one where weights depend on none.
+        The first is the order that the engine reports, if it is possible. It is the only one if weights do not depend
+        on the order.
         """
         slots = list(range(self.spec.top_k))
         if self.spec.selector != "sparsemixer":
@@ -235,7 +236,7 @@ class _Judgement:
         return (got.double() - want.exact).abs() <= self._limit(got, want)
 
     def _limit(self, got: Tensor, want: Value) -> Tensor:
-        """A weight handed on in a narrow dtype has one error more, and no bits that the dtype has not."""
+        """A weight returned in a narrow dtype has one more rounding error, and only bits that the dtype has."""
         if self.narrow is None or self.narrow == wide(self.narrow):
             return want.limit
         is_narrow = got.double() == got.to(self.narrow).double()
@@ -271,7 +272,7 @@ class _Judgement:
             if shared is None:
                 raise ValueError("inputs are no good: fused_shared: got rule 'router', want shared_classes in routing")
             return shared.gather(index)
-        # Of the weights that the engine gives, which may be of before or after a rounding.
+        # Computed from the engine's own weights, which may be from before or after a rounding.
         routed = self.routed.weights.double()
         size = routed.abs().sum(1, keepdim=True)
         total = Value.of(routed.sum(1, keepdim=True)).erring(size, 2 * self.spec.top_k, compute)
@@ -282,7 +283,7 @@ class _Judgement:
 
 
 def _in_turn(left: list[int], low: list[float], high: list[float]) -> Iterator[tuple[int, ...]]:
-    """The slots of `left` in every order in which none stands behind one that it surely exceeds."""
+    """Every order of the slots in `left` in which none comes after one that it certainly exceeds."""
     if not left:
         yield ()
     most = max((low[slot] for slot in left), default=0.0)

@@ -1,4 +1,4 @@
-"""From logits to what top-k compares, with errors. Written apart from reference_impl."""
+"""From logits to what top-k compares, with errors. Written independently of reference_impl."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def compared_value(logits: Tensor | Value, spec: RoutingSpec, tensors: Tensors, 
     """What top-k compares, [T, E]: scores or logits, with the selection bias; groups are for `accepted`.
 
     logits: [T, classes], a Value where they have errors of their own; dtype: of the logits the engine scores. The
-    limit is the error bound D of one score. Softmax scores compared by themselves are in the order of their logits,
-    for the denominator is common: those are returned, with the roundings of numerator and division. Probabilities
-    below the smallest normal number may all be 0.
+    limit is the error bound D of one score. Softmax scores without a bias are ordered like their logits, because they
+    share the denominator. So the logits are returned, with the roundings of numerator and division. Probabilities below
+    the smallest normal number may all be 0.
     """
     store = in_precision(dtype, spec.score_dtype)
     value = routed_logits(conditioned(logits, spec, store), spec)
@@ -56,7 +56,7 @@ def conditioned(logits: Tensor | Value, spec: RoutingSpec, store: torch.dtype) -
 
 
 def routed_logits(logits: Value, spec: RoutingSpec) -> Value:
-    """Without those of weighted shared experts."""
+    """The logits without those of weighted shared experts."""
     return logits[:, : logits.exact.shape[1] - spec.shared_classes]
 
 
@@ -67,7 +67,7 @@ def score(value: Value, spec: RoutingSpec, dtype: torch.dtype, shift: float = 0.
     if spec.score == "sqrt_softplus":
         return _root_of_softplus(value, dtype).stored(dtype, INSIDE)
     found, flushed = value.through(torch.sigmoid).stored(dtype, INSIDE), torch.finfo(wide(dtype)).tiny
-    return Value(found.exact, found.spread + flushed, found.limit + flushed)  # exp overflows before that is reached
+    return Value(found.exact, found.spread + flushed, found.limit + flushed)  # exp overflows before it gets there
 
 
 def _root_of_softplus(value: Value, dtype: torch.dtype) -> Value:

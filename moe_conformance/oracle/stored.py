@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint are made of: canonical tensors, in parts, laid out as their family stores them."""
+"""Builds the tensors of a checkpoint: parts of canonical tensors, laid out as their family stores them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_conformance.oracle.naming import Entry, Part, entries
 
 
 def tensor_of(entry: Entry, canonical: Mapping[str, Tensor]) -> Tensor:
-    """What a checkpoint holds under that name; of experts that compute nothing, values that nothing may read."""
+    """What a checkpoint holds under that name; for experts that compute nothing, values that must never be read."""
     spec = entry.layer.spec
     found = [_stored(piece, part, canonical, spec) for piece, part in zip(entry.pieces, entry.parts, strict=False)]
     if not found:
@@ -65,7 +65,7 @@ def checkpoint_of(
     """The tensors of one decoder layer's MoE block, as the family's published checkpoints name them and lay them out.
 
     config: as in config.json. canonical: as `LayerSpec.tensors` names and shapes them. Tensors that nothing reads are
-    left out: transformers writes them, and those who published the family did not.
+    left out: transformers writes them, published checkpoints do not have them.
     """
     transposed = record.names is not None and record.names.once_transposed
     for entry in entries(record, config, "published"):

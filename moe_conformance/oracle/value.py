@@ -23,11 +23,11 @@ __all__ = ["LAMBDA", "Value", "unit_roundoff", "wide"]
 
 @dataclass(frozen=True)
 class Value:
-    """What a tensor is exactly, and two bounds on its error carried along: float64, one shape.
+    """The exact value of a tensor, and two bounds on its error that are carried along; all float64 of one shape.
 
-    spread: the root of the sum of squares of all roundings so far; LAMBDA spreads bound the error of many. reach: all
-    of them with one sign, which is the smaller bound of a few, or after a large one on top of many small; None where
-    it is not worth its cost. limit: the smaller of both.
+    spread: the root of the sum of squares of all roundings so far; LAMBDA spreads bound the error of many. reach: the
+    sum of all roundings with one sign, which is the smaller bound for few roundings, or for one large among many small
+    ones; None where it is not worth its cost. limit: the smaller of both.
     """
 
     exact: Tensor
@@ -57,7 +57,7 @@ class Value:
         return cls(*(torch.cat(part, dim=-1) for part in parts))
 
     def map(self, view: Callable[[Tensor], Tensor]) -> Value:
-        """Elements moved or left out."""
+        """The same view of value and errors: elements moved or left out."""
         return Value(view(self.exact), view(self.spread), view(self.limit))
 
     def gather(self, index: Tensor) -> Value:
@@ -71,7 +71,7 @@ class Value:
         return Value(self.exact + other.exact, torch.hypot(self.spread, other.spread), self.limit + other.limit)
 
     def __mul__(self, other: Value) -> Value:
-        """Three errors of a b: a db, b da and da db, the last at its largest."""
+        """The error of a b has three parts: a db, b da, and da db at its largest."""
         a, b = self.exact.abs(), other.exact.abs()
         spread = torch.hypot(torch.hypot(a * other.spread, b * self.spread), self.spread * other.limit)
         return Value(self.exact * other.exact, spread, a * other.limit + (b + other.limit) * self.limit)
@@ -89,9 +89,9 @@ class Value:
     def through(self, curve: Callable[[Tensor], Tensor]) -> Value:
         """A function of each element: its largest change over the interval that the element may lie in.
 
-        For a monotone function that is at an end of the interval, whatever its slope and curvature: no Lipschitz
-        constant is needed, and a clamp lets no error through that it would cut. silu and gelu fall to one minimum and
-        rise again; there too the larger change is at an end, the one farther from the minimum.
+        For a monotone function the largest change is at an end of the interval, whatever its slope and curvature: no
+        Lipschitz constant is needed, and a clamp cuts errors as it cuts values. silu and gelu fall to one minimum and
+        rise again; there, too, the larger change is at an end, the one farther from the minimum.
         """
         exact = curve(self.exact)
 
@@ -100,16 +100,38 @@ class Value:
 
         return Value(exact, change(LAMBDA * self.spread) / LAMBDA, change(self.limit))
 
-    def project(self, weight: Tensor, compute: torch.dtype) -> Value:
-        """self [T, in] @ weight [out, in]^T, accumulated in `compute` in any order.
+    def snapped(self, grid: Callable[[Tensor], Tensor]) -> Value:
+        """The point of a grid that each element goes to: none errs but those near a middle, and these by whole steps.
+
+        A step is one rounding at its largest, whichever part of the interval leads to it.
+        """
+        exact = grid(self.exact)
+        step = torch.maximum(*((grid(self.exact + by) - exact).abs() for by in (self.limit, -self.limit)))
+        return Value(exact, step, step)
+
+    def largest_of(self, group: int) -> Value:
+        """The largest of every `group` elements of the last dim, for each of them; the last group may be cut."""
+        width = self.exact.shape[-1]
+
+        def largest(tensor: Tensor) -> Tensor:
+            padded = torch.nn.functional.pad(tensor, (0, -width % group), value=-math.inf)
+            most: Tensor = padded.unflatten(-1, (-1, group)).amax(-1)
+            return most.repeat_interleave(group, -1)[..., :width]
+
+        return self.map(largest)
+
+    def project(self, weight: Tensor | Value, compute: torch.dtype, more: int = 0) -> Value:
+        """self [T, in] @ weight [out, in]^T, accumulated in `compute` in any order; more: roundings of partial sums.
 
         n products and n - 1 additions. Whatever the order, no partial sum is larger than m, all positive products
         together or all negative ones; roundings of the products add up to at most 2 m, or the root of 2 m^2.
         """
-        factors, terms = weight.double(), weight.shape[-1]
+        factors, terms = weight.exact if isinstance(weight, Value) else weight.double(), self.exact.shape[-1]
         exact, magnitude = self.exact @ factors.T, self.exact.abs() @ factors.abs().T
-        inherited = (self.spread.square() @ factors.square().T).sqrt()
-        return Value(exact, inherited).erring((magnitude + exact.abs()) / 2, terms + 1, compute)
+        inherited = self.spread.square() @ factors.square().T
+        if isinstance(weight, Value):
+            inherited = inherited + (self.exact.abs() + self.limit).square() @ weight.spread.square().T
+        return Value(exact, inherited.sqrt()).erring((magnitude + exact.abs()) / 2, terms + 1 + more, compute)
 
     def summed(self, dtype: torch.dtype) -> Value:
         """Over dim 0, in any order, every partial sum of two terms and more stored in dtype.

@@ -22,8 +22,8 @@ class Rows:
     "sequence_gathered", every rank's slices with their padding, data-parallel rank major, then tensor-parallel.
     gather: the engine's all-gather, given in every layout; for "sequence_shard" it concatenates every tensor-parallel
     rank's slice along dim 0 in rank order.
-    valid_rows: only the first so many rows of ids are those of the layout, and those behind are padding with any ids
-    (a batch padded to the size of a CUDA graph); None: all are.
+    valid_rows: how many leading rows of ids belong to the layout; the rest are padding with arbitrary ids (a batch
+    padded to the size of a CUDA graph). None: all rows.
     """
 
     kind: RowKind

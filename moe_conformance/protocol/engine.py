@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from weakref import WeakSet
 
 from moe_conformance.errors import Unsupported
@@ -23,6 +23,7 @@ from moe_conformance.protocol.limits import Limits
 from moe_conformance.protocol.ranks import ExpertMapSpec, Replicated, ReplicateInputs, ShardInputs
 from moe_conformance.protocol.routing import RouteInputs, RouterHandle, RouterSpec, Routing
 from moe_conformance.protocol.stages import PROTOCOL_VERSION
+from moe_conformance.protocol.update import UpdateInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,14 @@ class EngineInfo:
     name: str
     version: str
     device: str = "cpu"
+
+
+class Repro(NamedTuple):
+    """source: Python that needs the engine and torch alone, finds its tensors as `t["name"]`, and sets `got` to what
+    the stage returns. tensors: by those names."""
+
+    source: str
+    tensors: Mapping[str, Tensor]
 
 
 # Code of functions marked by `called_by_engine`: tracebacks hold code, not functions. Weak, for closures come and go.
@@ -121,6 +130,14 @@ class Engine:
         """
         return ""
 
+    def repro(self, inputs: Any) -> Repro:
+        """How a script would make the same call of the engine, for the stage of these inputs, without the adapter.
+
+        `moe-conformance repro` writes it for a bug report. Without it, or where it raises Unsupported, the script
+        drives the engine through its adapter.
+        """
+        raise Unsupported("repro: the adapter does not say how it calls the engine")
+
     def describe(self, config: Any) -> MoESpec:
         """config: a transformers config, nested or flat, or its plain dict."""
         raise _not_offered("describe")
@@ -195,6 +212,10 @@ class Engine:
         Raises if a parameter of them is left unwritten or a key unconsumed, naming which.
         """
         raise _not_offered("load")
+
+    def update(self, inputs: UpdateInputs) -> Sequence[Tensor]:
+        """The block's output [T, H] before any push, and after each: one block, never built anew."""
+        raise _not_offered("update")
 
     def generate(self, inputs: GenerateInputs) -> Generated:
         """Serve a whole model: load the folder, answer its requests greedily, and say which experts each token had."""

@@ -118,6 +118,10 @@ FEATURES: tuple[Feature, ...] = (
         Feature(("experts", "layer"), f"quantised:{name}", f"weights stored as {name}", "such weights")
         for name in ("fp8_e4m3", "int8", "int4", "mxfp4", "nvfp4")
     ),
+    *(
+        Feature(("load",), f"quantised:{name}", f"checkpoints of {name} weights are read", "such checkpoints")
+        for name in ("fp8_e4m3", "int8", "int4", "mxfp4", "nvfp4", "nf4")
+    ),
     Feature(("experts", "layer"), "quantised_activations", "activations are quantised, too", "such layers"),
     Feature(("experts",), "lora", "LoRA adapters of experts", "such calls"),
     Feature(
@@ -125,6 +129,12 @@ FEATURES: tuple[Feature, ...] = (
         "same_bits",
         "a call repeated gives the same bits; an engine that sums with atomics gives the same within rounding",
         "equal bits; results are compared within the error bound instead",
+    ),
+    Feature(
+        ("route", "experts", "layer"),
+        "batch_invariant",
+        "a row has the same bits whatever rows are beside it; most engines choose a kernel by the number of rows",
+        "bits of a row in other batches",
     ),
     Feature(("layer", "shard"), "shared", "a shared expert", "layers that have one"),
     Feature(
@@ -138,7 +148,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(("layer",), "padded_hidden", "the expert kernel runs at a wider hidden dim", "such kernels"),
     Feature(("layer",), "padded_intermediate", "the expert kernel runs at a wider intermediate dim", "such kernels"),
     Feature(("layer",), "traceable", "`layer` can be traced; one that builds modules cannot", "fake tensors, compile"),
-    Feature(("block", "remap", "load", "generate"), "MODEL_TYPE", "models of this type", "this model"),
+    Feature(("block", "remap", "load", "update", "generate"), "MODEL_TYPE", "models of this type", "this model"),
     Feature(("block",), "implementation:NAME", "NAME computes the experts where it is asked for", "this way"),
     *(
         Feature(("capture_session",), word, f"ids come as {meaning}", "this layout")
@@ -160,6 +170,9 @@ FEATURES: tuple[Feature, ...] = (
     Feature(("expert_map",), "round_robin", "rank r has the ids that are r modulo the ranks", "this placement"),
     Feature(("expert_map", "shard"), "idle_ranks", "a rank may have no expert", "such ranks"),
     Feature(("shard",), "tensor_parallel", "ranks divide the experts' width", "such ranks"),
+    Feature(("update",), "parts", "a push may hold some of a block's tensors", "such pushes"),
+    Feature(("update",), "other_dtype", "a push may come in another dtype than the block's", "such pushes"),
+    Feature(("update",), "replaced", "tensors may take the place of those that are there", "such pushes"),
     Feature(("generate",), "ranks", "several processes divide the model (tensor parallelism)", "such processes"),
     Feature(("generate",), "answers_each", "a request is answered more than once", "such requests"),
     Feature(("generate",), "preemption", "the cache is limited, and requests are interrupted", "such interruptions"),
@@ -363,8 +376,11 @@ _OF_EVERY: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("capture_shape", ""): ("worker", "reader"),
     ("describe", "config.say-what-is-missing"): ("refusals",),
     ("describe", "describe.layers"): ("layers",),
+    ("layer", "layer.fake-dtypes"): ("traceable",),
     ("layer", "layer.traceable"): ("traceable",),
     ("shard", "shard.out-of-range"): ("dropped_ids",),
+    **{(stage, "rows.batch-invariant"): ("batch_invariant",) for stage in ("route", "experts", "layer")},
+    **{(stage, "calls.same-bits"): ("same_bits",) for stage in ("experts", "layer", "shard", "block")},
 }
 # Keys of a recipe that stand for a feature, by stage-independent names.
 _SWITCHES: dict[str, Any] = {
@@ -377,7 +393,12 @@ _SWITCHES: dict[str, Any] = {
     "padding_rows": _if("padding_rows"),
     "dropped": _if("dropped_ids"),
     "held": lambda value: {"expert_map"} if value is not None else set(),  # a rank may hold none
+    "codes": lambda value: {f"quantised:{value}"},
+    "lora": _if("lora"),
     "outside": lambda value: {"expert_bounds"},
+    "pushes": lambda value: {"parts"} if set(value) - {"all", "first"} else set(),
+    "pushed": _if("other_dtype"),
+    "replaces": _if("replaced"),
     "routed": _if("routed_experts"),
     "step_tokens": _if("step_tokens"),
     "shares_prefixes": _if("prefix_cache"),

@@ -12,12 +12,12 @@ from moe_conformance import engine
 from moe_conformance.protocol.engine import Engine
 
 _WIDTH = 110
-# Methods that belong to a stage beside that of its name.
+# Further methods of a stage, besides the one with its name.
 _BESIDE = {"capture_store": ("capture_reader",)}
 
 
 def form(stages: Iterable[str]) -> str:
-    """For each stage: its method, and each type of its signature with what it holds. Nothing here is said twice."""
+    """For each stage: its method, and each type of its signature with its fields. Each type is described once."""
     letters = inspect.cleandoc(engine.__doc__ or "").partition("Letters:")[2].partition("\n\n")[0]
     lines = [textwrap.fill(f"letters: {' '.join(letters.split())}", _WIDTH)]
     told: set[str] = set()
@@ -50,7 +50,7 @@ def _types(annotations: str, told: set[str]) -> Iterator[str]:
         fields = {field: str(getattr(what, "__forward_arg__", what)) for field, what in found}
         held = [f"{field}: {what}" for field, what in fields.items() if not what.startswith("ClassVar")]
         yield textwrap.indent(_wrapped(f"{name}({', '.join(held)})" if held else name), "  ")
-        # dataclass writes a docstring where there is none, which says the fields again.
+        # a dataclass without a docstring gets a generated one that only repeats the fields.
         doc = inspect.cleandoc(kind.__doc__ or "")
         yield from ([] if doc.startswith(f"{name}(") else _indented(doc, "    "))
         if getattr(kind, "_is_protocol", False):

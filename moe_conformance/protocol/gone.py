@@ -1,4 +1,4 @@
-"""Fields of inputs that an earlier protocol had: reading or giving one says what took its place."""
+"""Fields of inputs that an earlier protocol had: using one raises with the name of its replacement."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from moe_conformance.protocol.stages import STAGES
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LETTERS = ("H", "D", "F")
-# What a call of each stage says of its size; a block's says the rest in a config that only the engine reads.
+# The sizes that a call of each stage shows; a block's other sizes are in a config that only the engine reads.
 EXTENTS: Mapping[str, tuple[str, ...]] = {
     "route": ("dtype", "tokens", "top_k", "pairs", "experts"),
     "router_module": ("dtype", "top_k", "experts", "H"),
@@ -74,7 +74,7 @@ def complaints(limits: object) -> list[str]:
 
 
 def _idle(stage: str, limits: Limits) -> Iterator[str]:
-    """Limits of what a call of the stage does not say, which would never act."""
+    """Limits on sizes that a call of this stage does not show; they would never apply."""
     there = EXTENTS.get(stage, ())
     said = [item.name for item in fields(limits) if item.name != "multiples" and getattr(limits, item.name)]
     for name in (*said, *(limits.multiples if isinstance(limits.multiples, Mapping) else ())):

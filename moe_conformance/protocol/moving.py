@@ -15,7 +15,7 @@ Moved = TypeVar("Moved")
 def to_device(inputs: Moved, device: str) -> Moved:
     """The same with every tensor on that device: in dataclasses, mappings, tuples, NamedTuples and lists, at any depth.
 
-    Tensors keep their strides, and what lies between their rows. What holds no tensor that moves is handed back itself.
+    Tensors keep their strides and the memory between their rows. A value in which no tensor moves is returned as it is.
     """
     found: Any = _moved(inputs, device)
     return found  # type: ignore[no-any-return]
@@ -41,8 +41,16 @@ def _moved(value: Any, device: str) -> Any:
     return value
 
 
+# Memory that is larger, in bytes, is mostly room between rows, which is not read to be moved.
+_MOVED_WHOLE = 1 << 30
+
+
 def _tensor(tensor: Tensor, device: str) -> Tensor:
     if tensor.is_contiguous() or tensor.device.type == device:
         return tensor.to(device)
+    if tensor.untyped_storage().nbytes() > _MOVED_WHOLE:
+        import torch
+
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
     memory = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
     return memory.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -30,7 +30,7 @@ class ReplicateInputs:
     """Which of several copies of its expert each pair goes to.
 
     ids: [T, K] integer, logical ids in [0, E), or -1 for a pair that no expert takes. physical_to_logical: [P] int64,
-    the expert that each physical one is a copy of. experts: E. tokens: rows that are real; those behind are padding.
+    the expert that each physical one is a copy of. experts: E. tokens: the number of real rows; the rest are padding.
     """
 
     ids: Tensor
@@ -52,7 +52,7 @@ class ShardInputs(HadOtherFields):
 
     whole: the routed sum of the unsharded layer: tensors of all experts, and no expert map of its own.
     expert_map: [E] int32, this rank's local id of each expert, in any order, or -1 where another rank has it; with
-    physical_to_logical [P], the expert that each physical one is a copy of, [P] local ids of physical experts.
+    physical_to_logical ([P], the logical expert of each physical one) it is [P], local ids of physical experts.
     ep_rank, ep_size: among the ranks that divide the experts. tp_rank, tp_size: among those that have the same experts
     and divide their width F, not always evenly.
     shared: an MLP of all tokens, added once to the routed sum. shared_tensors: as `shared.tensors("shared", D)` names

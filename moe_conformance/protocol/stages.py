@@ -21,5 +21,6 @@ STAGES = (
     "shard",
     "remap",
     "load",
+    "update",
     "generate",
 )

@@ -1,6 +1,6 @@
 """`moe-conformance doctor`: what is here to judge with, and what is not.
 
-Engines answer all at once, each in a process of its own; what else there is to find out is found while they do.
+Engines answer at the same time, each in a process of its own; everything else is found out meanwhile.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from moe_conformance.reporting.facts import run_facts
 from moe_conformance.running.discovery import registered
 from moe_conformance.running.survey import surveys
 
-# What the machine is timed by. 4 to 8 ms on the machines that this was written on.
+# The loop that times the machine. 4 to 8 ms on the machines that this was written on.
 ADDITIONS = 100_000
 TRIES = 3
 
 
 def doctor(every_family: bool) -> Iterator[str]:
-    """Lines. every_family: with those that have a record, too."""
-    # Before engines are asked, which take the machine.
+    """The report, line by line. every_family: list the families that have a record, too."""
+    # Before engines are asked, because they load the machine.
     speed = fastest_loop()
     found = dict(sorted(registered().items()))
     with ThreadPoolExecutor(1) as pool:
@@ -50,7 +50,7 @@ def doctor(every_family: bool) -> Iterator[str]:
 
 
 def fastest_loop() -> float:
-    """Seconds. The best of a few tries is the machine's; the others are what else it does."""
+    """Seconds. The fastest of a few tries shows the machine; the slower ones show its other load."""
 
     def loop() -> float:
         started, total = time.perf_counter(), 0

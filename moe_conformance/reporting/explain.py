@@ -1,8 +1,9 @@
-"""The words around a verdict: what the clause says, whom its breach has cost, how to rerun."""
+"""The text around a verdict: what the clause says, where its breach has cost somebody, how to rerun."""
 
 from __future__ import annotations
 
 import inspect
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -17,8 +18,9 @@ from moe_conformance.protocol.stages import STAGES
 _WIDTH = 110
 
 
-def rerun(engine: str, case: Case) -> str:
-    return f"moe-conformance run --engine {engine} --case {case.id}"
+def rerun(engine: str, case: Case, seed: int = 0) -> str:
+    """For a shell, whatever the engine was asked for as."""
+    return f"moe-conformance run --engine {shlex.quote(engine)} --case {case.id}" + (f" --seed {seed}" if seed else "")
 
 
 def about(case: Case) -> str:
@@ -28,12 +30,14 @@ def about(case: Case) -> str:
     lines.append(f"clause:   {case.contract.text}")
     if case.contract.upstream:
         lines.append(f"upstream: {', '.join(case.contract.upstream)}")
+    if case.contract.origin:
+        lines.append(f"origin:   {case.contract.origin}")
     return "\n".join(lines)
 
 
-def failure(engine: str, case: Case, check: str, message: str) -> str:
+def failure(engine: str, case: Case, check: str, message: str, seed: int = 0) -> str:
     """The message of a bad verdict."""
-    return f"{check.replace('_', ' ')}\n{message}\n{about(case)}\nrerun:    {rerun(engine, case)}"
+    return f"{check.replace('_', ' ')}\n{message}\n{about(case)}\nrerun:    {rerun(engine, case, seed)}"
 
 
 def explain(case: Case, checks: Mapping[str, str]) -> str:
@@ -82,7 +86,7 @@ def _kinds(value: Any) -> Iterator[type]:
 
 
 def spelled(value: Any) -> str:
-    """As `repr`, but a spec shows only the fields that are not at their defaults."""
+    """Like `repr`, but a spec shows only the fields that differ from their defaults."""
     if is_dataclass(value) and not isinstance(value, type):
         named = [item for item in fields(value) if _default(item) != getattr(value, item.name)]
         inside = ", ".join(f"{item.name}={spelled(getattr(value, item.name))}" for item in named)

@@ -1,4 +1,4 @@
-"""Distinct faults: failures of one check whose words are the same up to numbers, names and lists, told once."""
+"""Distinct faults: failures of one check whose messages are equal up to numbers, names and lists, told once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from moe_conformance.judging.verdict import Result, Verdict
 from moe_conformance.reporting.explain import rerun
 from moe_conformance.reporting.tables import Columns, cut
 
-# Where the part of a message ends that is said of this result alone: reporting/explain.py, failure().
+# Marks the end of the part of a message that is about this result alone: see failure() in reporting/explain.py.
 _ABOUT = "\nstage:    "
-_RERUN = re.compile(r"\nrerun:    (moe-conformance run --engine [\w.:+-]+ --case [a-z0-9-]+)$")
-# \b: a word without a dot is looked at once, and not from each of its letters.
+# A quoted name is one word to a shell, whatever it contains.
+_RERUN = re.compile(
+    r"\nrerun:    (moe-conformance run --engine (?:[\w./:+-]+|'[^'\n]*') --case [a-z0-9-]+(?: --seed [0-9]+)?)$"
+)
+# \b: so that a word without a dot is tried once, not from each of its letters.
 _VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\b\w+(?:\.\w+)+|[-+]?\d[\d.e+-]*")
-# In the terminal: lines of a message, characters of a line, faults. summary.md and the report have more.
+# Limits of the terminal: lines of a message, characters of a line, faults. summary.md and the report show more.
 LINES, LONG, SHOWN = 6, 300, 20
 
 
@@ -47,7 +50,7 @@ class Fault:
 
 
 def faults(columns: Columns) -> list[Fault]:
-    """What fails a run before what does not; by bug class, the most frequent first."""
+    """Those that fail a run come first; then by bug class, the most frequent first."""
     found: dict[tuple[str, str, Verdict, str], list[tuple[str, Result]]] = {}
     for column, results in columns.items():
         for result in results:
@@ -59,13 +62,13 @@ def faults(columns: Columns) -> list[Fault]:
 
 
 def own_words(message: str) -> str:
-    """A failure's message without its check, which comes first, and what is said of its case below."""
+    """A failure's message without the check in front of it and the lines about its case after it."""
     said, mark, _ = message.rpartition(_ABOUT)
     return said.partition("\n")[2] if mark else message
 
 
 def words(message: str, most: int = 200) -> str:
-    """What is wrong, in a line."""
+    """What is wrong, in one line."""
     said = _in_a_line(message)
     return said if len(said) <= most else f"{said[: most - 3]}..."
 
@@ -85,7 +88,10 @@ def distinct(message: str) -> str:
 
 
 def command(result: Result) -> str:
-    """What reruns it; empty where there is no such case. The message says it as the engine was asked for."""
+    """The command that reruns it; empty if there is no such case.
+
+    It is taken from the message, which has the engine as it was asked for.
+    """
     if said := _RERUN.search(result.message):
         return said[1]
     case = catalogue().get(result.case)
@@ -100,7 +106,7 @@ def told(found: list[Fault]) -> Iterator[str]:
         yield f"{number}. {fault.title}"
         yield f"   {cases} case{'s' * (cases > 1)} of {', '.join(fault.columns)}; of {fault.first.case}:"
         lines = [line for line in own_words(fault.first.message).splitlines() if line.strip()]
-        if len(lines) > LINES:  # of a traceback, what matters most comes last
+        if len(lines) > LINES:  # the end of a traceback matters most
             lines[LINES // 2 : -LINES // 2] = [f"... {len(lines) - LINES} lines left out ..."]
         yield from (f"     {cut(line, LONG)}" for line in lines)
         if case := catalogue().get(fault.first.case):

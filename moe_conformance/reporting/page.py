@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -25,19 +26,20 @@ from moe_conformance.reporting.faults import Fault, command, faults, own_words, 
 from moe_conformance.reporting.runs import Column, Run, columns, in_short
 from moe_conformance.reporting.tables import KINDS, as_text, cells, kind
 from moe_conformance.reporting.threads import address
+from moe_conformance.repro import STAGES
 
 T = TypeVar("T")
 _TEMPLATES = Path(__file__).with_name("templates")
-# A page that a mail server and a phone still take.
+# Size of a page that a mail server and a phone still accept.
 MOST_BYTES = 20_000_000
-# Characters of one message, tried in turn until the page is small enough, and quick to take in for a browser.
+# Characters of one message, tried in turn until the page is small enough for a browser to open quickly.
 _FOLDS = (4000, 1000, 400, 150, 60)
 _MOST_CHARACTERS = 32_000_000
 _MARKS = {Verdict.PASS: "✓", Verdict.BROKEN_SHOULD: "~", Verdict.KNOWN_FAILURE: "≈", Verdict.UNSUPPORTED: "○"}
 
 
 def write(runs: Sequence[Run], page: Path | None, image: Path | None) -> Iterator[str]:
-    """Write what is asked for; says what was written. Raises UsageError where a file cannot be."""
+    """Write what is asked for; returns a line for each file. Raises UsageError if a file cannot be written."""
     for file, make in ((page, html), (image, badge)):
         if file is None:
             continue
@@ -63,7 +65,7 @@ def html(runs: Sequence[Run]) -> str:
         lines=_lines(shown),
         fallback="\n".join([*as_text(by_label), *told(found)]),
         script=script,
-        # The browser runs this script, and none that somebody's message might bring.
+        # The browser runs this script only, not one that a message might contain.
         script_hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
         style=(_TEMPLATES / "report.css").read_text(encoding="utf-8"),
         data=_packed(runs, shown, found),
@@ -71,7 +73,7 @@ def html(runs: Sequence[Run]) -> str:
 
 
 def badge(runs: Sequence[Run]) -> str:
-    """An SVG that says how many MUSTs of how many hold."""
+    """An SVG that shows how many MUSTs hold, of how many."""
     shown = columns(runs)
     counted = cells({column.label: column.results for column in shown})
     musts = [cell.must for row in counted.values() for cell in row.values()]
@@ -123,7 +125,7 @@ class _Line:
 
 
 def _lines(shown: Sequence[Column]) -> list[_Line]:
-    """Of each engine that is there in several versions or runs."""
+    """One line for each engine that appears in several versions or runs."""
     made = []
     for engine in dict.fromkeys(column.engine for column in shown):
         own = [column for column in shown if column.engine == engine]
@@ -141,7 +143,7 @@ def _lines(shown: Sequence[Column]) -> list[_Line]:
 
 
 class _Interned(Generic[T]):
-    """Values in the order of their first sight, each once."""
+    """Values in the order in which they first appear, each once."""
 
     def __init__(self) -> None:
         self.places: dict[T, int] = {}
@@ -196,6 +198,7 @@ def _data(runs: Sequence[Run], shown: Sequence[Column], found: Sequence[Fault]) 
             rows["fault"].append(fault_of.get(id(result), -1))
             rows["ms"].append(round(result.seconds * 1000))
     clauses: _Interned[str] = _Interned()
+    headers = {run.name: run.header for run in runs}
     data = {
         "columns": [
             {
@@ -205,6 +208,7 @@ def _data(runs: Sequence[Run], shown: Sequence[Column], found: Sequence[Fault]) 
                 "device": c.device,
                 "run": c.run,
                 "asked": _asked_as(c),
+                "seed": _seed(headers[c.run]),
             }
             for c in shown
         ],
@@ -228,8 +232,15 @@ def _asked_as(column: Column) -> str:
     """The engine as --engine takes it, which for one that is not registered is a path."""
     for result in column.results:
         if result.verdict.badness and (said := command(result)):
-            return said.split()[3]
-    return column.engine
+            return said.partition(" --engine ")[2].rpartition(" --case ")[0]
+    return shlex.quote(column.engine)
+
+
+def _seed(header: Mapping[str, Any]) -> int:
+    """The run's; 0, the default, if the header has none."""
+    selection = header.get("selection")
+    seed = selection.get("seed") if isinstance(selection, dict) else None
+    return seed if isinstance(seed, int) else 0
 
 
 def _case(name: str, stage: str, bug_class: str, clauses: Callable[[str], int]) -> dict[str, Any]:
@@ -244,6 +255,7 @@ def _case(name: str, stage: str, bug_class: str, clauses: Callable[[str], int]) 
         "tier": case.tier,
         "level": case.level,
         "lenient": case.lenient,
+        "repro": stage in STAGES,
         "recipe": [f"{key} = {spelled(value)}" for key, value in case.recipe.items()],
     }
 

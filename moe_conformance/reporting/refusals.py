@@ -1,4 +1,4 @@
-"""What was not judged, and why: declared away by the adapter, or refused by the engine when it was called."""
+"""What was not judged, and why: not declared by the adapter, or refused by the engine when it was called."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _TITLES = {
     Refusal.FEATURE: "features not offered",
     Refusal.LIMIT: "beyond limits",
     Refusal.CALL: "refused when called",
+    Refusal.SEED: "judged with the default seed alone",
 }
 
 

@@ -27,9 +27,9 @@ from moe_conformance.reporting.tables import Columns, as_markdown, as_text
 from moe_conformance.running.discovery import Target
 
 IN_PROCESS = "in process: checks ran in pytest's own process, where a crash or a hang is no verdict"
-# Reasons of refusals that the terminal shows of an engine and kind; summary.md has all.
+# How many reasons of refusals the terminal shows for an engine and kind; summary.md has all.
 REASONS_SHOWN = 8
-# Cases that summary.md names behind one fault.
+# How many cases summary.md names for one fault.
 CASES_LISTED = 20
 
 
@@ -44,13 +44,14 @@ class Report:
         cases: int,
         about: Mapping[str, Any],
     ) -> None:
-        """about: more for the header, or other values for what stands in it."""
+        """about: keys to add to the header, or to replace there."""
         self.targets = [target.name for target in targets]
         self.away = away
         self.cases = cases
         self.in_process = bool(config.getoption("--moe-in-process"))
         self.strict = bool(config.getoption("--moe-strict"))
-        self.has_junit = bool(config.getoption("--junitxml", None))  # of shards that are joined there is none
+        self.seed = int(about.get("selection", {}).get("seed", 0))
+        self.has_junit = bool(config.getoption("--junitxml", None))  # joined shards have none
         self.results: list[Result] = []
         self.is_finished = False
         # What could not be written, a line each.
@@ -80,7 +81,7 @@ class Report:
             raise UsageError(self.troubles[0])
 
     def _write(self, **line: Any) -> None:
-        """After a line that could not be written none is, so that the stream has no footer and is not whole."""
+        """After a failed write nothing more is written, so that the stream has no footer and is not whole."""
         if self._stream is not None:
             with self._told():
                 self._stream.write(json.dumps(line) + "\n")
@@ -90,7 +91,7 @@ class Report:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """A full disk costs files, and no verdict."""
+        """A full disk costs files, but no verdict."""
         try:
             yield
         except OSError as error:
@@ -104,7 +105,7 @@ class Report:
         self._write(**result.as_line())
 
     def lost(self, nodeid: str, message: str) -> None:
-        """A pytest worker that died, a test that broke before it could judge, or one that nobody heard of again."""
+        """Count a result as lost: a pytest worker died, a test broke before it could judge, or never reported."""
         check, _, rest = nodeid.rpartition("::")[2].removeprefix("test_").partition("[")
         engine = max((name for name in self.targets if rest.startswith(f"{name}-")), key=len, default="?")
         case = catalogue().get(name := rest.removeprefix(f"{engine}-").removesuffix("]"))
@@ -112,13 +113,13 @@ class Report:
         self.add(Result(engine, name, check, bug_class, stage, Verdict.ERROR, plain(message)), {})
 
     def finish(self, terminal: pytest.TerminalReporter, exitstatus: int, deselected: int) -> None:
-        """Write the footer and files, and print the table. Runs last, whatever happened before."""
+        """Write the footer and the files, and print the table. Runs last, whatever happened before."""
         counts = Counter(str(result.verdict) for result in self.results)
         footer = {"exit": int(exitstatus), "results": len(self.results), "counts": dict(counts)}
         self._write(kind="footer", **footer, deselected=deselected)
         columns = by_engine(self.results, self.targets)
         found = faults(columns)
-        below = [_not_run(self.results, deselected), *_marks(self.in_process, self.strict), *strangers()]
+        below = [_not_run(self.results, deselected), *_marks(self.in_process, self.strict, self.seed), *strangers()]
         terminal.section("conformance", sep="=")
         for line in [*as_text(columns), "", *below, *listed(self.results, REASONS_SHOWN)]:
             terminal.write_line(line)
@@ -137,7 +138,7 @@ class Report:
         self.is_finished = True
 
     def _where(self) -> str:
-        """Where the files lie, or how to have some."""
+        """Where the files are, or how to get some."""
         if self.folder is None:
             return "nothing was written; --out FOLDER keeps verdicts.jsonl, summary.md and junit.xml"
         folder = shlex.quote(str(self.folder))
@@ -149,7 +150,7 @@ class Report:
 
 
 def by_engine(results: Iterable[Result], engines: Sequence[str]) -> dict[str, list[Result]]:
-    """The columns of a run's tables: these engines, and whatever else there are results of."""
+    """The columns of a run's tables: these engines, and any others that have results."""
     found: dict[str, list[Result]] = {name: [] for name in engines}
     for result in results:
         found.setdefault(result.engine, []).append(result)
@@ -166,9 +167,10 @@ def _not_run(results: Sequence[Result], deselected: int) -> str:
     )
 
 
-def _marks(in_process: bool, strict: bool) -> list[str]:
-    """What was not as in a usual run."""
-    return [IN_PROCESS] * in_process + ["strict: a broken SHOULD fails the run"] * strict
+def _marks(in_process: bool, strict: bool, seed: int) -> list[str]:
+    """What was unusual about this run."""
+    other = f"seed {seed}: inputs are others, and of hashed ones no golden is asked"
+    return [IN_PROCESS] * in_process + ["strict: a broken SHOULD fails the run"] * strict + [other] * bool(seed)
 
 
 def strangers() -> list[str]:
@@ -186,8 +188,7 @@ def strangers() -> list[str]:
 
 
 def markdown(columns: Columns, below: Sequence[str], engines: Mapping[str, Mapping[str, str]]) -> str:
-    """A summary that fits a CI job's page: the tables, each distinct fault with its message folded, broken SHOULDs
-    apart, and what was not judged."""
+    """The summary for a CI job's page: tables, distinct faults with folded messages, refusals."""
     lines = ["# MoE conformance", ""]
     lines += [f"- {name} {facts['version']} on {facts['device']}" for name, facts in engines.items()]
     lines += ["", *as_markdown(columns), *(f"{line}\n" for line in below)]

@@ -1,4 +1,4 @@
-"""What several runs left behind, read as far as it can be: what is wrong with a stream is said, and the rest is kept.
+"""Reads what several runs left, as far as possible: faults of a stream are reported, and the rest is kept.
 
 `diff` reads with stream.py instead, which refuses a run that is not whole: a missing result would pass for a change.
 """
@@ -28,8 +28,11 @@ STREAM = "verdicts.jsonl"
 
 @dataclass
 class Run:
-    """name: under which it is shown, unique. header: of its stream, what there is of it. engines: name -> version and
-    device. troubles: why it is not all that was judged, a sentence each."""
+    """name: under which it is shown, unique.
+
+    header: of its stream, as far as it exists. engines: name -> version and device. troubles: why results are missing,
+    a sentence each.
+    """
 
     name: str
     header: Mapping[str, Any] = field(default_factory=dict)
@@ -89,7 +92,7 @@ def _streams(path: Path) -> list[Path]:
 
 
 def _salvaged(name: str, text: str) -> Run:
-    """Whatever can be read of a stream."""
+    """All that can be read of a stream."""
     run = Run(name)
     headers = footers = counted = doubled = 0
     strange: list[str] = []
@@ -122,7 +125,7 @@ def _salvaged(name: str, text: str) -> Run:
 
 
 def _checked(result: Result) -> Result:
-    """The result with text that can be written. Raises ValueError where something is of another type."""
+    """The result with encodable text. Raises ValueError if a field has the wrong type."""
     names = ("engine", "case", "check", "bug_class", "stage", "message")
     texts: dict[str, Any] = {name: _text(getattr(result, name)) for name in names}
     if result.level not in ("MUST", "SHOULD"):
@@ -133,7 +136,7 @@ def _checked(result: Result) -> Result:
 
 
 def in_short(value: object) -> str:
-    """Whatever stands in a header, short."""
+    """A header's value as short text, whatever its type."""
     return plainly(value) if isinstance(value, str) else quoted(value)
 
 
@@ -189,7 +192,7 @@ def columns(runs: Sequence[Run]) -> list[Column]:
 
 
 def _order(version: str) -> tuple[bool, Version]:
-    """Versions that are none come last."""
+    """Invalid versions come last."""
     try:
         return False, Version(version)
     except InvalidVersion:

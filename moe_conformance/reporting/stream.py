@@ -1,4 +1,4 @@
-"""Reading verdict streams back, of this release and of older ones, and comparing two."""
+"""Reads verdict streams of this release and older ones, and compares two."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Change:
 
     @property
     def is_worse(self) -> bool:
-        """Judged before and not now, or broken now and less so before; a new case is worse where it fails a run."""
+        """Worse is: judged before and not now, or more broken than before; a new case if it fails a run."""
         if self.after is None or not self.after.was_judged:
             return self.before is not None and self.before.was_judged
         return self.after.badness > (1 if self.before is None else self.before.badness)
@@ -77,7 +77,7 @@ def compare(before: Path, after: Path) -> list[Change]:
 
 
 def _by_key(results: list[Result]) -> dict[Key, Verdict]:
-    """The verdict of each key; the worst one where two old cases are one today."""
+    """The verdict of each key; the worst one if two old cases are one today."""
     found: dict[Key, Verdict] = {}
     for result in results:
         key = (result.engine, result.case, result.check)

@@ -1,4 +1,4 @@
-"""How many failed of how many: bug classes down, engines or releases across, what differs in kind in tables of its own.
+"""How many failed of how many: bug classes down, engines or releases across, one table for each kind of result.
 
 The terminal, summary.md, the HTML report and tools/releases.py show the same numbers, from here.
 """
@@ -12,7 +12,7 @@ from moe_conformance.catalogue.clauses import BUG_CLASSES
 from moe_conformance.judging.verdict import Result, Verdict
 
 WIDTH = 100
-# By engine, or by release of one.
+# Results by engine, or by release of one engine.
 Columns = Mapping[str, Sequence[Result]]
 # Every result is in one of these: kind -> title.
 KINDS = {
@@ -25,7 +25,10 @@ KINDS = {
 
 @dataclass
 class Count:
-    """Of one kind in one cell. bad: that failed; of what is known or was not judged, all are."""
+    """Results of one kind in one cell.
+
+    bad: those that failed; all of them for known failures and for those not judged.
+    """
 
     bad: int = 0
     all: int = 0
@@ -33,7 +36,7 @@ class Count:
 
 @dataclass
 class Cell:
-    """What came of one bug class in one column."""
+    """The results of one bug class in one column."""
 
     must: Count
     should: Count
@@ -50,7 +53,7 @@ class Cell:
         count.bad += result.verdict.badness > 0
 
     def text(self, name: str) -> str:
-        """How a table of this kind spells it; empty where it has nothing to say."""
+        """The cell's text in a table of this kind; empty if there is nothing to show."""
         count: Count = getattr(self, name)
         if not count.all:
             return ""
@@ -66,7 +69,7 @@ class Cell:
 
 
 def kind(result: Result) -> str:
-    """Of KINDS. A known failure is neither a MUST nor a SHOULD that failed; that it is known stands for itself."""
+    """One of KINDS. A known failure counts neither as a failed MUST nor as a broken SHOULD."""
     if not result.verdict.was_judged:
         return "away"
     if result.verdict is Verdict.KNOWN_FAILURE:
@@ -91,12 +94,13 @@ def cells(columns: Columns) -> dict[str, dict[str, Cell]]:
             if column not in row:
                 row[column] = Cell.empty()
             row[column].add(result)
-    # Behind the contract's: "?", of what was lost before anybody knew its class, and classes of other releases.
+    # After the contract's classes: "?" for results that were lost before their class was known, and classes of other
+    # releases.
     return {name: found[name] for name in (*BUG_CLASSES, *sorted(found.keys() - {*BUG_CLASSES})) if name in found}
 
 
 def tables(columns: Columns) -> list[Table]:
-    """A table for each kind of result that there is."""
+    """A table for each kind of result that occurs."""
     counted = cells(columns)
     made = []
     for name, title in KINDS.items():
@@ -110,7 +114,7 @@ def tables(columns: Columns) -> list[Table]:
 
 
 def as_text(columns: Columns) -> Iterator[str]:
-    """The tables, alike in their widths, each in blocks of as many columns as fit WIDTH."""
+    """The tables with common column widths, each in blocks of as many columns as fit WIDTH."""
     made = tables(columns)
     first = max((len(text) for table in made for text in (table.title, *table.rows)), default=0)
     heads = {column: cut(column, WIDTH - first - 2) for column in columns}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-# A repository whose owner is not certain has no address, and its threads are shown as text.
+# A repository whose owner is uncertain is not listed; its threads are shown as text.
 _OWNERS = {
     "Automodel": "NVIDIA-NeMo",
+    "FastDeploy": "PaddlePaddle",
+    "Liger-Kernel": "linkedin",
     "Megatron-Bridge": "NVIDIA-NeMo",
+    "Model-Optimizer": "NVIDIA",
     "PaddleFormers": "PaddlePaddle",
     "SkyRL": "NovaSky-AI",
     "TensorRT-LLM": "NVIDIA",
@@ -13,15 +16,19 @@ _OWNERS = {
     "TransformerEngine": "NVIDIA",
     "Triton-distributed": "ByteDance-Seed",
     "aiter": "ROCm",
+    "auto-round": "intel",
     "flashinfer": "flashinfer-ai",
     "megablocks": "databricks",
     "sglang": "sgl-project",
     "sglang-jax": "sgl-project",
     "tokenspeed": "lightseekorg",
+    "torchtitan": "pytorch",
     "transformers": "huggingface",
+    "unsloth-zoo": "unslothai",
     "vllm": "vllm-project",
     "vllm-ascend": "vllm-project",
     "vllm-gaudi": "vllm-project",
+    "vllm-musa": "MooreThreads",
     "vllm-xpu-kernels": "vllm-project",
 }
 

@@ -1,4 +1,4 @@
-"""What came of a run, on the controller: every selected result in one cell, and whether the run is a good one."""
+"""The outcome of a run, on the controller: every selected result in one cell, and whether the run is good."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_conformance.running.session import PROPERTY, SUITES, Session, engine_of
 
 
 class Accounts:
-    """Registered beside the session, but on no worker."""
+    """Registered beside the session, on the controller only."""
 
     def __init__(self, config: pytest.Config, session: Session) -> None:
         self.config = config
@@ -33,10 +33,10 @@ class Accounts:
             self.report = Report(config, session.targets, session.away, len(session.cases), about)
         except UsageError as error:
             raise pytest.UsageError(str(error)) from error
-        # What makes the run a bad one although no result is, a line each.
+        # What makes the run bad although no result is bad, a line each.
         self.complaints: list[str] = []
         self.was_interrupted = False
-        # Node ids of the suites' items that were collected, and of those of which something was heard.
+        # Node ids of the suites' items: those collected, and those that reported something.
         self.collected: set[str] = set()
         self.heard: set[str] = set()
 
@@ -49,14 +49,14 @@ class Accounts:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """What a worker found when all its items had run, and what it left out, as every worker does."""
+        """What a worker found after its last item, and what it deselected, which is the same on every worker."""
         lines, deselected = getattr(node, "workeroutput", {}).get(PROPERTY, ((), 0))
         self.session.deselected = max(self.session.deselected, deselected)
         for line in lines:
             self.report.add(Result.from_line(line), {})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # Of what a plug-in runs again each attempt says the same: see session.py.
+        # If a plug-in runs an item again, each attempt reports the same: see session.py.
         if report.outcome == "rerun" or report.nodeid in self.heard:  # type: ignore[comparison-overlap]
             return
         found = [json.loads(str(told)) for name, told in report.user_properties if name == PROPERTY]
@@ -68,7 +68,7 @@ class Accounts:
             self.heard.add(report.nodeid)
             self.report.lost(report.nodeid, str(report.longrepr))
 
-    @pytest.hookimpl(wrapper=True, trylast=True)  # within the reporter, which prints the table after it
+    @pytest.hookimpl(wrapper=True, trylast=True)  # before the terminal reporter, which prints the table after it
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Generator[None, object, object]:
         self.pytest_session = session
         try:
@@ -78,7 +78,7 @@ class Accounts:
             if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.session.shard is not None:
                 session.exitstatus = pytest.ExitCode.OK
             return yielded
-        except KeyboardInterrupt:  # again, and still with a table
+        except KeyboardInterrupt:  # a second time, and still with a table
             self._interrupt()
         except OSError as error:  # of pytest's own files, as junit.xml is
             self.complaints.append(f"at the end of the run: {error}; free space, and run again")
@@ -109,21 +109,21 @@ class Accounts:
         if ran_through and not option.collectonly:
             for nodeid in sorted(self.collected - self.heard):
                 self.report.lost(nodeid, "it was selected, and no result came of it")
-            # A shard may have nothing that its engine offers: `merge` looks at the whole.
+            # A shard may contain nothing that its engine offers; `merge` checks the whole.
             if self.session.shard is None:
                 self.complaints += unjudged(self.report.results, self.session.is_chosen)
         if ran_through and not self.session.deselected:
             self.complaints += [
                 stray for entry in self.session.known.values() for stray in entry.strays(self.report.results)
             ]
-        # Whatever pytest made of the items: a bad verdict among the results is a bad run.
+        # A bad verdict makes a bad run, whatever pytest says of the items.
         worst = 1 if self.session.strict else 2
         is_bad = bool(self.complaints) or any(result.verdict.badness >= worst for result in self.report.results)
         if is_bad and exitstatus == pytest.ExitCode.OK:
             self.pytest_session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        exitstatus = self.pytest_session.exitstatus  # as it is now; the reporter's is that of before
+        exitstatus = self.pytest_session.exitstatus  # the status as it is now; the reporter has an older one
         self.report.finish(terminalreporter, exitstatus, self.session.deselected)
         if self.report.troubles:
             self.pytest_session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
@@ -132,7 +132,7 @@ class Accounts:
 
 
 def unjudged(results: Iterable[Result], is_chosen: bool) -> list[str]:
-    """Engines asked for of which nothing was judged; where none was asked for by name, that none was."""
+    """Engines asked for by name of which nothing was judged; if none was named, whether nothing was judged at all."""
     by_engine: dict[str, list[Result]] = {}
     for result in results:
         by_engine.setdefault(result.engine, []).append(result)
@@ -145,7 +145,8 @@ def unjudged(results: Iterable[Result], is_chosen: bool) -> list[str]:
 def _in_suites(nodeid: str, config: pytest.Config) -> bool:
     """Whether a node id is of our suites.
 
-    By --pyargs it begins at the suites' folder, not at pytest's root; that of a worker elsewhere at its own root.
+    With --pyargs it is relative to the suites' folder, not to pytest's root; a remote worker's is relative to its own
+    root.
     """
     path = Path(nodeid.partition("::")[0])
     return SUITES in (config.rootpath / path).resolve().parents or SUITES.joinpath(*path.parts[-2:]).is_file()

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 from moe_conformance.judging.verdict import Result, Verdict
 from moe_conformance.reporting.faults import Fault, faults
 
-# What GitHub shows of a step, of each kind.
+# How many annotations of each kind GitHub shows for a step.
 SHOWN = 10
-# Characters of a message: an annotation is read beside the code, and the report has all of it.
+# Characters of a message: an annotation is read beside the code, the report has the whole message.
 _LONGEST = 2000
 
 
 def annotated(results: Iterable[Result]) -> Iterator[str]:
-    """A line for each distinct failure: an error, or a warning for a broken SHOULD; many end in a count."""
+    """A line for each distinct failure: error, or warning for a broken SHOULD; the rest is counted."""
     columns: dict[str, list[Result]] = {}
     for result in results:
         columns.setdefault(result.engine, []).append(result)
@@ -34,7 +34,7 @@ def annotated(results: Iterable[Result]) -> Iterator[str]:
 
 
 def command(kind: str, title: str, message: str) -> str:
-    """One line, whatever is in it: a newline of an engine's must not begin a command of its own."""
+    """Always one line: a newline in an engine's text must not start another command."""
     cut = message if len(message) <= _LONGEST else message[:_LONGEST] + " ..."
     title = _escaped(title).replace(":", "%3A").replace(",", "%2C")
     return f"::{kind} title={title}::{_escaped(cut)}"

@@ -1,7 +1,7 @@
-"""A child process of ours, and what it says: lines on two private descriptors, each with a deadline and a limit.
+"""A child process and what it says: lines on two private descriptors, each with a deadline and a maximum length.
 
-Private, so that nothing which an engine or its libraries print or read gets among them: the child's standard output
-goes where its errors go, and its standard input is empty.
+They are private so that nothing an engine or its libraries print or read can get among them: the child's standard
+output goes to its standard error, and its standard input is empty.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pathlib import Path
 
 from moe_conformance.running.leftovers import MARK, Segments, clear, family
 
-# Bytes of a line; the largest answer of a correct engine has some thousand.
+# Bytes of a line; the largest answer of a correct engine has a few thousand.
 LARGEST = 16 << 20
-# How often to look whether a child that says nothing lives, and how large it is.
+# Seconds between looks at a silent child: whether it lives, and how large it is.
 LOOK = 0.2
 PREFIX, LOCK = "moe-conformance-", "lock"
 # The variable that says who a child's parent is.
 PARENT = "MOE_CONFORMANCE_PARENT"
-# What a child that hangs gets to say where it was.
+# Seconds for a child that hangs to write where it was.
 LAST_WORDS = 2.0
 
 
@@ -42,7 +42,7 @@ class Silent(Exception):
 
 
 class Ended(Exception):
-    """The child is no more, or has closed its end."""
+    """The child has ended, or closed its end."""
 
 
 class TooLong(Exception):
@@ -50,11 +50,11 @@ class TooLong(Exception):
 
 
 class Hungry(Exception):
-    """It, and what it started, have more memory than they may. The message says how much."""
+    """The child and what it started use more memory than allowed. The message says how much."""
 
 
 class Unstarted(Exception):
-    """The machine gives no process: no descriptor, memory or disk is left, or a variable is none."""
+    """No process can be started: no descriptor, memory or disk is left, or a variable is invalid."""
 
 
 class Child:
@@ -97,7 +97,7 @@ class Child:
         return {"TMPDIR": str(self._folder.path), **marks}
 
     def say(self, line: str) -> None:
-        """Raises Ended where nobody listens."""
+        """Raises Ended if nobody listens."""
         try:
             os.write(self._questions, line.encode())
         except OSError as error:
@@ -115,14 +115,14 @@ class Child:
                 if not selector.select(max(0.0, min(left, LOOK))):
                     self._segments.look(self._process.pid)
                     self._weigh()
-                # Its end is seen at the child, for what it started may hold the pipe open; and asked for before
-                # reading, for what it said last may be whole.
+                # The child's end is asked of the child itself, because what it started may hold the pipe open; and
+                # before reading, because its last line may be complete.
                 has_ended = self._process.poll() is not None
                 if (has_more := self._read()) and b"\n" in self._heard:
                     break
                 if not has_more and (has_ended or self._is_closed):
                     raise Ended
-                # What had come in time is read to its end; what goes on for ever is not.
+                # What had arrived in time is read to its end; a child that writes forever is not.
                 if left <= 0 and (not has_more or left < -LOOK):
                     raise Silent
         self._segments.look(self._process.pid)
@@ -132,8 +132,10 @@ class Child:
     _next_weighing = 0.0
 
     def _weigh(self) -> None:
-        """Raise Hungry where it and what it started are too large, as far as the system tells. Takes a hundredth of the
-        time at most, for there may be many processes to look through."""
+        """Raise Hungry where it and what it started are too large, as far as the system tells.
+
+        Takes a hundredth of the time at most, for there may be many processes to look through.
+        """
         began = time.monotonic()
         if self._memory < math.inf and began >= self._next_weighing:
             size = sum(process.pages for process in family(self._process.pid)) * os.sysconf("SC_PAGE_SIZE")
@@ -143,14 +145,14 @@ class Child:
             self._next_weighing = now + 100 * (now - began)
 
     def unasked(self) -> bytes:
-        """What it has said beyond the lines that were heard."""
+        """What it has written beyond the lines that were read."""
         self._read()
         return self._heard
 
     _is_closed = False
 
     def _read(self) -> bool:
-        """Whether there was anything."""
+        """Whether anything was read."""
         try:
             read = os.read(self._answers, 1 << 16)
         except BlockingIOError:
@@ -160,7 +162,7 @@ class Child:
         return bool(read)
 
     def has_ended(self, seconds: float = 0.0) -> bool:
-        """Whether it has, at the latest after so many seconds."""
+        """Whether it has ended; waits at most this many seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
         return self._process.returncode is not None
@@ -207,30 +209,32 @@ def _pipe(undo: ExitStack) -> tuple[int, int]:
 
 
 class Folder:
-    """A child's temporary files. Locked as long as we live: what a run leaves that was killed, a later one sweeps."""
+    """A child's temporary files. Locked while this process lives: what a killed run leaves, a later run sweeps."""
 
     def __init__(self) -> None:
         _sweep()
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
-        made = self.path / "new"  # not to be found before it is locked
+        made = self.path / "new"  # must not be found before it is locked
         self._lock = os.open(made, os.O_CREAT | os.O_RDWR)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         made.rename(self.path / LOCK)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)  # again, for what was being written
+        shutil.rmtree(self.path, ignore_errors=True)  # a second time, for what was just being written
         os.close(self._lock)
 
 
 def _caches() -> dict[str, str]:
-    """What compilers keep for the next process does not go with this one: torch keeps it among temporary files. By
-    number, for a user in a container may have no name."""
+    """What compilers keep for the next process does not go with this one: torch keeps it among temporary files.
+
+    By number, for a user in a container may have no name.
+    """
     return {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"}
 
 
 @cache
 def _sweep() -> None:
-    """Remove folders whose owner is no more, and end what is left of their children; once a process."""
+    """Remove folders whose owner has ended, and end what is left of their children; once a process."""
     for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
         with contextlib.suppress(OSError):
             descriptor = os.open(lock, os.O_RDWR)
@@ -242,9 +246,9 @@ def _sweep() -> None:
 
 
 def follow_parent() -> None:
-    """In a child: end, with all it started, when its parent does, however that ends, and leave nothing.
+    """In a child: when its parent ends, however that happens, end with all it started, and leave nothing.
 
-    The parent is known by the number that it gave: it may have ended before this is called.
+    The parent is identified by the process id that it passed, because it may have ended before this is called.
     """
     parent, folder = int(os.environ[PARENT]), Path(os.environ[MARK])
 
@@ -258,7 +262,7 @@ def follow_parent() -> None:
         clean()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    atexit.register(clean)  # where its end comes before it is noticed
+    atexit.register(clean)  # if the parent ended before that
     threading.Thread(target=watch, daemon=True).start()
 
 

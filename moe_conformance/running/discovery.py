@@ -1,8 +1,9 @@
-"""Finding engines: by entry point name, or as package.module:Class. Nothing heavy is imported here."""
+"""Finding engines: by entry point name, as package.module:Class or file.py:Class. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -25,16 +26,34 @@ class Target:
 
     @property
     def asked_as(self) -> str:
-        """What --engine takes for it."""
+        """What to pass to --engine for it."""
         return self.name if self.name in registered() else self.path
 
     def load(self) -> Any:
         """The adapter class. Raises UsageError if the path names nothing."""
-        module_name, _, class_name = self.path.partition(":")
+        module_name, _, class_name = self.path.rpartition(":")
         try:
+            if module_name.endswith(".py"):
+                module_name = _importable(Path(module_name))
             return getattr(importlib.import_module(module_name), class_name)
         except (ImportError, AttributeError) as error:
             raise UsageError(f"engine {self.name!r}: cannot load {self.path}: {error}") from error
+
+
+def _importable(file: Path) -> str:
+    """The module name of a file, whose folder is on the path from now on, after everything installed.
+
+    Under its own name, by which processes that the engine starts find it, too. Raises ImportError where that name is
+    another's.
+    """
+    if not file.is_file():
+        raise ImportError(f"got no file {file}, want an adapter's")
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
+    found = importlib.util.find_spec(file.stem)
+    if found is None or found.origin is None or not os.path.samefile(found.origin, file):
+        raise ImportError(f"{file.stem} is the name of {found.origin if found else 'no module'}, too; rename the file")
+    return file.stem
 
 
 def registered() -> dict[str, Target]:
@@ -54,8 +73,10 @@ def registered() -> dict[str, Target]:
 
 
 def resolve(name: str) -> Target:
-    """The target for `NAME` or `package.module:Class`, without importing it; an unregistered one goes by its path until
-    it was asked for its name. Raises UsageError that lists what there is."""
+    """The target for `NAME`, `package.module:Class` or `file.py:Class`, without importing it.
+
+    An unregistered engine goes by its path until it was asked for its name. Raises UsageError that lists what there is.
+    """
     known = registered()
     if name in known:
         return known[name]
@@ -63,7 +84,7 @@ def resolve(name: str) -> Target:
         return next((target for target in known.values() if target.path == name), Target(name, name))
     near = get_close_matches(name, known, n=1)
     raise UsageError(
-        f"engine: got {name!r}, want one of {', '.join(sorted(known))}, or package.module:Class"
+        f"engine: got {name!r}, want one of {', '.join(sorted(known))}, package.module:Class or file.py:Class"
         + (f"; did you mean {near[0]!r}?" if near else "")
     )
 

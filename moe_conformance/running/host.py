@@ -1,7 +1,7 @@
-"""The engine's process: `python -m moe_conformance.running.host NAME PATH READ WRITE` answers questions, one a line.
+"""The engine's process. `python -m moe_conformance.running.host NAME PATH SEED READ WRITE` answers a question a line.
 
-READ and WRITE are descriptors that nothing else knows: see child.py. The first line says who the engine is, or why it
-cannot start.
+READ and WRITE are descriptors that nothing else knows: see child.py. The first line out says who the engine is, or why
+it cannot start.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from moe_conformance.running.messages import Answer, Check, Hello, Message, Prob
 def main() -> None:
     faulthandler.enable()
     follow_parent()
-    gc.disable()  # for as long as modules are imported: a tenth of that time goes into garbage that is none
-    name, path, read, write = sys.argv[1:5]
+    gc.disable()  # while modules are imported: garbage collection would take a tenth of that time and find nothing
+    name, path, seed, read, write = sys.argv[1:6]
     for descriptor in (int(read), int(write)):
         os.set_inheritable(descriptor, False)  # what an engine starts must not hold them open
     questions, answers = os.fdopen(int(read), encoding="utf-8"), os.fdopen(int(write), "w", encoding="utf-8")
@@ -38,7 +38,7 @@ def main() -> None:
     try:
         from moe_conformance.judging.judge import Judge
 
-        judge = Judge(Target(name, path))
+        judge = Judge(Target(name, path), int(seed))
     except (MoEConformanceError, ImportError) as error:
         say(Unstartable(str(error) or type(error).__name__, isinstance(error, Unavailable)))
         return

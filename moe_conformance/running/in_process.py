@@ -1,7 +1,7 @@
 """An engine in pytest's own process, for debuggers, profilers and coverage: --moe-in-process.
 
-The one exception to a process an engine. A crash ends the run, a hang is for Ctrl-C, and the engine's environment
-variables come after pytest's imports.
+The one exception to "one process an engine". A crash ends the run, a hang needs Ctrl-C, and the engine's environment
+variables are set only after pytest's imports.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _JUDGING = Path(moe_conformance.judging.__path__[0])
 
 
 def refuse_unless_alone(config: Any, targets: list[Target]) -> None:
-    """Raise UsageError where one process cannot stand for the run."""
+    """Raise UsageError if the run needs more than one process."""
     if (value := os.environ.get("CI", "")).lower() not in ("", "0", "false"):
         raise UsageError(
             f"--in-process: got CI={value!r} in the environment, want a person at a debugger: a crash of the engine "
@@ -39,10 +39,11 @@ def refuse_unless_alone(config: Any, targets: list[Target]) -> None:
 
 
 class InProcess:
-    """As `EngineProcess`, without the process. raised: the exception behind the last outcome."""
+    """The interface of `EngineProcess` without the process. raised: the exception behind the last outcome."""
 
-    def __init__(self, target: Target, survey: Survey, environment: dict[str, str]) -> None:
+    def __init__(self, target: Target, survey: Survey, environment: dict[str, str], seed: int = 0) -> None:
         self.target = target
+        self.seed = seed
         self.survey = survey
         self.info: EngineInfo | None = None
         self.raised: BaseException | None = None
@@ -72,7 +73,7 @@ class InProcess:
         try:
             from moe_conformance.judging.judge import Judge
 
-            self._judge = Judge(self.target)
+            self._judge = Judge(self.target, self.seed)
         except (MoEConformanceError, ImportError) as error:
             return Outcome(Verdict.UNAVAILABLE if isinstance(error, Unavailable) else Verdict.ERROR, str(error))
         self.info = self._judge.engine.info
@@ -89,7 +90,7 @@ class InProcess:
 def at_the_check(error: BaseException) -> BaseException:
     """The exception with a traceback that ends where a check, an adapter or an engine raised it.
 
-    A debugger stops in its last frame, which would be that of a comparison, the same for every check.
+    A debugger stops in the last frame, which would otherwise be inside a comparison, for every check.
     """
     steps: list[TracebackType] = []
     step = error.__traceback__

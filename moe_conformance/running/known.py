@@ -10,8 +10,9 @@
     reason = "..."                    # optional
     when = { version = ">=0.19,<0.31", device = "cpu" }   # optional; both parts optional
 
-A listed case that passes is an unexpected pass; an entry that names no case or check is a usage error. One whose check
-is of other cases fails the run at its end: only the checks themselves know their cases, and importing them takes torch.
+A listed case that passes is an unexpected pass; an entry that names no case or check is a usage error. An entry whose
+check does not have that case fails the run at its end: only the check modules know their cases, and importing them
+takes torch.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class KnownFailures:
     entries: Mapping[tuple[str, str], KnownFailure]
 
     def strays(self, results: Iterable[Result]) -> list[str]:
-        """Entries whose case was judged, but not by their check, for it has none of that name."""
+        """Entries whose case was judged, but has no check of that name."""
         seen: dict[str, set[str]] = {}
         for result in results:
             if result.engine == self.engine:

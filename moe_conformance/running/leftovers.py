@@ -1,8 +1,9 @@
-"""What an engine leaves: processes that went into sessions of their own, and shared memory.
+"""What an engine leaves behind: processes in sessions of their own, and shared memory.
 
-Nothing is touched that is not proven to be the engine's. A process of it has the mark, the folder of its child, in its
-environment, or descends from it. A segment of it appeared while it ran, was seen open or mapped in such a process, and
-is so in no other. All of it is read from /proc; where there is none, nothing is found.
+Nothing is touched unless it is proven to be the engine's. A process is the engine's if its environment has the mark
+(the folder of its child), or if it descends from such a process. A segment is the engine's if it appeared while the
+engine ran, was seen open or mapped in a process of the engine, and is so in no other. All of this is read from /proc;
+without /proc, nothing is found.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from typing import NamedTuple
 # The variable whose value is the folder of the child that a process belongs to.
 MARK = "MOE_CONFORMANCE_CHILD"
 SHARED = Path("/dev/shm")
-# In a child's folder, for the next run: the segments that were seen to be its own.
+# File in a child's folder, for the next run: the segments that were seen to be its own.
 RECORD = "segments"
-# What helpers get that remove what their clients left once all of these are gone, which they see at once.
+# Seconds for helpers that clean up after their clients; they notice at once when the last client is gone.
 GRACE = 1.0
 _HELPERS = (b"multiprocessing.resource_tracker", b"torch_shm_manager")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Process(NamedTuple):
-    """pages: resident."""
+    """pages: resident memory, in pages."""
 
     pid: int
     parent: int
@@ -73,14 +74,17 @@ def _marked(folder: Path) -> set[int]:
 
 
 class Segments:
-    """Those in shared memory that a child made, as far as one looked while it held them. Made before the child is."""
+    """The shared-memory segments that a child made, as far as they were seen while it held them.
+
+    Create this before the child.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._known = _names()
 
     def look(self, root: int) -> None:
-        """Note which new ones root, or what it started, holds. Costs a listing while there are none."""
+        """Note which new segments root, or what it started, holds. Costs one directory listing while there are none."""
         names = _names()
         if new := names - self._known:
             pids = _marked(self._folder) | {process.pid for process in family(root)}
@@ -100,12 +104,12 @@ def _names() -> set[str]:
 
 
 def _boot() -> str:
-    """An inode's number says nothing after the next start of the machine."""
+    """Inode numbers mean nothing after the machine restarts."""
     return _BOOT.read_text().strip() if _BOOT.exists() else ""
 
 
 def _inode(name: str) -> int:
-    """Of a segment that is ours; 0 where it is not."""
+    """The inode of a segment that this user owns; 0 if it is not."""
     try:
         found = (SHARED / name).lstat()
     except OSError:
@@ -145,7 +149,7 @@ def clear(folder: Path, root: int | None = None, patience: float = GRACE) -> Non
 
 
 def _end(folder: Path, root: int | None, patience: float) -> None:
-    """Again and again, for what is being killed may just start another. Helpers come last."""
+    """Repeatedly, because a process that is being killed may just start another. Helpers come last."""
     end, own = time.monotonic() + (patience or GRACE), os.getpid()
     if root is not None and not _pids():  # as on macOS
         os.killpg(root, signal.SIGKILL)

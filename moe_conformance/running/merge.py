@@ -19,7 +19,7 @@ from moe_conformance.running.accounts import unjudged
 from moe_conformance.running.discovery import Target
 from moe_conformance.running.shards import Shard
 
-# What shards of one run agree on, by the words of a header.
+# Header keys on which the shards of one run must agree.
 _SAME = ("suite", "protocol", "selection", "engines", "chosen", "strict", "in_process")
 
 
@@ -50,7 +50,8 @@ class _Part:
 def merge(paths: Sequence[Path], out: Path) -> int:
     """Write what one run would have left in the folder `out`, print its table, and return its exit code.
 
-    What cannot be joined is said, and the rest shown; the exit code is then 1. Raises UsageError where nothing is left.
+    What cannot be joined is reported, and the rest is shown; the exit code is then 1. Raises UsageError if nothing is
+    left.
     """
     for path in paths:
         if out.resolve() in (path.resolve(), path.resolve().parent):
@@ -73,7 +74,7 @@ def merge(paths: Sequence[Path], out: Path) -> int:
 
 
 def _part(path: Path) -> _Part:
-    """Raises UsageError for what is no whole run, or no shard."""
+    """Raises UsageError if it is not a whole run, or not a shard."""
     results = read(path)
     file = path / "verdicts.jsonl" if path.is_dir() else path
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -126,7 +127,7 @@ def _joins(part: _Part, parts: Sequence[_Part]) -> None:
 
 
 def _missing(parts: Sequence[_Part]) -> list[str]:
-    """What makes the whole a bad run although no result is."""
+    """What makes the whole run bad although no result is bad."""
     of, there = parts[0].of, {part.number for part in parts}
     found = [f"shard {number}/{of} is missing" for number in range(1, of + 1) if number not in there]
     for part in parts:
@@ -142,7 +143,7 @@ def _write(parts: Sequence[_Part], out: Path, complaints: list[str]) -> int:
     first = parts[0].header
     engines, order = list(first["engines"]), {case: number for number, case in enumerate(catalogue())}
     results = [result for part in parts for result in part.results]
-    # As one process would have judged them, whichever shard was how fast; of what was lost nobody knows the case.
+    # In the order in which one process would have judged them. The case of a lost result may be unknown.
     results.sort(
         key=lambda each: (engines.index(each.engine) if each.engine in engines else -1, order.get(each.case, -1))
     )
@@ -170,7 +171,7 @@ def _write(parts: Sequence[_Part], out: Path, complaints: list[str]) -> int:
 
 @dataclass(frozen=True)
 class _Options:
-    """Stands where a run has pytest's config."""
+    """Takes the place of pytest's config."""
 
     options: Mapping[str, Any]
 
@@ -179,7 +180,7 @@ class _Options:
 
 
 class _Printed:
-    """Stands where a run has pytest's terminal reporter."""
+    """Takes the place of pytest's terminal reporter."""
 
     def section(self, title: str, sep: str = "=") -> None:
         print(f" {title} ".center(80, sep))

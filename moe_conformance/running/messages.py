@@ -1,6 +1,6 @@
 """What passes between pytest and an engine's process: a question or an answer a line, each with its number.
 
-Both sides are of one version, so a key that is missing or unknown means that something else wrote the line.
+Both sides have the same version, so a missing or unknown key means that something else wrote the line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Check:
-    """What does this case come to? module and function: of the check."""
+    """What is the outcome of this case? module and function: of the check."""
 
     number: int
     module: str
@@ -33,7 +33,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Hello:
-    """The engine stands. The first line of its process, as `Unstartable` is."""
+    """The engine is built. First line of its process, unless that is `Unstartable`."""
 
     name: str
     version: str

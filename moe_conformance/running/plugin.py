@@ -15,12 +15,18 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("moe-conformance")
-    group.addoption("--moe-engine", action="append", default=[], help="engine to judge: NAME or package.module:Class")
+    group.addoption(
+        "--moe-engine",
+        action="append",
+        default=[],
+        help="engine to judge: NAME or package.module:Class or file.py:Class",
+    )
     group.addoption("--moe-class", action="append", default=[], help="only this bug class")
     group.addoption("--moe-case", action="append", default=[], help="only the case with this id")
     group.addoption("--moe-stage", action="append", default=[], help="only cases of this stage")
     group.addoption("--moe-shard", default=None, help="only this part of the cases, such as 3/8")
     group.addoption("--moe-tier", default="core", help="smoke, core, full or gpu")
+    group.addoption("--moe-seed", type=int, default=0, help="draw other inputs; goldens are of seed 0")
     group.addoption("--moe-known", action="append", default=[], help="TOML file of known failures")
     parser.addini("moe_known", type="paths", help="files of known failures, beside those of --moe-known")
     group.addoption("--moe-out", default=None, help="folder for verdicts.jsonl, summary.md and junit.xml")

@@ -18,9 +18,9 @@ from moe_conformance.running.survey import Survey
 
 # A vLLM process imports and initialises for up to 40 s on two busy cores.
 START_SECONDS = 300.0
-# That a process which has closed its pipes may take to end.
+# Seconds that a process may take to end after it closed its pipes.
 SOON = 2.0
-# How the message begins where a stage's probe ended its process: it stands for every case of the stage.
+# Start of the message if a stage's probe ended the process; every case of the stage gets it.
 PROBING = "in the probe of "
 
 
@@ -34,7 +34,7 @@ class Allowed:
 
 
 class EngineProcess:
-    """Starts the host process when first needed and again after each loss, and probes each stage before its first case.
+    """Starts the host process when first needed and after each loss, and probes each stage before its first case.
 
     survey: what the adapter's class said. environment: of the process, beside what the survey says. info: who the
     engine is, once it has started. raised: None, as exceptions stay in the process.
@@ -42,8 +42,11 @@ class EngineProcess:
 
     raised: BaseException | None = None
 
-    def __init__(self, target: Target, survey: Survey, allowed: Allowed, environment: dict[str, str]) -> None:
+    def __init__(
+        self, target: Target, survey: Survey, allowed: Allowed, environment: dict[str, str], seed: int = 0
+    ) -> None:
         self.target = target
+        self.seed = seed
         self.allowed = allowed
         self._spent = 0.0
         self.environment = {**environment, **survey.environment}
@@ -66,7 +69,7 @@ class EngineProcess:
             said = f"the {self.allowed.engine_seconds:g} s were over that the whole engine has, in each pytest worker"
             return Outcome(Verdict.TIMEOUT, said)
         if case.stage not in self._probed:
-            # With the time of a start: a stage's first call may import or compile.
+            # Plus the time of a start: a stage's first call may import or compile.
             outcome = self._ask(START_SECONDS, lambda number: Probe(number, case.stage))
             if self._unavailable is not None:
                 return outcome
@@ -77,8 +80,10 @@ class EngineProcess:
         return self._ask(self.allowed.case_seconds, lambda number: Check(number, module, check.__name__, case.id))
 
     def after_the_last(self) -> Outcome | None:
-        """What became of the process after it had answered, which is for the case that it answered; None while all is
-        well. It is started anew for the next."""
+        """What became of the process after its last answer, an outcome of that case; None while all is well.
+
+        It is started anew for the next.
+        """
         if self._child is None:
             return None
         if self._child.has_ended():
@@ -92,7 +97,9 @@ class EngineProcess:
         started = time.monotonic()
         try:
             return self._answer(seconds, question)
-        except BaseException:  # as another plug-in's timeout: the answer to come would be taken for the next one's
+        except (
+            BaseException
+        ):  # such as another plug-in's timeout: the late answer would be taken for the next question's
             self.close()
             raise
         finally:
@@ -120,7 +127,7 @@ class EngineProcess:
                 return self._wrong(f"got {other}, want the answer to question {asked.number}")
 
     def _start(self) -> Outcome | None:
-        """Start the process unless it was tried in vain before; what is wrong, or None."""
+        """Start the process unless that failed before. Returns what is wrong, or None."""
         if self._unavailable is None:
             self._child = Child(self._command(), self.environment, self.allowed.memory)
             match self._hear(START_SECONDS):
@@ -136,10 +143,10 @@ class EngineProcess:
         return self._unavailable
 
     def _command(self) -> list[str]:
-        return python("moe_conformance.running.host", self.target.name, self.target.path)
+        return python("moe_conformance.running.host", self.target.name, self.target.path, str(self.seed))
 
     def _hear(self, seconds: float) -> Message | Outcome:
-        """One message from the process within the time, or what became of it instead."""
+        """One message from the process within the time, or the outcome of what happened instead."""
         assert self._child is not None
         try:
             return decode(self._child.hear(seconds))
@@ -160,7 +167,7 @@ class EngineProcess:
             return self._wrong(str(error))
 
     def _wrong(self, message: str) -> Outcome:
-        """Nothing that this process says can be relied on any more."""
+        """The outcome if nothing this process says can be trusted any more."""
         self.close()
         return Outcome(Verdict.ERROR, f"the engine's process: {message}; the process was killed")
 

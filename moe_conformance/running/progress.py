@@ -1,7 +1,7 @@
-"""What a run says while it lasts: one line that is written over, where the output is a terminal, and nothing elsewhere.
+"""Progress of a run: one line that is overwritten if the output is a terminal, otherwise nothing.
 
-Registered by `moe-conformance run` on the controller. It stands in for pytest's dots, and for the errors of collection,
-which pytest leaves out together with the failures that the report tells.
+Registered by `moe-conformance run` on the controller. It replaces pytest's dots. It also prints errors of collection,
+which pytest hides together with the failures that the report tells.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import pytest
 from moe_conformance.catalogue.case import catalogue
 from moe_conformance.judging.verdict import Verdict
 
-# Between two lines: more would cost time, and nobody reads faster.
+# Seconds between two lines: nobody reads faster.
 SECONDS = 0.2
-# Results before which nothing is said of the time left.
+# Results before the first estimate of the time left.
 ENOUGH = 20
 
 
@@ -24,16 +24,16 @@ class Progress:
     def __init__(self) -> None:
         self.started = self.said = 0.0
         self.total = self.done = self.failed = 0
-        # Node ids under way, in the order of their start.
+        # Node ids that are running, in the order of their start.
         self.running: dict[str, None] = {}
         self.collection: list[str] = []
 
-    @pytest.hookimpl(trylast=True)  # behind the terminal's reporter
+    @pytest.hookimpl(trylast=True)  # after the terminal reporter
     def pytest_configure(self, config: pytest.Config) -> None:
         self.terminal: pytest.TerminalReporter | None = config.pluginmanager.get_plugin("terminalreporter")
         self.session = config.pluginmanager.get_plugin("moe_conformance_session")
         option = config.option
-        # pytest's own output is wanted with -v; with -s and --pdb somebody else writes between two lines.
+        # With -v pytest's own output is wanted; with -s and --pdb other output comes between two lines.
         self.is_quiet = option.verbose < 0
         shown = self.terminal is not None and self.terminal.isatty and self.is_quiet
         self.is_shown = shown and option.capture != "no" and not option.usepdb
@@ -60,7 +60,7 @@ class Progress:
             self._say(self.line(now))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # Imported by now; earlier it would be before pytest rewrites the asserts of plug-ins that it imports.
+        # Already imported by now. Importing it earlier would come before pytest's assertion rewriting of plug-ins.
         from moe_conformance.running.session import PROPERTY
 
         if self.is_shown and report.when == "call":
@@ -74,7 +74,7 @@ class Progress:
         self.running.pop(nodeid, None)
 
     def pytest_report_teststatus(self, report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
-        """No letter where pytest would print one; -v has its words."""
+        """No letter in place of pytest's; -v keeps its words."""
         when = getattr(report, "when", "collect")
         if not self.is_quiet or when == "collect" or (when != "call" and not report.skipped):
             return None
@@ -105,7 +105,7 @@ class Progress:
         return "  ".join(filter(None, parts))
 
     def _places(self) -> list[str]:
-        """Engine and stage of what is under way: a line of as many as there are workers."""
+        """Engine and stage of what is running, one for each worker."""
         assert self.session is not None
         engines = sorted((target.name for target in self.session.targets), key=len, reverse=True)
         found: dict[str, None] = {}

@@ -1,4 +1,4 @@
-"""Which xdist worker runs what: a worker stays with its engine, whose process it has paid for.
+"""Which xdist worker runs what: a worker stays with its engine, whose process it has already started.
 
 Groups are told from test ids: xdist's own groups, by marker, do nothing under pytest 9.2 (pytest-xdist#1386).
 """
@@ -13,11 +13,14 @@ from xdist.scheduler import LoadScopeScheduling
 
 
 class OneEngineAWorker(LoadScopeScheduling):  # type: ignore[misc]
-    """A unit of work is a check on one engine; next is one on the worker's engine, else on that with fewest workers."""
+    """A unit of work is a check on one engine.
+
+    Next comes one on the worker's engine, else on the engine with fewest workers.
+    """
 
     def __init__(self, config: pytest.Config, log: Any, engines: list[str]) -> None:
         super().__init__(config, log)
-        self.engines = sorted(engines, key=len, reverse=True)  # of two that fit, the longer
+        self.engines = sorted(engines, key=len, reverse=True)  # of two names that fit, the longer
 
     def _split_scope(self, nodeid: str) -> str:
         check, _, parameters = nodeid.partition("[")
@@ -32,7 +35,10 @@ class OneEngineAWorker(LoadScopeScheduling):  # type: ignore[misc]
         super()._assign_work_unit(node)
 
     def remove_node(self, node: Any) -> str | None:
-        """The item that a worker died of, which is not run again: xdist would, on every worker that it may start."""
+        """The item that killed a worker.
+
+        It is not run again; xdist would retry it on every worker that it may start.
+        """
         workload = self.assigned_work.pop(node)
         left = [(unit, nodeid) for unit in workload.values() for nodeid, is_done in unit.items() if not is_done]
         if not left:

@@ -35,15 +35,17 @@ from moe_conformance.running.shards import Shard
 from moe_conformance.running.survey import Survey, here, named, surveys
 
 SUITES = Path(moe_conformance.suites.__path__[0]).resolve()
-# Under which results pass from a worker to the controller.
+# The property under which results pass from a worker to the controller.
 PROPERTY = "moe_conformance"
 _SURVEYS = "moe_conformance_surveys"
 
 
 @dataclass(frozen=True)
 class _Answered:
-    """told: what the controller is to hear, among the item's properties. asked: the answer before goldens and known
-    failures were looked at, outcome: after."""
+    """told: what the controller is to hear, among the item's properties.
+
+    asked: the answer before goldens and known failures were looked at, outcome: after.
+    """
 
     nodeid: str
     told: list[tuple[str, str]]
@@ -62,19 +64,19 @@ class Session:
         except UsageError as error:
             raise pytest.UsageError(str(error)) from error
         config.option.importmode = "importlib"
-        # A run of some engines or cases leaves other snapshots unused; tests/ holds files and catalogue together.
+        # A run of some engines or cases leaves other snapshots unused; tests/ compare files and catalogue instead.
         config.option.warn_unused_snapshots = True
-        # Snapshots are named by case id, which is the same for every test and engine; syrupy would rather not.
+        # Snapshots are named by case id, which several tests and engines share; syrupy warns about that.
         config.addinivalue_line("filterwarnings", r"ignore:\s*Can not relate snapshot name:UserWarning")
         self.process: EngineProcess | InProcess | None = None
-        # The last case that was judged, whose engine may still die of it: target, case, check.
+        # The last case judged, which may still kill its engine: target, case, check.
         self.last: tuple[Target, Case, str] | None = None
-        # Items of the suites that options of pytest left out, as -k does.
+        # Items of the suites that pytest's options deselected, such as -k.
         self.deselected = 0
-        # What came of the last item that was judged.
+        # The outcome of the last item judged.
         self.answered: _Answered | None = None
-        # What was wrong with a whole engine is told once, not for each of its cases, by the item of this node id; the
-        # stream has them all.
+        # A fault of a whole engine is told once, by the item with this node id, not for each case; the stream has them
+        # all.
         self.told: dict[tuple[str, str], str] = {}
 
     def _read_options(self, config: pytest.Config) -> None:
@@ -89,7 +91,7 @@ class Session:
             and (not classes or case.bug_class in classes)
             and (not stages or case.stage in stages)
         }
-        # What was asked for, in the words of the header: shards of one run agree on it.
+        # The options of the run as the header has them; shards of one run must agree on them.
         self.selection = {
             "tier": tier,
             "classes": classes,
@@ -99,6 +101,11 @@ class Session:
             "total": len(self.cases),
         }
         given = config.getoption("--moe-shard")
+        self.seed = int(config.getoption("--moe-seed"))
+        if self.seed < 0:
+            raise UsageError(f"--seed: got {self.seed}, want a whole number from 0, the default seed")
+        if self.seed:
+            self.selection["seed"] = self.seed
         self.shard = None if given is None else Shard.parse(given)
         if self.shard is not None:
             mine = self.shard.pick(self.cases)
@@ -115,13 +122,17 @@ class Session:
                 f"--snapshot-update: got {', '.join(chosen)} and -n {workers or 0}; goldens are written from the "
                 "reference engine in one process: --engine reference -n 0"
             )
+        if config.getoption("update_snapshots", False) and self.seed:
+            raise UsageError(
+                f"--snapshot-update: got --seed {self.seed}; goldens are of the default seed: leave it out"
+            )
         files = [*map(Path, config.getoption("--moe-known")), *config.getini("moe_known")]
         self.known = known.read_all(files)
         names = sorted({*chosen, *registered()})
         current("known failures: engine", self.known, names)
 
     def _find_engines(self, config: pytest.Config) -> None:
-        """Who is to be judged, and what each says of itself; away: why the other registered ones are not."""
+        """Which engines are judged and what each says of itself. away: why the other registered ones are not."""
         names = config.getoption("--moe-engine")
         asked = list(dict.fromkeys(map(resolve, names))) if names else list(registered().values())
         self.is_chosen, self.away = bool(names), {}
@@ -139,7 +150,7 @@ class Session:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Workers ask no adapter again."""
+        """Workers get the surveys from the controller, so they ask no adapter again."""
         node.workerinput[_SURVEYS] = json.dumps([survey.encode() for survey in self._found])
 
     def pytest_report_header(self) -> str | None:
@@ -164,13 +175,13 @@ class Session:
         for target in self.targets:
             offered = {stage for stage in {case.stage for case in selected} if self._offers(target, stage)}
             pairs |= {f"{target.name}-{case.id}": (target, (case,)) for case in selected if case.stage in offered}
-            # One item for all that the adapter has no method for: items cost milliseconds, and these are many.
+            # One item for all stages that the adapter has no method for: items cost milliseconds, and these are many.
             if others := tuple(case for case in selected if case.stage not in offered):
                 pairs[f"{target.name}-not-offered"] = (target, others)
         metafunc.parametrize(("engine", "case"), pairs.values(), ids=pairs)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Drop checks that nothing selected, and go engine by engine, whose process starts once."""
+        """Drop checks without a selected case, and sort by engine, so that each process starts once."""
         items[:] = [item for item in items if not _is_empty(item)]
         order = {target.name: number for number, target in enumerate(self.targets)}
         items.sort(key=lambda item: order.get(engine_of(item), -1))
@@ -183,7 +194,7 @@ class Session:
         params: Mapping[str, Any] = pyfuncitem.callspec.params
         target: Target = params["engine"]
         cases: tuple[Case, ...] = params["case"]
-        # A plug-in that runs an item again leaves what it said before.
+        # If a plug-in runs an item again, the item still has its earlier answer.
         pyfuncitem.user_properties[:] = [told for told in pyfuncitem.user_properties if told[0] != PROPERTY]
         if not self._offers(target, cases[0].stage):
             said = f"stage {cases[0].stage} is not offered"
@@ -192,7 +203,8 @@ class Session:
                 pyfuncitem.user_properties.append(self._told(self._result(target, case, _check(pyfuncitem), away)))
             pytest.skip(f"unsupported: {said}")
         (case,) = cases
-        # A plug-in that runs an item again is given the first answer: no engine is asked until it is right.
+        # If a plug-in runs an item again, it gets the first answer: an engine is not asked until it happens to be
+        # right.
         if self.answered is None or self.answered.nodeid != pyfuncitem.nodeid:
             self.answered = self._judge(pyfuncitem, target, case)
         pyfuncitem.user_properties += self.answered.told
@@ -230,7 +242,7 @@ class Session:
         return _Answered(item.nodeid, told, asked, outcome)
 
     def _offers(self, target: Target, stage: str) -> bool:
-        """Whether to ask the engine's process: it must say itself why it cannot start."""
+        """Whether to ask the engine's process; one that cannot start must say why itself."""
         survey = self.surveys[target]
         return stage in survey.stages or survey.outcome is not None
 
@@ -239,21 +251,21 @@ class Session:
             self.pytest_unconfigure()
             survey = self.surveys[target]
             if self.in_process:
-                self.process = InProcess(target, survey, _shares())
+                self.process = InProcess(target, survey, _shares(), self.seed)
             else:
-                self.process = EngineProcess(target, survey, self.allowed, _shares())
+                self.process = EngineProcess(target, survey, self.allowed, _shares(), self.seed)
         # By name from the suites' folder: pytest's own module name differs between checkout and wheel.
         parts = item.path.resolve().relative_to(SUITES).with_suffix("").parts
         return self.process.run(".".join(("moe_conformance.suites", *parts)), item.obj, case)
 
     def _finally(self, target: Target, item: pytest.Function, case: Case, outcome: Outcome) -> Outcome:
-        """The outcome once goldens and known failures have been looked at, with all that its reader must know."""
+        """The outcome after goldens and known failures, with everything its reader needs."""
         if outcome.verdict is Verdict.PASS and outcome.facts is not None:
             outcome = _against_golden(item, case, outcome)
         outcome = at_level(outcome, case.level)
         outcome = self._known(target, case, _check(item), outcome)
         if outcome.verdict.badness:
-            return replace(outcome, message=failure(target.asked_as, case, _check(item), outcome.message))
+            return replace(outcome, message=self._failure(target, case, _check(item), outcome.message))
         return outcome
 
     def _result(self, target: Target, case: Case, check: str, outcome: Outcome, took: float = 0.0) -> Result:
@@ -271,18 +283,21 @@ class Session:
         )
 
     def look_back(self) -> Result | None:
-        """What became of the engine's process after its last answer is a result of its own, of that case."""
+        """If the engine's process died after its last answer, that is a further result of that case."""
         later = self.process.after_the_last() if self.process is not None else None
         if later is None or self.last is None:
             return None
         later = replace(later, message=plain(later.message))
         target, case, check = self.last
         return self._result(
-            target, case, check, replace(later, message=failure(target.asked_as, case, check, later.message))
+            target, case, check, replace(later, message=self._failure(target, case, check, later.message))
         )
 
+    def _failure(self, target: Target, case: Case, check: str, message: str) -> str:
+        return failure(target.asked_as, case, check, message, self.seed)
+
     def _told(self, result: Result) -> tuple[str, str]:
-        """A result as it passes to the controller, among the properties of an item."""
+        """A result as it passes to the controller, as a property of the item."""
         info = self.process.info if self.process and self.process.target.name == result.engine else None
         facts = {"version": plain(info.version), "device": plain(info.device)} if info else {}
         return PROPERTY, json.dumps([result.as_line(), facts])
@@ -291,7 +306,7 @@ class Session:
         failures = self.known.get(target.name)
         info = self.process.info if self.process else None
         entry = failures.find(case.id, check, info) if failures and info else None
-        # An adapter that is broken was not judged, and so did not fail as declared.
+        # A broken adapter was not judged, so it did not fail as declared.
         is_adapters = outcome.verdict is Verdict.ERROR or outcome.message.startswith(PROBING)
         if entry is None or is_adapters or not outcome.verdict.was_judged:
             return outcome
@@ -341,12 +356,15 @@ def engine_of(item: pytest.Item) -> str:
 
 
 def _is_empty(item: pytest.Item) -> bool:
-    """Whether pytest made this item only to say that a check has no case in this run."""
+    """Whether pytest made this item only as a placeholder: the check has no case in this run."""
     return hasattr(getattr(item, "function", None), "moe_cases") and not engine_of(item)
 
 
 def _allowed(config: pytest.Config) -> Allowed:
-    """As the options say: by default four fifths of the machine's memory. Raises UsageError for what is no amount."""
+    """The limits from the options; memory is four fifths of the machine's by default.
+
+    Raises UsageError for an invalid amount.
+    """
     seconds, whole, gib = (config.getoption(f"--moe-{name}") for name in ("timeout", "engine-timeout", "memory"))
     for name, amount in (("timeout", seconds), ("engine-timeout", whole), ("memory", gib)):
         if amount is not None and not 0 < amount < math.inf:
@@ -366,7 +384,7 @@ def _shares() -> dict[str, str]:
 
 
 def _against_golden(item: pytest.Function, case: Case, outcome: Outcome) -> Outcome:
-    """A pass whose facts are not the golden's is none."""
+    """A pass becomes a fail if its facts differ from the golden."""
     snapshot = item._request.getfixturevalue("snapshot").use_extension(Amber.at(case.bug_class, _check(item)))
     if snapshot(name=case.id) == outcome.facts:
         return outcome

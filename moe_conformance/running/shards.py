@@ -1,4 +1,4 @@
-"""Which cases each shard of a run has: the same ones on every machine, and about as long as those of the others."""
+"""Which cases each shard of a run has: the same on every machine, all shards about equally long."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from moe_conformance.errors import UsageError
 
-# Case id -> milliseconds, measured; tools/durations.py writes it. Whole numbers, whose sums are the same everywhere.
+# Case id -> milliseconds, measured; tools/durations.py writes it. Integers, so that sums are the same everywhere.
 DURATIONS = Path(__file__).with_name("durations.json")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One of several runs that are one together. number: from 1."""
+    """One of several runs that together are one. number: from 1."""
 
     number: int
     of: int
@@ -38,8 +38,8 @@ class Shard:
     def pick(self, cases: Iterable[str], durations: Mapping[str, int] | None = None) -> frozenset[str]:
         """The shard's part of these cases.
 
-        The longest case goes first, to the shard with least to do. A case that was never measured goes where its hash
-        says, so that it moves no other.
+        The longest case is assigned first, to the shard with the least work. A case that was never measured is assigned
+        by its hash, so that it moves no other.
         """
         durations = measured() if durations is None else durations
         there = set(cases)

@@ -1,4 +1,4 @@
-"""What an adapter's class says of itself, asked in a process of its own: nobody else's code runs in pytest's.
+"""What an adapter's class says of itself, asked in a separate process: no foreign code runs in pytest's.
 
 `python -m moe_conformance.running.survey PATH` answers in one line, without building the engine.
 """
@@ -23,9 +23,9 @@ from moe_conformance.protocol.features import near
 from moe_conformance.running.child import Child, Ended, Silent, TooLong, Unstarted, follow_parent, python
 from moe_conformance.running.discovery import Target, extend_path, registered
 
-# What else an adapter's class has.
-_NOT_STAGES = ("name", "info", "protocol", "capabilities", "limits", "missing", "environment", "ran")
-# An adapter imports nothing heavy before it is built; one that does may take as long as an engine's start.
+# Class attributes of an adapter that are not stages.
+_NOT_STAGES = ("name", "info", "protocol", "capabilities", "limits", "missing", "environment", "ran", "repro")
+# An adapter should import nothing heavy before it is built; one that does may take as long as an engine's start.
 SECONDS = 300.0
 
 
@@ -44,14 +44,14 @@ class Survey:
 
     @property
     def outcome(self) -> Outcome | None:
-        """What all its cases come to, or None where it may be started."""
+        """The outcome of all its cases, or None if it may be started."""
         if self.trouble is not None:
             return Outcome(Verdict(self.trouble[0]), self.trouble[1])
         return Outcome(Verdict.UNAVAILABLE, self.missing) if self.missing else None
 
     @property
     def why(self) -> str | None:
-        """Why a run that asks for no engine by name leaves it out."""
+        """Why a run without --engine leaves it out."""
         return self.unloadable or self.missing or (self.trouble[1] if self.trouble else None)
 
     def encode(self) -> str:
@@ -59,7 +59,7 @@ class Survey:
 
     @classmethod
     def decode(cls, line: str) -> Survey:
-        """Raises ValueError where the line is no survey."""
+        """Raises ValueError if the line is not a survey."""
         try:
             said = json.loads(line)
             trouble = tuple(said.pop("trouble") or ()) or None
@@ -110,8 +110,10 @@ def surveys(targets: Sequence[Target]) -> list[Survey]:
 
 
 def named(targets: Sequence[Target], found: Sequence[Survey]) -> dict[Target, Survey]:
-    """The targets under the names that they are shown by. Raises UsageError where a path names no class, a name is none
-    or another's: results are told apart by name."""
+    """The targets under the names that they are shown by.
+
+    Raises UsageError where a path names no class, a name is none or another's: results are told apart by name.
+    """
     owners = {target.name: target.path for target in registered().values()}
     surveyed: dict[Target, Survey] = {}
     for asked, survey in zip(targets, found, strict=True):
@@ -150,7 +152,7 @@ def _answer(target: Target, child: Child | Unstarted, seconds: float) -> Survey:
 
 
 def here(target: Target) -> Survey:
-    """As a process of its own would answer, in this one."""
+    """The answer of a separate process, given in this one."""
     extend_path()
     try:
         return survey_of(target)

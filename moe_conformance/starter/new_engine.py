@@ -1,4 +1,4 @@
-"""Writing the package of a new adapter: whole, or not at all."""
+"""Writes the package of a new adapter: all of it, or nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FILES = {
     "test_conformance.py.in": "tests/test_conformance.py",
     "conformance.yml.in": ".github/workflows/conformance.yml",
 }
-# As engines are called; what comes of it must be the name of a module and of a distribution.
+# Names of engines; module and distribution names are derived from them.
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*")
 _MODULES = {
     "Any": "typing",
@@ -66,7 +66,7 @@ def new_engine(name: str, stages: Sequence[str], into: Path) -> Path:
             for target, text in files.items():
                 (whole / target).parent.mkdir(parents=True, exist_ok=True)
                 (whole / target).write_text(text, encoding="utf-8")
-            whole.chmod(0o755)  # mkdtemp's are for their owner alone
+            whole.chmod(0o755)  # mkdtemp's permissions are for the owner only
             whole.rename(folder)
         finally:
             shutil.rmtree(whole, ignore_errors=True)

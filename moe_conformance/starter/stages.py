@@ -1,6 +1,6 @@
-"""Stages in plain torch, as short as they may be: `new-engine` copies their text into a new adapter.
+"""Stages in plain torch, as short as possible: `new-engine` copies their text into a new adapter.
 
-Each passes the smoke tier with the features that OFFERED declares for it, and is there to be replaced.
+Each passes the smoke tier with the features that OFFERED declares for it, and is meant to be replaced.
 """
 
 from __future__ import annotations

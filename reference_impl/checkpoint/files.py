@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,15 +84,6 @@ def _none(entries: set[tuple[str, str]], trouble: str, cure: str) -> None:
     if entries:
         first = ", ".join(f"{plainly(name)} ({plainly(file)})" for name, file in sorted(entries)[:FEW])
         raise CheckpointError(f"{len(entries)} tensors are {trouble}, first {first}; {cure}")
-
-
-def is_quantised(config: Mapping[str, Any]) -> bool:
-    """Whether the config has a quantization_config, at the top or in its text part."""
-    key, text = "quantization_config", config.get("text_config")
-    found = [level.get(key) for level in (config, text) if isinstance(level, Mapping)]
-    if wrong := [value for value in found if value is not None and not isinstance(value, Mapping)]:
-        raise CheckpointError(f"{CONFIG}: {key}: got {quoted(wrong[0])}, want a map; download it again")
-    return any(found)
 
 
 def _is_file(path: Path) -> bool:

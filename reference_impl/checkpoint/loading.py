@@ -25,8 +25,9 @@ from moe_conformance.model.families.naming import Piece
 from moe_conformance.model.specs import Shape
 from moe_conformance.quote import FEW, few, plainly, quoted
 from moe_conformance.reference_impl.checkpoint.arrange import part, to_canonical, to_stored
-from moe_conformance.reference_impl.checkpoint.files import CONFIG, Stored, is_quantised, open_shards
+from moe_conformance.reference_impl.checkpoint.files import CONFIG, Stored, open_shards
 from moe_conformance.reference_impl.checkpoint.places import Places, Sizes
+from moe_conformance.reference_impl.checkpoint.stored import is_stored, load_stored
 
 # The tensor that carries the weights themselves: as numbers, or as packed integers of GPTQ, AWQ, compressed-tensors.
 CARRIERS = ("weight", "qweight", "weight_packed")
@@ -66,21 +67,21 @@ def load(folder: Path) -> dict[str, Tensor]:
     returns, for each MoE layer I, tensors of their own memory in the checkpoint's dtype: layers.I.NAME for each name
     of `LayerSpec.tensors`, shaped as there. The encoder of an encoder-decoder has encoder.layers.I.NAME, a second set
     of experts for images (ernie4_5_vl_moe) layers.I.vision.NAME.
-    Where the config has a quantization_config, widths and dtypes of weights are as stored, and every further suffix S
-    comes as layers.I.experts.w13.S [E, 2, ...] (gate, up) and layers.I.experts.w2.S [E, ...]; from packed tensors
-    both as stored.
+    Where the config says that weights are quantised, these come as numbers, in float32 (`load_stored`).
 
     Tensors outside the MoE blocks are not read, nor those of further layers for multi-token prediction.
     Raises CheckpointError, and ConfigError for a config that is not of a known MoE model.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)
+    if is_stored(folder, config):
+        return load_stored(folder)
     places = Places(config)
     with ExitStack() as stack:
         shards, stored = open_shards(folder, stack)
         plan = _plan(places, stored)
         plan = _oriented(places, plan, config)
-        _check(places, plan, quantised=is_quantised(config))
+        _check(places, plan)
         try:
             return _read(places, plan, shards)
         except (SafetensorError, OSError) as error:
@@ -137,37 +138,26 @@ def _oriented(places: Places, plan: Plan, config: Mapping[str, Any]) -> Plan:
     return turned
 
 
-def _check(places: Places, plan: Plan, quantised: bool) -> None:
+def _check(places: Places, plan: Plan) -> None:
     """Every place filled, with the config's shapes and dtypes of one kind; or an error that lists what is not."""
     missing: list[str] = []
     are_all = True
-    by_tensor: dict[str, list[Key]] = {}
     for key in plan:
-        by_tensor.setdefault(key.tensor, []).append(key)
+        if key.suffix != "weight":
+            raise CheckpointError(
+                f"{key}: belongs to a quantised model, but config.json has no quantization_config; take "
+                "config.json from where the tensors come from"
+            )
     for tensor, shape in places.wanted.items():
-        keys = by_tensor.get(tensor, [])
-        carriers = [key for key in keys if key.suffix in CARRIERS]
-        if not carriers:
+        slots = plan.get(key := Key(tensor, "weight"))
+        if slots is None:
             missing.append(tensor)
-        if len(carriers) > 1:
-            raise CheckpointError(f"{' and '.join(map(str, carriers))} are the same weights; remove one of them")
-        for key in keys:
-            slots, is_plain = plan[key], False
-            gone = _missing_slots(places, key, slots)
-            missing += gone
-            are_all &= len(gone) <= FEW
-            _same_kind(slots)
-            if key.suffix == "weight":
-                shapes = _stored_shapes(slots, shape, places.sizes[tensor])
-                _fits(key, slots, shapes, exact=not quantised)
-                is_plain = _is_plain(slots, shapes)
-            elif not quantised:
-                raise CheckpointError(
-                    f"{key}: belongs to a quantised model, but config.json has no quantization_config; take "
-                    "config.json from where the tensors come from"
-                )
-            if not is_plain:
-                _one_form(key, slots)
+            continue
+        gone = _missing_slots(places, key, slots)
+        missing += gone
+        are_all &= len(gone) <= FEW
+        _same_kind(slots)
+        _fits(key, slots, _stored_shapes(slots, shape, places.sizes[tensor]))
     if missing:
         raise CheckpointError(
             f"{len(missing)}{'' if are_all else ' or more'} tensors are missing from the checkpoint: {few(missing)}"
@@ -207,17 +197,6 @@ def _same_kind(slots: Slots) -> None:
             )
 
 
-def _one_form(key: Key, slots: Slots) -> None:
-    """What is put together as it is stored must be alike: each expert on its own or none, and one shape."""
-    first_slot, (_, first) = next(iter(slots.items()))
-    for slot, (_, entry) in slots.items():
-        if (slot.expert is None) != (first_slot.expert is None) or entry.shape != first.shape:
-            raise CheckpointError(
-                f"{entry}: got {quoted(list(entry.shape))}, want {quoted(list(first.shape))} as {plainly(first.name)} "
-                f"has, both for one expert or both for all; they become one tensor, {key}; mend the export"
-            )
-
-
 def _stored_shapes(slots: Slots, shape: Shape, sizes: Sizes) -> dict[Piece, Shape]:
     """The shape each piece has in the file."""
     out: dict[Piece, Shape] = {}
@@ -229,19 +208,16 @@ def _stored_shapes(slots: Slots, shape: Shape, sizes: Sizes) -> dict[Piece, Shap
     return out
 
 
-def _fits(key: Key, slots: Slots, shapes: Mapping[Piece, Shape], exact: bool) -> None:
-    """exact: float, and the last dim too; not so where one stored element may hold several, which a router's never."""
-    exact = exact or ".router." in key.tensor
+def _fits(key: Key, slots: Slots, shapes: Mapping[Piece, Shape]) -> None:
     kinds = INTEGERS if key.tensor.endswith("router.table") else FLOATS
     for piece, entry in slots.values():
         want = shapes[piece]
-        compared = len(want) if exact else len(want) - 1
-        if len(entry.shape) != len(want) or entry.shape[:compared] != want[:compared]:
+        if entry.shape != want:
             raise CheckpointError(
                 f"{entry}: got shape {quoted(list(entry.shape))}, want {list(want)} as config.json says; "
                 "config.json and the tensors are of different models, or the export transposed them"
             )
-        if exact and entry.dtype not in kinds:
+        if entry.dtype not in kinds:
             raise CheckpointError(
                 f"{entry}: got dtype {entry.dtype}, want one of {', '.join(kinds)}; add the "
                 "quantization_config that it was made with, or export it unquantised"
@@ -253,31 +229,9 @@ def _read(places: Places, plan: Plan, shards: Mapping[str, Any]) -> dict[str, Te
     for key, slots in sorted(plan.items()):
         shape, sizes = places.wanted[key.tensor], places.sizes[key.tensor]
         stored = {slot: shards[entry.shard].get_tensor(entry.name) for slot, (_, entry) in slots.items()}
-        if key.suffix == "weight" and _is_plain(slots, _stored_shapes(slots, shape, sizes)):
-            whole = torch.empty(shape, dtype=next(iter(stored.values())).dtype)
-            for slot, (piece, _) in slots.items():
-                row = stored[slot].chunk(piece.rows)[piece.row]
-                part(whole, piece, slot.expert).copy_(to_canonical(row, piece, sizes))
-            out[str(key)] = whole
-        else:
-            out[str(key)] = _as_stored(key, stored)
+        whole = torch.empty(shape, dtype=next(iter(stored.values())).dtype)
+        for slot, (piece, _) in slots.items():
+            row = stored[slot].chunk(piece.rows)[piece.row]
+            part(whole, piece, slot.expert).copy_(to_canonical(row, piece, sizes))
+        out[str(key)] = whole
     return out
-
-
-def _is_plain(slots: Slots, shapes: Mapping[Piece, Shape]) -> bool:
-    return all(e.dtype in (*FLOATS, *INTEGERS) and e.shape == shapes[piece] for piece, e in slots.values())
-
-
-def _as_stored(key: Key, stored: Mapping[Slot, Tensor]) -> Tensor:
-    """What belongs to quantised weights: experts on top of each other, gate beside up, or the one tensor itself."""
-    by_expert = any(slot.expert is not None for slot in stored)
-    if by_expert:
-        experts = sorted({slot.expert for slot in stored if slot.expert is not None})
-        halves = sorted({slot.half for slot in stored}, key=lambda half: half or 0)
-        parts = [torch.stack([stored[Slot(half, e)] for e in experts]) for half in halves]
-    else:
-        # What safetensors returns may still be the mapped file.
-        parts = [stored[slot].clone() for slot in sorted(stored, key=lambda slot: slot.half or 0)]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts, dim=int(by_expert)) if key.suffix == "weight" else torch.stack(parts, dim=int(by_expert))

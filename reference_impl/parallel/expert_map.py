@@ -1,6 +1,6 @@
 """Which rank holds which expert: global to local ids, uneven division, and several copies of one expert.
 
-An id of -1 names no expert. It stays what it is through every function here.
+An id of -1 names no expert and is passed through by every function here.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ def held_experts(expert_map: Tensor) -> Tensor:
 
 
 def local_ids(ids: Tensor, expert_map: Tensor) -> Tensor:
-    """Local ids of this rank's experts, and -1 for an id of -1 or of another rank's expert.
+    """Local ids of this rank's experts; -1 for another rank's expert and for -1.
 
     ids: [T, K] integer, -1 or in [0, E), else InputError. expert_map: [E]. returns [T, K] int64 in [-1, n).
     """
     _check_ids(ids, len(expert_map))
-    # One entry more, which is what an id of -1 indexes.
+    # One further entry, which an id of -1 indexes.
     local = torch.cat([expert_map, expert_map.new_tensor([-1])])
     return local[ids].long()
 
 
 def physical_ids(ids: Tensor, physical_to_logical: Tensor, experts: int) -> Tensor:
-    """The copy of its expert that each pair goes to: row t of the batch takes its expert's copy t mod copies.
+    """The copy of its expert that each pair goes to: row t of the batch takes copy t modulo the number of copies.
 
-    A rule of the row alone, so that all ranks that see the batch agree. ids: [T, K] logical, -1 or in [0, E).
+    The rule depends on the row only, so that all ranks that see the batch agree. ids: [T, K] logical, -1 or in [0, E).
     physical_to_logical: [P], the expert that each physical one is a copy of. returns [T, K] int64 in [0, P), or -1.
     Raises InputError for an id out of range and for an expert without a copy.
     With copies [0, 1, 0], expert 0's pairs in rows 0, 1, 2 go to 0, 2, 0.
@@ -72,7 +72,7 @@ def physical_ids(ids: Tensor, physical_to_logical: Tensor, experts: int) -> Tens
     by_expert = physical_to_logical.argsort(stable=True)  # [P], the copies of expert 0, then of expert 1, ...
     first = copies.cumsum(0) - copies
     row = torch.arange(len(ids), device=ids.device)[:, None]
-    # An id of -1 finds the last expert's copy, which is not kept.
+    # An id of -1 finds the last expert's copy; it is replaced by -1 below.
     return torch.where(ids < 0, -1, by_expert[first[ids] + row % copies[ids]])
 
 

@@ -1,6 +1,6 @@
 """The experts of a layer on several ranks: whole experts divided among them (EP), each expert's width divided (TP).
 
-One function is what one rank does. Its part is summed over ranks, which is the layer on every one of them.
+Each function is the work of one rank. The sum of its part over all ranks is the layer's output.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def slice_width(
 
     w13 is gate above up, so its slice is two pieces. b2 is added once, so rank 0 alone has it and the others zeros.
     The sum of the slices is the MLP. tensors: as `MLPSpec.tensors(prefix)`, with or without a leading E. F need not be
-    a multiple of size. Raises InputError for an MLP that normalises its output: a sum of normalised slices is another.
+    a multiple of size. Raises InputError for an MLP that normalises its output: a sum of normalised slices differs from
+    the normalised sum.
     """
     if size == 1:
         return spec, {name: tensors[name] for name in spec.tensors(prefix, 0)}
@@ -67,7 +68,8 @@ def shard(inputs: ShardInputs, experts: Callable[[ExpertsInputs], Tensor] = expe
     """This rank's part of the layer, [T, D]: its slice of its experts, and its slice of the shared expert.
 
     experts: the `experts` stage that computes the former. The shared expert is divided among all ranks, whatever
-    experts they have, so that it is in the sum once; identity experts, which nobody holds, are the first rank's.
+    experts they have, so that it is in the sum once. Identity experts, which no rank holds, are computed by the first
+    rank.
     Raises Unsupported for quantised experts and for adapters.
     """
     whole, held = inputs.whole, held_experts(inputs.expert_map)
@@ -107,12 +109,12 @@ def through_all_gather(x: Tensor, ids: Tensor, weights: Tensor, part: Part, grou
 
 
 def through_all_to_all(x: Tensor, ids: Tensor, weights: Tensor, maps: Tensor, part: Part, group: Group) -> Tensor:
-    """As `through_all_gather`, with each token sent once to each rank that has a part of its experts, as DeepEP does.
+    """As `through_all_gather`, but each token is sent once to each rank that holds one of its experts, as DeepEP does.
 
-    maps: [ranks, E], every rank's expert map. A token without an expert goes nowhere and gets 0.
+    maps: [ranks, E], every rank's expert map. A token without an expert is not sent and gets 0.
     """
     wanted = [torch.isin(ids, held_experts(expert_map)).any(-1).nonzero().flatten() for expert_map in maps]
-    sent = torch.cat(wanted)  # this rank's tokens by the rank they go to
+    sent = torch.cat(wanted)  # this rank's tokens, by the rank they are sent to
     rows = [len(tokens) for tokens in wanted]
     arrived = [group.exchange(own[sent].split(rows)) for own in (x, ids, weights)]
     output = part(*(torch.cat(parts) for parts in arrived))
@@ -122,11 +124,11 @@ def through_all_to_all(x: Tensor, ids: Tensor, weights: Tensor, maps: Tensor, pa
 
 
 def on_ranks(part: Part, maps: Tensor, group: Group, dispatch: Literal["all_gather", "all_to_all"]) -> Experts:
-    """The `experts` of `layer.layer` on this rank, whose tokens are its own; every rank calls the layer.
+    """The `experts` argument of `layer.layer` on a rank with tokens of its own; every rank calls the layer.
 
     part: what this rank's experts add for any tokens, as `routed_experts` with its expert map does. maps: [ranks, E],
     all ranks' expert maps.
-    Identity experts hold nothing to send a token to: its own rank adds them.
+    Identity experts have no rank to send a token to: the token's own rank adds them.
     """
 
     def experts(

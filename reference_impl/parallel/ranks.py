@@ -23,8 +23,8 @@ class Group(Protocol):
     def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Send parts[r] to rank r; return what each rank sent here, in rank order.
 
-        Parts differ in their number of rows alone, which may be 0; what rank r sends and receives has one dtype and
-        the same shape behind dim 0 on every rank.
+        Parts may differ only in their number of rows, which may be 0; dtype and the other dims are the same on every
+        rank.
         """
         ...
 
@@ -40,7 +40,7 @@ def all_reduce(group: Group, x: Tensor) -> Tensor:
 
 
 def reduce_scatter(group: Group, x: Tensor, rows: Sequence[int]) -> Tensor:
-    """The sum over ranks of this rank's share of x, whose rows lie in rank order: rows[r] of them are rank r's."""
+    """The sum over ranks of this rank's share of x. Rows of x are in rank order: rows[r] of them belong to rank r."""
     return torch.stack(group.exchange(x.split(list(rows)))).sum(0)
 
 
@@ -55,7 +55,7 @@ class Thread:
         self._mail[self.rank] = parts
         self._everybody.wait()
         received = [sent[self.rank].clone() for sent in self._mail]
-        self._everybody.wait()  # nobody posts again before all have read
+        self._everybody.wait()  # no rank posts again before all have read
         return received
 
 
@@ -78,7 +78,7 @@ class Process:
 def simulate(size: int, run: Callable[[Group], Result]) -> list[Result]:
     """run(group) on each of `size` ranks, threads of this process; returns their results in rank order.
 
-    Where a rank raises, the others stop waiting for it, and its exception is raised here.
+    If a rank raises, the others stop waiting for it, and its exception is raised here.
     """
     mail: list[Sequence[Tensor]] = [()] * size
     everybody = threading.Barrier(size)

@@ -61,7 +61,8 @@ def _matrix(quant: QuantSpec, tensors: Tensors, name: str, columns: int, halves:
         raise InputError(f"{name}: got {stored.dtype}, want {CODES[quant.format]} for {quant.format}")
     values = codes(stored, quant)[..., :columns]  # [E, rows, columns]
     tile = {"tensor": (0, 0), "channel": (1, 0), "block": quant.block, "group": (1, quant.group)}[quant.granularity]
-    stacked = 2 if quant.granularity == "tensor" and quant.split_gate_up and halves else 1
+    parts = 2 if quant.split_gate_up and halves else 1
+    stacked = parts if quant.granularity in ("tensor", "block") else 1
 
     def of_each(own: Tensor) -> Tensor:
         by_tile = {"tensor": (len(own), stacked, 1), "channel": (*own.shape, 1)}.get(quant.granularity, own.shape)
@@ -72,7 +73,8 @@ def _matrix(quant: QuantSpec, tensors: Tensors, name: str, columns: int, halves:
     scale = tensors[f"{name}.scale"]
     values = values * of_each(scale if quant.format == "mxfp4" else scale.double())
     if quant.format == "nvfp4":
-        values = values * tensors[f"{name}.global_scale"].double()[:, None, None]
+        whole = tensors[f"{name}.global_scale"].reshape(len(stored), parts, 1)
+        values = values * spread(whole, values.shape, (0, 0), parts)
     return values
 
 

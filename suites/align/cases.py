@@ -72,10 +72,6 @@ WHOLE_BLOCKS = (
     _align("no-padding", E=4, K=2, T=64, turns=True, tier="smoke"),
     _align("no-padding-one-block-each", E=60, K=6, T=80, turns=True, block=8),
     _align("one-pair-over", E=5, K=3, T=27, turns=True),
-    _align("rows-apart", layout="rows"),
-    _align("both-apart", layout="both"),
-    _align("both-apart-int64", layout="both", dtype="int64", T=131, E=257, K=8),
-    _align("transposed", layout="transposed"),
     _align("many-tokens", T=700, K=8, E=128, block=64, tier="full"),
     _align("many-tokens-block-1", T=700, K=8, E=128, block=1, dtype="int64", tier="full"),
 )
@@ -85,7 +81,6 @@ NO_EXPERT = (
     _align("dropped-int64", "align.no-expert", dropped=7, dtype="int64", E=5, K=2, T=131, block=64),
     _align("dropped-1-token", "align.no-expert", dropped=7, T=1, K=22),
     _align("dropped-e257-k22", "align.no-expert", dropped=8, E=257, K=22, T=131),
-    _align("dropped-both-apart", "align.no-expert", dropped=7, layout="both"),
     _align("all-dropped", "align.no-expert", dropped=20),
     _align("all-dropped-e1", "align.no-expert", dropped=20, E=1, K=1, T=7),
     _align("map-first-ranks", "align.no-expert", held=MAPS["first-ranks"]),
@@ -96,7 +91,6 @@ NO_EXPERT = (
     _align("map-0-tokens", "align.no-expert", held=MAPS["scattered"], T=0),
     _align("map-dropped", "align.no-expert", held=MAPS["last-ranks"], dropped=7, tier="smoke"),
     _align("map-scattered-dropped", "align.no-expert", held=MAPS["scattered"], dropped=8, dtype="int64", K=22),
-    _align("map-reversed-dropped-both-apart", "align.no-expert", held=MAPS["reversed"], dropped=7, layout="both"),
     _align("map-e896-k16", "align.no-expert", E=896, K=16, T=131, held=tuple(range(895, 4, -5))),
     _align("map-unpicked", "align.no-expert", held=MAPS["last-ranks"], unpicked=tuple(range(40, 60))),
     _align("map-no-padding", "align.no-expert", held=MAPS["scattered"], T=80, turns=True, block=8),
@@ -143,9 +137,42 @@ PERMUTED = tuple(
     )
 )
 
+UNCHANGED = (
+    _align("unchanged", "calls.inputs-unchanged"),
+    _align("unchanged-map-dropped-int64", "calls.inputs-unchanged", held=MAPS["scattered"], dropped=7, dtype="int64"),
+)
+OWN_MEMORY = (_align("own-memory", "outputs.own-memory"), _align("own-memory-block-1", "outputs.own-memory", block=1))
+
+WRITTEN = (
+    _align("written-no-tokens", "outputs.written", T=0, E=5, K=2, tier="smoke"),
+    _align("written-idle", "outputs.written", held=MAPS["idle"], T=7),
+    _align("written-all-dropped", "outputs.written", dropped=20, T=7, E=5, K=2, block=64),
+    _align("written-unpicked", "outputs.written", T=3, K=2, block=64, dtype="int64"),
+)
+
+ARGUMENTS = (
+    _align("rows-apart", "inputs.strides", layout="rows", tier="smoke"),
+    _align("both-apart", "inputs.strides", layout="both"),
+    _align("both-apart-int64", "inputs.strides", layout="both", dtype="int64", T=131, E=257, K=8),
+    _align("transposed", "inputs.strides", layout="transposed"),
+    _align("dropped-both-apart", "inputs.strides", dropped=7, layout="both"),
+    _align("map-reversed-dropped-both-apart", "inputs.strides", held=MAPS["reversed"], dropped=7, layout="both"),
+)
+
 SPELLED_OUT = (
     _align("spelled-out", T=7, E=5, K=2, block=4, unpicked=(2,)),
     _align("spelled-out-map", "align.no-expert", T=7, E=5, K=2, block=4, dropped=5, held=(4, 0, 3)),
 )
 
-CASES = (*WHOLE_BLOCKS, *NO_EXPERT, *OUT_OF_RANGE, *EARLIER_CALLS, *PERMUTED, *SPELLED_OUT)
+CASES = (
+    *WHOLE_BLOCKS,
+    *NO_EXPERT,
+    *OUT_OF_RANGE,
+    *EARLIER_CALLS,
+    *PERMUTED,
+    *UNCHANGED,
+    *OWN_MEMORY,
+    *WRITTEN,
+    *ARGUMENTS,
+    *SPELLED_OUT,
+)

@@ -59,7 +59,8 @@ def _laid_out(ids: Tensor, layout: str, device: str) -> tuple[Tensor, Tensor]:
     return view, memory
 
 
-def _inputs(case: Case, engine: Engine, ids: Tensor | None = None) -> AlignInputs:
+def inputs_of(case: Case, engine: Engine, ids: Tensor | None = None) -> AlignInputs:
+    """The case's inputs on the engine's device, with these ids in place of the case's."""
     device, expert_map = engine.info.device, None
     if case["held"] is not None:
         expert_map = torch.full((case["E"],), -1, dtype=torch.int32)
@@ -115,7 +116,12 @@ def _placed(engine: Engine, inputs: AlignInputs) -> Placed:
 @check((*WHOLE_BLOCKS, *NO_EXPERT))
 def test_every_kept_pair_stands_once_in_a_block_of_its_expert(engine: Engine, case: Case) -> None:
     """A pair of an expert of this rank is in one slot in use, and the block of that slot names that expert."""
-    inputs = _inputs(case, engine)
+    assert_placed(engine, case)
+
+
+def assert_placed(engine: Engine, case: Case) -> None:
+    """Each kept pair stands in one slot, in a block of its expert."""
+    inputs = inputs_of(case, engine)
     local = _local(inputs)
     kept, got = local >= 0, _placed(engine, inputs)
     compare.equal("slots in which each kept pair [t, k] stands", got.times.where(kept, 0), kept.long())
@@ -125,14 +131,14 @@ def test_every_kept_pair_stands_once_in_a_block_of_its_expert(engine: Engine, ca
 @check((*WHOLE_BLOCKS, *NO_EXPERT))
 def test_padded_count_is_exact(engine: Engine, case: Case) -> None:
     """Slots in use are the sum over experts of their pairs, each rounded up to whole blocks."""
-    inputs = _inputs(case, engine)
+    inputs = inputs_of(case, engine)
     compare.same("padded_count", _placed(engine, inputs).padded_count, _want_count(inputs))
 
 
 @check(NO_EXPERT)
 def test_ids_that_name_no_expert_never_appear(engine: Engine, case: Case) -> None:
     """A pair with an id of -1 or of another rank's expert is in no slot in use."""
-    inputs = _inputs(case, engine)
+    inputs = inputs_of(case, engine)
     none = _placed(engine, inputs).times.where(_local(inputs) < 0, 0)
     compare.equal("slots in which each pair [t, k] without an expert stands", none, torch.zeros_like(none))
 
@@ -142,7 +148,7 @@ def test_ids_out_of_range_are_refused_or_left_out(engine: Engine, case: Case) ->
     """A batch with an id outside [-1, E) raises, or places all other pairs and not that."""
     ids = _ids(case)
     ids[0, 1] = ids[3, 0] = case["outside"]
-    inputs = _inputs(case, engine, ids)
+    inputs = inputs_of(case, engine, ids)
     try:
         got = _placed(engine, inputs)
     except (Unsupported, Nonconformance):
@@ -162,10 +168,10 @@ def test_earlier_calls_change_nothing(engine: Engine, case: Case) -> None:
     Pairs of one expert may change places, as they do where threads race for slots.
     """
     view, memory = _laid_out(_ids(case), case["layout"], engine.info.device)
-    inputs, before = replace(_inputs(case, engine), ids=view), memory.clone()
+    inputs, before = replace(inputs_of(case, engine), ids=view), memory.clone()
     first = _placed(engine, inputs)
     between = replace(case, recipe={**case.recipe, "held": None, **case["between"]})
-    _placed(engine, _inputs(between, engine))
+    _placed(engine, inputs_of(between, engine))
     second = _placed(engine, inputs)
     compare.equal("slots in which each pair [t, k] stands, second time", second.times, first.times)
     compare.equal("local expert of each pair [t, k], second time", second.experts, first.experts)
@@ -178,7 +184,7 @@ def test_permuted_tokens_keep_their_experts(engine: Engine, case: Case) -> None:
     """The same tokens in another order: each pair is with the expert that it was with, in as many slots."""
     ids = _ids(case)
     order = bits((len(ids),), "align-order").argsort()
-    straight, permuted = (_placed(engine, _inputs(case, engine, rows)) for rows in (ids, ids[order]))
+    straight, permuted = (_placed(engine, inputs_of(case, engine, rows)) for rows in (ids, ids[order]))
     compare.equal("slots in which each pair [t, k] stands, permuted", permuted.times, straight.times[order])
     compare.equal("local expert of each pair [t, k], permuted", permuted.experts, straight.experts[order])
     compare.same("padded_count, permuted", permuted.padded_count, straight.padded_count)
@@ -187,8 +193,11 @@ def test_permuted_tokens_keep_their_experts(engine: Engine, case: Case) -> None:
 @check(SPELLED_OUT)
 def test_blocks_of_a_small_batch(engine: Engine, case: Case) -> dict[str, object]:
     """Each local expert's pairs, t K + k, as often as they stand in a slot, and the slots in use."""
-    inputs = _inputs(case, engine)
-    got = _placed(engine, inputs)
+    inputs = inputs_of(case, engine)
+    got, local = _placed(engine, inputs), _local(inputs)
+    compare.equal("slots in which each pair [t, k] stands", got.times, (local >= 0).long())
+    compare.equal("local expert of the block that each pair [t, k] stands in", got.experts, local)
+    compare.same("padded_count", got.padded_count, _want_count(inputs))
     pairs: dict[str, str] = {}
     for expert in got.experts[got.times > 0].unique().tolist():
         mine = torch.where(got.experts == expert, got.times, 0).flatten()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import cache
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import BlockInputs, Routing
+from moe_conformance.judging.draws import salt
 from moe_conformance.judging.inputs import bits, integers, normal
+from moe_conformance.judging.layouts import given_as
 from moe_conformance.model.specs import LayerSpec, Shape
 from moe_conformance.suites.block.configs import VARIANTS, spec_of
 
@@ -18,10 +21,12 @@ from moe_conformance.suites.block.configs import VARIANTS, spec_of
 BIAS_STD = {"softmax": 2.0**-4, "sigmoid": 2.0**-2, "sqrt_softplus": 2.0**-1}
 
 
-def tensors_of(slug: str) -> dict[str, Tensor]:
-    """Canonical tensors in float64, exact in every dtype; of one name and size the same in all families."""
+def tensors_of(slug: str, version: str = "") -> dict[str, Tensor]:
+    """Canonical tensors in float64, exact in every dtype; of one name, size and version the same in all families."""
     spec = spec_of(slug)
-    found = {name: tensor(name, shape, spec.num_experts, bias_std(spec)) for name, shape in spec.tensors().items()}
+    found = {
+        name: tensor(name, shape, spec.num_experts, bias_std(spec), version) for name, shape in spec.tensors().items()
+    }
     if bias := VARIANTS[slug].block.bias:
         found["router.selection_bias"] = torch.tensor(bias, dtype=torch.float64)
     return found
@@ -31,10 +36,14 @@ def bias_std(spec: LayerSpec) -> float:
     return 0.5 if spec.routing.select_on == "logits" else BIAS_STD[spec.routing.score]
 
 
-@cache
-def tensor(name: str, shape: Shape, experts: int, selection_bias_std: float) -> Tensor:
+def tensor(name: str, shape: Shape, experts: int, selection_bias_std: float, version: str = "") -> Tensor:
     """Weights spread so that what they make is about 1.5 in size; norms and scales vary around one."""
-    seed, part = f"family-{name}", name.rpartition(".")[2]
+    return _tensor(salt(), name, shape, experts, selection_bias_std, version)
+
+
+@cache
+def _tensor(salted: str, name: str, shape: Shape, experts: int, selection_bias_std: float, version: str) -> Tensor:
+    seed, part = f"family-{name}{version}", name.rpartition(".")[2]
     if name == "router.table":
         return bits((*shape[:-1], experts), seed).argsort(dim=-1)[..., : shape[-1]]
     if name == "router.selection_bias":
@@ -50,8 +59,8 @@ def tensor(name: str, shape: Shape, experts: int, selection_bias_std: float) -> 
     return normal(shape, seed, torch.float64, 2.0 ** round(math.log2(1.3 / math.sqrt(shape[-1]))))
 
 
-def inputs_of(case: Case) -> BlockInputs:
-    """The case's inputs, in its dtype, on the CPU."""
+def inputs_of(case: Case, given: Collection[str] | None = None) -> BlockInputs:
+    """The case's inputs, in its dtype, on the CPU. given: as for experts (suites/experts/inputs.py)."""
     family, spec, dtype = VARIANTS[case["family"]], spec_of(case["family"]), getattr(torch, case["dtype"])
     kept = {"router.selection_bias": torch.float32, "router.table": torch.int64}
     state = spec.logits.takes_state and family.block.state
@@ -65,7 +74,7 @@ def inputs_of(case: Case) -> BlockInputs:
         config=dict(family.config),
         layer=family.block.layer,
         tensors={name: t.to(kept.get(name, dtype)) for name, t in tensors.items()},
-        x=x.to(dtype),
+        x=given_as(case.recipe.get("arguments", {}), given, "x", x.to(dtype)),
         token_ids=integers(case["shape"], "family-tokens", spec.vocab_size) if family.block.token_ids else None,
         state=normal((*case["shape"], spec.logits.width), "family-state", dtype) if state else None,
         routing=routing_of(case, spec),

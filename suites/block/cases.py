@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import cycle
 from typing import Any
 
 from moe_conformance.catalogue.case import Case
@@ -168,6 +169,17 @@ NO_EXPERT_CASES = tuple(
 ALWAYS_ON = tuple(slug for slug in GIVEN if (spec := spec_of(slug)).shared or spec.dense or spec.output_bias)
 SHARED_CASES = tuple(_case(slug, "shared", "block.shared", _tier(slug, SOME), routing="zero") for slug in ALWAYS_ON)
 
+# Sequences behind tokens, columns of wider rows, a transpose: x as other parts of a model hand it on.
+ARGUMENT_CASES = tuple(
+    _case(slug, f"x-{layout}", "inputs.strides", "core", arguments={"x": layout})
+    for slug, layout in zip(SMOKE, cycle(("swapped", "columns")))
+)
+
+WRITTEN_CASES = tuple(
+    _case(slug, f"written-{kind}", "outputs.written", "core", shape=shape)
+    for slug, (kind, shape) in zip(SMOKE, cycle((("one-token", (1, 1)), ("no-tokens", (1, 0)), ("17-tokens", (1, 17)))))
+)
+
 CASES = (
     *ROUTE_CASES,
     *NARROW_ROUTE_CASES,
@@ -176,4 +188,6 @@ CASES = (
     *DROPPED_CASES,
     *NO_EXPERT_CASES,
     *SHARED_CASES,
+    *ARGUMENT_CASES,
+    *WRITTEN_CASES,
 )

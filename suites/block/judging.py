@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -68,12 +69,12 @@ def scaled(inputs: BlockInputs, spec: LayerSpec, routing: Routing) -> Routing:
 
 
 @torch.no_grad()
-def judge_output(engine: Any, case: Case) -> None:
+def judge_output(engine: Any, case: Case, given: Collection[str] | None = None) -> None:
     """The output is the exact one within what storing in x's dtype may cost.
 
     At the routing that the engine reports: whether that is the model's is for the routing check of the same family.
     """
-    inputs, spec = inputs_of(case), spec_of(case["family"])
+    inputs, spec = inputs_of(case, given), spec_of(case["family"])
     got = answer(engine, inputs)
     routing = inputs.routing
     if routing is None and got.routing is not None:

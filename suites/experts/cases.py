@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from moe_conformance.catalogue.case import Case
+from moe_conformance.catalogue.layouts import LAYOUTS
 from moe_conformance.model.specs import MLPSpec
+from moe_conformance.suites.experts import stored
 
 # T tokens, E experts, K of them, D hidden, F intermediate width. 2F > D.
 TINY = {"T": 33, "E": 11, "K": 4, "D": 20, "F": 12}
@@ -50,11 +52,12 @@ FUNCTIONS: dict[str, MLPSpec] = {
 def _case(name: str, clause: str, dims: dict[str, int] = TINY, tier: str = "core", **recipe: Any) -> Case:
     """function: by name. owners, rank: the rank of each expert and whose part is asked for; local ids rotated.
 
-    dropped: of 20 ids so many are -1. hot: an expert that is every token's first.
+    dropped: of 20 ids so many are -1. hot: an expert that is every token's first. arguments: how x, ids, weights and
+    tensors are given, where that is not contiguous and in the protocol's dtype.
     """
     recipe = {"function": "silu", "dropped": 0, "hot": None, "dtype": "float32", **recipe}
     mlp = replace(FUNCTIONS[recipe.pop("function")], width=dims["F"])
-    recipe = {"output_scale": 1.0, "identity_experts": 0, "owners": (), "rank": 0, "layout": "contiguous", **recipe}
+    recipe = {"output_scale": 1.0, "identity_experts": 0, "owners": (), "rank": 0, "arguments": {}, **recipe}
     return Case(
         f"experts-{name}",
         stage="experts",
@@ -77,11 +80,6 @@ FUNCTION_CASES = (
         for size, dims in (("tiny", TINY), ("narrow", NARROW))
     ),
     *(
-        _case(f"{size}-{name}", "experts.function", dims, function=name)
-        for name in ("silu", "silu-bias", "relu2-not-gated")
-        for size, dims in (("equal", EQUAL), ("square", SQUARE))
-    ),
-    *(
         _case(f"{name}-{dtype}", "experts.function", NARROW, function=name, dtype=long)
         for name in ("silu", "swiglu-oai", "gelu-tanh", "relu2-not-gated")
         for dtype, long in (("bf16", "bfloat16"), ("fp16", "float16"))
@@ -92,11 +90,9 @@ SUM_CASES = (
     _case("scale", "experts.combine", tier="smoke", output_scale=2.5),
     _case("scale-bias", "experts.combine", function="silu-bias", output_scale=2.5),
     _case("scale-bf16", "experts.combine", dtype="bfloat16", output_scale=2.5),
-    *(_case(f"{T}-tokens", "experts.combine", {**NARROW, "T": T}) for T in (0, 1, 2, 131)),
+    *(_case(f"{T}-tokens", "experts.combine", {**NARROW, "T": T}) for T in (0, 1, 2)),
     _case("one-expert", "experts.combine", {**TINY, "E": 1, "K": 1}),
     _case("all-experts", "experts.combine", {**TINY, "E": 8, "K": 8}),
-    # More pairs of one expert than any tile has rows, and than 512.
-    _case("hot", "experts.combine", {**NARROW, "T": 600, "K": 2}, hot=9),
     _case("hundreds", "experts.combine", HUNDREDS),
     _case("hundreds-bias", "experts.combine", HUNDREDS, function="silu-bias"),
     _case(
@@ -106,8 +102,6 @@ SUM_CASES = (
         function="relu2-not-gated-bias",
         dtype="bfloat16",
     ),
-    _case("strided", "experts.combine", layout="strided"),
-    _case("strided-131-tokens", "experts.combine", {**NARROW, "T": 131}, layout="strided"),
     _case("hundreds-one-token", "experts.combine", {**HUNDREDS, "T": 1}),
     _case("beyond-512", "experts.combine", BEYOND_512),
     _case("beyond-512-many", "experts.combine", {**BEYOND_512, "T": 70, "K": 22}, "full"),
@@ -145,4 +139,180 @@ OUTSIDE_CASES = (
     _case("id-e-ep3", "experts.out-of-range", owners=SCATTERED, rank=1, outside=11),
 )
 
-CASES = (*FUNCTION_CASES, *SUM_CASES, *NO_EXPERT_CASES, *OUTSIDE_CASES)
+_PARTS = ("x", "ids", "weights", "tensors")
+_SLICED = {"x": "sliced", "ids": "sliced", "weights": "sliced"}
+# Each argument in each layout, and no two arguments in the same, so that strides of one taken for another's show.
+_MIXED = tuple(
+    {part: LAYOUTS[(start + place) % len(LAYOUTS)] for place, part in enumerate(_PARTS)}
+    for start in range(len(LAYOUTS))
+)
+
+ARGUMENT_CASES = (
+    _case("strided", "inputs.strides", arguments=_SLICED, tier="smoke"),
+    _case("strided-131-tokens", "inputs.strides", {**NARROW, "T": 131}, arguments=_SLICED),
+    *(_case(f"x-{mixed['x']}", "inputs.strides", arguments=mixed, function="silu-bias") for mixed in _MIXED),
+    *(_case(f"x-{mixed['x']}-bf16", "inputs.strides", NARROW, arguments=mixed, dtype="bfloat16") for mixed in _MIXED),
+    # Strides of a dim of one element may be anything.
+    *(_case(f"x-{mixed['x']}-one-token", "inputs.strides", {**TINY, "T": 1}, arguments=mixed) for mixed in _MIXED[:3]),
+    _case(
+        "x-columns-ep3",
+        "inputs.strides",
+        arguments=_MIXED[0],
+        function="relu2-not-gated-bias",
+        owners=SCATTERED,
+        rank=1,
+        dropped=6,
+    ),
+    *(
+        _case(f"ids-int32-{short}", "inputs.dtypes", NARROW, arguments={"ids": "int32"}, dtype=long, dropped=dropped)
+        for short, long, dropped in (("fp32", "float32", 6), ("bf16", "bfloat16", 0), ("fp16", "float16", 0))
+    ),
+    _case("ids-int32-ep3", "inputs.dtypes", arguments={"ids": "int32"}, owners=SCATTERED, rank=2),
+    _case("ids-int32-one-token", "inputs.dtypes", {**TINY, "T": 1}, arguments={"ids": "int32"}),
+    _case("weights-bf16", "inputs.dtypes", NARROW, arguments={"weights": "bfloat16"}, dtype="bfloat16"),
+    _case("weights-fp16", "inputs.dtypes", NARROW, arguments={"weights": "float16"}, dtype="float16"),
+)
+
+_SHAPES = {
+    "2f-is-d": {"D": 24, "F": 12, "E": 8},
+    "f-is-d": {"D": 24, "F": 24, "E": 8},
+    "2f-below-d": {"D": 24, "F": 7, "E": 8},
+    "f-above-d": {"D": 12, "F": 28, "E": 8},
+    "e-is-d": {"D": 24, "F": 10, "E": 24},
+    "e-is-f": {"D": 20, "F": 14, "E": 14},
+    "e-is-2f": {"D": 20, "F": 8, "E": 16},
+    "all-are-one": {"D": 24, "F": 24, "E": 24, "T": 24},
+}
+
+ORIENTED_CASES = (
+    *(
+        _case(f"{size}-{name}", "matrices.orientation", dims, "smoke" if name == "silu" else "core", function=name)
+        for name in ("silu", "silu-bias", "relu2-not-gated")
+        for size, dims in (("equal", EQUAL), ("square", SQUARE))
+    ),
+    *(
+        _case(
+            f"{size}-{name}-{short}", "matrices.orientation", {"T": 9, "K": 2, **dims}, tier, function=name, dtype=long
+        )
+        for size, dims in _SHAPES.items()
+        for name, short, long, tier in (
+            ("silu", "bf16", "bfloat16", "core"),
+            ("relu2-not-gated", "fp32", "float32", "core"),
+            ("silu-bias", "fp32", "float32", "core" if size in ("e-is-d", "all-are-one") else "full"),
+        )
+    ),
+)
+
+# Around the borders of chunks and tiles of 64, 128 and 256, and more pairs of one expert than any tile has, and 512.
+_SMALL = {"T": 33, "E": 5, "K": 2, "D": 20, "F": 7}
+CHUNK_CASES = (
+    _case("131-tokens", "batches.any-size", {**NARROW, "T": 131}, tier="smoke"),
+    _case("hot", "batches.any-size", {**NARROW, "T": 600, "K": 2}, hot=9),
+    *(_case(f"{T}-tokens", "batches.any-size", {**_SMALL, "T": T}) for T in (63, 64, 65, 127, 128, 129, 130, 257)),
+    *(
+        _case(f"{T}-tokens-bf16", "batches.any-size", {**_SMALL, "T": T}, dtype="bfloat16", function="silu-bias")
+        for T in (65, 129, 257)
+    ),
+    _case("129-tokens-ep3", "batches.any-size", {**NARROW, "T": 129}, owners=SCATTERED, rank=1, dropped=6),
+    _case("hot-fp16", "batches.any-size", {**_SMALL, "T": 1030, "K": 1}, hot=4, dtype="float16"),
+    _case("70-tokens-k10", "batches.any-size", {**_SMALL, "T": 70, "E": 24, "K": 10}),
+    *(_case(f"{T}-tokens", "batches.any-size", {**_SMALL, "T": T}, "full") for T in (511, 513, 1025, 2050, 4097)),
+)
+
+# The last rows are padding. Its ids are legal, or -1 where an engine knows that.
+PADDING_CASES = (
+    _case("padding", "rows.padding", tier="smoke", padding=21),
+    _case("padding-bf16", "rows.padding", NARROW, padding=32, dtype="bfloat16"),
+    _case("padding-one-token-fp16", "rows.padding", {**NARROW, "T": 8}, padding=7, dtype="float16"),
+    _case("padding-dropped", "rows.padding", padding=13, dropped=6),
+    _case("padding-131-tokens-bias", "rows.padding", {**NARROW, "T": 131}, padding=61, function="silu-bias"),
+    _case("padding-ep3", "rows.padding", padding=13, owners=SCATTERED, rank=2),
+)
+
+UNCHANGED_CASES = (
+    _case("unchanged-scale", "calls.inputs-unchanged", tier="smoke", output_scale=2.5),
+    _case("unchanged-bf16", "calls.inputs-unchanged", NARROW, dtype="bfloat16", function="silu-bias"),
+    _case("unchanged-one-token", "calls.inputs-unchanged", {**TINY, "T": 1}, dtype="bfloat16"),
+    _case("unchanged-weight-on-input", "calls.inputs-unchanged", function="weight-on-input"),
+    _case("unchanged-131-tokens", "calls.inputs-unchanged", {**NARROW, "T": 131}),
+    _case("unchanged-ep3-dropped", "calls.inputs-unchanged", owners=SCATTERED, rank=1, dropped=6),
+)
+
+OWN_MEMORY_CASES = (
+    _case("own-memory", "outputs.own-memory"),
+    _case("own-memory-bf16", "outputs.own-memory", {**NARROW, "T": 131}, dtype="bfloat16"),
+    _case("own-memory-one-token", "outputs.own-memory", {**TINY, "T": 1}),
+    _case("own-memory-all-dropped", "outputs.own-memory", {**TINY, "T": 5}, dropped=20),
+    _case("own-memory-identity", "outputs.own-memory", {**TINY, "K": 2}, identity_experts=3),
+)
+
+# A row of x, ids or weights lies 2^30 elements and more behind the one before, in a file of which little is written.
+FAR_CASES = (
+    _case("far-x", "inputs.beyond-int32", {**TINY, "T": 3}, "smoke", dtype="bfloat16", arguments={"x": "far"}),
+    _case("far-ids", "inputs.beyond-int32", {**TINY, "T": 3}, arguments={"ids": "far"}),
+    _case("far-weights", "inputs.beyond-int32", {**TINY, "T": 3}, arguments={"weights": "far"}),
+    _case(
+        "far-matrices-bf16",
+        "inputs.beyond-int32",
+        {**TINY, "E": 3, "K": 2},
+        dtype="bfloat16",
+        arguments={"tensors": "far"},
+    ),
+    _case("far-x-fp32", "inputs.beyond-int32", {**TINY, "T": 4}, "full", arguments={"x": "far"}),
+    _case("far-matrices", "inputs.beyond-int32", {**TINY, "E": 3, "K": 2}, "full", arguments={"tensors": "far"}),
+)
+
+# Fresh memory is poisoned in every case; here much of it is for nobody.
+WRITTEN_CASES = (
+    _case("written-rows-without-expert", "outputs.written", tier="smoke", dropped=12),
+    _case("written-all-dropped-bf16", "outputs.written", {**NARROW, "T": 5}, dropped=20, dtype="bfloat16"),
+    _case("written-idle-experts", "outputs.written", {**NARROW, "T": 3, "E": 40, "K": 2}),
+    _case("written-idle-experts-bf16", "outputs.written", {**TINY, "T": 1, "E": 40, "K": 8, "D": 72}, dtype="bfloat16"),
+    _case("written-one-token-fp16", "outputs.written", {**NARROW, "T": 1, "D": 33}, dtype="float16"),
+    _case("written-ep3", "outputs.written", {**TINY, "T": 3}, owners=SCATTERED, rank=0, dropped=6),
+    _case("written-no-tokens", "outputs.written", {**TINY, "T": 0}),
+    _case("written-no-tokens-bias-ep3", "outputs.written", {**TINY, "T": 0}, function="silu-bias", owners=SCATTERED),
+    _case("written-wide-tail", "outputs.written", {**TINY, "T": 17, "D": 136, "F": 68}, function="silu-bias"),
+)
+
+# What is called before the same call again: another layer of the same shape, and calls of other sizes and dtypes.
+_OTHER_LAYER: dict[str, Any] = {}
+_OTHERS = (_OTHER_LAYER, {"T": 131}, {"dtype": "bfloat16"}, {"T": 1, "E": 3, "K": 2}, {"T": 0})
+
+STATE_CASES = (
+    _case("after-others", "calls.same-result", tier="smoke", between=_OTHERS),
+    _case(
+        "after-others-bf16", "calls.same-result", NARROW, dtype="bfloat16", between=(*_OTHERS[:2], {"dtype": "float32"})
+    ),
+    _case("after-others-bias", "calls.same-result", {**NARROW, "T": 70}, function="silu-bias", between=_OTHERS[:2]),
+    _case("after-others-one-token", "calls.same-result", {**TINY, "T": 1}, between=_OTHERS[:2]),
+    _case("after-others-ep3", "calls.same-result", owners=SCATTERED, rank=1, dropped=6, between=_OTHERS[:2]),
+    _case("after-wider", "calls.same-result", between=({"D": 40}, {"D": 12, "T": 70})),
+    _case("again", "calls.same-bits", {**NARROW, "T": 131}, between=(_OTHER_LAYER,)),
+    _case("again-bf16", "calls.same-bits", dtype="bfloat16", between=(_OTHER_LAYER,)),
+    _case("again-hot", "calls.same-bits", {**NARROW, "T": 70, "K": 2}, hot=9, between=()),
+)
+
+INVARIANT_CASES = (
+    _case("rows-alone", "rows.batch-invariant", {**TINY, "T": 35}, tier="smoke"),
+    _case("rows-alone-bf16", "rows.batch-invariant", {**NARROW, "T": 70, "E": 64, "K": 8}, dtype="bfloat16"),
+    _case("rows-alone-wide", "rows.batch-invariant", {**TINY, "T": 18, "D": 72, "F": 136}, function="silu-bias"),
+)
+
+CASES = (
+    *FUNCTION_CASES,
+    *SUM_CASES,
+    *NO_EXPERT_CASES,
+    *OUTSIDE_CASES,
+    *ARGUMENT_CASES,
+    *ORIENTED_CASES,
+    *CHUNK_CASES,
+    *PADDING_CASES,
+    *UNCHANGED_CASES,
+    *OWN_MEMORY_CASES,
+    *FAR_CASES,
+    *WRITTEN_CASES,
+    *STATE_CASES,
+    *INVARIANT_CASES,
+    *stored.CASES,
+)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.judging.inputs import bits, integers, matrix, normal, poison_
+from moe_conformance.judging.inputs import bits, integers, matrix, normal
+from moe_conformance.judging.layouts import given_as
 from moe_conformance.protocol.experts import ExpertsInputs
+from moe_conformance.suites.experts.stored_inputs import adapters, stored_tensors
 
 
 def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -42,38 +48,41 @@ def expert_map(case: Case) -> Tensor | None:
     return found
 
 
-def inputs_of(case: Case) -> ExpertsInputs:
-    """The case's inputs on the CPU; tensors of this rank's experts alone."""
-    dtype, mlp = getattr(torch, case["dtype"]), case["mlp"]
-    tensors = {
-        name: tensor(name, shape, dtype) for name, shape in mlp.tensors("experts", case["D"], (case["E"],)).items()
-    }
+def inputs_of(case: Case, given: Collection[str] | None = None) -> ExpertsInputs:
+    """The case's inputs on the CPU; tensors of this rank's experts alone.
+
+    given: which of the case's arguments are given as it says, the others contiguous and as the protocol has them; None:
+    all. All have the same values either way.
+    """
+    as_given = partial(given_as, case["arguments"], given)
+    dtype, mlp, quant = getattr(torch, case["dtype"]), case["mlp"], case.recipe.get("quant")
+    shapes = (quant or mlp).tensors("experts", *([mlp] if quant else []), case["D"], (case["E"],))
+    tensors = {name: tensor(name, shape, dtype) for name, shape in shapes.items() if quant is None or ".b" in name}
+    if quant is not None:
+        tensors |= stored_tensors(quant, mlp, case["D"], case["E"], case.recipe.get("input_scales") == "each")
+    lora = adapters(case, dtype) if "lora" in case.recipe else None
     here = expert_map(case)
     if here is not None:
         held = (here >= 0).nonzero().flatten()
         order = held[here[held].argsort()]
         # The output norm is one for all experts.
         tensors = {name: t if name == "experts.output_norm" else t[order] for name, t in tensors.items()}
+        if lora is not None:
+            lora = replace(lora, tensors={name: t[:, order].contiguous() for name, t in lora.tensors.items()})
     shape = (case["T"], case["K"])
-    laid_out = strided if case["layout"] == "strided" else lambda tensor: tensor
     return ExpertsInputs(
-        x=laid_out(normal((case["T"], case["D"]), "experts-x", dtype)),
+        x=as_given("x", normal((case["T"], case["D"]), "experts-x", dtype)),
         mlp=mlp,
-        tensors=tensors,
-        ids=laid_out(chosen(case)),
+        tensors={name: as_given("tensors", tensor) for name, tensor in tensors.items()},
+        ids=as_given("ids", chosen(case)),
         # Of both signs, and a sum of anything but 1.
-        weights=laid_out(normal(shape, "experts-weights") + 0.375),
+        weights=as_given("weights", normal(shape, "experts-weights") + 0.375),
         expert_map=here,
         output_scale=case["output_scale"],
         identity_experts=case["identity_experts"],
+        quant=quant,
+        lora=lora,
     )
-
-
-def strided(tensor: Tensor) -> Tensor:
-    """The same values as every other column of wider rows, with poison between them."""
-    rows, columns = tensor.shape
-    room = poison_(torch.empty(rows, 2 * columns + 3, dtype=tensor.dtype))
-    return room[:, 1 : 2 * columns : 2].copy_(tensor)
 
 
 def held_pairs(inputs: ExpertsInputs) -> Tensor:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moe_conformance.judging.draws import default_seed_only
 from moe_conformance.judging.goldens import FOLDER
 from moe_conformance.judging.inputs import normal
 
@@ -63,8 +64,14 @@ class WholeModel:
         save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@cache
 def whole_model(name: str) -> WholeModel:
+    """Raises Unjudged where the run has another seed than the one that its values are of."""
+    default_seed_only("what whole models answer is known")
+    return _whole_model(name)
+
+
+@cache
+def _whole_model(name: str) -> WholeModel:
     return WholeModel(name, **json.loads((PLACE / f"{name}.json").read_text(encoding="utf-8")))
 
 

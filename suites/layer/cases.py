@@ -31,7 +31,7 @@ GPT_OSS = {"T": 2, "E": 2, "K": 1, "H": 2880, "D": 0, "F": 2880, "Fs": 0, "Hp": 
 
 def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "core", **changes: Any) -> Case:
     """routing: by name as in suites/route/methods.py. experts: fields of MLPSpec; shared: of its MLPSpec or its
-    SharedSpec; latent: of LatentSpec. scale: of the routed sum."""
+    SharedSpec; latent: of LatentSpec. scale: of the routed sum. arguments: how x, logits and tensors are given."""
     changes = {
         "routing": "renorm",
         "experts": {},
@@ -40,6 +40,9 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
         "scale": 2.5,
         "dtype": "float32",
         "tokens": dims["T"],
+        "clause": "layer.cut-before-add",
+        "arguments": {},
+        "padding": 0,
         **changes,
     }
     has, latent = set(parts), "latent" in parts
@@ -56,13 +59,14 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
     return Case(
         "-".join(["layer", name, *(part.replace("_", "-") for part in parts or ("plain",))]),
         stage="layer",
-        clause="layer.cut-before-add",
+        clause=changes["clause"],
         recipe={
             "spec": spec,
             "tokens": changes["tokens"],
             "dtype": changes["dtype"],
             "padded_hidden": dims["Dp" if latent else "Hp"] if "padded_hidden" in has else None,
             "padded_intermediate": dims["Fp"] if "padded_intermediate" in has else None,
+            **{name: changes[name] for name in ("arguments", "padding") if changes[name]},
         },
         tier=tier,
     )
@@ -164,4 +168,128 @@ TRACE_CASES = tuple(
     if case.id.startswith(("layer-tiny-scale1", "layer-both"))
 )
 
-CASES = (*VALUE_CASES, *TRACE_CASES)
+# x, logits and tensors in three layouts at a time; engines that pad x copy it, and those that do not read it as it is.
+ARGUMENT_CASES = tuple(
+    _case(
+        f"arguments-{name}",
+        {**NARROW, "T": tokens},
+        parts,
+        scale=1.0,
+        dtype=dtype,
+        clause="inputs.strides",
+        arguments=dict(zip(("x", "logits", "tensors"), layouts, strict=True)),
+    )
+    for name, tokens, dtype, parts, layouts in (
+        ("columns", 7, "float32", (), ("columns", "transposed", "sliced")),
+        ("transposed", 7, "float32", ("shared",), ("transposed", "sliced", "columns")),
+        ("sliced-bf16", 7, "bfloat16", ("padded_hidden",), ("sliced", "columns", "transposed")),
+        ("expanded", 7, "float32", ("shared", "latent"), ("expanded", "offset", "contiguous")),
+        ("offset-one-token", 1, "float32", (), ("offset", "expanded", "transposed")),
+        ("sliced-one-token-bf16", 1, "bfloat16", ("shared",), ("sliced", "sliced", "contiguous")),
+    )
+)
+
+ORIENTED_CASES = tuple(
+    _case(f"oriented-{name}", {**TINY, **dims}, parts, scale=1.0, dtype=dtype, clause="matrices.orientation")
+    for name, dims, parts, dtype in (
+        ("2f-is-h", {"H": 16, "F": 8}, (), "float32"),
+        ("f-is-h", {"H": 16, "F": 16}, (), "bfloat16"),
+        ("2f-below-h", {"H": 24, "F": 5}, (), "bfloat16"),
+        ("e-is-h", {"E": 16, "H": 16, "F": 6}, (), "float32"),
+        ("d-is-h", {"H": 16, "D": 16, "F": 10}, ("latent",), "float32"),
+        ("2fs-is-h", {"H": 16, "F": 10, "Fs": 8}, ("shared",), "float32"),
+        ("fs-is-h", {"H": 16, "F": 10, "Fs": 16}, ("shared",), "float32"),
+        ("all-are-one", {"T": 16, "E": 16, "H": 16, "D": 16, "F": 16, "Fs": 16}, ("shared", "latent"), "float32"),
+    )
+)
+
+CHUNK_CASES = tuple(
+    _case(f"{tokens}-tokens", {**NARROW, "T": tokens}, parts, tier, scale=1.0, dtype=dtype, clause="batches.any-size")
+    for tokens, parts, dtype, tier in (
+        (65, ("shared",), "float32", "core"),
+        (129, (), "float32", "core"),
+        (130, ("padded_hidden",), "bfloat16", "core"),
+        (257, (), "bfloat16", "core"),
+        (1025, ("shared",), "float32", "full"),
+    )
+)
+
+PADDING_CASES = tuple(
+    _case("padding", {**dims, "T": tokens}, parts, scale=1.0, dtype=dtype, clause="rows.padding", padding=padding)
+    for dims, tokens, padding, parts, dtype in (
+        (NARROW, 32, 21, (), "float32"),
+        (NARROW, 8, 7, ("shared",), "bfloat16"),
+        (TINY, 32, 13, ("shared", "latent", "padded_hidden"), "float32"),
+        (TINY, 16, 3, BOTH, "float32"),
+    )
+)
+
+_KINDS = ((), ("shared",), ("shared", "latent", "padded_hidden"))
+UNCHANGED_CASES = tuple(
+    _case(f"unchanged{suffix}", TINY, parts, scale=1.0, dtype=dtype, clause="calls.inputs-unchanged")
+    for suffix, dtype, several in (("", "float32", _KINDS), ("-bf16", "bfloat16", _KINDS[:2]))
+    for parts in several
+)
+OWN_MEMORY_CASES = tuple(_case("own-memory", TINY, parts, scale=1.0, clause="outputs.own-memory") for parts in _KINDS)
+FAKE_CASES = tuple(
+    _case(f"fake-{short}", TINY, parts, scale=1.0, dtype=long, clause="layer.fake-dtypes")
+    for short, long in (("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"))
+    for parts in (*_KINDS, BOTH)
+)
+FAR_CASES = (
+    _case(
+        "far-x", {**TINY, "T": 3}, (), scale=1.0, dtype="bfloat16", clause="inputs.beyond-int32", arguments={"x": "far"}
+    ),
+    _case("far-logits", {**TINY, "T": 3}, (), scale=1.0, clause="inputs.beyond-int32", arguments={"logits": "far"}),
+)
+
+WRITTEN_CASES = tuple(
+    _case(
+        f"written{suffix}", {**NARROW, "T": tokens}, parts, scale=1.0, dtype=dtype, clause="outputs.written", tier=tier
+    )
+    for suffix, tokens, dtype, parts, tier in (
+        ("-one-token", 1, "float32", (), "smoke"),
+        ("-one-token-bf16", 1, "bfloat16", ("shared", "latent"), "core"),
+        ("-bf16", 17, "bfloat16", ("latent", *BOTH), "core"),
+        ("-no-tokens", 0, "float32", ("shared",), "core"),
+        ("-no-tokens-bf16", 0, "bfloat16", (), "core"),
+    )
+)
+
+# Another layer of the same shape, then a batch of another size, between two calls.
+STATE_CASES = (
+    *(
+        _case("after-others", dims, parts, scale=scale, dtype=dtype, clause="calls.same-result")
+        for dims, parts, scale, dtype in (
+            (TINY, (), 1.0, "float32"),
+            ({**NARROW, "T": 35}, ("shared",), 1.0, "float32"),
+            (TINY, ("shared", "latent", "padded_hidden"), 2.5, "float32"),
+            (NARROW, BOTH, 1.0, "bfloat16"),
+        )
+    ),
+    *(
+        _case("again", TINY, parts, scale=scale, clause="calls.same-bits")
+        for parts, scale in (((), 1.0), (("shared", "latent"), 1.0), (("shared", *BOTH), 2.5))
+    ),
+)
+
+INVARIANT_CASES = tuple(
+    _case("rows-alone", {**NARROW, "T": 18}, parts, scale=1.0, dtype=dtype, clause="rows.batch-invariant")
+    for parts, dtype in (((), "float32"), (("shared",), "bfloat16"), (("padded_hidden",), "float32"))
+)
+
+CASES = (
+    *VALUE_CASES,
+    *TRACE_CASES,
+    *ARGUMENT_CASES,
+    *ORIENTED_CASES,
+    *CHUNK_CASES,
+    *PADDING_CASES,
+    *UNCHANGED_CASES,
+    *OWN_MEMORY_CASES,
+    *FAKE_CASES,
+    *FAR_CASES,
+    *WRITTEN_CASES,
+    *STATE_CASES,
+    *INVARIANT_CASES,
+)

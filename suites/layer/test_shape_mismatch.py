@@ -13,80 +13,26 @@ from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import LayerInputs, LayerSpec
 from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
-from moe_conformance.judging.inputs import distinct_logits, matrix, normal, poisoned_allocations
-from moe_conformance.judging.repeats import assert_repeats
 from moe_conformance.oracle.layer import expected_layer
 from moe_conformance.protocol.moving import to_device
 from moe_conformance.suites.layer.cases import TRACE_CASES, VALUE_CASES
-
-
-def build(case: Case) -> LayerInputs:
-    """The case's inputs on the CPU."""
-    dtype, spec = getattr(torch, case["dtype"]), case["spec"]
-    return LayerInputs(
-        x=normal((case["tokens"], spec.hidden_size), "layer-x", dtype),
-        logits=distinct_logits(case["tokens"], spec.classes, "layer-logits"),
-        spec=spec,
-        tensors={name: tensor(name, shape, dtype) for name, shape in spec.tensors().items() if name != "router.proj"},
-        padded_hidden=case["padded_hidden"],
-        padded_intermediate=case["padded_intermediate"],
-    )
-
-
-def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    seed, part = f"layer-{name.removeprefix('experts.').replace('.', '-')}", name.rpartition(".")[2]
-    if name == "router.per_expert_scale":
-        return normal(shape, "layer-expert-scale") + 1.5
-    if name.startswith("router."):
-        return normal(shape, seed, std=0.25)
-    if part.startswith("b") or part.endswith("_bias"):
-        return normal(shape, seed, dtype, 0.5)
-    if part in ("norm", "output_norm"):  # added to 1 by the layer
-        return normal(shape, seed, dtype, 0.25)
-    return matrix(shape, seed, dtype)
+from moe_conformance.suites.layer.inputs import inputs_of
+from moe_conformance.suites.layer.judging import assert_output
 
 
 @check(VALUE_CASES)
 @torch.no_grad()
 def test_padding_never_reaches_the_output(engine: Any, case: Case) -> dict[str, Any]:
     """The output equals that of the same layer computed without padding; every fresh allocation is poisoned."""
-    inputs = build(case)
-    with poisoned_allocations():
-        got = engine.layer(to_device(inputs, engine.info.device))
-    compare.shape_and_type("layer output", got, inputs.x.shape, integer=False)
-    compare.same("layer output's dtype", str(got.dtype), str(inputs.x.dtype))
-    want, bound = expected_layer(inputs)
-    compare.close("layer output", got, want, bound)
+    got = assert_output(engine, inputs_of(case))
     return {"shape": list(got.shape), "dtype": str(got.dtype)}
-
-
-# Whatever scratch keeps does not depend on scale or dtype.
-AGAIN_CASES = tuple(
-    case
-    for case in VALUE_CASES
-    if case["spec"].output_scale != 1
-    and case["dtype"] == "float32"
-    and case["tokens"] > 1
-    and case.id.startswith(("layer-tiny-", "layer-both"))
-)
-
-
-@check(AGAIN_CASES)
-@torch.no_grad()
-def test_a_second_run_gives_the_same_bits(engine: Any, case: Case) -> None:
-    """A scratch buffer that keeps something of the first run shows in the second."""
-    inputs = to_device(build(case), engine.info.device)
-    first = engine.layer(inputs).clone()
-    engine.layer(replace(inputs, x=inputs.x.flip(0) * 3))
-    again = engine.layer(inputs)
-    assert_repeats("layer output of the second run", engine, "layer", again, first, expected_layer(build(case))[1])
 
 
 @check(TRACE_CASES)
 @torch.no_grad()
 def test_fake_tensors_have_the_true_shape(engine: Any, case: Case) -> dict[str, Any]:
     """Under FakeTensorMode, as Dynamo and the memory planner run the layer, shape and dtype are those of a real run."""
-    inputs = to_device(build(case), engine.info.device)
+    inputs = to_device(inputs_of(case), engine.info.device)
     engine.within("layer", inputs)  # `raw` is not guarded
     mode = FakeTensorMode()
     fake = replace(
@@ -97,6 +43,7 @@ def test_fake_tensors_have_the_true_shape(engine: Any, case: Case) -> dict[str, 
     )
     with mode:
         got = engine.raw.layer(fake)
+    compare.same("layer output's shape under fake tensors", [int(size) for size in got.shape], list(inputs.x.shape))
     return {"shape": [int(size) for size in got.shape], "dtype": str(got.dtype)}
 
 
@@ -110,9 +57,9 @@ def _compiled(case: Case) -> bool:
 @torch.no_grad()
 def test_the_whole_layer_compiles_without_a_graph_break(engine: Any, case: Case) -> None:
     """torch.compile(fullgraph=True) traces it, and the traced layer computes what the eager one does."""
-    inputs = to_device(build(case), engine.info.device)
+    inputs = to_device(inputs_of(case), engine.info.device)
     engine.within("layer", inputs)  # `raw` is not guarded
-    want, bound = expected_layer(build(case))
+    want, bound = expected_layer(inputs_of(case))
     torch.compiler.reset()
 
     @torch.compile(fullgraph=True, backend="aot_eager")

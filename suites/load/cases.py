@@ -6,6 +6,7 @@ Styles are those of `remap`.
 from __future__ import annotations
 
 from moe_conformance.catalogue.case import Case
+from moe_conformance.suites.load.forms import FORMS
 from moe_conformance.suites.of_families import of_families
 
 # H and F. 2F = H makes gate_up_proj square, F = H down_proj: no layout can be told from such a shape. 2F < H, as most
@@ -85,4 +86,34 @@ BROKEN = (
 
 OF_FAMILIES = of_families("load", "load.whole")
 
-CASES = (*LOAD, *LOAD_TWICE, *BROKEN, *OF_FAMILIES)
+
+def _stored(form: str, family: str, layout: str, tier: str = "full", left: tuple[str, ...] = ()) -> Case:
+    """left: which experts or projections were left as floats."""
+    recipe = {"stored": form, "codes": FORMS[form][0], "model_type": family, "layout": layout, "left": left}
+    place = "mixed" if left else layout
+    tail = "-" + "-".join(name.strip(".").replace(".", "-").replace("_", "-") for name in left) if left else ""
+    is_published = family != "granitemoe" or (layout == "split" and FORMS[form][1]["quant_method"] in SPLITS)
+    lenient = "" if is_published else "no release of a packed family lies so, and this one may be refused by name"
+    return Case(f"load-stored-{form}-{place}{tail}", "load", "load.stored", recipe, tier, lenient)
+
+
+# Quantisers that split packed experts: sglang#37679, vllm#54047.
+SPLITS = ("compressed-tensors", "modelopt")
+# What each form looks like by expert is judged in every run, one of its kind.
+_CORE = ("fp8-block", "int4-packed-zero", "gptq", "nvfp4", "nvfp4-modelopt")
+STORED = (
+    _stored("mxfp4-blocks", "gpt_oss", "packed", "core"),
+    *(
+        _stored(form, "qwen3_moe", "by-expert", "core" if form in _CORE else "full")
+        for form in FORMS
+        if form != "mxfp4-blocks"
+    ),
+    *(_stored(form, "granitemoe", "packed") for form in FORMS if form != "mxfp4-blocks"),
+    *(_stored(form, "granitemoe", "split") for form in FORMS if form != "mxfp4-blocks"),
+    _stored("fp8-channel", "qwen3_moe", "by-expert", "core", ("experts.1.",)),
+    _stored("fp8-channel", "qwen3_moe", "by-expert", "full", ("down_proj",)),
+    _stored("int4-packed", "qwen3_moe", "by-expert", "full", ("experts.3.",)),
+    _stored("nvfp4", "qwen3_moe", "by-expert", "full", ("experts.0.", "experts.2.")),
+)
+
+CASES = (*LOAD, *LOAD_TWICE, *BROKEN, *OF_FAMILIES, *STORED)

@@ -108,27 +108,12 @@ REAL_CASES = (
         for name, E, K in (*((name, 128, 8) for name in AT_REAL_SIZES), ("deepseek-v2", 160, 6), ("longcat", 512, 12))
         for T in (1, 131)
     ),
-    *(
-        _case("routing.method", f"{name} 128 8 131 bf16 fine contiguous core")
-        for name in ("plain", "renorm", "biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
-    ),
     # One expert a token, renormalised all the same.
     _case("routing.method", "renorm 8 1 9 fp32 fine contiguous core"),
     _case("routing.method", "biased 128 1 9 fp32 fine contiguous core"),
     # Scores of DeepSeek-V4 are roots of softplus, which overflows or vanishes where it is computed as log(1 + exp).
     _case("routing.method", "deepseek-v4 256 8 9 fp32 wide contiguous core"),
     _case("routing.method", "switch 8 1 24 fp32 fine contiguous core", sequences=3),
-    *(
-        _case("routing.method", f"{name} {E} {K} 9 bf16 fine contiguous core")
-        for name, (E, K) in AT_OWN_SIZES.items()
-        if name not in ("doge", "deepseek-v4-hash")
-    ),
-    # Logits stored in a narrow dtype, scores in float32 or not as the model says.
-    *(
-        _case("routing.method", f"{name} {E} {K} 9 bf16 normal sliced {'full' if E > 384 else 'core'}")
-        for name in ("biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
-        for E, K in REAL_SIZES
-    ),
     # Sums of scores so small that what is added to them, or is a floor under them, shows.
     *(
         _case("routing.method", f"{name} {E} {K} 9 fp32 tiny contiguous core", lenient)
@@ -142,6 +127,48 @@ REAL_CASES = (
 )
 
 METHOD_CASES = SOFTMAX_CASES + REAL_CASES
+
+# Logits stored in a narrow dtype, scores in float32 or not as the model says, at the sizes of models, in the branch of
+# one token and in that of many.
+PRECISION_CASES = (
+    *(
+        _case("routing.precision", f"{name} 128 8 131 bf16 fine contiguous core")
+        for name in ("plain", "renorm", "biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
+    ),
+    *(
+        _case("routing.precision", f"{name} {E} {K} 9 bf16 fine contiguous core")
+        for name, (E, K) in AT_OWN_SIZES.items()
+        if name not in ("doge", "deepseek-v4-hash")
+    ),
+    *(
+        _case("routing.precision", f"{name} {E} {K} 9 bf16 normal sliced {'full' if E > 384 else 'core'}")
+        for name in ("biased", "deepseek-v3", "deepseek-v2", "chosen", "deepseek-v4")
+        for E, K in REAL_SIZES
+    ),
+    # Neighbours of the logits' dtype, whose scores are one number in that dtype: selection needs float32.
+    *(
+        _case("routing.precision", row)
+        for row in (
+            "plain       128  8   9 bf16 close contiguous smoke",
+            "plain       128  8   1 bf16 close contiguous core",
+            "renorm      256  8   1 bf16 close contiguous core",
+            "renorm      128  8 131 fp16 close contiguous core",
+            "gemma4      128  8   1 bf16 close contiguous core",
+            "biased      128  8   1 bf16 close contiguous core",
+            "deepseek-v3 256  8   1 bf16 close contiguous core",
+            "deepseek-v3 256  8   9 fp16 close contiguous core",
+            "deepseek-v2 160  6   1 bf16 close contiguous core",
+            "deepseek-v2 160  6   9 bf16 close contiguous core",
+            "llama4       16  1   1 bf16 close contiguous core",
+            "laguna      256  8   1 bf16 close contiguous core",
+            # Float32 logits that two bytes cannot hold apart.
+            "plain       128  8   1 fp32 close contiguous core",
+            "renorm      128  8  65 fp32 close contiguous core",
+            "deepseek-v2 160  6   9 fp32 close contiguous core",
+            "renorm      512 22   9 bf16 close contiguous full",
+        )
+    ),
+)
 
 # Spaced at least 1/16 apart and exact after the shift, so that the answer is the same and not only near.
 SHIFT_CASES = tuple(case for case in SOFTMAX_CASES if case["logits"] == "distinct" and case["tokens"])
@@ -251,4 +278,106 @@ FUSED_CASES = tuple(
     )
 )
 
-CASES = (*METHOD_CASES, *TIE_CASES, *NONE_CASES, *UNIQUE_CASES, *PADDING_CASES, *FUSED_CASES)
+# Layouts that the cases of the methods have not: those have columns of wider rows with steps, and a transpose.
+ARGUMENT_CASES = tuple(
+    _case("inputs.strides", row)
+    for row in (
+        "renorm      128  8  9 fp32 fine columns  smoke",
+        "renorm      128  8  1 bf16 fine sliced   core",
+        "deepseek-v3 256  8  9 fp32 fine columns  core",
+        "deepseek-v3 256  8  9 bf16 fine transposed core",
+        "deepseek-v2 160  6  9 fp32 fine offset   core",
+        "chosen      128  8  9 bf16 fine columns  core",
+        "biased      384  8  9 fp32 fine expanded core",
+        "gemma4      128  8 131 bf16 fine columns core",
+    )
+)
+
+UNCHANGED_CASES = tuple(
+    _case("calls.inputs-unchanged", row)
+    for row in (
+        "renorm       40  5  7 fp32 fine contiguous core",
+        "deepseek-v3  40  5  7 fp32 fine contiguous core",
+        "gemma4       40  5  7 bf16 fine contiguous core",
+        "biased       40  5  1 fp32 fine contiguous core",
+    )
+)
+OWN_MEMORY_CASES = tuple(
+    _case("outputs.own-memory", row)
+    for row in (
+        "renorm       44  4  7 fp32 fine contiguous core",
+        "plain         7  7  7 fp32 fine contiguous core",
+        "deepseek-v3  48  4  1 bf16 fine contiguous core",
+    )
+)
+
+FAR_CASES = tuple(
+    _case("inputs.beyond-int32", row)
+    for row in (
+        "renorm      128  8  3 bf16 fine far core",
+        "deepseek-v3 256  8  3 fp32 fine far core",
+        "gemma4       60  4  5 fp32 fine far full",
+    )
+)
+
+CHUNK_CASES = tuple(
+    _case("batches.any-size", f"{name} {E} {K} {T} {dtype} fine contiguous {'full' if T > 257 else 'core'}")
+    for name, E, K, dtype, tokens in (
+        ("renorm", 60, 4, "fp32", (63, 64, 65, 127, 128, 129, 257, 4097)),
+        ("deepseek-v3", 96, 6, "bf16", (65, 129, 257, 1025)),
+        ("gemma4", 60, 10, "fp32", (130, 257)),
+    )
+    for T in tokens
+)
+
+WRITTEN_CASES = tuple(
+    _case("outputs.written", row)
+    for row in (
+        "renorm        7  7   1 fp32 fine   contiguous smoke",
+        "plain         1  1   3 bf16 fine   contiguous core",
+        "renorm      100  3   5 fp16 fine   contiguous core",
+        "deepseek-v3  72 22   5 bf16 fine   contiguous core",
+        "gemma4      128 22   1 bf16 fine   contiguous core",
+        "biased      896 22   3 fp32 fine   contiguous core",
+        "llama4       17  1   5 fp32 fine   contiguous core",
+        "renorm      128  8   0 bf16 normal contiguous core",
+    )
+)
+
+# Between two calls: another router of the same shape, and others.
+STATE_CASES = tuple(
+    _case("calls.same-result", row, between=({}, {"tokens": 131}, {"dtype": "bfloat16"}, {"tokens": 0}))
+    for row in (
+        "renorm       96  6  9 fp32 fine contiguous core",
+        "deepseek-v3  96  6  9 fp32 fine contiguous core",
+        "gemma4       96  6  9 bf16 fine contiguous core",
+        "chosen       96  6  1 fp32 fine contiguous core",
+    )
+)
+
+INVARIANT_CASES = tuple(
+    _case("rows.batch-invariant", row)
+    for row in (
+        "renorm      100  6 35 fp32 fine contiguous smoke",
+        "deepseek-v3 160  6 18 bf16 fine contiguous core",
+        "gemma4      100 22 18 fp32 fine contiguous core",
+    )
+)
+
+CASES = (
+    *METHOD_CASES,
+    *PRECISION_CASES,
+    *TIE_CASES,
+    *NONE_CASES,
+    *UNIQUE_CASES,
+    *PADDING_CASES,
+    *FUSED_CASES,
+    *ARGUMENT_CASES,
+    *UNCHANGED_CASES,
+    *OWN_MEMORY_CASES,
+    *FAR_CASES,
+    *CHUNK_CASES,
+    *WRITTEN_CASES,
+    *STATE_CASES,
+    *INVARIANT_CASES,
+)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.judging.inputs import bits, distinct_logits, integers, normal, poison_
+from moe_conformance.judging.inputs import bits, distinct_logits, integers, normal
+from moe_conformance.judging.layouts import given_as
 from moe_conformance.model.specs import LogitsSpec, RoutingSpec, router_tensors
 from moe_conformance.protocol.routing import RouteInputs
 
@@ -64,6 +67,13 @@ def logits_of(case: Case) -> Tensor:
                 wanted = torch.where(torch.arange(tokens) % 3 == 2, classes - 1, 0)
                 values[torch.arange(tokens), wanted] += 10
             return values
+        case "close":  # neighbours in the dtype, of both signs, whose scores two bytes do not hold apart
+            eps = torch.finfo(getattr(torch, case["dtype"])).eps
+            first, steps = (1 / 4, 2048) if case["dtype"] == "float32" else (1 / 64, round(1 / eps))
+            order = bits(shape, case.id).argsort(dim=-1) - classes // 2
+            place = torch.where(order < 0, -1 - order, order)
+            sizes = first * 2.0 ** (place // steps) * (1 + (place % steps) / steps)
+            return torch.where(order < 0, -sizes, sizes)
         case "tiny":  # the sigmoid's scores are exp of these, about the number that is added to their sum
             return fine(shape, case.id, std=0.5) + math.log(spec.epsilon) / spec.logit_scale
         case "wide":  # spans 1e4: most scores underflow
@@ -87,18 +97,6 @@ def logits_of(case: Case) -> Tensor:
     raise ValueError(f"{case.id}: logits: got {kind!r}")
 
 
-def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same values, with the strides of the layout and poison between them."""
-    tokens, experts = values.shape
-    if layout == "contiguous":
-        return values
-    if layout == "transposed":
-        return values.T.contiguous().T
-    room = poison_(torch.empty(tokens, 2 * experts + 3, dtype=values.dtype))
-    view = room[:, 1 : 2 * experts : 2]
-    return view.copy_(values)
-
-
 def bias_of(case: Case, size: int) -> Tensor:
     """[size] float32; where ties are tried it is one of two numbers, or one, so that they stay ties."""
     spec: RoutingSpec = case["routing"]
@@ -110,6 +108,8 @@ def bias_of(case: Case, size: int) -> Tensor:
         return torch.full((size,), std)
     if case["logits"] == "tiny":  # of a size with the scores: all are chosen by both
         return (fine((size,), seed, 0.25) * spec.epsilon).float()
+    if case["logits"] == "close":  # as far apart as the scores are
+        std = 2.0**-10
     return (fine((size,), seed, std) + constant_of(case)).float()
 
 
@@ -148,10 +148,11 @@ def padded(logits: Tensor, rows: int) -> Tensor:
     return torch.cat([logits, behind])
 
 
-def inputs_of(case: Case) -> RouteInputs:
-    """The case's inputs on the CPU."""
+def inputs_of(case: Case, given: Collection[str] | None = None) -> RouteInputs:
+    """The case's inputs on the CPU. given: as for experts (suites/experts/inputs.py)."""
     spec: RoutingSpec = case["routing"]
-    logits = laid_out(logits_of(case).to(getattr(torch, case["dtype"])), case["layout"])
+    as_given = partial(given_as, {"logits": case["layout"]}, given)
+    logits = as_given("logits", logits_of(case).to(getattr(torch, case["dtype"])))
     rows = case.recipe.get("padding_rows", 0)
     logits = padded(logits, rows) if rows else logits
     token_ids = integers((len(logits),), f"{case.id}-tokens", VOCABULARY) if spec.selector == "table" else None

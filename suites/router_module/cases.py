@@ -102,7 +102,7 @@ ROUTER_CASES = tuple(
     Case(
         f"router-{name}-e{experts}-k{top_k}-{'bf16' if dtype == 'bfloat16' else 'fp32'}",
         stage="router_module",
-        clause="routing.method",
+        clause="routing.precision" if dtype == "bfloat16" else "routing.method",
         recipe={
             "logits": logits,
             "routing": method(name, top_k),
@@ -132,7 +132,7 @@ ONE_TOKEN_CASES = tuple(
     Case(
         f"router-{name}-e128-k8-{kind}",
         stage="router_module",
-        clause="routing.method",
+        clause="routing.method" if dtype == "float32" else "routing.precision",
         recipe={
             "logits": logits,
             "routing": method(name, 8),
@@ -146,8 +146,57 @@ ONE_TOKEN_CASES = tuple(
         ("chosen", LogitsSpec(bias=True), "one-token-bf16", 1, "bfloat16"),
         ("deepseek-v3", IN_FLOAT32, "one-token-bf16", 1, "bfloat16"),
         ("gemma4", GEMMA4, "one-token-bf16", 1, "bfloat16"),
+        ("deepseek-v3", IN_FLOAT32, "131-tokens-bf16", 131, "bfloat16"),
+        ("renorm", PLAIN, "one-token-bf16", 1, "bfloat16"),
+        ("biased", IN_FLOAT32, "one-token-fp16", 1, "float16"),
         ("gemma4", LogitsSpec("gemma4", norm_eps=0.0625), "epsilon", 9, "float32"),
     )
 )
 
-CASES = (*CLOSURE_CASES, *ROUTER_CASES, *ONE_TOKEN_CASES)
+ARGUMENT_CASES = tuple(
+    Case(
+        f"router-{name}-x-{layout}-{short}",
+        stage="router_module",
+        clause="inputs.strides",
+        recipe={
+            "logits": logits,
+            "routing": method(name, 8),
+            "experts": 128,
+            "hidden": 72,
+            "tokens": 9,
+            "dtype": dtype,
+            "arguments": {"x": layout},
+        },
+    )
+    for name, logits, layout, short, dtype in (
+        ("renorm", PLAIN, "columns", "fp32", "float32"),
+        ("gemma4", GEMMA4, "transposed", "fp32", "float32"),
+        ("deepseek-v3", IN_FLOAT32, "sliced", "bf16", "bfloat16"),
+        ("chosen", LogitsSpec(bias=True), "expanded", "bf16", "bfloat16"),
+        ("plain", PLAIN, "offset", "fp32", "float32"),
+    )
+)
+
+# As many experts as columns: the projection and its transpose have one shape.
+ORIENTED_CASES = tuple(
+    Case(
+        f"router-{name}-square-{short}",
+        stage="router_module",
+        clause="matrices.orientation",
+        recipe={
+            "logits": logits,
+            "routing": method(name, 6),
+            "experts": 96,
+            "hidden": 96,
+            "tokens": 9,
+            "dtype": dtype,
+        },
+    )
+    for name, logits, short, dtype in (
+        ("renorm", PLAIN, "fp32", "float32"),
+        ("gemma4", GEMMA4, "fp32", "float32"),
+        ("chosen", LogitsSpec(bias=True), "bf16", "bfloat16"),
+    )
+)
+
+CASES = (*CLOSURE_CASES, *ROUTER_CASES, *ONE_TOKEN_CASES, *ARGUMENT_CASES, *ORIENTED_CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,10 @@ from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import normal
+from moe_conformance.judging.layouts import given_as
 from moe_conformance.oracle.logits import logits_value
 from moe_conformance.oracle.routing import judge_routing
+from moe_conformance.protocol.moving import to_device
 from moe_conformance.suites.route.inputs import fine
 
 Tensors = dict[str, Tensor]
@@ -79,9 +82,11 @@ def spec_of(case: Case, dtype: torch.dtype) -> RouterSpec:
 class RealRouter(Router):
     """A router of a model's size, whose values have all the bits of its dtype."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, given: Collection[str] | None = None) -> None:
+        """given: as for experts (suites/experts/inputs.py)."""
         dtype = getattr(torch, case["dtype"])
         hidden = fine((case["tokens"], case["hidden"]), f"{case.id}-hidden", 1.0).to(dtype)
+        hidden = given_as(case.recipe.get("arguments", {}), given, "x", hidden)
         super().__init__(spec_of(case, dtype), hidden)
         self.seed = case.id
 
@@ -109,3 +114,13 @@ def fill(handle: RouterHandle, values: Tensors) -> None:
     """Copy canonical values into the module; under no_grad."""
     for canonical, name in handle.tensors.items():
         tensor_in(handle.module, name).copy_(values[canonical])
+
+
+def judge_router(engine: Any, router: Router) -> None:
+    """Build it, fill it, and judge what it answers for its hidden states."""
+    values = router.values("only")
+    handle = engine.router_module(router.spec)
+    fill(handle, values)
+    module = handle.module.requires_grad_(False).eval()
+    x = router.x(handle.takes, values)
+    router.judge("router", module(to_device(x, engine.info.device)), handle.takes, values)

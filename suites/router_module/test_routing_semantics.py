@@ -8,16 +8,11 @@ import torch
 
 from moe_conformance.catalogue.case import Case, check
 from moe_conformance.suites.router_module.cases import ONE_TOKEN_CASES, ROUTER_CASES
-from moe_conformance.suites.router_module.routers import RealRouter, fill
+from moe_conformance.suites.router_module.routers import RealRouter, judge_router
 
 
 @check((*ROUTER_CASES, *ONE_TOKEN_CASES))
 @torch.no_grad()
 def test_a_router_chooses_and_weighs_by_its_method(engine: Any, case: Case) -> None:
     """From hidden states: ids are a best K within the errors of the logits, weights what those ids have."""
-    router = RealRouter(case)
-    values = router.values("only")
-    handle = engine.router_module(router.spec)
-    fill(handle, values)
-    module = handle.module.requires_grad_(False).eval()
-    router.judge("router", module(router.x(handle.takes, values).to(engine.info.device)), handle.takes, values)
+    judge_router(engine, RealRouter(case))

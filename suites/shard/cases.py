@@ -58,6 +58,7 @@ def _shard(
         "hot": None,
         "copies": (),
         "dtype": "float32",
+        "arguments": {},
         **recipe,
     }
     if dims["F"] % recipe["tp"]:
@@ -74,7 +75,6 @@ SUMS = (
     _shard("ep3-nothing-dropped", dims=TINY | {"T": 40}),
     _shard("ep3-dropped", owners=OWNERS["scattered"], rotated=True, dropped=6),
     _shard("ep3-hot", owners=OWNERS["scattered"], hot=9),
-    _shard("ep4-equal-dims", dims=EQUAL, owners=(3, 0, 0, 1, 2, 2, 3, 1), rotated=True),
     _shard("ep3-bf16", owners=OWNERS["scattered"], rotated=True, dtype="bfloat16"),
     *(_shard(f"ep3-{T}-tokens", T=T) for T in (0, 1, 7)),
     _shard("ep3-bias", bias=True, activation="gelu_tanh"),
@@ -86,7 +86,6 @@ SUMS = (
     _shard("tp2-bias", tp=2, bias=True, owners=ONE_RANK),
     _shard("tp2-dropped-bias", tp=2, bias=True, owners=ONE_RANK, dropped=6),
     _shard("tp2-not-gated", tp=2, gated=False, activation="relu2", bias=True, owners=ONE_RANK),
-    _shard("tp2-equal-dims", tp=2, dims=EQUAL, owners=(0,) * 8),
     _shard("tp3-uneven", tp=3, F=10, bias=True, owners=ONE_RANK),
     _shard("tp2-0-tokens", tp=2, T=0, owners=ONE_RANK),
     _shard("ep3-tp2", tp=2, owners=OWNERS["scattered"], rotated=True, bias=True),
@@ -102,8 +101,6 @@ SUMS = (
         )
     ),
     _shard("ep3-tp2-narrow-bf16", dims=NARROW, owners=OWNERS["scattered"], tp=2, bias=True, dtype="bfloat16"),
-    _shard("ep3-wide", dims=WIDE, owners=OWNERS["scattered"]),
-    _shard("tp2-wide-not-gated", dims=WIDE, owners=ONE_RANK, tp=2, gated=False, activation="relu2"),
 )
 
 # poison: pairs of others and of none have NaN weights, and tokens without any expert NaN in x.
@@ -147,4 +144,38 @@ REPLICAS = (
     _shard("replicas-tp2-bias", "shard.same-output", copies=COPIES, tp=2, bias=True),
 )
 
-CASES = (*SUMS, *NOTHING, *OUT_OF_RANGE, *SHARED, *REPLICAS)
+ARGUMENTS = (
+    _shard("x-columns", "inputs.strides", arguments={"x": "columns", "ids": "sliced", "weights": "transposed"}),
+    _shard("x-transposed-bias", "inputs.strides", arguments={"x": "transposed", "ids": "columns"}, bias=True),
+    _shard("x-sliced-tp2", "inputs.strides", arguments={"x": "sliced", "tensors": "transposed"}, tp=2),
+    _shard("x-expanded-bf16", "inputs.strides", arguments={"x": "expanded", "weights": "sliced"}, dtype="bfloat16"),
+    _shard("ids-int32", "inputs.dtypes", arguments={"ids": "int32"}, owners=OWNERS["scattered"], dropped=6),
+)
+
+_ORIENTED = "matrices.orientation"
+ORIENTED = (
+    _shard("ep4-equal-dims", _ORIENTED, dims=EQUAL, owners=(3, 0, 0, 1, 2, 2, 3, 1), rotated=True),
+    _shard("tp2-equal-dims", _ORIENTED, tp=2, dims=EQUAL, owners=(0,) * 8),
+    _shard("ep3-wide", _ORIENTED, dims=WIDE, owners=OWNERS["scattered"]),
+    _shard("tp2-wide-not-gated", _ORIENTED, dims=WIDE, owners=ONE_RANK, tp=2, gated=False, activation="relu2"),
+    _shard("tp2-square", _ORIENTED, tp=2, dims={**EQUAL, "F": 24, "E": 24}, owners=(0,) * 24),
+)
+
+CHUNKS = (
+    _shard("ep3-129-tokens", "batches.any-size", T=129, owners=OWNERS["scattered"]),
+    _shard("tp2-130-tokens-bf16", "batches.any-size", T=130, tp=2, owners=ONE_RANK, dtype="bfloat16"),
+)
+
+WRITTEN = (
+    _shard("written-empty-rank", "outputs.written", owners=OWNERS["empty-rank"], T=3),
+    _shard("written-all-dropped", "outputs.written", dropped=20, T=5),
+    _shard("written-no-tokens-tp2", "outputs.written", T=0, tp=2),
+    _shard("written-one-token", "outputs.written", owners=OWNERS["scattered"], T=1, dtype="bfloat16"),
+)
+
+STATE = (
+    _shard("after-others", "calls.same-result", owners=OWNERS["scattered"], dropped=6),
+    _shard("after-others-tp2", "calls.same-result", tp=2, T=7),
+)
+
+CASES = (*SUMS, *NOTHING, *OUT_OF_RANGE, *SHARED, *REPLICAS, *ARGUMENTS, *ORIENTED, *CHUNKS, *WRITTEN, *STATE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import Engine, ExpertsInputs, ShardInputs
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import distinct_logits, integers, normal, poisoned_allocations
+from moe_conformance.judging.layouts import given_as
 from moe_conformance.judging.repeats import assert_repeats
 from moe_conformance.model.specs import MLPSpec
 from moe_conformance.oracle.bounds import Bound
@@ -35,8 +37,9 @@ def chosen(tokens: int, experts: int, top_k: int, dropped: int, seed: str, hot: 
     return ids.masked_fill(gone, -1)
 
 
-def unsharded(case: Case) -> ShardInputs:
-    """The layer on one rank that holds all of it."""
+def unsharded(case: Case, given: Collection[str] | None = None) -> ShardInputs:
+    """The layer on one rank that holds all of it. given: as for experts (suites/experts/inputs.py)."""
+    as_given = partial(given_as, case["arguments"], given)
     dtype = getattr(torch, case["dtype"])
     T, E, K, D = (case[name] for name in ("T", "E", "K", "D"))
 
@@ -47,15 +50,17 @@ def unsharded(case: Case) -> ShardInputs:
         return normal(shape, f"parallel-{name}", dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
 
     def tensors(mlp: MLPSpec, prefix: str, lead: tuple[int, ...] = ()) -> dict[str, Tensor]:
-        return {name: tensor(name, shape) for name, shape in mlp.tensors(prefix, D, lead).items()}
+        return {name: as_given("tensors", tensor(name, shape)) for name, shape in mlp.tensors(prefix, D, lead).items()}
 
     return ShardInputs(
         whole=ExpertsInputs(
-            x=normal((T, D), "parallel-x", dtype),
+            x=as_given("x", normal((T, D), "parallel-x", dtype)),
             mlp=case["mlp"],
             tensors=tensors(case["mlp"], "experts", (E,)),
-            ids=chosen(T, E + case["identity_experts"], K, case["dropped"], "parallel-logits", case["hot"]),
-            weights=2.5 * normal((T, K), "parallel-weights"),
+            ids=as_given(
+                "ids", chosen(T, E + case["identity_experts"], K, case["dropped"], "parallel-logits", case["hot"])
+            ),
+            weights=as_given("weights", 2.5 * normal((T, K), "parallel-weights")),
             output_scale=case["output_scale"],
             identity_experts=case["identity_experts"],
         ),
@@ -119,14 +124,15 @@ def judge_sum(engine: Engine, what: str, layer: ShardInputs, everybody: Sequence
     total = torch.zeros(layer.whole.x.shape, dtype=torch.float64)
     for inputs in everybody:
         total += part_of(engine, inputs)
-    compare.close(what, total, *_expected(everybody[0]))
+    compare.close(what, total, *expected(everybody[0]))
 
 
 def same_part(engine: Engine, what: str, got: Tensor, want: Tensor, inputs: ShardInputs) -> None:
     """Two parts of the same rank that must not differ: in bits, or for an engine without "same_bits" by roundings."""
     own = with_pairs(inputs, ids=inputs.whole.ids.where(held_pairs(inputs), -1))
-    assert_repeats(what, engine, "shard", got, want, _expected(own)[1])
+    assert_repeats(what, engine, "shard", got, want, expected(own)[1])
 
 
-def _expected(inputs: ShardInputs) -> tuple[Tensor, Bound]:
+def expected(inputs: ShardInputs) -> tuple[Tensor, Bound]:
+    """The exact sum of all parts, and how far that of correct ranks may be from it."""
     return expected_parts(inputs.whole, inputs.shared, inputs.shared_tensors, inputs.ep_size, inputs.tp_size)

@@ -1,7 +1,7 @@
-"""The words in which records write configs: sizes that are filled in later, and groups of keys that families share.
+"""Building blocks for the configs of records: sizes that are filled in later, and groups of keys that families share.
 
-One config of a family serves several ends, each with sizes of its own: nine layers to read, two to compute, a tiny
-model to load. So a record names its sizes, and `filled` puts numbers in their place.
+One config of a family is used in several sizes: nine layers to read, two to compute, a tiny model to load. So a record
+names its sizes, and `filled` replaces the names by numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Size(Enum):
     ATTENTION = "attention of each layer"
 
 
-# Nine layers to read. No two roles share a number, and none is a class default: a value from the wrong key shows.
+# Nine layers to read. All sizes differ, and none is a class default, so that a value read from the wrong key shows.
 # MoE layers 1, 4, 5, 6, 8: no leading block, no period.
 TO_READ: Mapping[Size, Any] = {
     Size.LAYERS: 9,
@@ -47,8 +47,8 @@ TO_READ: Mapping[Size, Any] = {
     Size.ATTENTION: ["full_attention"] * 9,
 }
 # Two layers to compute. Where a family has groups: 12 experts in 4 groups of 3, of which 2 compete, 5 experts chosen.
-# What experts read and compute are multiples of 32, for kernels take no others (vLLM's for CPUs), of the other widths
-# multiples of 8, because grouped matrix products want rows of a multiple of 16 bytes.
+# Widths that experts read and compute are multiples of 32, because vLLM's CPU kernels take no others. Other widths are
+# multiples of 8, because grouped_mm wants rows of a multiple of 16 bytes.
 TO_COMPUTE: Mapping[Size, Any] = {
     Size.LAYERS: 2,
     Size.HIDDEN: 96,
@@ -107,11 +107,11 @@ MOE_SHARED: Keys = {"moe_num_shared_experts": 2}
 ONE_SHARED: Keys = {"shared_expert_intermediate_size": SHARED}
 WIDE_SHARED: Keys = {"shared_intermediate_size": SHARED}
 
-# One group: 11 experts do not divide.
+# One group: 11 experts cannot be divided.
 ONE_GROUP: Keys = {"n_group": 1, "topk_group": 1}
 
-# To compute with. Gates and ups of the inputs spread by about 1.5, so that the limit clamps half of them; an epsilon
-# of norms is large enough to be seen.
+# Values to compute with. Gate and up projections of the inputs spread by about 1.5, so the limit clamps half of them;
+# the epsilon of norms is large enough to show.
 LIMIT, EPS, SCALE = 0.75, 0.0625, 2.5
 GROUPS: Keys = {"n_group": 4, "topk_group": 2}
 SCALED: Keys = {"routed_scaling_factor": SCALE}
@@ -136,8 +136,8 @@ ONLY_ACT = (GELU, TANH)
 LIMITED: Keys = {"topk_method": "group_limited_greedy"} | GROUPED | RESCALED | MLP_BIAS | GELU
 GREEDY: Keys = {"topk_method": "greedy"} | GROUPED | RESCALED
 KIMI: Keys = {"num_experts": 12, "num_expert_group": 4, "topk_group": 2} | RESCALED
-# What no published config of these models sets otherwise than its class does: the activation, biases of the experts'
-# projections, noise that routers add in training. An engine may have the usual value built in.
+# Keys that every published config of these models leaves at the class default: the activation, biases of the experts'
+# projections, noise that routers add in training. An engine may hard-code the default.
 UNPUBLISHED = frozenset(
     {
         *("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function", "dense_act_fn", "ffn_act_fn"),
@@ -147,10 +147,10 @@ UNPUBLISHED = frozenset(
 
 NO_SUCH = "no published config has such a value, or a second spelling that differs"
 
-# Published beside.
+# Keys that published configs carry as well.
 NOAUX_TC: Keys = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 GREEDY_SOFTMAX: Keys = {"topk_method": "greedy", "scoring_func": "softmax"}
 
-# Hidden sizes at which a layout that is guessed from a shape is wrong: [2F, H] square, and 2F < H, as most models have.
+# Hidden sizes at which guessing a layout from a shape goes wrong: [2F, H] square, and 2F < H, as most models have.
 SQUARE: Keys = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 NARROW: Keys = {"hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 5}

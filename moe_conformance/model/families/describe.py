@@ -37,7 +37,8 @@ def describe(config: Any, families: Families = RECORDS) -> MoESpec:
 
     config: a transformers config or its plain dict, flat or nested (text_config, ffn_config, thinker_config, ...;
     vision_config only where nothing else has experts).
-    `layers` is empty where the config leaves it open what a layer computes; `undetermined` says why, and `layer_of`.
+    `layers` is empty where the config does not determine what a layer computes; `undetermined` and the error of
+    `layer_of` say why.
     Raises DenseModelError for a model without routed experts, ConfigError for a size that is missing or wrong.
 
         describe({"model_type": "mixtral", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96,
@@ -90,7 +91,7 @@ def _candidates(values: Mapping[str, Any], families: Families) -> Iterator[tuple
     found = False
     for path, level in [*levels(values, NESTED), *levels(values, NESTED_LAST)]:
         if not path and found:
-            continue  # what lies below describes the model
+            continue  # the level below describes the model
         own = model_type_of(level)
         text = path.endswith("text_config") or not path
         record = families.record_of(own or root) if text else families.get(own)

@@ -32,7 +32,7 @@ NESTED_LAST = ("vision_config",)
 class Families(Mapping[str, Record]):
     """Records by their own model type, in the order of their slugs.
 
-    A wrapper is called as the text model is, without "_text", or is among the record's `also`.
+    A wrapper has the text model's name without "_text", or is listed in the record's `also`.
     Raises ValueError where two records claim one model type or one slug.
     """
 
@@ -76,7 +76,7 @@ def _written() -> Iterator[Record]:
 
 
 RECORDS = Families(_written())
-# As cases call them.
+# By the names that cases use.
 BY_SLUG: Mapping[str, Record] = {record.slug: record for record in RECORDS.values()}
 
 

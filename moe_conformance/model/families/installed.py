@@ -1,7 +1,7 @@
-"""Which families with experts the installed transformers has, read off its source: nothing of it is imported.
+"""Which families with experts the installed transformers has. Read from its source; nothing is imported.
 
-A config class has experts where one of its attributes is named after a number of them. That the class is never read
-is no reason to leave it out: a family that nobody names reads as a pass.
+A config class has experts if one of its attributes is named like a number of experts. A family is listed even if this
+project never reads its class: one that is not named would read as a pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _EXPERTS = re.compile(
 
 @dataclass(frozen=True)
 class Installed:
-    """version: of transformers. all: every model type it has. experts: those with experts, and their config class."""
+    """version: of transformers. all: every model type. experts: model types with experts -> their config class."""
 
     version: str
     all: frozenset[str]
@@ -66,7 +66,7 @@ def read(which: str, sources: Iterable[str]) -> Installed:
         starts = [match.start() for match in _CLASS.finditer(source)]
         classes = [source[start:end] for start, end in zip(starts, [*starts[1:], len(source)], strict=True)]
         typed = [(found[1], text) for text in classes if (found := _MODEL_TYPE.search(text))]
-        # Of a class without a model type, which is part of a config: whatever the file describes has its experts.
+        # A class without a model type is part of a config: its experts count for every model type in the file.
         part = any(_EXPERTS.search(text) and not _MODEL_TYPE.search(text) for text in classes)
         experts |= {name: _CLASS.match(text)[1] for name, text in typed if part or _EXPERTS.search(text)}  # type: ignore[index]
     return Installed(which, frozenset(every), experts)

@@ -1,7 +1,7 @@
-"""From what a layer computes back to a config that says so, in the words of a family's record.
+"""From what a layer computes back to a config that says so, using a family's record in reverse.
 
-For engines whose layers can be built from configs alone. What comes out is read again by `layer_of`: a config is found
-only if the record says of it what was asked for.
+For engines whose layers can be built only from configs. The result is read back by `layer_of`: a config is returned
+only if its record yields exactly the spec asked for.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ALWAYS_READ = (
 )
 # The value of a key that stays as the setting has it.
 _AS_IT_IS = object()
-# Sizes that a config may leave open -> the field of LayerSpec that each is.
+# Sizes that a config may leave open -> the LayerSpec field of each.
 _OPEN = {
     Size.HIDDEN: "hidden_size",
     Size.EXPERTS: "num_experts",
@@ -68,7 +68,7 @@ class Setting:
 
 @cache
 def settings(model_type: str) -> tuple[Setting, ...]:
-    """Those of a family's settings whose blocks are judged; none where its record has no words for its layers."""
+    """The settings of a family whose blocks are judged; none if its record cannot express its layers."""
     record = RECORDS[model_type]
     block = record.block
     if block is None or record.method.unsaid:
@@ -96,9 +96,9 @@ class Said(NamedTuple):
 
 
 def config_of(setting: Setting, spec: LayerSpec, fits: Callable[[LayerSpec], bool]) -> Said | None:
-    """A config of the setting's family that says the spec, as far as it has words for it.
+    """A config of the setting's family that says the spec, as far as its keys can.
 
-    fits: whether what the record says of a config is what is asked for; None where it is of no value of its keys.
+    fits: whether the record's reading of a config is what was asked for; None if no value of its keys can give that.
     """
     base = filled(setting.keys, {**TO_COMPUTE, **_sizes(setting.record, spec)})
     choices = _choices(setting, spec)
@@ -106,7 +106,7 @@ def config_of(setting: Setting, spec: LayerSpec, fits: Callable[[LayerSpec], boo
         config = _set(base, setting.record.sizes.experts_under, dict(zip(choices, values, strict=True)))
         try:
             found = layer_of(config, setting.layer)
-        except (MoEConformanceError, ValueError):  # such a value has no meaning for the family
+        except (MoEConformanceError, ValueError):  # the family gives this value no meaning
             continue
         if fits(found):
             return Said(config, found)
@@ -152,7 +152,7 @@ def small(layer: LayerSpec, routing: RoutingSpec, experts: int, unseen: int, **o
 
 
 def is_out_of_reach(setting: Setting, spec: LayerSpec, parts: Collection[str]) -> bool:
-    """Whether some field of these parts that is never at rest is otherwise, and no key decides it: a quick answer."""
+    """Whether a field of these parts that always acts differs and no key decides it: a quick way to say no."""
     return any(
         path not in setting.decided and _value(setting.spec, path) != _value(spec, path)
         for path in _ALWAYS_READ
@@ -161,14 +161,14 @@ def is_out_of_reach(setting: Setting, spec: LayerSpec, parts: Collection[str]) -
 
 
 def with_values(setting: Setting, spec: LayerSpec) -> LayerSpec:
-    """The family's layer, with this spec's values in all that a config may decide."""
+    """The family's layer with this spec's values in every field that a config may decide."""
     values = {path: _value(spec, path) for path in setting.decided}
     return with_fields(setting.spec, {path: value for path, value in values.items() if value is not None})
 
 
 @lru_cache(maxsize=4096)
 def at_rest(spec: LayerSpec, narrow: bool) -> LayerSpec:
-    """The same layer with the fields that nothing reads at their defaults; narrow: x is not float32."""
+    """The same layer with every field that has no effect at its default. narrow: x is not float32."""
     return replace(
         spec,
         routing=_routing_at_rest(spec.routing, narrow),
@@ -204,7 +204,7 @@ def _mlp_at_rest(spec: MLPSpec, narrow: bool) -> MLPSpec:
 
 
 def _with_open_sizes(keys: Keys, own: Mapping[str, Any]) -> Keys:
-    """The keys with numbers open where the record's own config has them open, and a key is not switched off."""
+    """The keys, with those numbers left open that the record's config leaves open, unless the key is switched off."""
     found = dict(keys)
     for key, value in own.items():
         if isinstance(value, Mapping):
@@ -241,7 +241,7 @@ def _sizes(record: Record, spec: LayerSpec) -> dict[Size, int | None]:
 
 
 def _decided(record: Record, spec: LayerSpec, open_sizes: Collection[Size]) -> frozenset[str]:
-    """All that a key decides, directly or through a function, and all sizes that are open."""
+    """Every field that a key decides, directly or through a function, and every open size."""
     found = {path for size, path in _OPEN.items() if size in open_sizes}
     found |= {"vocab_size"} if spec.vocab_size else set()
     found |= {"routing.identity_experts"} if record.sizes.extra_experts else set()
@@ -260,7 +260,7 @@ def _decided(record: Record, spec: LayerSpec, open_sizes: Collection[Size]) -> f
 
 
 def _said(method: Method) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Fields that the method may say, each with the dotted prefix of what they are of."""
+    """The fields of the method, each with the dotted prefix of the spec it belongs to."""
     for name, part in _PARTS.items():
         said, prefix = getattr(method, name), f"{part}." if part else ""
         if isinstance(said, Key):
@@ -280,7 +280,7 @@ def _leaves(entry: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _choices(setting: Setting, spec: LayerSpec) -> dict[str, list[Any]]:
-    """For each key, the values that may say what the spec says."""
+    """For each key, the values that may express the spec."""
     record, found = setting.record, dict[str, list[Any]]()
     for said in vars(record.method).values():
         if isinstance(said, Key) and isinstance(said.of, Mapping):
@@ -322,11 +322,11 @@ def _words(key: Key, value: Any) -> list[Any]:
         return [value]
     if isinstance(key.of, Mapping):
         return [word for word, meaning in key.of.items() if isinstance(meaning, Key) or meaning == value]
-    return [value, None, _AS_IT_IS]  # what a function makes of a number is not known but by trying
+    return [value, None, _AS_IT_IS]  # a function's result for a number is only known by trying it
 
 
 def _spelled(record: Record, names: tuple[str, ...]) -> str:
-    """The name that the family's own class has."""
+    """The name that the family's own config class uses."""
     used = (record.config, record.block.keys if record.block else {}, *record.ways)
     return next((name for name in names if any(name in keys for keys in used)), names[0])
 

@@ -17,10 +17,10 @@ WHAT = "MoE method"
 class Key:
     """A key of the config that decides a field.
 
-    name: or several, of which those that are set must agree. default: what the model's config class takes where a
-    plain dict leaves the key out. of: what its value means, as a table of the values it may have or as a function of a
-    number or null; without it the value is a number. per_layer: the value is null or a list with an entry for each
-    decoder layer (a longer list goes on with draft layers). least, most: of a number. whole: it is an integer.
+    name: one name or several; those that are set must agree. default: the config class's own, for a plain dict without
+    the key. of: the meaning of its value, as a table of legal values or a function of a number or null; without it the
+    value is a number. per_layer: the value is null or a list with an entry for each decoder layer (a longer list goes
+    on with draft layers). least, most: of a number. whole: it is an integer.
     """
 
     name: str | tuple[str, ...]
@@ -66,7 +66,7 @@ class Key:
 
 
 def resolve(field: Any, scope: Scope, layer: int) -> Any:
-    """A field with all filled in that the config decides: Keys, functions of (scope, layer), and tables of them."""
+    """A field with what the config decides resolved: Keys, functions of (scope, layer), and tables of both."""
     if isinstance(field, Key):
         return resolve(field.read(scope, layer), scope, layer)
     if isinstance(field, Mapping):

@@ -24,7 +24,7 @@ from moe_conformance.model.specs import (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one layer. experts: those with weights; identity: further ones without. shared_width: of all together."""
+    """Of one layer. experts: those with weights. identity: those without. shared_width: of all shared ones together."""
 
     hidden: int
     experts: int
@@ -43,7 +43,7 @@ def layer_specs(scope: Scope, record: Record, spec: MoESpec) -> tuple[LayerSpec,
     """
     identity = identity_experts(scope, record.sizes)
     routed = routed_scope(spelled_out(scope, record.sizes), record.sizes)
-    said: dict[Sizes, LayerSpec] = {}  # of layers that only sizes tell apart
+    said: dict[Sizes, LayerSpec] = {}  # layers that differ in nothing but sizes
     alike = not any(map(is_of_each_layer, vars(record.method).values()))
     found = []
     for place, layer in enumerate(spec.moe_layers or spec.encoder_moe_layers):

@@ -1,8 +1,8 @@
 """Which decoder layers have routed experts: one small rule a config style.
 
-A rule takes the config level and the number of layers, and returns the indices of the MoE layers. A key of a rule
-that a plain dict leaves out takes the default of the model's own config class: the pattern belongs to the
-architecture. Sizes have no defaults.
+A rule takes the config level and the number of layers, and returns the indices of the MoE layers. If a plain dict lacks
+a key of the rule, the default of the model's own config class counts, because the pattern belongs to the architecture.
+Sizes have no defaults.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def step_from_one(step_key: str, count_key: str) -> Rule:
 
 
 def looped(scope: Scope, total: int) -> tuple[int, ...]:
-    """The layer of each run: those from a start to an end run in turn, as often as there are passes (Inkling 2)."""
-    older = scope.below(WHAT, "loop_config")  # where it is there, it counts
+    """The layer of each run: the layers from a start to an end run in order, once a pass (Inkling 2)."""
+    older = scope.below(WHAT, "loop_config")  # used if it is set
     start = older.optional(WHAT, "core_start", scope.optional(WHAT, "loop_layer_index_start", 6))
     end = older.optional(WHAT, "core_end", scope.optional(WHAT, "loop_layer_index_end", 18))
     passes = older.optional(WHAT, "num_passes", scope.optional(WHAT, "loop_num_passes", 3, least=1), least=1)
@@ -177,7 +177,7 @@ def step_to_last(step_key: str) -> Rule:
 
 
 def _indices(scope: Scope, key: str, indices: Any, total: int) -> tuple[int, ...]:
-    """Those of the listed layers that the model has: a model cut short keeps its list."""
+    """The listed layers that the model has: a truncated model keeps its original list."""
     indices = scope.sequence(WHAT, key, indices)
     wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or i < 0]
     if wrong:

@@ -1,6 +1,6 @@
-"""The words in which records say what checkpoints call the tensors of an MoE layer, and how they lay them out.
+"""How checkpoints name the tensors of an MoE layer and lay them out, as records say it.
 
-Names are those within a decoder layer; {e} stands for the number of an expert.
+Names are relative to a decoder layer; {e} stands for the number of an expert.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Pieces = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack of layers: its path in the file, what stands between a layer's number and the names, canonical prefix.
+    """A stack of layers: its path in the file, the infix between a layer's number and the names, the canonical prefix.
 
     width: config key of its experts' width, where it is not that of the described layers.
     """
@@ -65,10 +65,10 @@ class Stack:
 class Names:
     """written: as `save_pretrained` writes them. read: spellings that are read as well, the modules' own included.
     published: patterns of `written` -> how those who published the family spell that tensor.
-    prefix: before the path of the stack. identity_written: identity experts have tensors all the same.
+    prefix: before the path of the stack. identity_written: identity experts have tensors nevertheless.
     second_width: config key of a list whose entry 1 is the width of a second set of experts. once_transposed: packed
-    experts lie transposed where transformers 4 wrote them. prefixes: by model type of a wrapper, what stands before the
-    stack there. alone_as_modules: the text model by itself writes its modules' own names.
+    experts are transposed in checkpoints that transformers 4 wrote. prefixes: by model type of a wrapper, what stands
+    before the stack there. alone_as_modules: the text model by itself writes its modules' own names.
     """
 
     written: Pieces

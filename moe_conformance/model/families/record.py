@@ -1,4 +1,5 @@
-"""One model family: all that this project knows of it. records/ has one file a family; every table comes of them.
+"""One model family: everything this project knows about it. records/ has one file a family; every table is derived from
+them.
 
 A record says what its model's own code computes. Where transformers, the code that was published with the model, and
 the paper disagree, `authority` says which one it follows and why.
@@ -26,7 +27,7 @@ SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "moe_num_shared_expert
 
 @dataclass(frozen=True)
 class Shared:
-    """count: keys of how many there are, or the number. width: keys of the width of one, () for a routed one's."""
+    """count: keys for their number, or that number. width: keys for the width of one; (): that of a routed expert."""
 
     count: tuple[str, ...] | int = SHARED_COUNT
     width: tuple[str, ...] = ()
@@ -44,7 +45,7 @@ class Sizes:
     layers: rule for the MoE layers. num_layers: keys of the number of layers, () where the list of blocks gives it.
     experts_under: key of the level that holds experts, top-k and width. top_k: keys, or the number the model fixes.
     width: keys of an expert's width, or that width. width_of_hidden: key of the ratio of width to hidden_size.
-    width_entry: which entry to take of a width that is a list of something else than layers. extra_experts: key and
+    width_entry: which entry to take if the width is a list whose entries are not layers. extra_experts: key and
     default of further experts without weights that the router also chooses among. latent: key of the width that the
     experts work in, latent_required: whether it must be set. switch: key that must be true. least_experts: fewer is a
     dense model. encoder: rule, layer keys and width keys of an encoder. pyramid: legacy key with the experts of each
@@ -79,11 +80,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Method:
-    """What a layer computes: fields of specs.py that are not at their defaults. A `Key` is what a config says.
+    """What a layer computes: the fields of specs.py that are not at their defaults. A `Key` stands for what the config
+    says.
 
     routing, logits, experts (an MLPSpec), layer, latent: fields of the specs. shared: of SharedSpec; shared_mlp: of its
     MLP, where that is not as the experts are. dense: of DenseSpec; dense_mlp: of its MLP, width included.
-    unsaid: why specs.py has no words for the layer.
+    unsaid: why specs.py cannot express the layer.
     """
 
     routing: Any = field(default_factory=dict)
@@ -102,7 +104,8 @@ class Method:
 class Wrapper:
     """The model around the family's text model, whose config has the family's below `path`.
 
-    config_class: transformers'. rest: what else that class insists on. typed: its text config must say its model type
+    config_class: transformers'. rest: further keys that this class requires. typed: its text config must say its model
+    type
     (transformers 4 builds it only then).
     """
 
@@ -118,7 +121,7 @@ class Block:
 
     keys: what differs from the record's config, None for a key that is dropped. layer: the decoder layer. grouped: the
     family reads experts_implementation. given: takes a routing instead of its router's. token_ids, state: its router
-    needs them. bias: its selection bias, where hashed values would not do. only: the config as it stands.
+    needs them. bias: its selection bias, if hashed values are unsuitable. only: the config as it is, without variants.
     """
 
     keys: Keys = field(default_factory=dict)
@@ -132,7 +135,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Variant:
-    """Another setting of a block's config: keys that are changed or dropped, and fields of Block that are otherwise.
+    """Another setting of a block's config: keys that are changed or dropped, and fields of Block that differ.
 
     lenient: why an engine that computes otherwise breaks no more than a SHOULD.
     """
@@ -152,7 +155,7 @@ FORMS = ("class", "nested", "plain")
 
 @dataclass(frozen=True)
 class Config:
-    """A further config of the family, beside those that every family has.
+    """A further config of the family, in addition to those that every family has.
 
     kind: it is judged by the "sizes" or the "layers" it says, or is "refused" with the keys in `names`, or "dense".
     keys, dropped: what differs from the record's config. bare: the sizes of a model without experts alone.
@@ -187,11 +190,11 @@ class Config:
 
 @dataclass(frozen=True)
 class Tiny:
-    """The real model in small.
+    """The real model, small.
 
     model_class: transformers' class that publishes checkpoints; text_class: that of the text model alone, where it
     writes checkpoints of its own. config_class: of model_class, where that is neither the wrapper's nor the record's.
-    keys: by dotted path, what the sizes by name leave open.
+    keys: by dotted path, keys that are not set by the named sizes.
     """
 
     model_class: str
@@ -210,7 +213,8 @@ class Record:
     another authority reads where they are true, which no published config says, each with the reason to be lenient.
     names: None where no canonical tensor could hold what its layers have.
     config: nine layers, in which no two roles share a number and none is a default. beside: keys that published
-    config.json files carry to say what the model does anyway; few classes read them, and some engines insist on them.
+    config.json files carry although the model does the same without them; few classes read them, some engines require
+    them.
     ways: what a config may say of how its layers compute: flags and choices on, off, otherwise; numbers that no class
     has by default. block: None where nothing routes. variants: other settings of its switches.
     configs: further ones. captured: those of which a capturer is asked the sizes: "" for the record's own, "nested" for
@@ -255,7 +259,7 @@ class Record:
 
     @property
     def covers(self) -> str:
-        """How far it goes, in words."""
+        """Which stages the record covers, in words."""
         if self.method.unsaid:
             return f"config alone: {self.method.unsaid}"
         return "config, layers, block, checkpoint"

@@ -1,7 +1,7 @@
-"""Reading a model config: one level of it, several names for one thing, and errors that say where was looked.
+"""Reading a model config: one level of it, aliases of a key, and errors that say where was looked.
 
-Whatever is read is checked here, by type and with bounds. What is wrong is a ConfigError, so that no other exception
-comes of a config, and none takes long.
+Every value is checked here, by type and bounds. A wrong one is a ConfigError, so that a config can cause no other
+exception and no long computation.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Scope:
         return value
 
     def number(self, what: str, key: str, value: Any, least: float, most: float, also: str = "") -> int | float:
-        """A number, which a boolean is not. also: what else would do, in the words of the error."""
+        """A number; a boolean is none. also: what else would be accepted, for the error."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
             raise self.error(what, f"{key}: got {quoted(value)}, want a number from {least:g} to {most:g}{also}")
         return value
@@ -119,7 +119,7 @@ class Scope:
 
     def at(self, layer: int) -> Scope:
         """This level as one layer sees it."""
-        both: list[Any] = [self.own(layer), self.values]  # not a copy, which of a large config takes its time a layer
+        both: list[Any] = [self.own(layer), self.values]  # not a copy: for a large config that costs time in each layer
         return self._under(layer, ChainMap(*both)) if both[0] else self
 
     def _under(self, layer: int, values: Mapping[str, Any]) -> Scope:
@@ -160,7 +160,7 @@ def _agree(value: Any, other: Any) -> bool:
 
 
 def _equal(value: Any, other: Any) -> bool:
-    """Of maps and lists in lists nothing is said: to compare them may take any depth."""
+    """Maps, and lists within lists, never count as equal: comparing them could recurse to any depth."""
     simple = str | int | float | None
     return isinstance(value, simple) and isinstance(other, simple) and value == other
 
@@ -198,7 +198,7 @@ def levels(
     """A config's levels, each with its path: what lies under `children` (in their order), then the level itself."""
     for key in children:
         child = values.get(key)
-        # By its type: an object may raise when it is asked for its class.
+        # By type(): an object may raise when asked for __class__.
         if child is not None and not issubclass(type(child), (str, int, list, tuple)):
             if depth == DEEPEST:
                 raise ConfigError(f"{path}: got a level below it, want at most {DEEPEST} levels below the top")

@@ -37,7 +37,7 @@ def sizes_of(scope: Scope, family: Sizes) -> MoESpec:
     if family.encoder and not moe_layers:
         family = replace(family, width=encoder_width)
 
-    # An encoder alone with experts still has a number of them.
+    # A model with experts only in its encoder still has a number of experts.
     read_at = moe_layers or (0,)
     extra = identity_experts(scope, family)
     experts = tuple(count + extra for count in routed.each("experts", EXPERTS, read_at, total, 1, MOST_EXPERTS))

@@ -1,7 +1,7 @@
 """A tiny model of each family: the config of the class that publishes its checkpoints, in the sizes below.
 
-Only those of the sizes are set that a class knows, in whichever of its levels; what a family needs beside them its
-record says. This module imports transformers when it is asked for a config.
+A size is set wherever the class has it, in any of its levels; what else a family needs is in its record. This module
+imports transformers only when asked for a config.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ TEXT: dict[str, Any] = {
 # (expert width, dense width): all different from HIDDEN, or such that 2F = H, or F = H.
 WIDTHS = {"distinct": (20, 24), "square-gate-up": (16, 16), "square-down": (32, 32)}
 
-# Sizes of everything else: towers of one layer that nothing is put through.
+# Sizes of everything else: towers of one layer that are never run.
 OTHER: dict[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "depth", "encoder_layers", "n_layers"), 1),
     **dict.fromkeys(("hidden_size", "d_model", "intermediate_size", "encoder_ffn_dim", "mlp_dim"), 32),

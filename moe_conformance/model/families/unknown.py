@@ -1,10 +1,10 @@
-"""What the layers of an unknown model type compute, where its keys leave no doubt.
+"""What the layers of an unknown model type compute, if its keys leave no doubt.
 
-A config of an unknown model type may be of any family that has all method keys which the config has, and whose own are
-all in the config; keys of sizes, and keys that models without experts have, too, tell no family from another. Where
-all these families say the same of its layers, so does the config; where two differ, in the layers or in a size, or
-there is none, the layers are left open. Softmax, for example, needs no key in many families, renormalised or not, and
-the keys of DeepSeek-V3 are also those of Mistral 4, which scores by softmax.
+The candidates for such a config are the families that have all method keys of the config, and whose own method keys are
+all in the config. Keys of sizes, and keys that models without experts have too, do not distinguish families. If all
+candidates give the same layers, these are the config's. If two differ, in the layers or in a size, or there is no
+candidate, the layers are left open. Softmax, for example, needs no key in many families, renormalised or not, and the
+keys of DeepSeek-V3 are also those of Mistral 4, which scores by softmax.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def like(scope: Scope, spec: MoESpec) -> tuple[Record, ...]:
 
 
 def _names(record: Record) -> set[str]:
-    """All keys by which a family may be told, those included that its configs carry and nothing reads."""
+    """All keys that identify a family, including those that its configs carry and nothing reads."""
     return {*chain.from_iterable(record.method_keys), *record.dead, *record.beside} - ORDINARY
 
 
@@ -63,7 +63,7 @@ def _has_just(record: Record, seen: set[str]) -> bool:
 
 
 def _says(record: Record, scope: Scope) -> bool:
-    """What its configs say beside and nothing reads, where the config says it too."""
+    """Whether keys that the family's configs carry and nothing reads have the same values here, if present."""
     read = {name for names in record.method_keys for name in names}
     return all(scope.values.get(key, value) == value for key, value in record.beside.items() if key not in read)
 

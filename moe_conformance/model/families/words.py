@@ -1,4 +1,4 @@
-"""The words in which records say what a layer computes: fields of specs.py, and keys that decide them."""
+"""What records use to say what a layer computes: fields of specs.py, and the keys that decide them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def norm(default: bool, *names: str) -> Fields:
 
 
 def groups(many: int | None = 1, top: int | None = 1, *names: str) -> Fields:
-    """Null is one group."""
+    """null means one group."""
     return {
         "groups": _groups(names or "n_group", many),
         "top_groups": _groups("topk_group", top),
@@ -59,7 +59,7 @@ def _groups(name: str | tuple[str, ...], default: int | None) -> Key:
 
 
 def count(name: str, default: int, least: int, most: int) -> Key:
-    """An integer."""
+    """A key whose value is an integer."""
     return Key(name, default, least=least, most=most, whole=True)
 
 
@@ -80,7 +80,7 @@ def clamped(limit: float) -> Fields:
 
 
 def limits(name: str) -> Fields:
-    """Each layer its own limit; 0, null and infinity are none."""
+    """A limit for each layer; 0, null and infinity mean no limit."""
     return {
         "clamp": Key(name, None, lambda entry: "after" if entry else "no", per_layer=True, most=math.inf),
         "limit": Key(name, None, lambda entry: entry or math.inf, per_layer=True, most=math.inf),
@@ -96,7 +96,7 @@ def dense_width(scope: Scope, layer: int) -> int:
 
 
 def gemma4_width(scope: Scope, layer: int) -> int:
-    """Twice as wide, where the config says so, in the last layers, which take keys and values from others."""
+    """Twice as wide in the last layers, which share keys and values with others, if the config says so."""
     sharing = scope.optional("layers that share keys and values", "num_kv_shared_layers", 0)
     last = layer >= scope.integer("layers", ("num_hidden_layers",), most=MOST_LAYERS) - sharing
     return dense_width(scope, layer) * (2 if last and scope.flag("dense width", "use_double_wide_mlp") else 1)
@@ -119,15 +119,15 @@ INPUT = {"score_dtype": "input"}
 FLOAT32 = {"dtype": "float32"}
 BIASED = {"selection_bias": True}
 ALWAYS = {"renormalize": "sum"}
-CHOSEN = {"select_on": "logits"}  # the best logits; scores are of those alone
+CHOSEN = {"select_on": "logits"}  # the best logits are chosen, and only they are scored
 SIGMOID = {"score": "sigmoid", **BIASED, **ALWAYS}
 SIGMOID_EPS = {**SIGMOID, "epsilon": 1e-20}
-PAIRS = {"group_score": "top2_sum"}  # of a group, its two best
+PAIRS = {"group_score": "top2_sum"}  # a group's two best
 SOFTMAX_PAIRS = {**groups(), **PAIRS, "group_mask": 0.0, "epsilon": 1e-20, **scale(1.0)}
 SWIGLU_OAI = {**clamped(7.0), "alpha": Key("swiglu_alpha", 1.702), "up_offset": 1.0}
 
 
 def noaux(factor: float | None, many: int = 1, top: int = 1, normed: bool = True) -> Fields:
-    """DeepSeek-V3: sigmoid and a bias for the choice, the best groups, renormalised by key, scaled but for a None."""
+    """DeepSeek-V3: sigmoid, a selection bias, the best groups, renormalised by key, scaled unless factor is None."""
     scaled = {} if factor is None else scale(factor)
     return {**SIGMOID_EPS, **norm(normed), **groups(many, top), **PAIRS, **scaled}

@@ -365,7 +365,10 @@ function details(row) {
     section("Clause", element("p", {}, `${item.level}: ${clause.text}`), element("p", { class: "quiet" }, place));
     if (item.recipe.length) section("Inputs", element("pre", { tabindex: "0" }, item.recipe.join("\n")));
     if (clause.threads.length) section("Threads", element("p", {}, ...clause.threads.flatMap(thread)));
-    section("Rerun", rerun(`moe-conformance run --engine ${column.asked} --case ${item.id}`));
+    const seed = column.seed ? ` --seed ${column.seed}` : "";
+    section("Rerun", command(`moe-conformance run --engine ${column.asked} --case ${item.id}${seed}`));
+    if (item.repro && ["fail", "broken_should"].includes(verdictOf(row).name))
+      section("Script for a bug report", command(`moe-conformance repro ${item.id} --engine ${column.asked}${seed}`));
   } else {
     section("Clause", element("p", {}, `This suite has no such case. Class ${item.class}, stage ${item.stage}.`));
   }
@@ -383,17 +386,17 @@ function thread([text, link]) {
   return [link ? element("a", { href: link, rel: "noreferrer" }, text) : text, "  "];
 }
 
-function rerun(command) {
+function command(text) {
   const copy = element("button", { type: "button" }, "Copy");
   copy.addEventListener("click", async () => {
     try {
-      await navigator.clipboard.writeText(command);
+      await navigator.clipboard.writeText(text);
       copy.textContent = "Copied";
     } catch { // a page from disk may not be allowed to
       copy.textContent = "Select it";
     }
   });
-  return element("div", { class: "command" }, element("pre", {}, command), copy);
+  return element("div", { class: "command" }, element("pre", {}, text), copy);
 }
 
 // The whole ------------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ RECORD = Record(
     | {"expert_ffn_hidden_size": WIDTH, "ffn_hidden_size": DENSE, "num_layers": LAYERS, "zero_expert_num": 6},
     beside={"zero_expert_type": "identity"},
     ways=(RESCALED | GELU,),
-    block=Block(SCALED, grouped=False),
+    # Kernels that add identity experts take 256 columns at a time (vLLM's).
+    block=Block(SCALED | {"hidden_size": 256}, grouped=False),
     variants={"no-identity": Variant({"zero_expert_num": 0})},
     configs=(
         Config("no-zero-experts", keys={"zero_expert_num": 0}),

@@ -11,6 +11,7 @@ from moe_conformance.model.families.configs import (
     SWIGLU,
     TYPES,
     WIDE_SHARED,
+    WIDTH,
 )
 from moe_conformance.model.families.layers import flagged, typed
 from moe_conformance.model.families.naming import BIAS, BLOCK_SPARSE, PACKED, ROUTER, Names, one, shared
@@ -23,6 +24,7 @@ from moe_conformance.model.families.record import (
     Shared,
     Sizes,
     Tiny,
+    Variant,
     Wrapper,
 )
 from moe_conformance.model.families.words import SIGMOID, SWIGLU_OAI, output_scale
@@ -49,7 +51,13 @@ RECORD = Record(
     config=MODEL | NUM_LOCAL | PLAIN_WIDTH | TYPES | WIDE_SHARED | {"dense_intermediate_size": DENSE},
     beside={"scoring_func": "sigmoid", "use_routing_bias": True},
     ways=(SWIGLU | RESCALED | {"router_jitter_noise": 0.5},),
-    block=Block(SCALED | {"swiglu_alpha": 1.5, "swiglu_limit": LIMIT}),
+    # As wide as a routed expert, as in every published config.
+    block=Block(SCALED | {"swiglu_alpha": 1.5, "swiglu_limit": LIMIT, "shared_intermediate_size": WIDTH}),
+    variants={
+        "narrow-shared": Variant(
+            {"shared_intermediate_size": 40}, lenient="every published config has shared experts as wide as routed ones"
+        )
+    },
     configs=(
         Config(
             "hub",

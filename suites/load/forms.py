@@ -1,0 +1,135 @@
+"""Which quantised forms checkpoints are published in, whose config says so how, and how three families name experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+EXPERTS, HIDDEN, WIDTH = 4, 64, 32
+_SIZES = {
+    "hidden_size": HIDDEN,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 50,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """config: what its config.json has. block: before the names in a layer. router: shapes; canonical: their places.
+
+    packed: gate and up of all experts, and down. split: of one expert, gate, up and down. underscored: what belongs to
+    a packed tensor follows its name behind an underscore. biases: shapes and canonical names.
+    """
+
+    config: Mapping[str, Any]
+    block: str
+    router: Mapping[str, tuple[int, ...]]
+    canonical: Mapping[str, str]
+    split: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    packed: tuple[str, str] = ("", "")
+    interleaved: bool = False
+    underscored: bool = False
+    biases: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+
+    def spelled(self, name: str, end: str) -> str:
+        return f"{name}{'_' if self.underscored else '.'}{end}"
+
+
+FAMILIES: Mapping[str, Family] = {
+    "qwen3_moe": Family(
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "moe_intermediate_size": WIDTH,
+            "intermediate_size": 96,
+            "num_experts": EXPERTS,
+            "num_hidden_layers": 2,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+        "mlp.",
+        {"gate.weight": (EXPERTS, HIDDEN)},
+        {"gate.weight": "router.proj"},
+    ),
+    # Packed by those who publish it, split by quantisers.
+    "granitemoe": Family(
+        {
+            "architectures": ["GraniteMoeForCausalLM"],
+            "intermediate_size": WIDTH,
+            "num_local_experts": EXPERTS,
+            "num_hidden_layers": 1,
+        },
+        "block_sparse_moe.",
+        {"router.layer.weight": (EXPERTS, HIDDEN)},
+        {"router.layer.weight": "router.proj"},
+        packed=("input_linear", "output_linear"),
+    ),
+    "gpt_oss": Family(
+        {
+            "architectures": ["GptOssForCausalLM"],
+            "intermediate_size": WIDTH,
+            "num_local_experts": EXPERTS,
+            "num_hidden_layers": 1,
+        },
+        "mlp.",
+        {"router.weight": (EXPERTS, HIDDEN), "router.bias": (EXPERTS,)},
+        {"router.weight": "router.proj", "router.bias": "router.bias"},
+        packed=("experts.gate_up_proj", "experts.down_proj"),
+        interleaved=True,
+        underscored=True,
+        biases={
+            "experts.gate_up_proj_bias": ((EXPERTS, 2 * WIDTH), "b13"),
+            "experts.down_proj_bias": ((EXPERTS, HIDDEN), "b2"),
+        },
+    ),
+}
+
+
+def _compressed(kind: str, bits: int, number: str, strategy: str, **more: Any) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": number, "strategy": strategy, "symmetric": True, **more}
+    group = {"targets": ["Linear"], "weights": weights}
+    return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}}
+
+
+_TILES = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+_GROUPS = {"group_size": 8}
+_OLD = {"bits": 4, "group_size": 8}
+# Form -> format of the codes as engines declare it, and quantization_config.
+FORMS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "fp8-block": ("fp8_e4m3", {**_TILES, "activation_scheme": "dynamic"}),
+    "fp8-block-e8m0": ("fp8_e4m3", {**_TILES, "scale_fmt": "ue8m0"}),
+    "fp8-channel": ("fp8_e4m3", _compressed("float-quantized", 8, "float", "channel")),
+    "fp8-tensor": ("fp8_e4m3", {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "mxfp8": ("fp8_e4m3", _compressed("mxfp8-quantized", 8, "float", "group", group_size=32)),
+    "int8-channel": ("int8", _compressed("int-quantized", 8, "int", "channel")),
+    "int4-packed": ("int4", _compressed("pack-quantized", 4, "int", "group", **_GROUPS)),
+    "int4-packed-zero": ("int4", _compressed("pack-quantized", 4, "int", "group", **_GROUPS, symmetric=False)),
+    "int8-packed": ("int8", _compressed("pack-quantized", 8, "int", "group", **_GROUPS)),
+    "gptq": ("int4", {"quant_method": "gptq", **_OLD, "desc_act": True, "sym": False, "checkpoint_format": "gptq"}),
+    "gptq-v2": ("int4", {"quant_method": "gptq", **_OLD, "desc_act": True, "checkpoint_format": "gptq_v2"}),
+    "awq": ("int4", {"quant_method": "awq", **_OLD, "version": "gemm", "zero_point": True}),
+    "mxfp4": ("mxfp4", _compressed("mxfp4-pack-quantized", 4, "float", "group", group_size=32)),
+    "mxfp4-blocks": ("mxfp4", {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}),
+    "nvfp4": ("nvfp4", _compressed("nvfp4-pack-quantized", 4, "float", "tensor_group", group_size=16)),
+    "nvfp4-modelopt": ("nvfp4", {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    "bnb-nf4": ("nf4", {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    "bnb-int8": ("int8", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+}
+
+
+def config_of(family: str, form: str, left: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """config.json, and hf_quant_config.json where ModelOpt wrote one. left: modules that were left as they were."""
+    said = dict(FORMS[form][1])
+    config = {**_SIZES, "model_type": family, **FAMILIES[family].config, "dtype": "bfloat16"}
+    modelopt = None
+    if said["quant_method"] == "modelopt":
+        algorithm = said.pop("quant_algo")
+        modelopt = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm, "exclude_modules": []}}
+    if left:
+        said["ignore"] = [f"re:.*{name.strip('.').replace('.', r'[.]')}.*" for name in left]
+    return {**config, "quantization_config": said}, modelopt

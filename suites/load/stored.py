@@ -1,0 +1,267 @@
+"""Writes tiny quantised checkpoints in the forms that releases and quantisers publish, and what each one's numbers are.
+
+Codes and scales are drawn, not quantised: what a load must give is exact. Written from the layouts' own descriptions,
+apart from what reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_conformance.judging.inputs import bits, integers, normal
+from moe_conformance.suites.load.checkpoint import save
+from moe_conformance.suites.load.forms import EXPERTS, FAMILIES, HIDDEN, WIDTH, config_of
+
+# Rows and columns of a tile, columns of a group.
+TILE, GROUP = 16, 8
+Parts = dict[str, Tensor]
+Shape = tuple[int, ...]
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# bitsandbytes' NF4, from https://arxiv.org/abs/2305.14314, appendix E, in five digits: a file has its own map.
+NF4 = (
+    *(-1.0, -0.6962, -0.52507, -0.39492, -0.28444, -0.18477, -0.09105, 0.0),
+    *(0.07958, 0.16093, 0.24611, 0.33792, 0.44071, 0.56262, 0.72296, 1.0),
+)
+# Of eight outputs, which one each four bits of a word hold, the lowest first.
+AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def scales(shape: Shape, seed: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of four significant bits, over six powers of two."""
+    value = (1 + (bits(shape, seed) % 8).double() / 8) * torch.exp2((bits(shape, f"{seed} size") % 6 - 9).double())
+    return value.to(dtype)
+
+
+def spread(scale: Tensor, shape: Shape, high: int, wide: int) -> Tensor:
+    """Each element's own of a scale for so many rows and columns."""
+    rows, columns = torch.arange(shape[-2]) // high, torch.arange(shape[-1]) // wide
+    return scale.double()[..., rows, :][..., columns]
+
+
+def words(codes: Tensor, dim: int, size: int, order: tuple[int, ...] = tuple(range(32))) -> Tensor:
+    """int32 of codes of so many bits along a dim, the lowest bits first; order: which of them each holds."""
+    per = 32 // size
+    last = torch.nn.functional.pad(codes.movedim(dim, -1), (0, -codes.shape[dim] % per)).unflatten(-1, (-1, per))
+    total = sum((last[..., order[place]] << size * place for place in range(per)), torch.zeros_like(last[..., 0]))
+    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32).movedim(-1, dim).contiguous()
+
+
+def halves(codes: Tensor) -> Tensor:
+    """uint8 of two codes of four bits, the even column low."""
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+
+
+def fp8(
+    shape: Shape, seed: str, size: Shape, high: int, wide: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale = normal(shape, seed, std=64.0).to(torch.float8_e4m3fn), scales(size, f"{seed} scale", torch.float32)
+    if dtype == torch.float8_e8m0fnu:
+        byte = integers(size, f"{seed} scale", 124, 116).to(torch.uint8)
+        scale, stored = torch.exp2(byte.double() - 127), byte.view(dtype)
+    else:
+        stored = scale.to(dtype)
+    return codes, stored, codes.double() * spread(scale, shape, high, wide)
+
+
+def tiled(shape: Shape) -> Shape:
+    return (*shape[:-2], -(-shape[-2] // TILE), -(-shape[-1] // TILE))
+
+
+def fp8_block(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    weight, scale, numbers = fp8(shape, seed, tiled(shape), TILE, TILE, torch.float32)
+    return {"weight": weight, "weight_scale_inv": scale}, numbers
+
+
+def fp8_block_e8m0(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    weight, scale, numbers = fp8(shape, seed, tiled(shape), TILE, TILE, torch.float8_e8m0fnu)
+    return {"weight": weight, "scale": scale}, numbers
+
+
+def fp8_channel(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    weight, scale, numbers = fp8(shape, seed, (*shape[:-1], 1), 1, shape[-1], torch.bfloat16)
+    return {"weight": weight, "weight_scale": scale}, numbers
+
+
+def fp8_tensor(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    """ModelOpt's, with the scale of activations; that of one matrix may be a number or an array of one."""
+    weight, scale, numbers = fp8(shape, seed, (*shape[:-2], 1, 1), shape[-2], shape[-1], torch.float32)
+    scale = scale.reshape(shape[:-2])
+    return {"weight": weight, "weight_scale": scale, "input_scale": torch.full(shape[:-2] or (1,), 0.5)}, numbers
+
+
+def mxfp8(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    weight, scale, numbers = fp8(shape, seed, (*shape[:-1], -(-shape[-1] // 32)), 1, 32, torch.float8_e8m0fnu)
+    return {"weight": weight, "weight_scale": scale.view(torch.uint8)}, numbers
+
+
+def int8_channel(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    codes, scale = integers(shape, seed, 128, -128).to(torch.int8), scales((*shape[:-1], 1), f"{seed} scale")
+    return {"weight": codes, "weight_scale": scale}, codes.double() * scale.double()
+
+
+def grouped(shape: Shape, seed: str, size: int, wide: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, zero points and scales of groups of columns, [.., rows, groups]."""
+    count = (*shape[:-1], -(-shape[-1] // wide))
+    zeros = integers(count, f"{seed} zero", 2**size - 1, 1)
+    return integers(shape, seed, 2**size), zeros, scales(count, f"{seed} scale", torch.float16)
+
+
+def packed(shape: Shape, seed: str, symmetric: bool, size: int = 4) -> tuple[Parts, Tensor]:
+    """compressed-tensors' pack-quantized."""
+    codes, zeros, scale = grouped(shape, seed, size, GROUP)
+    zeros = torch.full_like(zeros, 2 ** (size - 1)) if symmetric else zeros
+    numbers = (codes - spread(zeros, shape, 1, GROUP)) * spread(scale, shape, 1, GROUP)
+    parts = {"weight_packed": words(codes, -1, size), "weight_scale": scale, "weight_shape": torch.tensor(shape[-2:])}
+    return parts | ({} if symmetric else {"weight_zero_point": words(zeros, -2, size)}), numbers
+
+
+def gptq(shape: Shape, seed: str, less: int = 1) -> tuple[Parts, Tensor]:
+    """AutoGPTQ's, columns in the order of their importance. less: what a stored zero point lacks."""
+    codes, zeros, scale = grouped(shape, seed, 4, GROUP)
+    index = (bits((shape[-1],), f"{seed} order").argsort() // GROUP).to(torch.int32)
+    numbers = (codes - zeros[..., index.long()]).double() * scale.double()[..., index.long()]
+    parts = {
+        "qweight": words(codes.mT, -2, 4),
+        "qzeros": words((zeros - less).mT, -1, 4),
+        "scales": scale.mT.contiguous(),
+        "g_idx": index,
+    }
+    return parts, numbers
+
+
+def awq(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    codes, zeros, scale = grouped(shape, seed, 4, GROUP)
+    numbers = (codes - spread(zeros, shape, 1, GROUP)) * spread(scale, shape, 1, GROUP)
+    stored = {"qweight": words(codes.mT, -1, 4, AWQ), "qzeros": words(zeros.mT, -1, 4, AWQ)}
+    return {**stored, "scales": scale.mT.contiguous()}, numbers
+
+
+def fp4(shape: Shape, seed: str) -> tuple[Tensor, Tensor]:
+    codes = integers(shape, seed, 16)
+    return halves(codes), torch.tensor(E2M1, dtype=torch.float64)[codes]
+
+
+def mxfp4(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    stored, numbers = fp4(shape, seed)
+    byte = integers((*shape[:-1], -(-shape[-1] // 32)), f"{seed} scale", 128, 118).to(torch.uint8)
+    numbers = numbers * spread(torch.exp2(byte.double() - 127), shape, 1, 32)
+    return {"weight_packed": stored, "weight_scale": byte}, numbers
+
+
+def mxfp4_blocks(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    parts, numbers = mxfp4(shape, seed)
+    return {"blocks": parts["weight_packed"].unflatten(-1, (-1, 16)), "scales": parts["weight_scale"]}, numbers
+
+
+def nvfp4(shape: Shape, seed: str, modelopt: bool) -> tuple[Parts, Tensor]:
+    """ModelOpt multiplies by the second scale, compressed-tensors divides by it."""
+    stored, numbers = fp4(shape, seed)
+    scale = (scales((*shape[:-1], -(-shape[-1] // 16)), f"{seed} scale") * 64).to(torch.float8_e4m3fn)
+    whole = scales(shape[:-2], f"{seed} whole")
+    numbers = numbers * spread(scale.float(), shape, 1, 16)
+    if modelopt:
+        parts = {"weight": stored, "weight_scale": scale, "weight_scale_2": whole, "input_scale": whole / 2}
+        return parts, numbers * whole.double()[..., None, None]
+    whole = whole if shape[:-2] else whole.reshape(1)
+    parts = {"weight_packed": stored, "weight_scale": scale, "weight_global_scale": whole}
+    return parts, numbers / whole.double().reshape(*shape[:-2], 1, 1)
+
+
+def bnb4(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    """Scales of blocks of 64 are codes themselves, of a map of 256, around a mean."""
+    count = math.prod(shape)
+    codes, blocks = integers((count,), seed, 16), count // 64
+    absmax, mean = integers((blocks,), f"{seed} absmax", 256).to(torch.uint8), 0.0625
+    entries, nested = normal((256,), "map", std=0.25), scales((-(-blocks // 256),), f"{seed} nested")
+    largest = entries.double()[absmax.long()] * nested.double()[torch.arange(blocks) // 256] + mean
+    state = {"quant_type": "nf4", "blocksize": 64, "nested_blocksize": 256, "nested_offset": mean, "shape": shape}
+    parts = {
+        "weight": (codes[0::2] << 4 | codes[1::2]).to(torch.uint8)[:, None],
+        "weight.absmax": absmax,
+        "weight.quant_map": torch.tensor(NF4),
+        "weight.nested_absmax": nested,
+        "weight.nested_quant_map": entries,
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+    }
+    numbers = torch.tensor(NF4).double()[codes] * largest[torch.arange(count) // 64]
+    return parts, numbers.reshape(shape)
+
+
+def bnb8(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    codes, largest = integers(shape, seed, 128, -127).to(torch.int8), scales(shape[:-1], f"{seed} largest")
+    return {"weight": codes, "SCB": largest}, codes.double() * largest.double()[..., None] / 127
+
+
+ENCODED: Mapping[str, Callable[[Shape, str], tuple[Parts, Tensor]]] = {
+    "fp8-block": fp8_block,
+    "fp8-block-e8m0": fp8_block_e8m0,
+    "fp8-channel": fp8_channel,
+    "fp8-tensor": fp8_tensor,
+    "mxfp8": mxfp8,
+    "int8-channel": int8_channel,
+    "int4-packed": lambda shape, seed: packed(shape, seed, True),
+    "int4-packed-zero": lambda shape, seed: packed(shape, seed, False),
+    "int8-packed": lambda shape, seed: packed(shape, seed, True, 8),
+    "gptq": gptq,
+    "gptq-v2": lambda shape, seed: gptq(shape, seed, 0),
+    "awq": awq,
+    "mxfp4": mxfp4,
+    "mxfp4-blocks": mxfp4_blocks,
+    "nvfp4": lambda shape, seed: nvfp4(shape, seed, False),
+    "nvfp4-modelopt": lambda shape, seed: nvfp4(shape, seed, True),
+    "bnb-nf4": bnb4,
+    "bnb-int8": bnb8,
+}
+
+
+def write(folder: Path, recipe: Mapping[str, Any], seed: str = "stored") -> dict[str, Tensor]:
+    """Write the folder of a case, and return what a load must give: float64 for stored weights, others as they are."""
+    form, family, layout, left = (recipe[key] for key in ("stored", "model_type", "layout", "left"))
+    names = FAMILIES[family]
+    config, modelopt = config_of(family, form, left)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    if modelopt is not None:
+        (folder / "hf_quant_config.json").write_text(json.dumps(modelopt, indent=2))
+    named: dict[str, Tensor] = {}
+    want: dict[str, Tensor] = {}
+    for layer in range(config["num_hidden_layers"]):
+        block, out = f"model.layers.{layer}.{names.block}", f"layers.{layer}"
+        for name, shape in names.router.items():
+            named[f"{block}{name}"] = want[f"{out}.{names.canonical[name]}"] = normal(shape, f"{seed} {layer} {name}")
+        w13, w2 = (EXPERTS, 2 * WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)
+        if layout == "packed":
+            matrices = {names.packed[0]: (w13, "w13", names.interleaved), names.packed[1]: (w2, "w2", False)}
+            for name, (shape, target, interleaved) in matrices.items():
+                parts, numbers = ENCODED[form](shape, f"{seed} {layer} {name}")
+                named |= {names.spelled(f"{block}{name}", end): tensor for end, tensor in parts.items()}
+                want[f"{out}.experts.{target}"] = (
+                    torch.cat([numbers[:, 0::2], numbers[:, 1::2]], dim=1) if interleaved else numbers
+                )
+            continue
+        pieces: dict[str, list[Tensor]] = {}
+        for expert in range(EXPERTS):
+            for name, shape in zip(names.split, (w13, w13, w2), strict=True):
+                stem = f"{block}experts.{expert}.{name}"
+                rows = (shape[1] // 2 if name != names.split[2] else shape[1], shape[2])
+                if left and (f"experts.{expert}." in left or name in left):
+                    numbers = normal(rows, f"{seed} {stem}", std=0.125)
+                    parts = {"weight": numbers}
+                else:
+                    parts, numbers = ENCODED[form](rows, f"{seed} {stem}")
+                named |= {f"{stem}.{end}": tensor for end, tensor in parts.items()}
+                pieces.setdefault(name, []).append(numbers.double())
+        gate, up, down = (torch.stack(pieces[name]) for name in names.split)
+        want |= {f"{out}.experts.w13": torch.cat([gate, up], dim=1), f"{out}.experts.w2": down}
+    for name, (shape, target) in names.biases.items():
+        bias = normal(shape, f"{seed} {name}")
+        named[f"model.layers.0.{names.block}{name}"] = bias
+        want[f"layers.0.experts.{target}"] = torch.cat([bias[:, 0::2], bias[:, 1::2]], 1) if target == "b13" else bias
+    save(folder, named, shards=2)
+    return want
