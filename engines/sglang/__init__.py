@@ -257,38 +257,6 @@ def _load() -> frozenset[str]:
     return found | NAMING_STYLES if "gemma4_text" in found else found
 
 
-def _capture_shape() -> frozenset[str]:
-    from moe_conformance.engines.sglang import capture as stage
-
-    stage.recorder()
-    return frozenset({"worker", "reader"})
-
-
-def _capture_session() -> frozenset[str]:
-    from moe_conformance.engines.sglang import capture as stage
-
-    stage.recorder()
-    return stage.LAYOUTS
-
-
-def _shard() -> frozenset[str]:
-    from moe_conformance.engines.sglang import shard as stage
-
-    return stage.features()
-
-
-def _router_module() -> frozenset[str]:
-    return _route() - {"padding_rows", "fused_shared", "table"} | {"gemma4_input", "proj_bias", "float32_logits"}
-
-
-def _checkpoints() -> frozenset[str]:
-    """Every family as its own checkpoints name tensors, and Gemma 4 in the styles that were published."""
-    from moe_conformance.engines.sglang import models
-
-    found = models.model_types()
-    return found | NAMING_STYLES if "gemma4_text" in found else found
-
-
 def _block() -> frozenset[str]:
     from moe_conformance.engines.sglang import block as stage
 
