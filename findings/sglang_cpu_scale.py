@@ -1,7 +1,7 @@
 """SGLang's routed_scaling_factor on a CPU, without our suite: run beside 0.5.23.
 
-Kimi-Linear, Bailing-MoE and Sarvam hand the factor to their experts alone. A GPU's experts multiply their sum by it;
-moe_forward_native, which a CPU without AMX has, does not, and neither do those models: their routed sum is too small.
+Kimi-Linear, Bailing-MoE, Beam and Sarvam hand the factor to their experts alone. A GPU's experts multiply their sum by
+it; moe_forward_native, which a CPU without AMX has, does not, and neither do those models: the routed sum is too small.
 """
 
 import inspect

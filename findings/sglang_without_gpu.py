@@ -46,5 +46,6 @@ from sglang.srt.runtime_context import get_context, get_parallel  # noqa: E402
 
 get_context().override_server_args(device="cpu").install()
 ranks = ("attn_cp", "attn_dp", "attn_tp", "moe_dp", "moe_ep", "moe_tp", "pp", "tp")
-groups = dict.fromkeys(("attn_tp_group", "moe_ep_group", "moe_tp_group", "tp_group"), SimpleNamespace(world_size=1))
+group = SimpleNamespace(world_size=1, rank_in_group=0, is_first_rank=True, is_last_rank=True)
+groups = dict.fromkeys(("attn_tp_group", "moe_ep_group", "moe_tp_group", "pp_group", "tp_group"), group)
 get_parallel().override_permanently(**{f"{name}_rank": 0 for name in ranks}, **groups)

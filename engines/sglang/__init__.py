@@ -111,8 +111,8 @@ class SGLang(Engine):
             "capture_session": _capture_session,
             "router_module": _router_module,
             "shard": _shard,
-            "remap": _checkpoints,
-            "load": _checkpoints,
+            "remap": _remap,
+            "load": _load,
         }
         found = {}
         for stage, probe in probes.items():
@@ -244,11 +244,16 @@ def _router_module() -> frozenset[str]:
     return _route() - {"padding_rows", "fused_shared", "table"} | {"gemma4_input", "proj_bias", "float32_logits"}
 
 
-def _checkpoints() -> frozenset[str]:
-    """Every family as its own checkpoints name tensors, and Gemma 4 in the styles that were published."""
+def _remap() -> frozenset[str]:
+    """Every family as its own checkpoints name tensors. Gemma 4's are tried with suffixes of quantised weights, too."""
     from moe_conformance.engines.sglang import models
 
-    found = models.model_types()
+    return models.model_types()
+
+
+def _load() -> frozenset[str]:
+    """Every family, and Gemma 4 in the styles that were published."""
+    found = _remap()
     return found | NAMING_STYLES if "gemma4_text" in found else found
 
 

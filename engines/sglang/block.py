@@ -101,7 +101,7 @@ def step(takes: Mapping[str, inspect.Parameter], token_ids: Tensor | None) -> di
     """What a block is told of a step, where it must be told: that it is no idle one, and the ids of its tokens."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND)
+    batch: SimpleNamespace | None = SimpleNamespace(forward_mode=ForwardMode.EXTEND)
     if "forward_batch" in takes and takes["forward_batch"].default is not inspect.Parameter.empty:
         batch = None
     offered = {"forward_batch": batch, "input_ids": token_ids}

@@ -39,7 +39,10 @@ _YARN = {
 _DEEPSEEK = {"rope_parameters": _YARN, "moe_layer_freq": 1}
 # By model type, keys beside experts that published configs have and SGLang reads, with their value or how it follows.
 KEYS: Mapping[str, Mapping[str, Any]] = {
-    "bailing_hybrid": {"n_group": lambda level: level["num_expert_group"]},
+    "bailing_hybrid": {
+        "n_group": lambda level: level["num_expert_group"],
+        "num_experts_per_tok": lambda level: level["num_experts_per_token"],
+    },
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,

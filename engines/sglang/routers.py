@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ class Router(nn.Module):
 
     def __init__(self, found: block.Block) -> None:
         super().__init__()
-        self.root, self.scale, self.takes = found.root, found.scale, found.takes
+        self.root, self.scale = found.root, found.scale
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Router:
         """Copies share the configs of transformers, which nobody trains."""
@@ -39,8 +40,10 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         experts = next(module for module in self.root.modules() if models.is_experts(module))
+        if hidden.dtype == torch.float64:
+            raise Unsupported(f"router_module: the gate of {type(self.root).__name__} computes in float32 at most")
         with runtime.building(hidden.dtype), block.stopping(experts) as heard, refusals():
-            self.root(hidden, **block.step(self.takes, None))
+            self.root(hidden, **block.step(inspect.signature(self.root.forward).parameters, None))
         if not heard:
             raise Unsupported(f"router_module: {type(self.root).__name__} hands no routing to its experts")
         return heard[0].topk_weights.float() * self.scale, heard[0].topk_ids
@@ -93,6 +96,8 @@ def _handle(spec: RouterSpec, setting: Any, layer: LayerSpec, config: dict[str, 
     found = block.loaded(config, setting.layer, spec.dtype, tensors)
     router = Router(found)
     held = {name: _holder(router, tensors[name]) for name in wanted}
+    if held.get("router.proj") and router.get_parameter(held["router.proj"] or "").dtype != spec.dtype:
+        raise Unsupported("it keeps its projection in float32, whatever the model's dtype is")
     if left := [name for name, holder in held.items() if holder is None]:
         raise Unsupported(f"it keeps {', '.join(left)} otherwise than as one whole tensor")
     _check_copies(router, found.name)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_conformance.engine import called_by_engine
 from moe_conformance.engines.sglang import device, stand_ins
+from moe_conformance.errors import Unavailable, Unsupported
 
 # Ranks and groups that a model asks for; a release that lacks one is not told of it.
 RANKS = (
@@ -49,12 +50,24 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
 
 @functools.cache
 def start() -> None:
-    """Publish server arguments and the place of one rank, once a process, before anything else imports sglang."""
-    stand_ins.install()
-    from sglang.srt.runtime_context import get_context, get_parallel
+    """Publish server arguments and the place of one rank, once a process, before anything else imports sglang.
 
-    torch.set_grad_enabled(False)
-    get_context().override_server_args(device=device.kind()).install()
+    Raises Unavailable where a package is absent that it imports, and in a release that keeps these otherwise.
+    """
+    stand_ins.install()
+    try:
+        from sglang.srt.runtime_context import get_context, get_parallel
+
+        torch.set_grad_enabled(False)
+        get_context().override_server_args(device=device.kind()).install()
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sglang"):
+            raise Unavailable(
+                f"sglang {release()} keeps its state otherwise than this adapter knows: {error}"
+            ) from error
+        raise Unavailable(f"sglang imports {error.name}, which is absent: pip install {error.name}") from error
+    except Unsupported as error:  # a release that calls what has a stand-in, as soon as it is imported
+        raise Unavailable(f"sglang {release()}: {error}") from error
     parallel = get_parallel()
     known = set(dir(parallel))
     values: dict[str, Any] = {name: 0 for name in RANKS if name in known}

@@ -36,6 +36,8 @@ def _shard(inputs: ShardInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
     ep, tp = (inputs.ep_rank, inputs.ep_size), (inputs.tp_rank, inputs.tp_size)
     copies, ids = inputs.physical_to_logical, whole.ids.int()
     if copies is not None:
+        if (ids < 0).any():
+            raise Unsupported("shard: no router of SGLang's leaves a pair without an expert before copies are chosen")
         metadata = eplb.metadata_of(copies, whole.experts)
         ids = eplb.physical_ids(ids, metadata, len(ids))[0]
     count = whole.experts if copies is None else len(copies)
