@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import RECORDS, Target, checkpoint_of
-from moe_conformance.engines.vllm import decoder, loading, models, published
+from moe_conformance.engines import published
+from moe_conformance.engines.vllm import decoder, loading, models
 from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 from moe_conformance.suites.block.blocks import tensors_of

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import RECORDS, Unsupported
-from moe_conformance.engines.sglang import runtime
-from moe_conformance.engines.sglang.refusing import said
 
 # Keys and class names of published configs: what vLLM's adapter knows of them, and nothing of vLLM.
-from moe_conformance.engines.vllm import published
+from moe_conformance.engines import published
+from moe_conformance.engines.sglang import runtime
+from moe_conformance.engines.sglang.refusing import said
 
 # By model type, the class of published checkpoints that SGLang has under another name than transformers.
 CLASSES: Mapping[str, str] = {"gemma4_text": "Gemma4ForCausalLM"}

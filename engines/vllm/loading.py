@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import CheckpointName, Target
-from moe_conformance.engines.vllm import models, published, runtime
+from moe_conformance.engines import published
+from moe_conformance.engines.vllm import models, runtime
 from moe_conformance.errors import CheckpointError
 
 # By what follows the layer's number, the canonical tensor that a parameter outside the experts is.

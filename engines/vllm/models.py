@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import RECORDS, Unsupported
-from moe_conformance.engines.vllm import absent, device, published, runtime
+from moe_conformance.engines import published
+from moe_conformance.engines.vllm import absent, device, runtime
 from moe_conformance.engines.vllm.refusing import said
 
 # No config that is judged has fewer positions.

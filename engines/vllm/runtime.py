@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 
+from moe_conformance.engines import published
 from moe_conformance.engines.vllm import absent, device, interpreted
 from moe_conformance.errors import Unsupported
 
@@ -78,7 +79,7 @@ def config_folder(config: Any) -> Iterator[Path]:
     values = dict(config) if isinstance(config, Mapping) else config.to_dict()
     known = _known_architectures()
     named = values.get("architectures") or []
-    candidates = [*named, *_architectures_of(str(values.get("model_type", "")))]
+    candidates = [*named, *published.architectures_of(str(values.get("model_type", "")))]
     architecture = next((name for name in candidates if name in known), None)
     if architecture is None:
         raise Unsupported(
@@ -107,17 +108,6 @@ def _known_architectures() -> frozenset[str]:
     from vllm.model_executor.models import ModelRegistry
 
     return frozenset(ModelRegistry.get_supported_archs())
-
-
-def _architectures_of(model_type: str) -> list[str]:
-    """Class names that transformers gives a model type, the ones with a language model's head."""
-    from transformers.models.auto import modeling_auto
-
-    found: list[str] = []
-    for task in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM"):
-        names = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}).get(model_type, ())
-        found += [names] if isinstance(names, str) else names
-    return found
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """From a config as transformers has it to one as published: its keys, its levels and its class.
 
-vLLM reads config.json files as models were published with. Those of a few families have other class names than
-transformers' own, and keys that transformers' classes derive from others or do not have at all.
+vLLM and SGLang read config.json files as models were published with. Those of a few families have other class names
+than transformers' own, and keys that transformers' classes derive from others or do not have at all.
 """
 
 from __future__ import annotations
@@ -49,18 +49,27 @@ def is_flat(record: Any, config: Level) -> bool:
 
 def architectures(record: Any, flat: bool) -> list[str]:
     """Class names of checkpoints with such a config, best first: of the text model alone, then of the whole."""
-    from moe_conformance.engines.vllm import runtime
-
     text = [
         record.tiny.text_class,
         TEXT_CLASSES.get(record.model_type, ""),
-        *runtime._architectures_of(record.model_type),
+        *architectures_of(record.model_type),
     ]
     whole = [CLASSES.get(record.tiny.model_class, ""), record.tiny.model_class]
     if (own := OWN_CLASSES.get(record.model_type)) is not None:
         return [own]
     found = [*text, *whole] if flat else whole
     return [name for name in dict.fromkeys(found) if name]
+
+
+def architectures_of(model_type: str) -> list[str]:
+    """Class names that transformers gives a model type, the ones with a language model's head."""
+    from transformers.models.auto import modeling_auto
+
+    found: list[str] = []
+    for task in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM"):
+        names = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}).get(model_type, ())
+        found += [names] if isinstance(names, str) else names
+    return found
 
 
 def config(record: Any, architecture: str, values: dict[str, Any]) -> dict[str, Any]:
