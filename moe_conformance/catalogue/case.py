@@ -125,6 +125,10 @@ def checks() -> Mapping[str, Mapping[str, str]]:
             continue
         for name, function in vars(importlib.import_module(module_info.name)).items():
             for case in getattr(function, "moe_cases", ()):
+                if case.id not in found:
+                    raise ValueError(
+                        f"{case.id}: marked on {name} of {module_info.name}; add it to its stage's CASES, too"
+                    )
                 found[case.id][name.removeprefix("test_")] = inspect.cleandoc(function.__doc__ or "")
     return found
 
