@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from moe_conformance.checkpoints.command import judged
 
 FAMILIES = [
-    family if family == "qwen3_moe" else pytest.param(family, marks=pytest.mark.nightly)
+    family if family == "qwen3_moe" else pytest.param(family, marks=[pytest.mark.nightly, pytest.mark.sweep])
     for family in tiny_models.FAMILIES
 ]
 

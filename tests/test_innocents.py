@@ -21,7 +21,7 @@ ACCUSED = (*OF_STAGES, *OF_CALLS)
 SEEDS = (0, 1, 2)
 NIGHTLY_SEEDS = range(20)
 # Hours of CPU: for the nightly job alone, not for a push to pass.
-MANY = [pytest.mark.nightly, pytest.mark.seeds]
+MANY = [pytest.mark.nightly, pytest.mark.sweep]
 
 
 @cache

@@ -73,7 +73,10 @@ def differences(family: str) -> Iterator[str]:
                 yield f"{where}: got {plain!s:.300}, want {theirs!s:.300}, or a refusal by the name of the key"
 
 
-@pytest.mark.parametrize("family", [f if f in FILLED else pytest.param(f, marks=pytest.mark.nightly) for f in RECORDS])
+SWEEP = [pytest.mark.nightly, pytest.mark.sweep]
+
+
+@pytest.mark.parametrize("family", [f if f in FILLED else pytest.param(f, marks=SWEEP) for f in RECORDS])
 def test_null_and_left_out_mean_what_the_config_class_takes_them_for(family: str) -> None:
     assert list(differences(family)) == []
 

@@ -48,6 +48,7 @@ OF_ONE = {
     "shared-experts",
     "weight-orientation",
 }
+SWEEP = [pytest.mark.nightly, pytest.mark.sweep]
 CASES = catalogue()
 MINE = [mutant for mutant in MUTANTS if CASES[mutant.killed_by[0]].stage in STAGES]
 SHOWN = [mutant for mutant in MINE if mutant.bug_class in OF_ONE and mutant.engine.name not in SEVERAL]
@@ -81,7 +82,7 @@ def shown(engine: Any, case: str, file: Path, seed: int = 0) -> str:
 
 @pytest.mark.parametrize(
     "mutant",
-    [pytest.param(m, marks=() if n % 16 == 0 else pytest.mark.nightly) for n, m in enumerate(SHOWN)],
+    [pytest.param(m, marks=() if n % 16 == 0 else SWEEP) for n, m in enumerate(SHOWN)],
     ids=lambda mutant: mutant.engine.name,
 )
 def test_the_script_of_a_mutant_shows_its_fault(mutant: Mutant, tmp_path: Path) -> None:
@@ -91,11 +92,7 @@ def test_the_script_of_a_mutant_shows_its_fault(mutant: Mutant, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "mutant",
-    [
-        pytest.param(m, marks=() if m.engine.name == "ties-go-either-way" else pytest.mark.nightly)
-        for m in MINE
-        if m not in SHOWN
-    ],
+    [pytest.param(m, marks=() if m.engine.name == "ties-go-either-way" else SWEEP) for m in MINE if m not in SHOWN],
     ids=lambda mutant: mutant.engine.name,
 )
 def test_what_no_single_call_shows_is_said(mutant: Mutant, tmp_path: Path) -> None:

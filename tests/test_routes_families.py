@@ -42,6 +42,7 @@ def invented(folder: Path, requests: list[list[int]]) -> Record:
 
 
 @pytest.mark.nightly
+@pytest.mark.sweep
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_a_familys_own_routes_in_bfloat16_are_accepted(family: str, tmp_path: Path) -> None:
     import torch
