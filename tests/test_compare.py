@@ -29,8 +29,8 @@ def _row(numbers: list[float]) -> Tensor:
 def test_a_hole_is_told_with_the_side_that_has_it(got: float, want: float, holes: str) -> None:
     message = said([1.0, got], [1.0, want], [0.1, 0.1])
     assert message == (
-        f"sum: 1 of 2 differ, first at [1]: got {got}, want {want}; the nan in {holes} was never written, or made of "
-        "what was not, or of no number (bound: a reason)"
+        f"sum: 1 of 2 differ, first at [1]: got {got}, want {want}; hole in {holes}: never written, or made of what "
+        "was not or of no number"
     )
 
 
@@ -39,7 +39,7 @@ def test_beside_a_hole_the_largest_error_is_that_of_numbers() -> None:
 
 
 def test_bits_that_are_a_hole_are_told_as_one() -> None:
-    with pytest.raises(Nonconformance, match=r"got nan, want 1\.0; the nan in got was never written"):
+    with pytest.raises(Nonconformance, match=r"got nan, want 1\.0; hole in got: never written"):
         compare.equal("sum", _row([NAN]), _row([1.0]))
 
 
@@ -47,7 +47,7 @@ def test_bits_that_are_a_hole_are_told_as_one() -> None:
     ("limit", "told"),
     [
         (0.0, "largest error is 0.5 where the bound is 0 (a reason)"),
-        (1e-45, "largest error is 0.5 where the bound is 0 but for underflow (a reason)"),
+        (1e-45, "largest error is 0.5 where the bound is about 0 (a reason)"),
         (0.25, "largest error is 2 times the bound (a reason)"),
     ],
 )

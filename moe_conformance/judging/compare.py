@@ -73,13 +73,13 @@ def _of_errors(errors: Tensor, limits: Tensor, origin: str) -> str:
     """How far beyond the bound the worst number is; of a bound of 0 no multiple says that."""
     numbers = ~errors.isnan()
     if not numbers.any():
-        return f" (bound: {origin})" if len(errors) else ""
+        return ""
     errors, limits = errors[numbers], limits[numbers]
     worst = int((errors / limits).argmax())
     error, limit = errors[worst].item(), limits[worst].item()
     if limit > UNDERFLOW:
         return f"; largest error is {error / limit:.3g} times the bound ({origin})"
-    return f"; largest error is {error:.3g} where the bound is 0{' but for underflow' if limit else ''} ({origin})"
+    return f"; largest error is {error:.3g} where the bound is {'about ' if limit else ''}0 ({origin})"
 
 
 def is_close(got: Tensor, want: Tensor, bound: Bound) -> bool:
@@ -109,8 +109,7 @@ def _report(what: str, got: Tensor, want: Tensor, bad: Tensor, detail: str) -> N
     place = _where(first, bad.shape) if bad.ndim else "value"
     holes = [name for name, value in (("got", got_value), ("want", want_value)) if value != value]
     if holes:
-        said = f"the nan in {' and in '.join(holes)} was never written, or made of what was not, or of no number"
-        detail = f"; {said}{detail}"
+        detail = f"; hole in {' and in '.join(holes)}: never written, or made of what was not or of no number{detail}"
     raise Nonconformance(
         f"{what}: {count} of {bad.numel()} differ, first at {place}: got {got_value}, want {want_value}{detail}"
     )

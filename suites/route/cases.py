@@ -132,7 +132,6 @@ SIGN_CASES = (
     *(
         _case("routing.method", f"{name} {E} {K} {1 if name == 'doge' else 6} fp32 one-sign contiguous core")
         for name, (E, K) in AT_OWN_SIZES.items()
-        if name not in ("switch", "switch-share", "nllb")
     ),
 )
 
