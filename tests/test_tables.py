@@ -7,7 +7,7 @@ import time
 import pytest
 
 from moe_conformance.catalogue.clauses import Level
-from moe_conformance.judging.verdict import Result, Verdict
+from moe_conformance.judging.verdict import DIFFERENCE, Result, Verdict
 from moe_conformance.reporting.faults import LINES, SHOWN, command, distinct, faults, own_words, told
 from moe_conformance.reporting.tables import WIDTH, Table, as_markdown, as_text, cells, tables
 
@@ -119,6 +119,30 @@ def test_long_messages_and_many_faults_are_folded() -> None:
         "     last"
     ]
     assert lines[-1] == "and 3 more distinct faults, 3 results"
+
+
+@pytest.mark.parametrize("pairs", [1, 4])
+def test_of_a_goldens_difference_the_lines_that_differ_stay(pairs: int) -> None:
+    """And not its ends, which say where the difference is at most."""
+    differ = [line for number in range(pairs) for line in (f"-   'w{number}': 3,", f"+   'w{number}': None,")]
+    before, behind = (
+        ["  dict({", "    ...", "    'name': 'x',", "    'other': 1,"],
+        ["    'top_k': 3,", "    ...", "  })"],
+    )
+    said = f"says what it is\n{DIFFERENCE}\n" + "\n".join([*before, *differ, *behind]) + ABOUT
+    lines = [line[5:] for line in told(faults({"mine": [result(Verdict.FAIL, said)]})) if line.startswith("     ")]
+    if pairs == 1:
+        assert lines == [
+            DIFFERENCE,
+            "... 3 lines left out ...",
+            "    'other': 1,",
+            *differ,
+            "    'top_k': 3,",
+            "... 2 lines left out ...",
+        ]
+    else:
+        assert [line for line in lines if line.startswith(("-", "+"))] == [*differ[:3], *differ[-2:]]
+    assert sum(not line.startswith("...") for line in lines) <= LINES
 
 
 def test_an_engine_cannot_put_a_command_of_its_own_into_the_rerun_line() -> None:

@@ -61,6 +61,17 @@ class NoKernelOfThisSize(Faulty):
         return Routing(torch.empty_like(ids), torch.empty_like(weights))
 
 
+class RowsOfOneBlock(Faulty):
+    """mirage#764: the router visits the rows of one block, 16 for 128 experts."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        ids, weights = super().route(inputs)
+        rows = 8 * max(1, 256 // max(1, inputs.logits.shape[1]))
+        for part in (ids, weights):
+            part[rows:] = torch.empty_like(part[rows:])
+        return Routing(ids, weights)
+
+
 class CountOfNothing(Faulty):
     """Without a pair the kernel returns before it has written how many slots are in use."""
 
@@ -257,6 +268,7 @@ MUTANTS = tuple(
                 (TailOfOneToken, "one token's last columns are not written", "experts-written-one-token-fp16"),
                 (IdleRankUnwritten, "a rank without experts writes nothing", "shard-written-empty-rank"),
                 (NoKernelOfThisSize, "wide routers write nothing", "route-biased-e896-k22-t3-fp32-fine"),
+                (RowsOfOneBlock, "rows behind the first block are not written", "route-renorm-e128-k8-t17-fp32-fine"),
                 (PaddingIsLeftUnwritten, "padding is what the memory held", "align-written-unpicked"),
                 (CountOfNothing, "no pairs, no count", "align-written-idle"),
                 (LastRowOfNarrowLayer, "the last odd row is not written", "layer-written-one-token-bf16-shared-latent"),

@@ -17,6 +17,7 @@ UNIQUE = "ids_are_unique_and_in_range_for_any_row"
 AGAIN = "the_same_logits_give_the_same_bits_again"
 ROUTER = "a_router_chooses_and_weighs_by_its_method"
 SHARED = "shared_experts_are_the_last_slots"
+CHOSEN = "shared_experts_oust_no_chosen_one"
 PADDING = "padding_rows_change_no_token"
 
 
@@ -290,6 +291,27 @@ class SharedSlotIsExpertZero(Faulty):
         return Routing(ids, weights)
 
 
+class SharedSlotOustsTheLastId(Faulty):
+    """sglang#8125: one more expert is chosen, and the shared one takes the place of the last, not of the worst."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        if inputs.fused_shared is None or inputs.routing.selection_bias:
+            return super().route(inputs)
+        more = replace(_but(inputs, top_k=inputs.routing.top_k + 1), fused_shared=None)
+        last = super().route(more).ids.amax(1, keepdim=True)
+        return super().route(replace(inputs, logits=inputs.logits.scatter(1, last, float("-inf"))))
+
+
+class SearchBeginsAtZero(Faulty):
+    """vllm#37605: the largest logit so far is 0 at first, so where all are negative none is larger."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        spec, negative = inputs.routing, (inputs.logits < 0).all(1, keepdim=True)
+        if spec.select_on == "logits" and spec.selector == "topk" and inputs.fused_shared is None:
+            inputs = replace(inputs, logits=inputs.logits.masked_fill(negative, 0.0))
+        return super().route(inputs)
+
+
 _GEMMA4 = "route-gemma4-e128-k8-t63-fp32-normal"
 _PLAIN = "route-plain-e128-k8-t63-fp32-distinct"
 _RENORM = "route-renorm-e60-k4-t63-bf16-distinct"
@@ -355,8 +377,15 @@ MUTANTS = (
         "shared-experts",
     ),
     _method(FiveHundredAndTwelveLanes, "experts beyond 512 are not looked at", "route-biased-e896-k16-t9-fp32-fine"),
-    _method(SixteenRounds, "more than 16 experts a token repeat the first", "route-biased-e512-k22-t9-fp32-fine"),
+    _method(
+        SixteenRounds,
+        "more than 16 experts a token repeat the first",
+        "route-biased-e512-k22-t9-fp32-fine",
+        METHOD,
+        "unwritten-output",
+    ),
     _method(IdsInTenBits, "ids wrap at 512", "route-renorm-e896-k16-t9-fp32-fine", METHOD, "shared-experts"),
+    _method(SearchBeginsAtZero, "rows of negative logits are taken for ties", "route-chosen-e128-k8-t6-fp32-one-sign"),
     _method(TiedGroupsAllKept, "all tied groups compete", "route-deepseek-v3-e72-k6-t23-fp32-tied-groups"),
     _method(ThresholdTakesTiesFirst, "a tie ousts a larger score", "route-renorm-e40-k5-t23-fp32-last-place"),
     Mutant(
@@ -382,5 +411,11 @@ MUTANTS = (
         "shared-experts",
         "the shared expert's slot names expert 0",
         ("route-renorm-fused-shared-one", SHARED),
+    ),
+    Mutant(
+        SharedSlotOustsTheLastId,
+        "shared-experts",
+        "the shared expert takes the place of the highest id",
+        ("route-renorm-fused-shared-one", CHOSEN),
     ),
 )

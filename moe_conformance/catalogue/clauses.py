@@ -157,9 +157,9 @@ CLAUSES: dict[str, Clause] = {
     ),
     "route.fused-shared": Clause(
         "shared-experts",
-        "Shared experts that are further slots of a routing must stand behind the chosen experts, each once in every "
-        "row, with the weight that their rule gives.",
-        ("sglang#31475",),
+        "Shared experts that are further slots of a routing must stand behind the chosen experts and oust none of "
+        "them, each once in every row, with the weight that their rule gives.",
+        ("sglang#31475", "sglang#8125"),
     ),
     "route.padding-rows": Clause(
         "token-padding",

@@ -12,6 +12,9 @@ from torch import Tensor
 from moe_conformance.errors import Nonconformance, Unsupported
 from moe_conformance.oracle.bounds import Bound
 
+# Bounds below are 0, and what a float32 loses when it underflows.
+UNDERFLOW = 2.0**-100
+
 
 def _where(flat_index: int, shape: Sequence[int]) -> str:
     index = []
@@ -59,16 +62,24 @@ def equal(what: str, got: Tensor, want: Tensor) -> None:
 
 
 def close(what: str, got: Tensor, want: Tensor, bound: Bound) -> None:
-    """|got - want| <= bound, element by element; NaN or infinity in `got` fails."""
+    """|got - want| <= bound, element by element; NaN or infinity in `got` fails, and NaN in `want`, too."""
     got, want = _values(what, got, want, integer=False).double(), want.detach().cpu().double()
     error, limit = (got - want).abs(), bound.limit.cpu()
     bad = ~(error <= limit)
-    worst = (error / limit)[bad]
-    detail = ""
-    if bad.any():
-        ratio = worst.nan_to_num(float("inf")).max()
-        detail = f"; largest error is {ratio:.3g} times the bound ({bound.origin})"
-    _report(what, got, want, bad, detail)
+    _report(what, got, want, bad, _of_errors(error[bad], limit.expand(error.shape)[bad], bound.origin))
+
+
+def _of_errors(errors: Tensor, limits: Tensor, origin: str) -> str:
+    """How far beyond the bound the worst number is; of a bound of 0 no multiple says that."""
+    numbers = ~errors.isnan()
+    if not numbers.any():
+        return ""
+    errors, limits = errors[numbers], limits[numbers]
+    worst = int((errors / limits).argmax())
+    error, limit = errors[worst].item(), limits[worst].item()
+    if limit > UNDERFLOW:
+        return f"; largest error is {error / limit:.3g} times the bound ({origin})"
+    return f"; largest error is {error:.3g} where the bound is {'about ' if limit else ''}0 ({origin})"
 
 
 def is_close(got: Tensor, want: Tensor, bound: Bound) -> bool:
@@ -96,6 +107,9 @@ def _report(what: str, got: Tensor, want: Tensor, bad: Tensor, detail: str) -> N
     first = int(bad.flatten().to(torch.uint8).argmax())
     got_value, want_value = got.flatten()[first].item(), want.flatten()[first].item()
     place = _where(first, bad.shape) if bad.ndim else "value"
+    holes = [name for name, value in (("got", got_value), ("want", want_value)) if value != value]
+    if holes:
+        detail = f"; hole in {' and in '.join(holes)}: never written, or made of what was not or of no number{detail}"
     raise Nonconformance(
         f"{what}: {count} of {bad.numel()} differ, first at {place}: got {got_value}, want {want_value}{detail}"
     )

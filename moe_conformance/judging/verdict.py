@@ -9,6 +9,9 @@ from typing import Any
 
 from moe_conformance.catalogue.clauses import Level
 
+# Begins the message of an answer that differs from its golden; a line of the difference each follows.
+DIFFERENCE = "the answer differs from the golden (- want, + got):"
+
 
 class Verdict(StrEnum):
     PASS = "pass"

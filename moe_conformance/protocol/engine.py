@@ -183,7 +183,7 @@ class Engine:
         raise _not_offered("capture_reader")
 
     def expert_map(self, spec: ExpertMapSpec) -> Tensor:
-        """[E] integer: the rank's local id of each expert, -1 for those of other ranks."""
+        """[E] integer: the rank's local id of each expert, ascending with global ids; -1 for those of other ranks."""
         raise _not_offered("expert_map")
 
     def replicate(self, inputs: ReplicateInputs) -> Replicated:

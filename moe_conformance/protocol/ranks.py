@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ExpertMapSpec:
     """Experts to divide among ranks. rank: whose map is asked for. contiguous: each rank has a run of ids, in rank
-    order; round_robin: rank r has the ids that are r modulo the number of ranks."""
+    order; round_robin: rank r has the ids that are r modulo the number of ranks. A rank's local ids count up from 0 in
+    the order of its global ids; other stages take maps in any order."""
 
     experts: int
     rank: int

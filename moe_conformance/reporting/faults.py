@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe_conformance.catalogue.case import catalogue
-from moe_conformance.judging.verdict import Result, Verdict
+from moe_conformance.judging.verdict import DIFFERENCE, Result, Verdict
 from moe_conformance.reporting.explain import rerun
 from moe_conformance.reporting.tables import Columns, cut
 
@@ -106,9 +106,7 @@ def told(found: list[Fault]) -> Iterator[str]:
         yield f"{number}. {fault.title}"
         yield f"   {cases} case{'s' * (cases > 1)} of {', '.join(fault.columns)}; of {fault.first.case}:"
         lines = [line for line in own_words(fault.first.message).splitlines() if line.strip()]
-        if len(lines) > LINES:  # the end of a traceback matters most
-            lines[LINES // 2 : -LINES // 2] = [f"... {len(lines) - LINES} lines left out ..."]
-        yield from (f"     {cut(line, LONG)}" for line in lines)
+        yield from (f"     {cut(line, LONG)}" for line in _folded(lines))
         if case := catalogue().get(fault.first.case):
             yield f"   {fault.first.level}: {case.contract.text}"
             if case.contract.upstream:
@@ -118,3 +116,30 @@ def told(found: list[Fault]) -> Iterator[str]:
     if left := found[SHOWN:]:
         yield ""
         yield f"and {len(left)} more distinct faults, {sum(len(fault.hits) for fault in left)} results"
+
+
+def _folded(lines: list[str]) -> list[str]:
+    """At most LINES of them, with a mark where some are left out.
+
+    Of a golden's difference the lines that differ stay, and what stands beside them as far as there is room. Of
+    anything else both ends: the end of a traceback matters most.
+    """
+    if len(lines) <= LINES:
+        return lines
+    room = LINES - 1
+    differ = [place for place, line in enumerate(lines) if place and line.startswith(("- ", "+ "))]
+    if not lines[0].startswith(DIFFERENCE) or not differ:
+        kept = {*range(LINES // 2), *range(len(lines) - LINES // 2, len(lines))}
+    elif len(differ) > room:
+        kept = {0, *differ[: room - room // 2], *differ[-(room // 2) :]}
+    else:
+        beside = [place + step for step in (-1, 1) for place in differ if 0 < place + step < len(lines)]
+        kept = {0, *list(dict.fromkeys([*differ, *beside]))[:room]}
+    folded: list[str] = []
+    after = 0
+    for place in [*sorted(kept), len(lines)]:
+        if place > after:
+            folded.append(f"... {place - after} lines left out ..." if place - after > 1 else "... 1 line left out ...")
+        folded += lines[place : place + 1]
+        after = place + 1
+    return folded

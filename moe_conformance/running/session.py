@@ -22,7 +22,7 @@ from moe_conformance.catalogue.clauses import BUG_CLASSES
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.goldens import Amber, recorded
 from moe_conformance.judging.plain import plain
-from moe_conformance.judging.verdict import Outcome, Refusal, Result, Verdict, at_level
+from moe_conformance.judging.verdict import DIFFERENCE, Outcome, Refusal, Result, Verdict, at_level
 from moe_conformance.protocol.stages import STAGES
 from moe_conformance.reporting.explain import failure
 from moe_conformance.reporting.report import IN_PROCESS
@@ -392,4 +392,4 @@ def _against_golden(item: pytest.Function, case: Case, outcome: Outcome) -> Outc
         said = f"no golden of {case.id} for {_check(item)}, want one: install the package anew"
         return Outcome(Verdict.ERROR, f"{said}, or write it from the reference with --snapshot-update")
     difference = "\n".join(line.rstrip() for line in snapshot.get_assert_diff())
-    return Outcome(Verdict.FAIL, plain(f"the answer differs from the golden (- want, + got):\n{difference}"))
+    return Outcome(Verdict.FAIL, plain(f"{DIFFERENCE}\n{difference}"))

@@ -126,7 +126,16 @@ REAL_CASES = (
     ),
 )
 
-METHOD_CASES = SOFTMAX_CASES + REAL_CASES
+# Rows whose logits all have one sign: a search that begins at zero finds nothing in them, or everything.
+SIGN_CASES = (
+    *(_case("routing.method", f"{name} 128 8 6 fp32 one-sign contiguous core") for name in AT_REAL_SIZES),
+    *(
+        _case("routing.method", f"{name} {E} {K} {1 if name == 'doge' else 6} fp32 one-sign contiguous core")
+        for name, (E, K) in AT_OWN_SIZES.items()
+    ),
+)
+
+METHOD_CASES = SOFTMAX_CASES + REAL_CASES + SIGN_CASES
 
 # Logits stored in a narrow dtype, scores in float32 or not as the model says, at the sizes of models, in the branch of
 # one token and in that of many.
@@ -341,6 +350,10 @@ WRITTEN_CASES = tuple(
         "biased      896 22   3 fp32 fine   contiguous core",
         "llama4       17  1   5 fp32 fine   contiguous core",
         "renorm      128  8   0 bf16 normal contiguous core",
+        # More rows than one block has.
+        "renorm      128  8  17 fp32 fine   contiguous core",
+        "deepseek-v3  72  6  65 fp32 fine   contiguous core",
+        "gemma4       60  4 131 bf16 fine   contiguous core",
     )
 )
 

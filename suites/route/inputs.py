@@ -80,6 +80,10 @@ def logits_of(case: Case) -> Tensor:
             return normal(shape, case.id, torch.float64, std=2048.0)
         case "negative":
             return distinct_logits(tokens, classes, case.id, torch.float64) - 128
+        case "one-sign":  # rows in turn just below zero, far below it and far above it
+            far = 1024.0 if spec.score == "softmax" or spec.select_on == "logits" else 16.0
+            sides = torch.tensor((-4.0, -far, far), dtype=torch.float64)[torch.arange(tokens) % 3, None]
+            return (fine(shape, case.id, std=0.5) + sides).float().double()
         case "equal":
             return normal((tokens, 1), case.id, torch.float64).expand(shape).contiguous()
         case "tied":  # three values, one of them zero of either sign
