@@ -296,8 +296,8 @@ CLAUSES: dict[str, Clause] = {
     "layer.fake-dtypes": Clause(
         "aliasing-compile",
         "Where a layer can be traced: under fake tensors its output must have the shape, dtype and strides of a real "
-        "one, in every dtype.",
-        ("vllm#41646",),
+        "one, in every dtype, and memory of its own.",
+        ("vllm#41646", "vllm-ascend#16550"),
     ),
     "inputs.beyond-int32": Clause(
         "index-width",
