@@ -17,7 +17,10 @@ from moe_conformance.starter.new_engine import new_engine
 
 ROOT = Path(__file__).parent.parent
 ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
-FAKES = {"ENGINE": "fake_engines:AlwaysWrong", "ARGUMENTS": "-n 0 --case layer-tiny-plain --case layer-tiny-latent"}
+FAKES = {
+    "ENGINE": "fake_engines:AlwaysWrong",
+    "ARGUMENTS": "-n 0 --case layer-tiny-padded-hidden --case layer-tiny-latent-padded-hidden",
+}
 KNOWN = """
 [[known]]
 case = "{}"
@@ -54,7 +57,7 @@ def test_a_new_failure_fails_the_job_and_is_annotated_once(tmp_path: Path) -> No
     (line,) = (line for line in said.splitlines() if line.startswith("::error"))
     assert line.startswith("::error title=fail%3A always-wrong%3A padding never reaches the output::layer-tiny-")
     assert " and 1 more results%0Apadding never reaches the output%0A" in line
-    assert summary.startswith("# MoE conformance") and "layer-tiny-plain" in summary
+    assert summary.startswith("# MoE conformance") and "layer-tiny-padded-hidden" in summary
     assert (tmp_path / "output").read_text() == f"results={tmp_path}/conformance\n"
     stopped = re.search(r"::stop-commands::(\w+)\n", said)
     assert stopped and said.index(f"::{stopped[1]}::") < said.index("::error")
@@ -63,7 +66,7 @@ def test_a_new_failure_fails_the_job_and_is_annotated_once(tmp_path: Path) -> No
 @pytest.mark.nightly
 def test_failures_that_are_known_fail_no_job(tmp_path: Path) -> None:
     files = []
-    for case in ("layer-tiny-plain", "layer-tiny-latent"):
+    for case in ("layer-tiny-padded-hidden", "layer-tiny-latent-padded-hidden"):
         files.append(tmp_path / f"{case}.toml")
         files[-1].write_text('engine = "always-wrong"\n' + KNOWN.format(case))
     code, said, _ = judge(tmp_path, **FAKES, KNOWN="\n".join(map(str, files)) + "\n")

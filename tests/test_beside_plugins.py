@@ -19,7 +19,7 @@ PACKAGES = {
     "pytest-randomly": ("pytest-randomly==5.1.0",),
     "pytest-cov": ("pytest-cov==7.1.0", "coverage==7.17.5"),
 }
-CASES = ("layer-tiny-plain", "layer-tiny-latent", "layer-tiny-shared-padded-hidden")
+CASES = ("layer-tiny-padded-hidden", "layer-tiny-latent-padded-hidden", "layer-tiny-shared-padded-hidden")
 ENGINES = ("reference", "fake_engines:AlwaysWrong", "fake_engines:NotInstalled", "fake_engines:RightAtLast")
 # Prints which distributions' plug-ins were active, so that none is tried by not being there.
 WITNESS = """
@@ -156,7 +156,7 @@ def test_a_timeout_before_ours_is_no_success(method: str, sites: dict[str, Path]
     done = run(tmp_path / "run", sites["pytest-timeout"], "-n", "2", *options, engines=("fake_engines:Hangs",))
     assert done.code == 1
     assert done.verdicts == {
-        ("hangs", "layer-tiny-plain", "fail"): 1,
-        ("hangs", "layer-tiny-latent", "error"): 1,
+        ("hangs", "layer-tiny-padded-hidden", "fail"): 1,
+        ("hangs", "layer-tiny-latent-padded-hidden", "error"): 1,
         ("hangs", "layer-tiny-shared-padded-hidden", "fail"): 1,
     }

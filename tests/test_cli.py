@@ -134,7 +134,7 @@ def test_features_are_listed_by_stage_with_what_is_not_judged_without_them() -> 
         (["cases", "--engine", "refrence"], "did you mean 'reference'?"),
         (["explain", "layer-tiny-plane"], "did you mean 'layer-tiny-plain'?"),
         (["explain"], "got no case, want some, or --engine"),
-        (["explain", "layer-tiny-plain", "--stage", "route"], "got options that leave no case"),
+        (["explain", "layer-tiny-padded-hidden", "--stage", "route"], "got options that leave no case"),
     ],
 )
 def test_a_command_that_is_asked_wrongly_says_what_is_near(arguments: list[str], words: str) -> None:
@@ -179,9 +179,9 @@ def test_explain_says_what_each_word_of_a_recipe_means() -> None:
     used = {(case.stage, word) for case in catalogue().values() for word in case.recipe}
     assert [pair for pair in sorted(used) if meaning(*pair) is None] == []
     assert unused(used) == []
-    output = invoke("explain", "layer-tiny-plain", "replicate-load-dropped", "--class", "eplb")[1]
+    output = invoke("explain", "layer-tiny-padded-hidden", "replicate-load-dropped", "--class", "eplb")[1]
     assert "  copies = (0, 1, 2, 3, 4, 5, 2, 5)\n      the logical expert that each physical one" in output
-    assert "  padding = 5\n      rows behind the real ones" in output and "layer-tiny-plain" not in output
+    assert "  padding = 5\n      rows behind the real ones" in output and "layer-tiny-padded-hidden" not in output
 
 
 def test_doctor_says_what_is_here_which_engines_start_and_how_fast_the_machine_is(
@@ -274,7 +274,7 @@ def test_a_stream_of_this_protocol_lacks_no_key(tmp_path: Path) -> None:
 def renamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one case, its check and its class, the names of yesterday."""
     for table, entry in {
-        "CASES": {"layer-small-plain": "layer-tiny-plain"},
+        "CASES": {"layer-small-plain": "layer-tiny-padded-hidden"},
         "CHECKS": {"padding_stays_out": "padding_never_reaches_the_output"},
         "CLASSES": {"shape-mix-up": "shape-mismatch"},
     }.items():
@@ -283,19 +283,19 @@ def renamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("renamed")
 def test_an_old_name_works_wherever_a_name_is_given(tmp_path: Path) -> None:
-    assert "layer-small-plain is layer-tiny-plain now" in invoke("explain", "layer-small-plain")[1]
+    assert "layer-small-plain is layer-tiny-padded-hidden now" in invoke("explain", "layer-small-plain")[1]
     assert invoke("cases", "--class", "shape-mix-up") == invoke("cases", "--class", "shape-mismatch")
     listed = 'case = "layer-small-plain"\ncheck = "padding_stays_out"\nkind = "never"\nissue = "#1"\n'
     (tmp_path / "known.toml").write_text('engine = "reference"\n[[known]]\n' + listed)
     (key,) = known.read(tmp_path / "known.toml").entries
-    assert key == ("layer-tiny-plain", "padding_never_reaches_the_output")
+    assert key == ("layer-tiny-padded-hidden", "padding_never_reaches_the_output")
 
 
 @pytest.mark.usefixtures("renamed")
 def test_an_old_name_selects_a_case_of_a_run() -> None:
     options = ["--engine", "reference", "--case", "layer-small-plain", "--class", "shape-mix-up", "-n", "0"]
     code, output = invoke("run", *options, "--collect-only")
-    assert code == 0 and "reference-layer-tiny-plain" in output, output
+    assert code == 0 and "reference-layer-tiny-padded-hidden" in output, output
 
 
 @pytest.mark.usefixtures("renamed")
@@ -308,7 +308,7 @@ def test_diff_of_an_old_stream_shows_real_changes_alone(tmp_path: Path) -> None:
 
     names = {"check": "padding_stays_out", "class": "shape-mix-up", "stage": "experts"}
     old = written("old", case="layer-small-plain", **names)
-    new = written("new", case="layer-tiny-plain", check="padding_never_reaches_the_output")
+    new = written("new", case="layer-tiny-padded-hidden", check="padding_never_reaches_the_output")
     assert compare(old, new) == []
     assert [(result.bug_class, result.stage) for result in read(old)] == [("shape-mismatch", "layer")]
 
@@ -317,7 +317,7 @@ def test_diff_of_an_old_stream_shows_real_changes_alone(tmp_path: Path) -> None:
     ("table", "entry", "words"),
     [
         ("CASES", {"old": "no-such-case"}, "alias of case 'old': got 'no-such-case', want a case that exists"),
-        ("CASES", {"layer-tiny-plain": "layer-tiny-latent"}, "want a name that is free"),
+        ("CASES", {"layer-tiny-padded-hidden": "layer-tiny-latent-padded-hidden"}, "want a name that is free"),
         ("CLASSES", {"old": "no-such-class"}, "alias of class 'old'"),
         ("CLAUSES", {"old": "no.such"}, "alias of clause 'old'"),
         ("CHECKS", {"old": "no_such_check"}, "alias of check 'old'"),

@@ -22,7 +22,7 @@ from moe_conformance.running.discovery import Target
 from moe_conformance.running.process import Allowed, EngineProcess
 from moe_conformance.running.survey import Survey
 
-CASE = catalogue()["layer-tiny-plain"]
+CASE = catalogue()["layer-tiny-padded-hidden"]
 
 
 @pytest.fixture(scope="module")

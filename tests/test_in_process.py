@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-CASE, CHECK = "layer-tiny-plain", "padding_never_reaches_the_output"
+CASE, CHECK = "layer-tiny-padded-hidden", "padding_never_reaches_the_output"
 
 
 def run(folder: Path, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +31,7 @@ def run(folder: Path, *arguments: str, stdin: str = "", **environment: str) -> s
 def test_a_debugger_stops_inside_the_check(tmp_path: Path) -> None:
     """Not in the comparison that raised: a check's own variables are at hand, and above it the engine's answer."""
     done = run(tmp_path, "--pdb", "-k", CHECK, stdin="p 'stopped in', case.id, got.shape, inputs.padded_hidden\nq\n")
-    assert f"('stopped in', '{CASE}', torch.Size([7, 20]), None)" in done.stdout, done.stdout
+    assert f"('stopped in', '{CASE}', torch.Size([7, 20]), 24)" in done.stdout, done.stdout
     assert "-> compare.close(" in done.stdout
 
 

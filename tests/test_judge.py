@@ -249,7 +249,7 @@ LAYERS = ("moe_conformance.suites.layer.test_shape_mismatch", "test_padding_neve
 )
 def test_an_input_written_to_is_named(engine: str, words: str) -> None:
     judge = judge_of(engine)
-    outcome = judge.run(*LAYERS, catalogue()["layer-tiny-plain"])
+    outcome = judge.run(*LAYERS, catalogue()["layer-tiny-padded-hidden"])
     assert (outcome.verdict, words in outcome.message) == (Verdict.FAIL, True), outcome
     assert isinstance(judge.raised, Nonconformance)
 
@@ -260,7 +260,7 @@ def test_an_input_written_to_in_the_probe_is_an_error_of_the_stage() -> None:
 
 
 def test_an_adapter_that_raises_is_an_error() -> None:
-    outcome = judge_of("AdapterBroken").run(*LAYERS, catalogue()["layer-tiny-plain"])
+    outcome = judge_of("AdapterBroken").run(*LAYERS, catalogue()["layer-tiny-padded-hidden"])
     assert (outcome.verdict, "a misspelt attribute" in outcome.message) == (Verdict.ERROR, True), outcome
 
 

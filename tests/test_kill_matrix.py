@@ -70,7 +70,7 @@ class RefusesLayers(Faulty):
 
 def test_a_fault_that_makes_an_engine_refuse_counts_as_missed() -> None:
     """Users would see an engine of which less is judged, and no red cell."""
-    case, check = "layer-tiny-plain", "padding_never_reaches_the_output"
+    case, check = "layer-tiny-padded-hidden", "padding_never_reaches_the_output"
     with pytest.raises(AssertionError, match=r"UNSUPPORTED.* is .*FAIL"):
         test_a_mutant_fails_its_named_case_and_nothing_outside_its_class(
             Mutant(RefusesLayers, "shape-mismatch", "refuses every layer", (case, check))

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
-CASES = ("layer-tiny-plain", "layer-tiny-latent", "layer-tiny-shared-padded-hidden")
-OF_ONE = 'if item.nodeid.endswith("layer-tiny-latent]"):'
+CASES = ("layer-tiny-padded-hidden", "layer-tiny-latent-padded-hidden", "layer-tiny-shared-padded-hidden")
+OF_ONE = 'if item.nodeid.endswith("layer-tiny-latent-padded-hidden]"):'
 
 
 class Run(NamedTuple):
@@ -58,7 +58,7 @@ def with_error(case: str) -> list[tuple[str, str]]:
 
 def test_what_another_plugin_skips_was_not_judged_and_is_an_error(tmp_path: Path) -> None:
     done = run(tmp_path, f"def pytest_runtest_setup(item):\n    {OF_ONE} pytest.skip('flaky')", "--in-process")
-    assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent"))
+    assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent-padded-hidden"))
     assert failed(done) == "1/3"
 
 
@@ -82,7 +82,7 @@ def test_what_a_worker_skips_is_an_error_of_a_run_by_the_packages_name(tmp_path:
 @pytest.mark.nightly
 def test_what_another_plugin_breaks_is_an_error_of_its_case(tmp_path: Path) -> None:
     done = run(tmp_path, f"def pytest_runtest_setup(item):\n    {OF_ONE} raise OSError('no disk')", "--in-process")
-    assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent"))
+    assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent-padded-hidden"))
 
 
 RERUN = """
@@ -132,7 +132,7 @@ def pytest_runtest_setup(item):
     {OF_ONE} os.kill(os.getpid(), 9)
 """
     done = run(tmp_path, kill, "-n", "2")
-    assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent"))
+    assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent-padded-hidden"))
     assert " 0 deselected" not in done.text  # by -k, of which the workers tell
     assert failed(done) == "1/3"
 
@@ -156,7 +156,7 @@ AT_ONCE, AT_THE_END = (
 def test_what_a_ctrl_c_kept_from_running_is_no_error_of_its_case(tmp_path: Path, again: str) -> None:
     done = run(tmp_path, AT_ONE + again, "--in-process")
     (judged,) = done.verdicts
-    assert (done.code, judged) == (130, ("layer-tiny-plain", "pass"))
+    assert (done.code, judged) == (130, ("layer-tiny-padded-hidden", "pass"))
     assert failed(done) == "0/1" and "Traceback" not in done.text
     assert done.text.count("interrupted: 2 of 3 selected items were not run") == 1
 

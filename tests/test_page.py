@@ -24,7 +24,12 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.select import Select  # noqa: E402
 
-CASES = ("layer-tiny-plain", "layer-tiny-latent", "layer-tiny-shared-padded-hidden", "layer-tiny-padded-hidden")
+CASES = (
+    "layer-tiny-padded-hidden",
+    "layer-tiny-latent-padded-hidden",
+    "layer-tiny-shared-padded-hidden",
+    "layer-one-token-padded-hidden",
+)
 EVIL = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script> got 1, want 2"
 # Longest task of the page's script, in milliseconds, that nobody takes for a frozen window.
 FROZEN = 1000

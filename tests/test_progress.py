@@ -15,7 +15,7 @@ import pytest
 from moe_conformance.running.progress import Progress
 
 COMMAND = [sys.executable, "-m", "moe_conformance.cli", "run", "--engine", "reference"]
-CASES = ["--case", "layer-tiny-plain", "--case", "layer-tiny-latent", "-k", "padding_never"]
+CASES = ["--case", "layer-tiny-padded-hidden", "--case", "layer-tiny-latent-padded-hidden", "-k", "padding_never"]
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST") and name != "CI"}
 
 
@@ -69,5 +69,7 @@ def test_a_line_has_failures_and_the_time_left() -> None:
     progress = Progress()
     progress.session = SimpleNamespace(targets=[SimpleNamespace(name="mine"), SimpleNamespace(name="mine-too")])
     progress.total, progress.done, progress.failed, progress.started = 400, 100, 3, 1000.0
-    progress.running = dict.fromkeys(["a.py::test_x[mine-too-layer-tiny-plain]", "a.py::test_y[mine-not-offered]"])
+    progress.running = dict.fromkeys(
+        ["a.py::test_x[mine-too-layer-tiny-padded-hidden]", "a.py::test_y[mine-not-offered]"]
+    )
     assert progress.line(1040.0) == "100/400  25%  mine-too: layer, mine  3 failed  2:00 left"

@@ -23,7 +23,7 @@ from moe_conformance.reporting.page import badge, html
 from moe_conformance.reporting.runs import columns, gather
 from moe_conformance.reporting.threads import address
 
-CASE, OTHER = "layer-tiny-plain", "layer-tiny-latent"
+CASE, OTHER = "layer-tiny-padded-hidden", "layer-tiny-latent-padded-hidden"
 WHOLE = [result(CASE, Verdict.PASS), result(OTHER, Verdict.FAIL, "got 1, want 2")]
 TEXT = lines(WHOLE, {"mine": "1.0"})
 
@@ -50,7 +50,7 @@ def data_of(text: str) -> Any:
         ([*TEXT, TEXT[2].replace('"mine"', "7")], "the first is line 6: ValueError: got 7, want a string"),
         ([*TEXT, TEXT[2].replace("0.25", "NaN")], "the first is line 6: ValueError: seconds: got nan"),
         ([*TEXT, TEXT[-1].replace('"results": 2', '"results": Infinity')], "the first is line 6: OverflowError"),
-        ([*TEXT, TEXT[2].replace("layer-tiny-plain", "no-such-case")], "1 cases are none of this suite"),
+        ([*TEXT, TEXT[2].replace("layer-tiny-padded-hidden", "no-such-case")], "1 cases are none of this suite"),
     ],
 )
 def test_what_is_wrong_with_a_stream_is_said_and_the_rest_is_shown(tmp_path: Path, text: list[str], said: str) -> None:

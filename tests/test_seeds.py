@@ -28,7 +28,7 @@ from moe_conformance.reporting.faults import command
 from moe_conformance.running.discovery import Target, resolve
 
 TESTS = Path(__file__).parent
-CASE, CHECK = "layer-tiny-plain", "padding_never_reaches_the_output"
+CASE, CHECK = "layer-tiny-padded-hidden", "padding_never_reaches_the_output"
 ASKED = ["fake_engines:AlwaysWrong", str(TESTS / "fake_engines.py") + ":AlwaysWrong", "my adapters/wrong.py:Mine"]
 
 

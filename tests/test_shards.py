@@ -65,9 +65,9 @@ def test_what_is_no_shard_is_a_usage_error(text: str) -> None:
 
 
 def test_a_shard_without_a_case_is_a_run_without_a_fault(tmp_path: Path) -> None:
-    options = ["--engine", "reference", "--case", "layer-tiny-plain", "-n", "0", "--collect-only"]
+    options = ["--engine", "reference", "--case", "layer-tiny-padded-hidden", "-n", "0", "--collect-only"]
     runs = [invoke("run", *options, "--shard", f"{number}/2") for number in (1, 2)]
-    assert [(code, "[reference-layer-tiny-plain]" in said) for code, said in runs] == [(0, True), (0, False)]
+    assert [(code, "[reference-layer-tiny-padded-hidden]" in said) for code, said in runs] == [(0, True), (0, False)]
 
 
 def test_a_shard_of_which_nothing_was_judged_is_for_merge_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,13 +216,13 @@ def test_durations_are_the_mean_of_engines_and_the_later_of_runs(tmp_path: Path)
     def run(name: str, engine: str, *seconds: float, verdict: str = "pass") -> Path:
         folder = shard(tmp_path / name, 1)
         lines = (folder / "verdicts.jsonl").read_text().splitlines()
-        made = {**RESULT, "engine": engine, "case": "layer-tiny-plain", "verdict": verdict}
+        made = {**RESULT, "engine": engine, "case": "layer-tiny-padded-hidden", "verdict": verdict}
         results = [json.dumps({**made, "check": f"k{took}", "seconds": took}) for took in seconds]
         (folder / "verdicts.jsonl").write_text("\n".join([lines[0], *results, lines[-1]]) + "\n")
         return folder
 
     runs = [run("1", "a", 9.0), run("2", "a", 0.5, 0.5), run("3", "b", 3.0), run("4", "c", 8.0, verdict="unsupported")]
-    assert durations(runs) == {"layer-tiny-plain": 2000}
+    assert durations(runs) == {"layer-tiny-padded-hidden": 2000}
 
 
 @pytest.mark.nightly

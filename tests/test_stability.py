@@ -59,7 +59,7 @@ def _changed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"cases": {}}, "cases: layer-tiny-plain is gone, and no alias says where"),
+        ({"cases": {}}, "cases: layer-tiny-padded-hidden is gone, and no alias says where"),
         ({"classes": []}, "classes: shape-mismatch is gone"),
         ({"checks": []}, "checks: padding_never_reaches_the_output is gone"),
         ({"stages": []}, "stages: layer is gone"),
@@ -73,16 +73,16 @@ def test_what_goes_without_a_word_is_noticed(change: dict[str, Any], words: str)
 
 def test_a_should_that_becomes_a_must_is_noticed_and_the_other_way_is_not() -> None:
     def at(level: str) -> dict[str, Any]:
-        return _changed(cases={"layer-tiny-plain": ["layer", "shape-mismatch", level]})
+        return _changed(cases={"layer-tiny-padded-hidden": ["layer", "shape-mismatch", level]})
 
-    assert "cases: layer-tiny-plain was a SHOULD and is a MUST" in list(broken(at("SHOULD"), at("MUST")))
+    assert "cases: layer-tiny-padded-hidden was a SHOULD and is a MUST" in list(broken(at("SHOULD"), at("MUST")))
     assert list(broken(at("MUST"), at("SHOULD"))) == []
 
 
 def test_an_alias_says_where_a_case_went(monkeypatch: pytest.MonkeyPatch) -> None:
     old = _changed(cases={"layer-old": ["layer", "shape-mismatch", "MUST"]})
     assert len(list(broken(old, today()))) == 1
-    monkeypatch.setattr(aliases, "CASES", {"layer-old": "layer-tiny-plain"})
+    monkeypatch.setattr(aliases, "CASES", {"layer-old": "layer-tiny-padded-hidden"})
     assert list(broken(old, today())) == []
 
 

@@ -11,8 +11,10 @@ from moe_conformance.judging.verdict import DIFFERENCE, Result, Verdict
 from moe_conformance.reporting.faults import LINES, SHOWN, command, distinct, faults, own_words, told
 from moe_conformance.reporting.tables import WIDTH, Table, as_markdown, as_text, cells, tables
 
-CASE = "layer-tiny-plain"
-ABOUT = "\nstage:    layer\nclass:    x\nrerun:    moe-conformance run --engine my:Engine --case layer-tiny-plain"
+CASE = "layer-tiny-padded-hidden"
+ABOUT = (
+    "\nstage:    layer\nclass:    x\nrerun:    moe-conformance run --engine my:Engine --case layer-tiny-padded-hidden"
+)
 
 
 def result(
@@ -72,12 +74,12 @@ def fault(number: int, case: str = CASE, verdict: Verdict = Verdict.FAIL) -> Res
 def test_failures_that_differ_in_numbers_alone_are_one_fault() -> None:
     found = faults(
         {
-            "mine": [fault(1), fault(2, "layer-tiny-latent"), fault(3, verdict=Verdict.CRASH), *EACH[:1]],
+            "mine": [fault(1), fault(2, "layer-tiny-latent-padded-hidden"), fault(3, verdict=Verdict.CRASH), *EACH[:1]],
             "other": [fault(7.5), result(Verdict.FAIL, f"padding stays out\nanother word{ABOUT}")],  # type: ignore[arg-type]
         }
     )
     assert [(each.verdict, each.cases, each.columns) for each in found] == [
-        (Verdict.FAIL, [CASE, "layer-tiny-latent"], ["mine", "other"]),
+        (Verdict.FAIL, [CASE, "layer-tiny-latent-padded-hidden"], ["mine", "other"]),
         (Verdict.CRASH, [CASE], ["mine"]),
         (Verdict.FAIL, [CASE], ["other"]),
     ]
@@ -96,15 +98,15 @@ def test_what_fails_a_run_is_told_before_a_broken_should() -> None:
 
 
 def test_a_fault_is_told_with_its_cases_its_clause_and_the_command_that_reruns_it() -> None:
-    assert list(told(faults({"mine": [fault(1), fault(2, "layer-tiny-latent")]}))) == [
+    assert list(told(faults({"mine": [fault(1), fault(2, "layer-tiny-latent-padded-hidden")]}))) == [
         "",
         "1. fail: shape-mismatch: padding stays out",
-        "   2 cases of mine; of layer-tiny-plain:",
+        "   2 cases of mine; of layer-tiny-padded-hidden:",
         "     row [1]: got 1, want 'x1'",
         "   MUST: A padded hidden or intermediate dim must be cut before anything of the unpadded width is added or "
         "projected, and nothing in the padding may reach the result.",
         "   upstream: vllm#40794, vllm#40865, tokenspeed#1322",
-        "   rerun: moe-conformance run --engine my:Engine --case layer-tiny-plain",
+        "   rerun: moe-conformance run --engine my:Engine --case layer-tiny-padded-hidden",
     ]
 
 

@@ -16,7 +16,7 @@ from moe_conformance.catalogue.case import catalogue
 from moe_conformance.errors import UsageError
 from moe_conformance.running import known
 
-CASES = ("layer-tiny-plain", "layer-tiny-latent", "layer-tiny-shared-padded-hidden")
+CASES = ("layer-tiny-padded-hidden", "layer-tiny-latent-padded-hidden", "layer-tiny-shared-padded-hidden")
 CHECK = "padding_never_reaches_the_output"
 # Of a second stage, by its own check, on the engines that have it.
 ROUTE_CASE = "route-gemma4-e128-k8-t7-bf16-distinct"
@@ -89,8 +89,8 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.nightly
 def test_a_wrong_engine_fails_and_is_told_why(fakes: Run) -> None:
     assert (fakes.code, fakes.verdicts["always-wrong"]) == (1, ["fail"] * 3)
-    message = fakes.message("always-wrong", "layer-tiny-plain")
-    for part in ("first at [0, 0]: got", "times the bound", "clause:", "vllm#40794", "--case layer-tiny-plain"):
+    message = fakes.message("always-wrong", "layer-tiny-padded-hidden")
+    for part in ("first at [0, 0]: got", "times the bound", "clause:", "vllm#40794", "--case layer-tiny-padded-hidden"):
         assert part in message
     head, *rows = fakes.text.split("MUST: failed of judged")[1].splitlines()
     assert rows[0].split()[1 + head.split().index("always-wrong")] == "3/3"
@@ -99,14 +99,14 @@ def test_a_wrong_engine_fails_and_is_told_why(fakes: Run) -> None:
 @pytest.mark.nightly
 def test_a_crash_costs_its_case_and_leaves_last_words(fakes: Run) -> None:
     assert fakes.verdicts["crashes"] == ["fail", "crash", "fail"]
-    message = fakes.message("crashes", "layer-tiny-latent")
+    message = fakes.message("crashes", "layer-tiny-latent-padded-hidden")
     assert "SIGSEGV" in message and "about to read address 1" in message
 
 
 @pytest.mark.nightly
 def test_a_hang_costs_its_case_and_is_killed(fakes: Run) -> None:
     assert fakes.verdicts["hangs"] == ["fail", "timeout", "fail"]
-    assert "no answer within 4 s; the process was killed" in fakes.message("hangs", "layer-tiny-latent")
+    assert "no answer within 4 s; the process was killed" in fakes.message("hangs", "layer-tiny-latent-padded-hidden")
 
 
 @pytest.mark.nightly
@@ -119,7 +119,7 @@ def test_a_hang_costs_its_case_and_is_killed(fakes: Run) -> None:
 )
 def test_an_adapter_that_is_not_what_it_says_is_an_error(fakes: Run, name: str, words: str) -> None:
     assert fakes.verdicts[name] == ["error"] * 3
-    assert words in fakes.message(name, "layer-tiny-plain")
+    assert words in fakes.message(name, "layer-tiny-padded-hidden")
 
 
 @pytest.mark.nightly
@@ -159,7 +159,7 @@ def test_refusals_are_listed_by_reason_apart_from_what_is_declared_away(fakes: R
 @pytest.mark.nightly
 def test_an_engine_asked_for_that_cannot_start_fails_the_run(fakes: Run) -> None:
     assert fakes.verdicts["not-installed"] == ["unavailable"] * 3
-    assert "pip install fake-engine" in fakes.message("not-installed", "layer-tiny-plain")
+    assert "pip install fake-engine" in fakes.message("not-installed", "layer-tiny-padded-hidden")
 
 
 @pytest.mark.nightly
@@ -211,7 +211,10 @@ def test_a_broken_should_is_a_verdict_of_its_own_that_fails_a_strict_run_only(tm
     for title, cell in (("SHOULD: broken of judged", "1/1"), ("known failures", "2")):
         assert re.search(rf"^{title} +always-wrong\nshape-mismatch +{cell}$", usual.text, re.MULTILINE)
         assert f"| {title} | always-wrong |\n|---|---:|\n| shape-mismatch | {cell} |\n" in usual.summary
-    assert "## Broken SHOULDs\n\n<details><summary>broken_should: always-wrong on layer-tiny-plain" in usual.summary
+    assert (
+        "## Broken SHOULDs\n\n<details><summary>broken_should: always-wrong on layer-tiny-padded-hidden"
+        in usual.summary
+    )
     strict = run(tmp_path, ("fake_engines:AlwaysWrong",), *options, "--strict")
     assert (strict.code, strict.verdicts) == (1, usual.verdicts)
     assert (

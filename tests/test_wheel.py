@@ -135,12 +135,17 @@ def test_a_fault_in_the_readmes_adapter_is_noticed(installed: dict[str, str], tm
 @pytest.mark.nightly
 def test_a_worker_that_is_called_by_its_path_judges(installed: dict[str, str], tmp_path: Path) -> None:
     """As docs/ci.md says: it is given the controller's import path, and node ids begin at the suites' folder."""
-    options = ["--moe-engine=reference", "--moe-case=layer-tiny-plain", "--moe-case=align-e60-k6", "--dist=loadscope"]
+    options = [
+        "--moe-engine=reference",
+        "--moe-case=layer-tiny-padded-hidden",
+        "--moe-case=align-e60-k6",
+        "--dist=loadscope",
+    ]
     options += [f"--tx=popen//python={sys.executable}", "--moe-out=out"]
     command = [sys.executable, "-m", "pytest", "--pyargs", "moe_conformance.suites", *options]
     done = subprocess.run(command, cwd=tmp_path, env=installed, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {result.case for result in read(tmp_path / "out")} == {"layer-tiny-plain", "align-e60-k6"}
+    assert {result.case for result in read(tmp_path / "out")} == {"layer-tiny-padded-hidden", "align-e60-k6"}
 
 
 @pytest.mark.nightly

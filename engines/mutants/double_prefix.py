@@ -273,6 +273,18 @@ class FirstLoadStays(Faulty):
         return {key: self._loaded.setdefault(key, tensor) for key, tensor in super().load(folder).items()}
 
 
+class FolderIsReadOnce(Faulty):
+    """vllm#32718: what a folder once gave is kept under its path."""
+
+    def __init__(self) -> None:
+        self._read: dict[Path, Loaded] = {}
+
+    def load(self, folder: Path) -> Loaded:
+        if folder not in self._read:
+            self._read[folder] = super().load(folder)
+        return self._read[folder]
+
+
 class ModulesAreAnotherLayer(_Renamed):
     """Counts the layers of names as the modules have them from the first one with experts."""
 
@@ -319,9 +331,9 @@ class SharedExpertsAreDealtOut(Faulty):
             return super().load(folder)
 
 
-def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
+def _mutant(engine: type[Faulty], fault: str, case: str, check: str, *also: str) -> Mutant:
     bug_class = "weight-coverage" if check == "a_broken_checkpoint_is_refused" else "double-prefix"
-    return Mutant(engine, bug_class, fault, (case, check))
+    return Mutant(engine, bug_class, fault, (case, check), frozenset(also))
 
 
 _REACHES, _SHARE, _TWICE = (
@@ -369,7 +381,8 @@ MUTANTS = (
     _mutant(ExpertsInStringOrder, "stacks expert 10 before 2", "load-gemma4-plain-one-file", _LOAD),
     _mutant(SquareGateUpTransposed, "transposes w13 where 2F = H", "load-gemma4-packed-square-gate-up", _LOAD),
     _mutant(SquareDownTransposed, "transposes w2 where F = H", "load-gemma4-plain-square-down", _LOAD),
-    _mutant(FirstLoadStays, "keeps the first load's tensors", "load-gemma4-packed-twice", _EACH),
+    _mutant(FirstLoadStays, "keeps the first load's tensors", "load-gemma4-packed-twice", _EACH, "quantised-scales"),
+    _mutant(FolderIsReadOnce, "reads a folder once", "load-gemma4-plain-twice", _EACH),
     _mutant(MissingExpertUnwritten, "leaves a missing expert unwritten", "load-gemma4-plain-missing-expert", _BROKEN),
     _mutant(RouterScaleDefaults, "fills in a router scale", "load-gemma4-packed-missing-router-scale", _BROKEN),
     _mutant(ExtraExpertIgnored, "ignores an expert that the config lacks", "load-gemma4-plain-extra-expert", _BROKEN),

@@ -111,6 +111,41 @@ class LeftoversWithoutAdapter(Faulty):
         return torch.where(without, output * (1 + torch.finfo(output.dtype).eps), output)
 
 
+class NarrowWithoutUpdate(Faulty):
+    """unsloth-zoo#779: the layout of the update is guessed from 2F > D, and narrow experts keep the base weights."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        narrow = 2 * inputs.mlp.width <= inputs.x.shape[1]
+        return super().experts(replace(inputs, lora=None) if narrow else inputs)
+
+
+class UngatedWithoutUpdate(Faulty):
+    """Automodel#1755: adapters of experts without a gate do nothing."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        return super().experts(inputs if inputs.mlp.gated else replace(inputs, lora=None))
+
+
+class UpTakesTheUpdateOfGate(Faulty):
+    """vllm#42718: at rank 1 the second slice of w13 is read at a wrong offset."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        def twice(b: Tensor) -> Tensor:
+            return torch.cat([b[:, :, : inputs.mlp.width]] * 2, 2) if b.shape[-1] == 1 else b
+
+        return super().experts(with_lora(inputs, lambda lora: tensors_of(lora, "w13.b", twice)))
+
+
+class AdaptersOfTheFirstChunk(Faulty):
+    """vllm#19168: the adapters of the first 64 tokens serve every chunk of 64."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        def first(lora: Lora) -> Lora:
+            return replace(lora, adapters=lora.adapters[torch.arange(len(lora.adapters)) % 64])
+
+        return super().experts(with_lora(inputs, first))
+
+
 def _mutant(engine: type[Faulty], fault: str, case: str, check: str = UPDATE) -> Mutant:
     return Mutant(engine, "expert-lora", fault, (f"experts-lora-{case}", check))
 
@@ -123,5 +158,9 @@ MUTANTS = (
     _mutant(UpdatesByGlobalId, "under an expert map, updates are of other experts", "ep-dropped"),
     _mutant(RanksOfPeftMisread, "ranks of B are read in A's order", "one"),
     _mutant(FirstAdapterServesAllInHalf, "in float16 all tokens have one adapter", "fp16"),
+    _mutant(NarrowWithoutUpdate, "experts with 2F <= D have no update", "rank-16"),
+    _mutant(UngatedWithoutUpdate, "experts without a gate have no update", "not-gated"),
+    _mutant(UpTakesTheUpdateOfGate, "at rank 1, up has gate's update", "rank-one"),
+    _mutant(AdaptersOfTheFirstChunk, "behind 64 tokens, adapters begin anew", "many"),
     _mutant(LeftoversWithoutAdapter, "a token without an adapter has other last bits", "three", NONE),
 )

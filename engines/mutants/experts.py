@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_conformance.engine import ExpertsInputs
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
+from moe_conformance.suites.experts.inputs import held_pairs
 
 FUNCTION = "experts_compute_their_function"
 SUM = "outputs_are_weighed_and_summed"
@@ -88,6 +89,44 @@ class OutsideWraps(Faulty):
         return super().experts(replace(inputs, ids=inputs.ids % inputs.experts if inputs.native_ids else inputs.ids))
 
 
+class OneTokenUnclamped(Faulty):
+    """sglang#16972: a single token takes a path that knows neither limit nor alpha."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        if len(inputs.x) != 1:
+            return super().experts(inputs)
+        return super().experts(replace(inputs, mlp=replace(inputs.mlp, clamp="no", alpha=1.0, up_offset=0.0)))
+
+
+class OneChoiceWeighsTheOutput(Faulty):
+    """sglang#7889: with one expert a token, a weight of its input is multiplied into its output."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        if inputs.ids.shape[1] != 1 or inputs.mlp.weight_on != "input":
+            return super().experts(inputs)
+        return super().experts(replace(inputs, mlp=replace(inputs.mlp, weight_on="output")))
+
+
+class ColdRankHasNoRows(Faulty):
+    """A rank whose experts no token chose returns no rows instead of zeros."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        output = super().experts(inputs)
+        return output if inputs.expert_map is None or held_pairs(inputs).any() else output[:0]
+
+
+class IdleTokensUnwritten(Faulty):
+    """prime-rl#2035: of a token without a local expert, the row is left as new_empty gave it."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        output = super().experts(inputs)
+        if inputs.expert_map is None:
+            return output
+        held, result = held_pairs(inputs).any(-1), torch.empty_like(output)
+        result[held] = output[held]
+        return result
+
+
 # Every sum is of outputs, and every batch with dropped pairs has a sum.
 SUMS = frozenset({"activation", "combine-algebra", "expert-map", "quantised-scales", "expert-lora"})
 
@@ -107,5 +146,22 @@ MUTANTS = (
     _mutant(NineBitIds, "combine-algebra", "ids wrap at 512", "experts-beyond-512", SUM),
     _mutant(DroppedTakesLast, "expert-map", "-1 is the last expert", "experts-dropped", NO_EXPERT),
     _mutant(OthersWeighZero, "expert-map", "pairs of others count times 0", "experts-ep3-rank1", NO_EXPERT),
+    _mutant(OneTokenUnclamped, "activation", "one token goes unclamped", "experts-swiglu-oai-one-token", FUNCTION),
+    _mutant(
+        OneChoiceWeighsTheOutput,
+        "combine-algebra",
+        "one choice's weight is of the output",
+        "experts-one-choice-weight-on-input",
+        SUM,
+    ),
+    _mutant(ColdRankHasNoRows, "expert-map", "an idle rank has no rows", "experts-ep3-cold-rank", NO_EXPERT),
+    _mutant(
+        IdleTokensUnwritten,
+        "unwritten-output",
+        "rows of tokens without an expert here are not written",
+        "experts-written-ep3-idle-tokens",
+        "every_element_is_written",
+        SUMS | {"aliasing-compile", "chunking", "determinism-state", "dtype-stride-arguments", "token-padding"},
+    ),
     _mutant(OutsideWraps, "expert-map", "ids wrap around E", "experts-id-e", OUTSIDE),
 )

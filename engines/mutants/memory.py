@@ -135,6 +135,14 @@ class FakeIsPadded(Faulty):
         return output.new_empty(len(output), inputs.padded_hidden)[:, : output.shape[1]]
 
 
+class FakeIsX(Faulty):
+    """vllm-ascend#16550: the fake of the operator returns x, so that tracing takes both for one memory."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        output = super().layer(inputs)
+        return inputs.x if isinstance(output, FakeTensor) and not inputs.padded_hidden else output
+
+
 # --- addresses
 
 
@@ -210,6 +218,7 @@ _ROWS: tuple[tuple[str, frozenset[str], tuple[tuple[Any, str, str, str], ...]], 
             (AnswersShareABuffer, _OWN, "answers share a buffer", "experts-own-memory"),
             (WeightsAreAViewOfLogits, _OWN, "weights lie where the logits were", "route-plain-e7-k7-t7-fp32-fine"),
             (FakeIsFloat32, _FAKE, "a fake in float16 is float32", "layer-fake-fp16-plain"),
+            (FakeIsX, _FAKE, "a fake is its input", "layer-fake-bf16-plain"),
             (FakeIsPadded, _FAKE, "a fake has padded strides", "layer-fake-bf16-shared-latent-padded-hidden"),
         ),
     ),

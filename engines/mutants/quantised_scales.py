@@ -135,6 +135,34 @@ class OddColumnsFirst(Faulty):
         return super().experts(replace(inputs, tensors=swapped))
 
 
+class Fp8WithoutAlpha(Faulty):
+    """DeepGEMM#87: the fused kernel of fp8 clamps, and takes alpha 1 and no up offset."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        if inputs.quant is None or inputs.quant.format != "fp8_e4m3":
+            return super().experts(inputs)
+        return super().experts(replace(inputs, mlp=replace(inputs.mlp, alpha=1.0, up_offset=0.0)))
+
+
+class BiasLostInNvfp4(Faulty):
+    """vllm#46645: biases are handed on in the branch of MXFP4 alone."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        if inputs.quant is None or inputs.quant.format != "nvfp4" or not inputs.mlp.bias:
+            return super().experts(inputs)
+        none = {name: torch.zeros_like(inputs.tensors[name]) for name in ("experts.b13", "experts.b2")}
+        return super().experts(replace(inputs, tensors={**inputs.tensors, **none}))
+
+
+class ZeroPointZeroWraps(Faulty):
+    """GPTQModel#2350: a zero point of 0 is stored as -1 in four bits, and read as 15."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        if inputs.quant is None or inputs.quant.format != "int4":
+            return super().experts(inputs)
+        return super().experts(changed(inputs, "zero_point", lambda zero, _: zero.where(zero != 0, 16)))
+
+
 class LoadsOtherwise(Faulty):
     """One form is read by another function."""
 
@@ -226,6 +254,9 @@ MUTANTS = (
     _mutant(ZeroPointOfTheFirstGroup, "all groups have the first one's zero point", "int4-group-zero"),
     _mutant(GroupsAreOf32, "groups of 16 are read as groups of 32", "int4-group-cut"),
     _mutant(GlobalScaleTwiceUnderAMap, "the global scale is applied twice under an expert map", "nvfp4-ep"),
+    _mutant(Fp8WithoutAlpha, "fp8 experts have alpha 1 and no up offset", "fp8-block-swiglu-oai"),
+    _mutant(BiasLostInNvfp4, "NVFP4 experts lose their biases", "nvfp4-bias"),
+    _mutant(ZeroPointZeroWraps, "a zero point of 0 is 16", "int4-group-zero-cut"),
     _mutant(OneScaleARow, "activations have one scale a row, not one a group", "fp8-block-group", ACTIVATIONS),
     _mutant(InputScaleOfTheFirstMatrix, "what enters w2 is quantised by w13's scale", "fp8-tensor-static", ACTIVATIONS),
     _mutant(OddColumnsFirst, "the high bits of a byte are the even column", "mxfp4-cut"),

@@ -90,11 +90,11 @@ class CutsFromTheEnd(Faulty):
 
 
 class AccumulatorIsReturned(Faulty):
-    """float32 sums are cast to x's dtype where the shared output is added, and nowhere else."""
+    """float32 sums of a padded kernel are cast to x's dtype where the shared output is added, and nowhere else."""
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         output = super().layer(inputs)
-        return output if inputs.spec.shared is not None else output.float()
+        return output.float() if inputs.padded_hidden and inputs.spec.shared is None else output
 
 
 class GraphBreaks(Faulty):
@@ -157,8 +157,9 @@ MUTANTS = (
     Mutant(
         AccumulatorIsReturned,
         "shape-mismatch",
-        "the output is float32 in a layer without shared expert",
+        "the output is float32 in a padded layer without shared expert",
         ("layer-tiny-bf16-padded-hidden", _CHECK),
+        frozenset({"unwritten-output"}),
     ),
     Mutant(
         GraphBreaks,

@@ -171,7 +171,8 @@ _LAYOUT = "no_shape_decides_a_layout"
 _MANY = "any_number_of_tokens_is_computed"
 # Narrow experts, wide ones and long batches are in cases of everything that experts do.
 _SUMS = frozenset(
-    {"activation", "combine-algebra", "expert-map", "dtype-stride-arguments", "determinism-state", "batch-invariance"}
+    {"activation", "combine-algebra", "expert-lora", "expert-map", "dtype-stride-arguments", "determinism-state"}
+    | {"batch-invariance"}
 )
 
 MUTANTS = tuple(

@@ -139,6 +139,12 @@ CLAUSES: dict[str, Clause] = {
         "projected, and nothing in the padding may reach the result.",
         ("vllm#40794", "vllm#40865", "tokenspeed#1322"),
     ),
+    "layer.sum": Clause(
+        "combine-algebra",
+        "Routed sum, output scale, latent projections and shared experts must each enter a layer's output once, in "
+        "their place, and the shared experts must read the layer's own input.",
+        ("vllm#28939", "sglang#35152", "vllm#24119"),
+    ),
     "layer.traceable": Clause(
         "shape-mismatch",
         "Where a layer can be traced: shapes must hold under fake tensors and under torch.compile(fullgraph=True).",
@@ -290,8 +296,8 @@ CLAUSES: dict[str, Clause] = {
     "layer.fake-dtypes": Clause(
         "aliasing-compile",
         "Where a layer can be traced: under fake tensors its output must have the shape, dtype and strides of a real "
-        "one, in every dtype.",
-        ("vllm#41646",),
+        "one, in every dtype, and memory of its own.",
+        ("vllm#41646", "vllm-ascend#16550"),
     ),
     "inputs.beyond-int32": Clause(
         "index-width",

@@ -84,6 +84,8 @@ FUNCTION_CASES = (
         for name in ("silu", "swiglu-oai", "gelu-tanh", "relu2-not-gated")
         for dtype, long in (("bf16", "bfloat16"), ("fp16", "float16"))
     ),
+    # One token often takes a path of its own.
+    _case("swiglu-oai-one-token", "experts.function", {**TINY, "T": 1}, function="swiglu-oai"),
 )
 
 SUM_CASES = (
@@ -93,6 +95,8 @@ SUM_CASES = (
     *(_case(f"{T}-tokens", "experts.combine", {**NARROW, "T": T}) for T in (0, 1, 2)),
     _case("one-expert", "experts.combine", {**TINY, "E": 1, "K": 1}),
     _case("all-experts", "experts.combine", {**TINY, "E": 8, "K": 8}),
+    # Llama 4: the only weight multiplies what the expert reads.
+    _case("one-choice-weight-on-input", "experts.combine", {**TINY, "K": 1}, function="weight-on-input"),
     _case("hundreds", "experts.combine", HUNDREDS),
     _case("hundreds-bias", "experts.combine", HUNDREDS, function="silu-bias"),
     _case(
@@ -126,6 +130,8 @@ NO_EXPERT_CASES = (
     _case("ep3-bias-dropped", "experts.no-expert", function="silu-bias", owners=SCATTERED, rank=0, dropped=6),
     _case("input-weight-dropped", "experts.no-expert", function="weight-on-input", dropped=6),
     _case("ep3-scale-dropped", "experts.no-expert", owners=SCATTERED, rank=1, dropped=6, output_scale=2.5),
+    # Every token chose an expert of rank 2.
+    _case("ep3-cold-rank", "experts.no-expert", {**TINY, "K": 1}, hot=0, owners=SCATTERED, rank=1),
     _case("ep3-identity", "experts.no-expert", owners=SCATTERED, rank=1, identity_experts=3, output_scale=2.5),
     _case("ep5-beyond-512", "experts.no-expert", BEYOND_512, owners=tuple(e * 7 % 5 for e in range(896)), rank=3),
 )
@@ -273,6 +279,7 @@ WRITTEN_CASES = (
     _case("written-idle-experts-bf16", "outputs.written", {**TINY, "T": 1, "E": 40, "K": 8, "D": 72}, dtype="bfloat16"),
     _case("written-one-token-fp16", "outputs.written", {**NARROW, "T": 1, "D": 33}, dtype="float16"),
     _case("written-ep3", "outputs.written", {**TINY, "T": 3}, owners=SCATTERED, rank=0, dropped=6),
+    _case("written-ep3-idle-tokens", "outputs.written", {**TINY, "K": 2}, owners=SCATTERED, rank=0),
     _case("written-no-tokens", "outputs.written", {**TINY, "T": 0}),
     _case("written-no-tokens-bias-ep3", "outputs.written", {**TINY, "T": 0}, function="silu-bias", owners=SCATTERED),
     _case("written-wide-tail", "outputs.written", {**TINY, "T": 17, "D": 136, "F": 68}, function="silu-bias"),

@@ -92,6 +92,9 @@ _CORE = (
     _stored("mxfp4", "cut", CUT),
     _stored("nvfp4", "ep", owners=_SCATTERED, rank=1),
     _stored("nvfp4-halves"),
+    # What a kernel takes beside codes and scales is handed to each format's kernel by itself.
+    _stored("fp8-block", "swiglu-oai", function="swiglu-oai"),
+    _stored("nvfp4", "bias", function="bias"),
 )
 _SWEEP = (
     *(_stored(form, tier="full") for form in _WEIGHTS),
@@ -140,11 +143,13 @@ LORA_CASES = (
     _adapted("ep-dropped", owners=_SCATTERED, rank=1, dropped=6),
     _adapted("fp16", dtype="float16"),
     _adapted("nobody", none=20),
-    _adapted("rank-one", tier="full", lora=replace(_LORA, rank=1)),
-    _adapted("rank-16", {**TINY, "D": 48}, "full", lora=replace(_LORA, rank=16)),
-    _adapted("many", {**TINY, "T": 70}, "full", lora=replace(_LORA, adapters=8)),
+    _adapted("rank-one", lora=replace(_LORA, rank=1)),
+    # 2F < D, as most models have it.
+    _adapted("rank-16", {**TINY, "D": 48}, lora=replace(_LORA, rank=16)),
+    # More tokens than a chunk has.
+    _adapted("many", {**TINY, "T": 70}, lora=replace(_LORA, adapters=8)),
     _adapted("bf16", tier="full", dtype="bfloat16"),
-    _adapted("not-gated", tier="full", function="not-gated"),
+    _adapted("not-gated", function="not-gated"),
     _adapted("bias", tier="full", function="bias"),
     _adapted("one-token", {**TINY, "T": 1}, "full", none=0),
     _adapted("hundreds", {**TINY, "E": 256, "K": 8, "T": 9}, "full"),

@@ -41,7 +41,7 @@ def stored_tensors(
             case "scale":
                 found[name] = _scales(quant, shape, name, size)
             case "zero_point":
-                least, most, dtype = (-100, 100, torch.int8) if quant.format == "int8" else (1, 15, torch.uint8)
+                least, most, dtype = (-100, 100, torch.int8) if quant.format == "int8" else (0, 16, torch.uint8)
                 found[name] = integers(shape, name, most, least).to(dtype)
             case "global_scale":
                 found[name] = _spread(shape, name, size - 3)

@@ -28,10 +28,13 @@ NANO = {"T": 2, "E": 2, "K": 1, "H": 2688, "D": 1024, "F": 1856, "Fs": 3712, "Hp
 # gpt-oss: 2880 goes to 3072, and the layer has neither a shared expert nor a latent projection (vllm#40865).
 GPT_OSS = {"T": 2, "E": 2, "K": 1, "H": 2880, "D": 0, "F": 2880, "Fs": 0, "Hp": 3072, "Dp": 0, "Fp": 3072}
 
+BOTH = ("padded_hidden", "padded_intermediate")
+
 
 def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "core", **changes: Any) -> Case:
     """routing: by name as in suites/route/methods.py. experts: fields of MLPSpec; shared: of its MLPSpec or its
     SharedSpec; latent: of LatentSpec. scale: of the routed sum. arguments: how x, logits and tensors are given."""
+    has, latent = set(parts), "latent" in parts
     changes = {
         "routing": "renorm",
         "experts": {},
@@ -40,12 +43,11 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
         "scale": 2.5,
         "dtype": "float32",
         "tokens": dims["T"],
-        "clause": "layer.cut-before-add",
+        "clause": "layer.cut-before-add" if has & set(BOTH) else "layer.sum",
         "arguments": {},
         "padding": 0,
         **changes,
     }
-    has, latent = set(parts), "latent" in parts
     spec = LayerSpec(
         hidden_size=dims["H"],
         num_experts=dims["E"],
@@ -85,12 +87,11 @@ def _subsets(*names: str) -> list[tuple[str, ...]]:
 
 EIGHT = _subsets("shared", "latent", "padded_hidden")
 PADDED = [parts for parts in EIGHT if "padded_hidden" in parts]
-BOTH = ("padded_hidden", "padded_intermediate")
 
 _SWIGLU_OAI = {"clamp": "before", "limit": 0.75, "alpha": 1.75, "up_offset": 1.0, "bias": True}
 _RELU2 = {"activation": "relu2", "gated": False}
 
-VALUE_CASES = (
+_VALUES = (
     *(_case("tiny", TINY, parts, "smoke" if "padded_hidden" in parts else "core") for parts in EIGHT),
     *(_case("tiny-scale1", TINY, parts, scale=1.0) for parts in EIGHT),
     *(_case("equal", EQUAL, parts) for parts in EIGHT),
@@ -157,6 +158,10 @@ VALUE_CASES = (
     _case("gpt-oss", GPT_OSS, BOTH, scale=1.0),
 )
 
+# What is wrong without padding, too, is told apart from what padding does.
+CUT_CASES = tuple(case for case in _VALUES if case.clause == "layer.cut-before-add")
+SUM_CASES = tuple(case for case in _VALUES if case.clause == "layer.sum")
+
 TRACE_CASES = tuple(
     Case(
         case.id.replace("layer-", "trace-", 1),
@@ -164,7 +169,7 @@ TRACE_CASES = tuple(
         clause="layer.traceable",
         recipe=case.recipe,
     )
-    for case in VALUE_CASES
+    for case in _VALUES
     if case.id.startswith(("layer-tiny-scale1", "layer-both"))
 )
 
@@ -287,7 +292,8 @@ INVARIANT_CASES = tuple(
 )
 
 CASES = (
-    *VALUE_CASES,
+    *CUT_CASES,
+    *SUM_CASES,
     *TRACE_CASES,
     *ARGUMENT_CASES,
     *ORIENTED_CASES,

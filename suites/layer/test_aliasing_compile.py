@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_conformance.catalogue.case import Case, check
+from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
 from moe_conformance.judging.memory import assert_own, assert_unchanged
 from moe_conformance.protocol.moving import to_device
@@ -34,7 +35,7 @@ def test_what_is_returned_is_the_callers(engine: Any, case: Case) -> None:
 @check(FAKE_CASES)
 @torch.no_grad()
 def test_a_fake_output_is_like_a_real_one(engine: Any, case: Case) -> None:
-    """Shape, dtype and strides under FakeTensorMode are those of the same call with real tensors."""
+    """Shape, dtype and strides under FakeTensorMode are those of a real call, and the memory is nobody else's."""
     inputs = to_device(inputs_of(case), engine.info.device)
     real = engine.layer(inputs)
     mode = FakeTensorMode()
@@ -49,3 +50,6 @@ def test_a_fake_output_is_like_a_real_one(engine: Any, case: Case) -> None:
     compare.same("dtype of the layer's fake output", str(got.dtype), str(real.dtype))
     compare.same("shape of the layer's fake output", [int(size) for size in got.shape], list(real.shape))
     compare.same("strides of the layer's fake output", [int(step) for step in got.stride()], list(real.stride()))
+    for name, tensor in {"x": fake.x, "logits": fake.logits, **fake.tensors}.items():
+        if got.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
+            raise Nonconformance(f"layer's fake output lies in the memory of the input {name}; return a new tensor")

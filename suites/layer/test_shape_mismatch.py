@@ -15,12 +15,12 @@ from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
 from moe_conformance.oracle.layer import expected_layer
 from moe_conformance.protocol.moving import to_device
-from moe_conformance.suites.layer.cases import TRACE_CASES, VALUE_CASES
+from moe_conformance.suites.layer.cases import CUT_CASES, TRACE_CASES
 from moe_conformance.suites.layer.inputs import inputs_of
 from moe_conformance.suites.layer.judging import answer
 
 
-@check(VALUE_CASES)
+@check(CUT_CASES)
 @torch.no_grad()
 def test_padding_never_reaches_the_output(engine: Any, case: Case) -> dict[str, Any]:
     """The output equals that of the same layer computed without padding; every fresh allocation is poisoned."""

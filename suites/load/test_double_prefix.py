@@ -22,7 +22,7 @@ def test_a_load_gives_every_tensor_of_the_checkpoint(engine: Engine, case: Case)
 
 @check(LOAD_TWICE)
 def test_each_load_gives_its_own_checkpoint(engine: Engine, case: Case) -> None:
-    """First, second, and the first again: nothing of an earlier load is left."""
+    """First, second, the first again, and the first with new content: nothing of an earlier load is left."""
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         want = {
             Path(first): checkpoint.write(Path(first), case.recipe, "first"),
@@ -30,6 +30,7 @@ def test_each_load_gives_its_own_checkpoint(engine: Engine, case: Case) -> None:
         }
         for folder in (Path(first), Path(second), Path(first)):
             loads_whole(engine, folder, want[folder])
+        loads_whole(engine, Path(first), checkpoint.write(Path(first), case.recipe, "third"))
 
 
 @check(OF_FAMILIES)

@@ -1,0 +1,20 @@
+"""Routed sum, scale, latent projections, shared experts: each part of a layer in its place, once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_conformance.catalogue.case import Case, check
+from moe_conformance.suites.layer.cases import SUM_CASES
+from moe_conformance.suites.layer.inputs import inputs_of
+from moe_conformance.suites.layer.judging import assert_output
+
+
+@check(SUM_CASES)
+@torch.no_grad()
+def test_each_part_of_a_layer_counts_once(engine: Any, case: Case) -> dict[str, Any]:
+    """The output of a layer without padding is the exact one; every fresh allocation is poisoned."""
+    got = assert_output(engine, inputs_of(case))
+    return {"shape": list(got.shape), "dtype": str(got.dtype)}
