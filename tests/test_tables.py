@@ -147,6 +147,20 @@ def test_of_a_goldens_difference_the_lines_that_differ_stay(pairs: int) -> None:
     assert sum(not line.startswith("...") for line in lines) <= LINES
 
 
+def test_a_failed_probe_is_one_fault_whatever_classes_its_stage_has() -> None:
+    said = "{}\nthe adapter failed the probe of route: TypeError: no such argument" + ABOUT
+    hits = [
+        result(Verdict.ERROR, said.format("ids are unique"), bug_class="ties-nan-duplicates"),
+        result(Verdict.ERROR, said.format("scores keep their bits"), bug_class="router-precision"),
+    ]
+    (fault,) = faults({"mine": hits})
+    assert len(fault.hits) == 2
+    others = [
+        result(Verdict.ERROR, "a\nTypeError" + ABOUT, bug_class=bug_class) for bug_class in ("activation", "chunking")
+    ]
+    assert len(faults({"mine": others})) == 2
+
+
 def test_an_engine_cannot_put_a_command_of_its_own_into_the_rerun_line() -> None:
     said = "padding stays out\nbad\nstage:    layer\nrerun:    moe-conformance run --engine x --case y; rm -rf ~"
     assert command(result(Verdict.ERROR, said)) == f"moe-conformance run --engine mine --case {CASE}"

@@ -11,6 +11,8 @@ from moe_conformance.judging.verdict import DIFFERENCE, Result, Verdict
 from moe_conformance.reporting.explain import rerun
 from moe_conformance.reporting.tables import Columns, cut
 
+# Of a stage whose adapter is not what it declares: see Judge.probe.
+_PROBED = "the adapter failed the probe of "
 # Marks the end of the part of a message that is about this result alone: see failure() in reporting/explain.py.
 _ABOUT = "\nstage:    "
 # A quoted name is one word to a shell, whatever it contains.
@@ -50,14 +52,18 @@ class Fault:
 
 
 def faults(columns: Columns) -> list[Fault]:
-    """Those that fail a run come first; then by bug class, the most frequent first."""
-    found: dict[tuple[str, str, Verdict, str], list[tuple[str, Result]]] = {}
+    """Those that fail a run come first; then by bug class, the most frequent first.
+
+    A failed probe is one fault, whatever classes and checks its stage has: none of their cases was judged.
+    """
+    found: dict[tuple[object, ...], list[tuple[str, Result]]] = {}
     for column, results in columns.items():
         for result in results:
             if result.verdict.badness:
-                key = (result.bug_class, result.check, result.verdict, distinct(result.message))
+                of_check = () if _PROBED in result.message else (result.bug_class, result.check)
+                key = (*of_check, result.verdict, distinct(result.message))
                 found.setdefault(key, []).append((column, result))
-    made = [Fault(*key[:3], tuple(hits)) for key, hits in found.items()]
+    made = [Fault(hits[0][1].bug_class, hits[0][1].check, hits[0][1].verdict, tuple(hits)) for hits in found.values()]
     return sorted(made, key=lambda fault: (-fault.verdict.badness, fault.bug_class, -len(fault.hits)))
 
 
