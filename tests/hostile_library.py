@@ -356,7 +356,7 @@ def patches_json(inputs: Any, right: Right) -> Tensor:
 
 @ending("error", "want a line of messages.py")
 def writes_where_it_answers(inputs: Any, right: Right) -> Tensor:
-    os.write(int(sys.argv[4]), b"nonsense\n")
+    os.write(int(sys.argv[5]), b"nonsense\n")
     return right(inputs)
 
 

@@ -131,7 +131,7 @@ def test_a_killed_worker_loses_its_case_which_is_said(tmp_path: Path) -> None:
 def pytest_runtest_setup(item):
     {OF_ONE} os.kill(os.getpid(), 9)
 """
-    done = run(tmp_path, kill, "-n", "2")
+    done = run(tmp_path, kill, "-n", "2", "--case", "layer-tiny-plain")
     assert (done.code, done.verdicts) == (1, with_error("layer-tiny-latent-padded-hidden"))
     assert " 0 deselected" not in done.text  # by -k, of which the workers tell
     assert failed(done) == "1/3"
