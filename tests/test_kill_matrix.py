@@ -34,7 +34,7 @@ SHOWS_IN = {
     name: frozenset(classes.split())
     for classes, names in (
         ("aliasing-compile", "graph-breaks"),
-        ("batch-invariance", "ties-go-either-way"),
+        ("batch-invariance determinism-state", "ties-go-either-way"),
         ("capture-replay", "small-steps-backwards"),
         ("chunking determinism-state dtype-stride-arguments unwritten-output", "down-turned-by-its-shape"),
         (
@@ -49,6 +49,7 @@ SHOWS_IN = {
             "never-renormalises one-group-more scale-only-when-renormalising softmax-after-top-k "
             "weights-in-another-order",
         ),
+        ("routing-semantics", "block-scale-unless-renormed"),
         ("token-padding", "plain-layer-is-not-cut"),
         (
             "unwritten-output",
