@@ -22,6 +22,7 @@ LOADED_BY_TRANSFORMERS = {
     "doubled-spelling": "which of the two spellings is taken depends on the order of names",
     "mistyped": "it casts integers to floats as they are: codes without their scales",
     "router-of-integers": "it casts integers to floats as they are: codes without their scales",
+    "floats-though-config-says": "asked to dequantise, it takes floats as they are; kernels of that form do not",
     "table-of-floats": "ids above 256 are rounded by bfloat16; an engine that indexes with the table raises",
 }
 FLOATS = [name for name, (form, *_) in PLANTED.items() if form.partition("/")[0] not in QUANTISED]
