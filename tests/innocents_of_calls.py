@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_conformance.engine import ExpertsInputs, LayerInputs, RouteInputs, Routing
 from moe_conformance.engines.mutants.calls import InvariantInDouble
-from moe_conformance.errors import Unsupported
+from moe_conformance.errors import InputError
 from moe_conformance.judging.verdict import Verdict
 
 
@@ -27,7 +27,7 @@ class CopiesFirst(Innocent):
 
 
 class WantsContiguous(Innocent):
-    """As many kernels do, it checks what it cannot read: experts in their own words, a router by its adapter."""
+    """As many kernels do, it checks what it cannot read, in words of its own."""
 
     def experts(self, inputs: ExpertsInputs) -> Tensor:
         assert inputs.x.is_contiguous(), "Hidden_states must be contiguous"
@@ -38,7 +38,7 @@ class WantsContiguous(Innocent):
 
     def route(self, inputs: RouteInputs) -> Routing:
         if not inputs.logits.is_contiguous() and inputs.logits.storage_offset():
-            raise Unsupported("logits: got strides, want none")
+            raise InputError("logits: got strides, want none")
         return super().route(inputs)
 
 

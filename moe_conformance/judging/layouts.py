@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from moe_conformance.errors import Nonconformance, Unsupported
 from moe_conformance.judging.inputs import poison_
+
+T = TypeVar("T")
 
 
 def laid_out(tensor: Tensor, how: str) -> Tensor:
@@ -89,8 +92,23 @@ def assert_honoured(stage: str, arguments: Mapping[str, str], judge: Callable[[C
         raise Nonconformance(f"with {said}, and right otherwise: {error}") from error
     except Exception as error:
         judge(())
-        reason = str(error).partition("\n")[0]
-        raise Unsupported(f"{stage}: refuses {said}: {type(error).__name__}: {reason}") from error
+        raise _refusal(stage, said, error) from error
+
+
+def or_refused(stage: str, said: str, call: Callable[[], T], plain: Callable[[], object]) -> T:
+    """What the call gives. Raises Unsupported where it raises and `plain`, the same as usual, does not."""
+    try:
+        return call()
+    except (Nonconformance, Unsupported):
+        raise
+    except Exception as error:
+        plain()
+        raise _refusal(stage, said, error) from error
+
+
+def _refusal(stage: str, said: str, error: Exception) -> Unsupported:
+    reason = str(error).partition("\n")[0]
+    return Unsupported(f"{stage}: refuses {said}: {type(error).__name__}: {reason}")
 
 
 def _is_wrong(judge: Callable[[Collection[str]], None], given: Collection[str]) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import RouteInputs, Routing
 from moe_conformance.errors import Nonconformance
 from moe_conformance.judging import compare
+from moe_conformance.judging.layouts import or_refused
 from moe_conformance.oracle.routing import judge_names, judge_routing
 from moe_conformance.protocol.moving import to_device
 from moe_conformance.suites.route.cases import METHOD_CASES, NONE_CASES, SHIFT_CASES, TIE_CASES, UNIQUE_CASES
@@ -22,8 +25,16 @@ SHIFT = {torch.float32: 1024.0, torch.float16: 64.0, torch.bfloat16: 8.0}
 
 def routed(engine: Any, what: str, inputs: RouteInputs) -> Routing:
     """The engine's answer on the CPU, with its form checked: ids integer [T, slots], weights float32 of that shape, or
-    in the logits' dtype where scores are."""
-    ids, weights = engine.route(to_device(inputs, engine.info.device))
+    in the logits' dtype where scores are. Raises Unsupported where it refuses strides of logits, in whatever words."""
+
+    def route(logits: Tensor) -> Any:
+        return engine.route(to_device(replace(inputs, logits=logits), engine.info.device))
+
+    if inputs.logits.is_contiguous():
+        ids, weights = route(inputs.logits)
+    else:
+        strided, plain = partial(route, inputs.logits), partial(route, inputs.logits.contiguous())
+        ids, weights = or_refused("route", "strides of logits", strided, plain)
     shape = (len(inputs.logits), inputs.slots)
     compare.shape_and_type(f"{what}: ids", ids, shape, integer=True)
     compare.shape_and_type(f"{what}: weights", weights, shape, integer=False)
