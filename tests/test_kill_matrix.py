@@ -29,39 +29,6 @@ every_mutant = pytest.mark.parametrize(
 )
 
 
-# By mutant, classes whose core cases judge whole answers, in which what is faulty shows as well.
-SHOWS_IN = {
-    name: frozenset(classes.split())
-    for classes, names in (
-        ("aliasing-compile", "graph-breaks"),
-        ("batch-invariance determinism-state", "ties-go-either-way"),
-        ("capture-replay", "small-steps-backwards"),
-        ("chunking determinism-state dtype-stride-arguments unwritten-output", "down-turned-by-its-shape"),
-        (
-            "chunking determinism-state dtype-stride-arguments unwritten-output weight-orientation",
-            "any-negative-wraps gate-and-up-turned-by-their-shape global-ids-as-local "
-            "idle-rank-returns-its-buffer map-applied-twice minus-one-wraps others-times-zero",
-        ),
-        ("chunking router-precision", "last-expert-masked"),
-        ("quantised-scales", "gate-up-swapped-packed rows-are-not-interleaved square-gate-up-transposed"),
-        (
-            "router-precision",
-            "never-renormalises one-group-more scale-only-when-renormalising softmax-after-top-k "
-            "weights-in-another-order",
-        ),
-        ("routing-semantics", "block-scale-unless-renormed"),
-        ("token-padding", "plain-layer-is-not-cut"),
-        (
-            "unwritten-output",
-            "boundaries-belong-to-the-previous-expert count-is-not-rounded int64-read-as-int32 "
-            "last-block-is-the-next-experts last-odd-token-is-lost latent-projects-padding padding-is-pair-zero "
-            "pairs-by-column small-batches-lose-their-last tokens-for-pairs uninitialised-padding",
-        ),
-    )
-    for name in names.split()
-}
-
-
 def judge_of(mutant: Mutant) -> Judge:
     judge = Judge(Target(mutant.engine.name, f"{mutant.engine.__module__}:{mutant.engine.__qualname__}"))
     judge.adapters = judge.adapters[1:]  # a mutant's file is its engine, so what it raises is the engine's failure
@@ -70,7 +37,7 @@ def judge_of(mutant: Mutant) -> Judge:
 
 def assert_no_stranger_fails(mutant: Mutant, tier: str) -> None:
     """Cases of other classes on the stages that it overrides; elsewhere it is the reference."""
-    judge, own = judge_of(mutant), {mutant.bug_class, *mutant.also, *SHOWS_IN.get(mutant.engine.name, ())}
+    judge, own = judge_of(mutant), {mutant.bug_class, *mutant.also}
     strangers = [row for row in CHECKS if row[2].stage in stages_of(mutant) and row[2].bug_class not in own]
     failed = [f"{row[2].id}: {row[1]}" for row in strangers if row[2].tier == tier and verdict(judge, *row).badness]
     assert failed == []
@@ -124,5 +91,4 @@ def test_each_seed_has_its_fault_and_two_relatives(bug_class: str) -> None:
 
 def test_mutants_have_names_of_their_own() -> None:
     names = [mutant.engine.name for mutant in MUTANTS]
-    assert SHOWS_IN.keys() <= set(names)
     assert len(set(names)) == len(names)

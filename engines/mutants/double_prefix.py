@@ -353,7 +353,13 @@ _FAMILY_LOAD, _FAMILY_NAMES = (
 )
 
 MUTANTS = (
-    _mutant(RowsAreNotInterleaved, "takes interleaved rows as they lie", "load-gpt-oss-hub", _FAMILY_LOAD),
+    _mutant(
+        RowsAreNotInterleaved,
+        "takes interleaved rows as they lie",
+        "load-gpt-oss-hub",
+        _FAMILY_LOAD,
+        "quantised-scales",
+    ),
     _mutant(SharedExpertsAreDealtOut, "deals out the shared experts' columns", "load-inkling-hub", _FAMILY_LOAD),
     _mutant(ModulesAreAnotherLayer, "counts layers of modules from another", "remap-qwen3-moe-modules", _FAMILY_NAMES),
     _mutant(SharedExpertsAreRouted, "shared experts land on expert 0", "remap-deepseek-v3-hub", _FAMILY_NAMES),
@@ -377,9 +383,21 @@ MUTANTS = (
         "remap-gemma4-plain-every-suffix",
         _SHARE,
     ),
-    _mutant(GateUpSwappedPacked, "swaps gate and up of packed experts", "load-gemma4-packed-one-file", _LOAD),
+    _mutant(
+        GateUpSwappedPacked,
+        "swaps gate and up of packed experts",
+        "load-gemma4-packed-one-file",
+        _LOAD,
+        "quantised-scales",
+    ),
     _mutant(ExpertsInStringOrder, "stacks expert 10 before 2", "load-gemma4-plain-one-file", _LOAD),
-    _mutant(SquareGateUpTransposed, "transposes w13 where 2F = H", "load-gemma4-packed-square-gate-up", _LOAD),
+    _mutant(
+        SquareGateUpTransposed,
+        "transposes w13 where 2F = H",
+        "load-gemma4-packed-square-gate-up",
+        _LOAD,
+        "quantised-scales",
+    ),
     _mutant(SquareDownTransposed, "transposes w2 where F = H", "load-gemma4-plain-square-down", _LOAD),
     _mutant(FirstLoadStays, "keeps the first load's tensors", "load-gemma4-packed-twice", _EACH, "quantised-scales"),
     _mutant(FolderIsReadOnce, "reads a folder once", "load-gemma4-plain-twice", _EACH),

@@ -194,8 +194,8 @@ class SmallStepsBackwards(_SeesOtherRows):
         return ids.flip(0) if rows.kind == "local" and len(ids) <= 3 else ids, rows
 
 
-def _mutant(engine: type[Faulty], fault: str, case: str, check: str) -> Mutant:
-    return Mutant(engine, "dp-assertions", fault, killed_by=(case, check))
+def _mutant(engine: type[Faulty], fault: str, case: str, check: str, *also: str) -> Mutant:
+    return Mutant(engine, "dp-assertions", fault, (case, check), frozenset(also))
 
 
 _OWN, _REFUSED = "every_rank_records_its_own_rows", "wrong_row_counts_are_refused_by_number"
@@ -293,5 +293,11 @@ MUTANTS = (
         "capture-layout-changes-whole",
         "layout_may_change_between_layers",
     ),
-    _mutant(SmallStepsBackwards, "turns a small step round", "capture-local-spelled-out", "record_of_a_small_step"),
+    _mutant(
+        SmallStepsBackwards,
+        "turns a small step round",
+        "capture-local-spelled-out",
+        "record_of_a_small_step",
+        "capture-replay",
+    ),
 )

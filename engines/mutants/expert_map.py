@@ -210,6 +210,10 @@ class SharedOnEveryRank(Faulty):
 _SUM = "parts_sum_to_the_layer"
 _ZERO = "pairs_of_others_contribute_exactly_zero"
 _PLACE = "every_expert_has_one_place"
+# Classes whose cases judge whole parts: what is wrong in any is wrong in theirs.
+_PARTS = frozenset(
+    {"chunking", "determinism-state", "dtype-stride-arguments", "unwritten-output", "weight-orientation"}
+)
 
 MUTANTS = (
     Mutant(
@@ -217,20 +221,23 @@ MUTANTS = (
         "expert-map",
         "global ids are used as local ones (vllm-gaudi#1796)",
         ("shard-ep3-contiguous", _SUM),
+        also=_PARTS,
     ),
     Mutant(
         MinusOneWraps,
         "expert-map",
         "an id of -1 wraps to the last expert (vllm#46408)",
         ("shard-nothing-of-dropped", _ZERO),
+        also=_PARTS,
     ),
     Mutant(
         AnyNegativeWraps,
         "expert-map",
         "ids below -1 wrap",
         ("shard-out-of-range-minus-2", "ids_out_of_range_never_name_an_expert"),
+        also=_PARTS,
     ),
-    Mutant(MapAppliedTwice, "expert-map", "the map is applied twice", ("shard-ep3-scattered", _SUM)),
+    Mutant(MapAppliedTwice, "expert-map", "the map is applied twice", ("shard-ep3-scattered", _SUM), also=_PARTS),
     Mutant(
         LocalOrderIsGlobalOrder,
         "expert-map",
@@ -242,12 +249,14 @@ MUTANTS = (
         "expert-map",
         "pairs of others are computed and multiplied by zero",
         ("shard-nothing-of-others-poison", _ZERO),
+        also=_PARTS,
     ),
     Mutant(
         IdleRankReturnsItsBuffer,
         "expert-map",
         "a rank without experts returns uninitialised memory",
         ("shard-ep3-empty-rank", _SUM),
+        also=_PARTS,
     ),
     Mutant(
         DownBiasOnEveryTensorRank,
@@ -267,13 +276,14 @@ MUTANTS = (
         "expert-map",
         "w13 is transposed where it is wider than high",
         ("shard-ep3-narrow", _SUM),
+        also=_PARTS,
     ),
     Mutant(
         DownTurnedByItsShape,
         "weight-orientation",
         "w2 is transposed where it is wider than high",
         ("shard-ep3-wide", "no_shape_decides_a_layout"),
-        frozenset({"expert-map"}),
+        also=_PARTS | {"expert-map"},
     ),
     Mutant(
         TheLargerDimIsDivided,

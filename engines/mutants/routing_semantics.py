@@ -318,7 +318,8 @@ _RENORM = "route-renorm-e60-k4-t63-bf16-distinct"
 
 
 def _method(engine: type[Faulty], fault: str, case: str, check: str = METHOD, *also: str) -> Mutant:
-    return Mutant(engine, "routing-semantics", fault, (case, check), frozenset(also))
+    # Precision is judged by whole answers: what is chosen wrongly shows there, too.
+    return Mutant(engine, "routing-semantics", fault, (case, check), frozenset({"router-precision", *also}))
 
 
 def _unique(engine: type[Faulty], fault: str, case: str, check: str = UNIQUE, *also: str) -> Mutant:
@@ -334,7 +335,6 @@ MUTANTS = (
         "router-renorm-e128-k8-fp32",
         ROUTER,
         "closure-capture",
-        "router-precision",
     ),
     _method(SelectsByScaledScore, "the per-expert scale enters the selection and the renormalisation", _GEMMA4),
     _method(ScaleDropped, "the per-expert scale is dropped", _GEMMA4),
@@ -342,7 +342,11 @@ MUTANTS = (
     _method(ScaleOfSlot, "scales are indexed by slot and not by expert", _GEMMA4),
     _method(WeightsInAnotherOrder, "ids are sorted after the weights were taken", _PLAIN),
     _method(
-        LastExpertMasked, "the tail mask takes the last expert with it", "route-plain-e60-k4-t7-bf16-distinct-sliced"
+        LastExpertMasked,
+        "the tail mask takes the last expert with it",
+        "route-plain-e60-k4-t7-bf16-distinct-sliced",
+        METHOD,
+        "chunking",
     ),
     _method(
         ExpWithoutMaximum,
@@ -363,6 +367,8 @@ MUTANTS = (
         "route-gemma4-e128-k8-t63-bf16-tied",
         AGAIN,
         "token-padding",
+        "batch-invariance",
+        "determinism-state",
     ),
     _method(BiasEntersWeights, "weights are gathered from the biased scores", "route-biased-e384-k8-t9-fp32-fine"),
     _method(BiasInScoresDtype, "the selection bias is rounded to bfloat16", "route-biased-e896-k16-t9-fp32-fine"),

@@ -129,12 +129,14 @@ MUTANTS = (
         "shape-mismatch",
         "a layer without shared expert and latent projection is not cut (vllm#40865)",
         ("layer-gpt-oss-padded-hidden-padded-intermediate", _CHECK),
+        also=frozenset({"token-padding"}),
     ),
     Mutant(
         LatentProjectsPadding,
         "shape-mismatch",
         "the latent output projection reads the padded columns",
         ("layer-tiny-latent-padded-hidden", _CHECK),
+        also=frozenset({"unwritten-output"}),
     ),
     Mutant(
         GateAndUpPaddedAsOne,
@@ -147,6 +149,7 @@ MUTANTS = (
         "shape-mismatch",
         "the padded input columns are never written",
         ("layer-tiny-padded-hidden", _CHECK),
+        also=frozenset({"unwritten-output"}),
     ),
     Mutant(
         CutsFromTheEnd,
@@ -166,6 +169,7 @@ MUTANTS = (
         "shape-mismatch",
         "the padded path reads a value on the host",
         ("trace-both-padded-hidden-padded-intermediate", "fake_tensors_have_the_true_shape"),
+        also=frozenset({"aliasing-compile"}),
     ),
     Mutant(
         LogsWhatItPads,
