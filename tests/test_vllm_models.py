@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import RECORDS, Target, checkpoint_of
-from moe_conformance.engines import published
-from moe_conformance.engines.vllm import decoder, loading, models
+from moe_conformance.engines import published, servers
+from moe_conformance.engines.vllm import decoder, loading
 from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 from moe_conformance.suites.block.blocks import tensors_of
@@ -70,7 +70,7 @@ W13 = "model.layers.1.mlp.experts.routed_experts.w13_weight"
 def placed(name: str, shape: tuple[int, ...], where: Any) -> str | Target:
     mask = torch.zeros(shape, dtype=torch.bool)
     mask[where] = True
-    return loading.place(name, mask)
+    return servers.place(name, mask)
 
 
 def test_a_target_says_which_expert_and_which_part() -> None:
@@ -105,7 +105,7 @@ def test_a_part_of_a_fused_linear_has_its_row() -> None:
 def test_parameters_of_a_layer_have_canonical_names(name: str, canonical: str | None) -> None:
     import re
 
-    found = [key for pattern, key in loading.CANONICAL.items() if re.fullmatch(pattern, name)]
+    found = [key for pattern, key in {**servers.CANONICAL, **loading.CANONICAL}.items() if re.fullmatch(pattern, name)]
     assert found == ([canonical] if canonical else [])
 
 
@@ -151,11 +151,11 @@ def test_a_layer_whose_parts_lie_apart_in_another_way_is_refused() -> None:
 
 def test_what_no_loader_wrote_is_seen() -> None:
     module = Scaled(1.0)
-    models.clear(module)
-    assert models.unwritten(module.weight).all()
+    servers.clear(module)
+    assert servers.unwritten(module.weight).all()
     with torch.no_grad():
         module.weight.fill_(2.0)
-    assert not models.unwritten(module.weight).any()
+    assert not servers.unwritten(module.weight).any()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from moe_conformance.engine import (
     checkpoint_of,
     layer_of,
 )
+from moe_conformance.engines import servers
 from moe_conformance.engines.sglang import models, runtime
 from moe_conformance.engines.sglang.built import NAMES
 from moe_conformance.engines.sglang.refusing import refusals
@@ -135,11 +136,11 @@ def loaded(config: Any, number: int, dtype: torch.dtype, tensors: Tensors) -> Bl
         built.model.load_weights(iter(list(checkpoint_of(record, values, number, tensors))))
     whole = built.model.get_submodule(layer.path)
     inner = layer.inner.partition(".")[0]
-    written = [name for name, parameter in whole.named_parameters() if not models.unwritten(parameter).any()]
+    written = [name for name, parameter in whole.named_parameters() if not servers.unwritten(parameter).any()]
     if outside := [name for name in written if not name.startswith(f"{inner}.")]:
         raise Unsupported(f"block: parts of it lie beside {type(whole).__name__}.{inner}: {', '.join(outside)}")
     root = whole.get_submodule(inner)
-    if left := [name for name, parameter in root.named_parameters() if models.unwritten(parameter).any()]:
+    if left := [name for name, parameter in root.named_parameters() if servers.unwritten(parameter).any()]:
         raise CheckpointError(f"{type(root).__name__}: loading left {', '.join(left)} unwritten")
     with runtime.building(dtype), refusals():
         for module in root.modules():

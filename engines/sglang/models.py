@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_conformance.engine import RECORDS, Unsupported
 
 # Keys and class names of published configs: what vLLM's adapter knows of them, and nothing of vLLM.
-from moe_conformance.engines import published
+from moe_conformance.engines import published, servers
+from moe_conformance.engines.servers import MoELayer
 from moe_conformance.engines.sglang import runtime
 from moe_conformance.engines.sglang.refusing import said
 
@@ -71,15 +72,6 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
     },
     "zaya": {"num_query_groups": lambda level: level["num_key_value_heads"]},
 }  # fmt: skip
-
-
-class MoELayer(NamedTuple):
-    """One decoder layer. path: in the model. inner: of the expert layer in it."""
-
-    number: int
-    path: str
-    inner: str
-    experts: nn.Module
 
 
 class Built(NamedTuple):
@@ -215,17 +207,5 @@ def build(folder: Path, dtype: torch.dtype) -> Built:
             raise Unsupported(
                 f"SGLang does not build this model here: {type(error).__name__}: {said(error)}"
             ) from error
-    clear(model)
+    servers.clear(model)
     return Built(model.eval(), config)
-
-
-@torch.no_grad()
-def clear(model: nn.Module) -> None:
-    """Fill every parameter with what no checkpoint has."""
-    for parameter in model.parameters():
-        parameter.fill_(float("nan") if parameter.is_floating_point() else -1)
-
-
-def unwritten(parameter: Tensor) -> Tensor:
-    """Where no loader wrote to a parameter since it was cleared."""
-    return parameter.isnan() if parameter.is_floating_point() else parameter == -1

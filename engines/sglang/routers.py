@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from moe_conformance.engine import LayerSpec, RouterHandle, RouterSpec, Unsupported, inverse, normal
+from moe_conformance.engine import LayerSpec, RouterHandle, RouterSpec, Unsupported
+from moe_conformance.engines import servers
 from moe_conformance.engines.sglang import block, models, runtime
 from moe_conformance.engines.sglang.refusing import refusals
 
 # Families that are asked first, by model type: those that a method is known by.
 _FIRST = ("mixtral", "olmoe", "gpt_oss", "glm4_moe", "hy_v3", "deepseek_v3", "deepseek_v2", "gemma4_text", "phimoe")
-_PARTS = ("routing", "logits", "num_experts", "hidden_size")
-# Of what nobody looks at: the experts behind a router.
-_UNSEEN = 32
 
 
 class Router(nn.Module):
@@ -56,7 +53,7 @@ def router_module(spec: RouterSpec) -> tuple[RouterHandle, str]:
     Raises Unsupported with the reason of every such model, or where no family's record says this router.
     """
     reasons = []
-    for setting, layer, config in _settings(spec):
+    for setting, layer, config in servers.routers(spec, _small_models()):
         try:
             return _handle(spec, setting, layer, config)
         except Unsupported as refusal:
@@ -66,19 +63,6 @@ def router_module(spec: RouterSpec) -> tuple[RouterHandle, str]:
     )
 
 
-def _settings(spec: RouterSpec) -> Iterator[tuple[inverse.Setting, LayerSpec, dict[str, Any]]]:
-    """Settings of families with that router; those in which "input" is the word for float32 come last."""
-    for narrow in dict.fromkeys((True, spec.dtype != torch.float32)):
-        for model_type in _small_models():
-            for setting in inverse.settings(model_type):
-                small = inverse.small(
-                    setting.spec, spec.routing, spec.num_experts, _UNSEEN, logits=spec.logits,
-                    hidden_size=spec.hidden_size,
-                )  # fmt: skip
-                if (answer := inverse.expressed(setting, small, _PARTS, narrow)) is not None:
-                    yield setting, answer[1].spec, answer[1].config
-
-
 def _small_models() -> list[str]:
     """Model types whose text model has a class of its own: what is around the others takes gigabytes."""
     first = dict.fromkeys(name for name in _FIRST if name in models.model_types())
@@ -86,28 +70,16 @@ def _small_models() -> list[str]:
 
 
 def _handle(spec: RouterSpec, setting: Any, layer: LayerSpec, config: dict[str, Any]) -> tuple[RouterHandle, str]:
-    wanted = spec.tensors()
-    tensors = {
-        name: normal(shape, f"sglang-router-{name}") if name in wanted else torch.zeros(shape)
-        for name, shape in layer.tensors().items()
-    }
-    dtypes = {name: spec.dtype for name in tensors} | {"router.selection_bias": torch.float32}
-    tensors = {name: value.to(dtypes[name]) for name, value in tensors.items()}
+    tensors = servers.router_tensors(spec, layer, "sglang")
     found = block.loaded(config, setting.layer, spec.dtype, tensors)
     router = Router(found)
-    held = {name: _holder(router, tensors[name]) for name in wanted}
+    held = {name: servers.holder(router, tensors[name]) for name in spec.tensors()}
     if held.get("router.proj") and router.get_parameter(held["router.proj"] or "").dtype != spec.dtype:
         raise Unsupported("it keeps its projection in float32, whatever the model's dtype is")
     if left := [name for name, holder in held.items() if holder is None]:
         raise Unsupported(f"it keeps {', '.join(left)} otherwise than as one whole tensor")
     _check_copies(router, found.name)
     return RouterHandle(router, "hidden", {name: holder or "" for name, holder in held.items()}), found.name
-
-
-def _holder(module: nn.Module, value: Tensor) -> str | None:
-    """The parameter or buffer that has these values."""
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return next((n for n, t in named if t.shape == value.shape and torch.equal(t, value.to(t.dtype))), None)
 
 
 def _check_copies(router: Router, name: str) -> None:

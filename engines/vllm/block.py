@@ -30,6 +30,7 @@ from moe_conformance.engine import (
     checkpoint_of,
     layer_of,
 )
+from moe_conformance.engines import servers
 from moe_conformance.engines.vllm import device, interpreted, models, routing, runtime
 from moe_conformance.engines.vllm.built import experts_of, scratch
 from moe_conformance.engines.vllm.decoder import Around, whole_layer
@@ -214,11 +215,11 @@ def loaded(
     with models.current(built.config, dtype):
         built.model.load_weights(iter(list(checkpoint_of(record, values, number, tensors))))
     whole = built.model.get_submodule(layer.path)
-    written = [name for name, parameter in whole.named_parameters() if not models.unwritten(parameter).any()]
+    written = [name for name, parameter in whole.named_parameters() if not servers.unwritten(parameter).any()]
     inner = layer.inner.partition(".")[0]
     outside = [name for name in written if not name.startswith(f"{inner}.")]
     root = whole_layer(whole, written) if outside or "." not in layer.inner else whole.get_submodule(inner)
-    left = [name for name, parameter in root.named_parameters() if models.unwritten(parameter).any()]
+    left = [name for name, parameter in root.named_parameters() if servers.unwritten(parameter).any()]
     if left:
         raise CheckpointError(f"{type(root).__name__}: loading left {', '.join(left)} unwritten")
     _settle()

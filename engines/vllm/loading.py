@@ -6,7 +6,6 @@ Of names, the parameter that each tensor ends up in, as a load of tensors that a
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,37 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import CheckpointName, Target
-from moe_conformance.engines import published
+from moe_conformance.engines import published, servers
 from moe_conformance.engines.vllm import models, runtime
 from moe_conformance.errors import CheckpointError
 
-# By what follows the layer's number, the canonical tensor that a parameter outside the experts is.
+# By what follows the layer's number, the canonical tensors that vLLM's files alone name so.
 CANONICAL: Mapping[str, str] = {
     r"(?:\w+\.)?router_weight": "router.proj",
-    r"(?:\w+\.)*(?:gate|router|(?:gate|router)\.(?:gate|wg|layer|proj|classifier))\.weight": "router.proj",
-    r"(?:\w+\.)?(?:gate|router|router\.layer)\.bias": "router.bias",
-    r".*(?:e_score_correction_bias|expert_bias|router_bias|correction_bias)": "router.selection_bias",
-    r"router\.scale": "router.scale",
-    r"(?:\w+\.)*per_expert_scale": "router.per_expert_scale",
     r"(?:\w+\.)?router\.global_scale": "router.global_scale",
-    r"(?:\w+\.)*tid2eid": "router.table",
-    r"(?:\w+\.)?(?:share[d]?_(?:experts?|mlp))\.(?:gate_up_proj|input_linear)\.weight": "shared.w13",
-    r"(?:\w+\.)?(?:share[d]?_(?:experts?|mlp))\.(?:down_proj|output_linear)\.weight": "shared.w2",
-    r"(?:\w+\.)?shared_expert_gate\.weight": "shared.gate",
     r"(?:\w+\.)?fc1_latent_proj\.weight": "latent.in",
     r"(?:\w+\.)?fc2_latent_proj\.weight": "latent.out",
 }
 # The norm of the whole output, of the families that have one.
 NORMS: Mapping[str, Mapping[str, str]] = {"axk1": {r"post_mlp_layernorm\.weight": "output.norm"}}
-# Of layers whose experts stand beside a dense MLP.
-BESIDE: Mapping[str, str] = {
-    r"mlp\.gate_up_proj\.weight": "dense.w13",
-    r"mlp\.down_proj\.weight": "dense.w2",
-    r"pre_feedforward_layernorm\.weight": "dense.norm",
-    r"post_feedforward_layernorm_1\.weight": "dense.sum_norm",
-    r"pre_feedforward_layernorm_2\.weight": "experts.norm",
-    r"post_feedforward_layernorm_2\.weight": "experts.sum_norm",
-}
 EXPERTS: Mapping[str, str] = {"w13_weight": "w13", "w2_weight": "w2", "w13_bias": "b13", "w2_bias": "b2"}
 
 
@@ -74,7 +55,7 @@ def load(folder: Path) -> Mapping[str, Tensor]:
             loader = DefaultModelLoader(LoadConfig(load_format="safetensors", use_tqdm_on_load=False))
             loader.load_weights(built.model, built.config.model_config)
     parameters = dict(built.model.named_parameters(remove_duplicate=False))
-    if left := [name for name in named if models.unwritten(parameters[name]).any()]:
+    if left := [name for name in named if servers.unwritten(parameters[name]).any()]:
         raise CheckpointError(f"load: got NaN in {', '.join(left)}, want every parameter written")
     return {key: _canonical(parameters[name], built, name).detach().clone() for name, key in named.items()}
 
@@ -91,27 +72,8 @@ def _excuse(model: nn.Module, names: set[str]) -> None:
 
 
 def _of_layers(built: models.Built, model_type: str) -> Iterator[tuple[str, str]]:
-    """The parameters of the MoE layers: name, and canonical name."""
-    for layer in built.moe_layers():
-        whole = built.model.get_submodule(layer.path)
-        beside = hasattr(whole, "pre_feedforward_layernorm_2")
-        table = {**CANONICAL, **NORMS.get(model_type, {}), **(BESIDE if beside else {})}
-        for name, parameter in whole.named_parameters(remove_duplicate=False):
-            end = name.rpartition(".")[2]
-            if name.startswith(f"{layer.inner}.") and end in EXPERTS:
-                gated = end.startswith("w2") or _is_gated(layer.experts)
-                found = EXPERTS[end] if gated else EXPERTS[end].replace("13", "1")
-                yield f"{layer.path}.{name}", f"layers.{layer.number}.experts.{found}"
-                continue
-            key = next((key for pattern, key in table.items() if re.fullmatch(pattern, name)), None)
-            if key is not None and not _is_alias(name, parameter, whole):
-                yield f"{layer.path}.{name}", f"layers.{layer.number}.{key}"
-
-
-def _is_alias(name: str, parameter: Tensor, whole: nn.Module) -> bool:
-    """Whether this is a second name of a parameter that the layer has under another one already."""
-    first = next(other for other, found in whole.named_parameters(remove_duplicate=False) if found is parameter)
-    return first != name
+    table = {**CANONICAL, **NORMS.get(model_type, {})}
+    return servers.of_layers(built.model, built.moe_layers(), table, EXPERTS, _is_gated)
 
 
 def _is_gated(experts: Any) -> bool:
@@ -140,14 +102,10 @@ def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[st
     record, values = models.as_published(config)
     with models.folder_of(record, values) as folder:
         built = models.build(folder, torch.float32, runs=False)
-    tensors = {entry.name: torch.full(entry.shape, float(value)) for value, entry in enumerate(names, 1)}
+    tensors = servers.told_apart(names)
     with models.current(built.config, torch.float32):
         built.model.load_weights(iter(tensors.items()))
-    held: dict[int, list[str | Target]] = {}
-    for name, parameter in built.model.named_parameters():
-        for value in parameter.unique().tolist():
-            if value == value and value > 0:
-                held.setdefault(int(value), []).append(place(name, parameter == value))
+    held = servers.held(built.model)
     found: dict[str, tuple[str | Target, ...]] = {}
     for value, entry in enumerate(names, 1):
         found[entry.name] = tuple(held.get(value) or _alone(built, entry))
@@ -156,26 +114,12 @@ def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[st
 
 def _alone(built: models.Built, entry: CheckpointName) -> list[str | Target]:
     """The targets of a tensor whose values are changed on the way (SarvamMLA takes the mean off a bias)."""
-    models.clear(built.model)
+    servers.clear(built.model)
     tensor = torch.arange(1.0, 1.0 + torch.Size(entry.shape).numel()).reshape(entry.shape)
     with models.current(built.config, torch.float32):
         built.model.load_weights(iter([(entry.name, tensor)]))
-    written = {name: ~models.unwritten(parameter) for name, parameter in built.model.named_parameters()}
-    found = [place(name, mask) for name, mask in written.items() if mask.any()]
+    written = {name: ~servers.unwritten(parameter) for name, parameter in built.model.named_parameters()}
+    found = [servers.place(name, mask) for name, mask in written.items() if mask.any()]
     if not found:
         raise CheckpointError(f"{entry.name}: got no parameter that it was loaded into, want one")
     return found
-
-
-def place(name: str, mask: Tensor) -> str | Target:
-    """The target of a tensor that lies where the mask is true in a parameter."""
-    if bool(mask.all()):
-        return name
-    if mask.ndim == 0 or not re.search(r"\.w(13|2)_\w+$", name):
-        return Target(name, None, int(mask.flatten(1).any(-1).nonzero()[0]) if mask.ndim > 1 else 0)
-    experts = mask.flatten(1).any(1).nonzero().flatten().tolist()
-    one = experts[0] if len(experts) < len(mask) or len(mask) == 1 else None
-    rows = mask[experts[0]].flatten(1).any(1) if mask.ndim > 2 else mask[experts[0]]
-    if bool(mask[experts[0]].all()):
-        return Target(name, one, None)
-    return Target(name, one, "w1" if int(rows.nonzero()[0]) < len(rows) // 2 else "w3")

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_conformance.engine import RECORDS, Unsupported
-from moe_conformance.engines import published
+from moe_conformance.engines import published, servers
+from moe_conformance.engines.servers import MoELayer
 from moe_conformance.engines.vllm import absent, device, runtime
 from moe_conformance.engines.vllm.refusing import said
 
@@ -42,15 +43,6 @@ class Built(NamedTuple):
         for path, module in self.model.named_modules():
             if is_experts(module) and (match := re.match(r"(.*\.(\d+))\.(.+)$", path)):
                 yield MoELayer(int(match[2]), match[1], match[3], module)
-
-
-class MoELayer(NamedTuple):
-    """One decoder layer. path: in the model. inner: of the expert layer in it."""
-
-    number: int
-    path: str
-    inner: str
-    experts: nn.Module
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -130,20 +122,8 @@ def build(folder: Path, dtype: torch.dtype, runs: bool = True) -> Built:
             model = initialize_model(config)
         except Exception as error:
             raise Unsupported(f"vLLM does not build this model here: {type(error).__name__}: {said(error)}") from error
-    clear(model)
+    servers.clear(model)
     return Built(model.eval(), config)
-
-
-@torch.no_grad()
-def clear(model: nn.Module) -> None:
-    """Fill every parameter with what no checkpoint has."""
-    for parameter in model.parameters():
-        parameter.fill_(float("nan") if parameter.is_floating_point() else -1)
-
-
-def unwritten(parameter: Tensor) -> Tensor:
-    """Where no loader wrote to a parameter since it was cleared."""
-    return parameter.isnan() if parameter.is_floating_point() else parameter == -1
 
 
 def engine_config(folder: Path, dtype: str) -> Any:

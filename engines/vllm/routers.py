@@ -22,17 +22,13 @@ from moe_conformance.engine import (
     RouterSpec,
     Unsupported,
     called_by_engine,
-    inverse,
-    normal,
 )
+from moe_conformance.engines import servers
 from moe_conformance.engines.vllm import block, models
 from moe_conformance.engines.vllm.refusing import refusals
 
 # Families that are asked first, by model type: those that a method is known by.
 _FIRST = ("deepseek_v2", "deepseek_v3", "deepseek_v4", "gemma4_text", "gpt_oss", "mixtral", "olmoe")
-_PARTS = ("routing", "logits", "num_experts", "hidden_size")
-# Of what nobody looks at: the experts behind a router.
-_UNSEEN = 32
 
 
 class Router(nn.Module):
@@ -144,7 +140,8 @@ def router_module(spec: RouterSpec) -> tuple[RouterHandle, str]:
     Raises Unsupported with the reason of every such model, or where no family's record says this router.
     """
     reasons = []
-    for setting, layer, config in _settings(spec):
+    types = sorted(models.model_types(), key=lambda name: (name not in _FIRST, name))
+    for setting, layer, config in servers.routers(spec, types):
         try:
             return _handle(spec, setting, layer, config)
         except Unsupported as refusal:
@@ -154,40 +151,15 @@ def router_module(spec: RouterSpec) -> tuple[RouterHandle, str]:
     )
 
 
-def _settings(spec: RouterSpec) -> Iterator[tuple[inverse.Setting, LayerSpec, dict[str, Any]]]:
-    """Settings of families with that router; those in which "input" is the word for float32 come last."""
-    for narrow in dict.fromkeys((True, spec.dtype != torch.float32)):
-        for model_type in sorted(models.model_types(), key=lambda name: (name not in _FIRST, name)):
-            for setting in inverse.settings(model_type):
-                small = inverse.small(
-                    setting.spec, spec.routing, spec.num_experts, _UNSEEN, logits=spec.logits,
-                    hidden_size=spec.hidden_size,
-                )  # fmt: skip
-                if (answer := inverse.expressed(setting, small, _PARTS, narrow)) is not None:
-                    yield setting, answer[1].spec, answer[1].config
-
-
 def _handle(spec: RouterSpec, setting: Any, layer: LayerSpec, config: dict[str, Any]) -> tuple[RouterHandle, str]:
-    wanted = spec.tensors()
-    tensors = {
-        name: normal(shape, f"vllm-router-{name}") if name in wanted else torch.zeros(shape)
-        for name, shape in layer.tensors().items()
-    }
-    dtypes = {name: spec.dtype for name in tensors} | {"router.selection_bias": torch.float32}
-    tensors = {name: value.to(dtypes[name]) for name, value in tensors.items()}
+    tensors = servers.router_tensors(spec, layer, "vllm")
     found = block.loaded(config, setting.layer, spec.dtype, tensors, runs=False)
     _as_loaded(found.root)
     router = Router(found)
-    held = {name: _holder(router, tensors[name]) for name in wanted}
+    held = {name: servers.holder(router, tensors[name]) for name in spec.tensors()}
     if left := [name for name, holder in held.items() if holder is None]:
         raise Unsupported(f"it keeps {', '.join(left)} otherwise than as one whole tensor")
     return RouterHandle(router, "hidden", {name: holder or "" for name, holder in held.items()}), found.name
-
-
-def _holder(module: nn.Module, value: Tensor) -> str | None:
-    """The parameter or buffer that has these values."""
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return next((n for n, t in named if t.shape == value.shape and torch.equal(t, value.to(t.dtype))), None)
 
 
 def _as_loaded(root: nn.Module) -> None:
