@@ -262,8 +262,7 @@ def _capture_session() -> frozenset[str]:
 def _capture_store() -> frozenset[str]:
     from moe_conformance.engines.vllm import store as stage
 
-    stage.is_offered()
-    return frozenset()
+    return stage.features()
 
 
 def _gemma4() -> None:
