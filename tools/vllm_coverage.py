@@ -1,4 +1,4 @@
-"""Measures how much of vLLM's fused_moe a run of its two engines executes, out of what a CPU can reach.
+"""Measures how much of vLLM's fused_moe a run of its engines executes, out of what a CPU can reach.
 
     python tools/vllm_coverage.py 0.32.0 --out results/vllm-coverage -k "not experts-ep5-beyond-512"
 
@@ -29,7 +29,7 @@ from release_cache import Cache, Place, install_project, user_cache, write
 
 FUSED_MOE = Path("vllm") / "model_executor" / "layers" / "fused_moe"
 LIST = Path(__file__).with_name("vllm_unreachable.toml")
-ENGINES = ("vllm", "vllm-triton")
+ENGINES = ("vllm", "vllm-triton", "vllm-batched-triton")
 COVERAGE = "coverage==7.17.5"
 # Entries of this kind could be reached with the right configuration; their size is shown separately.
 NOT_ASKED_FOR = "quantised"
@@ -218,7 +218,7 @@ def _package(place: Place) -> Path:
 
 
 def _measure(place: Place, out: Path, options: list[str]) -> None:
-    """Run both engines under coverage.py, in OUT; their processes too. Raises ClickException where one dies."""
+    """Run the engines under coverage.py, in OUT; their processes too. Raises ClickException where one dies."""
     folder, beside = _package(place) / FUSED_MOE, out / "packages"
     install_project(place.python, beside, COVERAGE)
     settings = out / "coverage.ini"
