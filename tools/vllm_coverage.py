@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
-from release_cache import Cache, Place, install_project, user_cache, write
+from release_cache import Place, install_project, site_packages, user_cache, write
+from release_servers import VLLM
 
 FUSED_MOE = Path("vllm") / "model_executor" / "layers" / "fused_moe"
 LIST = Path(__file__).with_name("vllm_unreachable.toml")
@@ -49,7 +50,7 @@ def main(version: str, out: Path, cache: Path | None, tier: str, keyword: str, a
     out = out.resolve()
     lines = out / "lines.json"
     if not again:
-        kept = Cache((cache or user_cache()).resolve())
+        kept = VLLM((cache or user_cache()).resolve())
         with kept.locked():
             _measure(kept.place(version), out, ["--tier", tier, *(["-k", keyword] if keyword else [])])
     elif not lines.exists():
@@ -214,7 +215,7 @@ def _package(place: Place) -> Path:
     """The folder that holds the release's vllm."""
     if place.overlay:
         return place.overlay
-    return next((place.python.parent.parent / "lib").glob("python3*")) / "site-packages"
+    return site_packages(place.python.parent.parent)
 
 
 def _measure(place: Place, out: Path, options: list[str]) -> None:
@@ -228,7 +229,7 @@ def _measure(place: Place, out: Path, options: list[str]) -> None:
     for left in out.glob("data*"):
         left.unlink()
     paths = [str(path) for path in (place.overlay, beside) if path]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths), **place.environment}
     # CI is unset because a run in process is refused there.
     environment.pop("CI", None)
     for engine in ENGINES:

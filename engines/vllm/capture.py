@@ -123,7 +123,7 @@ class Session:
                     stack.enter_context(sizes_of(self.spec.tp_size if split else 1))
             if hasattr(self.rec, "get_tp_group"):
                 stack.enter_context(patch.object(self.rec, "get_tp_group", lambda: _group(rows)))
-            stack.enter_context(override_forward_context(SimpleNamespace(dp_metadata=metadata)))
+            stack.enter_context(override_forward_context(context(metadata, rows.counts[self.spec.dp_rank])))
             yield
 
     def read(self, num_tokens: int) -> Tensor:
@@ -152,6 +152,11 @@ def _captured(call: Callable[[Tensor], None], ids: Tensor) -> None:
         call(given)
     given.copy_(ids)
     graph.replay()
+
+
+def context(dp_metadata: Any, num_tokens: int) -> SimpleNamespace:
+    """What a capturer reads of a forward context. num_tokens: of this rank, with its padding, before they are split."""
+    return SimpleNamespace(dp_metadata=dp_metadata, batch_descriptor=SimpleNamespace(num_tokens=num_tokens))
 
 
 def _dp_metadata(counts: tuple[int, ...]) -> Any:

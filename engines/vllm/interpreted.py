@@ -265,8 +265,9 @@ def fp8_activations() -> Iterator[None]:
         return QuantFP8(static=scale is not None, group_shape=shape).forward_native(x, scale)
 
     @called_by_engine
-    def by_group(x: Tensor, group_size: int) -> Any:
-        return QuantFP8(static=False, group_shape=GroupShape(1, group_size)).forward_native(x)
+    def by_group(x: Tensor, group_size: int, column_major_scales: bool = False) -> Any:
+        shape = GroupShape(1, group_size)
+        return QuantFP8(static=False, group_shape=shape, column_major_scales=column_major_scales).forward_native(x)
 
     with contextlib.ExitStack() as stack:
         if device.is_cpu():

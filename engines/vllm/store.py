@@ -71,7 +71,7 @@ class _Captured:
         """rows: [n, L, K], of one step."""
         from vllm.forward_context import override_forward_context
 
-        with override_forward_context(SimpleNamespace(dp_metadata=None)):
+        with override_forward_context(capture.context(None, len(rows))):
             for layer in range(self.layers):
                 self.real.capture(layer, rows[:, layer])
 
