@@ -21,6 +21,8 @@ from moe_conformance.engine import (
     CheckpointName,
     Engine,
     EngineInfo,
+    Exchanged,
+    ExchangeInputs,
     ExpertMapSpec,
     ExpertsInputs,
     LayerInputs,
@@ -147,6 +149,11 @@ class Reference(Engine):
         from moe_conformance.reference_impl.parallel import experts as stage
 
         return stage.shard(inputs)
+
+    def exchange(self, ranks: Sequence[ExchangeInputs]) -> Sequence[Exchanged]:
+        from moe_conformance.reference_impl.parallel import exchange as stage
+
+        return stage.exchange(ranks)
 
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
         from moe_conformance.reference_impl.checkpoint import remap as stage

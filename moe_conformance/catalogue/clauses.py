@@ -217,6 +217,34 @@ CLAUSES: dict[str, Clause] = {
         "Where an engine checks ids: one out of range must raise or contribute zero; it must never wrap to an expert.",
         ("vllm#46408", "flashinfer#1469"),
     ),
+    "exchange.own-tokens": Clause(
+        "expert-map",
+        "Every rank must get the routed sums of its own tokens, in their order, by its own ids and weights, wherever "
+        "the experts lie and whichever are chosen.",
+        ("vllm#52639", "torchtitan#1237"),
+    ),
+    "exchange.counts": Clause(
+        "dp-assertions",
+        "Ranks that compute together may have any numbers of tokens, none included: each must get its own rows, and "
+        "serve the others' whether it has any or not.",
+        ("Megatron-LM#1877", "vllm#38999", "vllm#51984", "sgl-kernel-npu#69"),
+    ),
+    "exchange.no-expert": Clause(
+        "expert-map",
+        "A pair whose id is -1 must be sent to no expert and add exactly nothing, whatever its weight.",
+        ("vllm#46408", "vllm#48371"),
+    ),
+    "exchange.arrivals": Clause(
+        "permutation",
+        "What a rank's experts are given must be the rows of the tokens that chose them, of all ranks and bit for bit, "
+        "each once under that expert's local id, and nothing else.",
+        ("torchtitan#1237", "vllm#52639"),
+    ),
+    "exchange.shared": Clause(
+        "shared-experts",
+        "The shared expert's output must be in each token's row once, however many ranks compute it.",
+        ("sglang#35535", "sglang#9101"),
+    ),
     "experts.function": Clause(
         "activation",
         "Experts must compute the activation, clamps, biases, norm and layout of gate and up that their spec names, "

@@ -68,6 +68,7 @@ _WORDS: Mapping[str, str] = {
     "pieces": "calls that each push comes in",
     "placement": "how experts are dealt out to the ranks: in runs or in turns",
     "poison": "whether pairs of other ranks and of no expert have NaN weights, and tokens without an expert NaN in x",
+    "processes": "whether each rank is a process of its own; otherwise all are in one",
     "pushed": "data type of what is pushed; None: the block's own",
     "pushes": "what is pushed, one after another: all tensors with new values, a part of them, or those of the start",
     "quant": "how weights are stored and activations quantised; fields that are not named are at their defaults",
@@ -109,6 +110,7 @@ _WORDS: Mapping[str, str] = {
 _OF_STAGE: Mapping[tuple[str, str], str] = {
     ("block", "routing"): "ids and weights that the block is given instead of its router's; empty: the router's own",
     ("capture_session", "padding"): "the id in rows that make slices whole",
+    ("exchange", "between"): "tokens of each rank in the exchanges of the same ranks before the one that is judged",
     ("experts", "between"): "what other calls have that are made between two calls of this one; nothing: other values",
     ("experts", "padding"): "rows at the end that are padding",
     ("layer", "padding"): "rows at the end that are padding",
