@@ -74,7 +74,7 @@ CLAUSES: dict[str, Clause] = {
         "Every naming style and suffix of one checkpoint tensor must map to one and the same parameter, and two "
         "tensors to the same only as parts of a fused one: gate and up of an expert or of all, or one part of all "
         "experts.",
-        ("vllm#41206", "mobius#239", "vllm#31261"),
+        ("vllm#41206", "mobius#239", "vllm#31261", "vllm#57484", "MoE-Infinity#109"),
     ),
     "remap.idempotent": Clause(
         "double-prefix",
@@ -84,7 +84,7 @@ CLAUSES: dict[str, Clause] = {
     "load.whole": Clause(
         "double-prefix",
         "A load must write every parameter with the checkpoint's values and consume every key, or say which not.",
-        ("vllm#41206", "sglang#29659", "Megatron-Bridge#4706"),
+        ("vllm#41206", "sglang#29659", "Megatron-Bridge#4706", "Megatron-LM#5844"),
     ),
     "load.stored": Clause(
         "quantised-scales",
@@ -221,19 +221,19 @@ CLAUSES: dict[str, Clause] = {
         "activation",
         "Experts must compute the activation, clamps, biases, norm and layout of gate and up that their spec names, "
         "whatever the proportions of their matrices.",
-        ("vllm#42855", "sglang#39939", "vllm#51125", "vllm#49096"),
+        ("vllm#42855", "sglang#39939", "vllm#51125", "vllm#49096", "sglang#40438", "vllm#14024"),
     ),
     "experts.combine": Clause(
         "combine-algebra",
         "A token's output must be the sum of its experts' outputs, each times its own weight, times the output scale, "
         "each applied once.",
-        ("vllm#24119", "vllm#45037", "Automodel#2591"),
+        ("vllm#24119", "vllm#45037", "Automodel#2591", "sglang#12998", "vllm#43694"),
     ),
     "experts.no-expert": Clause(
         "expert-map",
         "A pair whose id is -1, or whose expert another rank has, must add exactly nothing, whatever its weight and "
         "its token hold.",
-        ("vllm#46408", "vllm#48371", "sglang#30387", "vllm-gaudi#1796"),
+        ("vllm#46408", "vllm#48371", "sglang#30387", "vllm-gaudi#1796", "vllm#57946"),
     ),
     "experts.stored-weights": Clause(
         "quantised-scales",
@@ -314,7 +314,7 @@ CLAUSES: dict[str, Clause] = {
         "unwritten-output",
         "Every element of every output must be written, whatever fresh memory holds: rows without an expert, ranks and "
         "experts without a token, ends that fill no tile, no tokens at all.",
-        ("vllm#39510", "flashinfer#3840", "FastDeploy#4102"),
+        ("vllm#39510", "flashinfer#3840", "FastDeploy#4102", "sglang#40187"),
     ),
     "calls.same-result": Clause(
         "determinism-state",
@@ -358,7 +358,7 @@ CLAUSES: dict[str, Clause] = {
         "routing-semantics",
         "Every family's router must choose by its own scores, bias and groups, and weigh by its own normalisation and "
         "scale; a selection bias must never enter a weight.",
-        ("transformers#39581", "PaddleFormers#3452"),
+        ("transformers#39581", "PaddleFormers#3452", "vllm#58076"),
     ),
     "block.combine": Clause(
         "combine-algebra",
