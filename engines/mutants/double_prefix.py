@@ -294,6 +294,13 @@ class ModulesAreAnotherLayer(_Renamed):
         return re.sub(r"layers\.(\d+)\.", lambda found: f"layers.{int(found[1]) - 1}.", target)
 
 
+class MixtralUnderMlp(_Renamed):
+    """MoE-Infinity#109: the name that transformers 5 has for the block is not known."""
+
+    def rename(self, name: str, target: str) -> str:
+        return name if ".mlp.experts." in name else target
+
+
 class SharedExpertsAreRouted(_Renamed):
     """Takes a shared expert's tensors for those of expert 0."""
 
@@ -362,6 +369,7 @@ MUTANTS = (
     ),
     _mutant(SharedExpertsAreDealtOut, "deals out the shared experts' columns", "load-inkling-hub", _FAMILY_LOAD),
     _mutant(ModulesAreAnotherLayer, "counts layers of modules from another", "remap-qwen3-moe-modules", _FAMILY_NAMES),
+    _mutant(MixtralUnderMlp, "leaves names below .mlp as they are", "remap-mixtral-modules", _FAMILY_NAMES),
     _mutant(SharedExpertsAreRouted, "shared experts land on expert 0", "remap-deepseek-v3-hub", _FAMILY_NAMES),
     _mutant(PrefixTwice, "adds .moe to names that have it", "remap-gemma4-moe-weight", _REACHES),
     _mutant(PrefixTwicePacked, "adds .moe to packed names that have it", "remap-gemma4-moe-packed", _REACHES),

@@ -1,4 +1,4 @@
-"""Experts that are wrong in one stored form, beside one other thing that a call may have."""
+"""Experts and layers that are wrong in one stored form, beside one other thing that a call may have."""
 
 from __future__ import annotations
 
@@ -69,8 +69,50 @@ class OneChoiceScaledUnwritten(Faulty):
         return torch.empty_like(output) if inputs.ids.shape[1] == 1 and inputs.output_scale != 1 else output
 
 
+class StoredLayerUnnormalised(Faulty):
+    """FastDeploy#4449: behind a grouped router, fp8's path is not told to renormalise."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        if not is_stored(inputs, "fp8_e4m3") or inputs.spec.routing.groups == 1:
+            return super().layer(inputs)
+        routing = replace(inputs.spec.routing, renormalize="no")
+        return super().layer(replace(inputs, spec=replace(inputs.spec, routing=routing)))
+
+
+class StoredLayerUnclamped(Faulty):
+    """tokenspeed#1630: the routed experts of fp8 in blocks run unclamped, the shared one honours its limit."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        if not is_stored(inputs, "fp8_e4m3"):
+            return super().layer(inputs)
+        experts = replace(inputs.spec.experts, clamp="no")
+        return super().layer(replace(inputs, spec=replace(inputs.spec, experts=experts)))
+
+
+class StoredLayerUnscaled(Faulty):
+    """vllm#32437: the kernel of int4 is handed no scaling factor."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        if not is_stored(inputs, "int4"):
+            return super().layer(inputs)
+        routing = replace(inputs.spec.routing, scale=1.0)
+        return super().layer(replace(inputs, spec=replace(inputs.spec, routing=routing)))
+
+
+class StoredRowsFarApart(Faulty):
+    """TensorRT-LLM#15887: token times stride is 32 bits wide in the kernels of fp8 in blocks."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        if not is_stored(inputs, "fp8_e4m3"):
+            return super().experts(inputs)
+        row = torch.arange(len(inputs.x))
+        near = row.where(row * inputs.x.stride(0) < 2**31, 0)
+        return super().experts(replace(inputs, x=inputs.x[near]))
+
+
 FUNCTION = "stored_experts_compute_their_function"
 SUM = "outputs_of_stored_experts_are_weighed_and_summed"
+LAYER = "a_layer_is_the_same_around_stored_experts"
 NO_EXPERT = "pairs_of_no_expert_add_nothing_to_stored_experts"
 
 
@@ -88,6 +130,20 @@ MUTANTS = (
         WeighsTwiceInNvfp4, "combine-algebra", "NVFP4 weighs input and output", "nvfp4-beside-weight-on-input", SUM
     ),
     _mutant(MinusOneFaultsInNvfp4, "expert-map", "-1 faults in NVFP4's kernels", "nvfp4-beside-no-expert", NO_EXPERT),
+    *(
+        Mutant(engine, "combine-algebra", fault, (f"layer-stored-{case}-shared", LAYER))
+        for engine, fault, case in (
+            (StoredLayerUnnormalised, "fp8 experts behind groups are not renormalised", "fp8-block-deepseek-v3"),
+            (StoredLayerUnclamped, "routed experts of fp8 are not clamped", "fp8-block-deepseek-v3"),
+            (StoredLayerUnscaled, "int4 experts go unscaled", "int4-group-deepseek-v2"),
+        )
+    ),
+    Mutant(
+        StoredRowsFarApart,
+        "index-width",
+        "rows of x beyond 2^31 elements are the first, of fp8 experts",
+        ("experts-far-x-stored", "elements_beyond_32_bits_are_found"),
+    ),
     Mutant(
         OneChoiceScaledUnwritten,
         "unwritten-output",

@@ -74,7 +74,7 @@ CLAUSES: dict[str, Clause] = {
         "Every naming style and suffix of one checkpoint tensor must map to one and the same parameter, and two "
         "tensors to the same only as parts of a fused one: gate and up of an expert or of all, or one part of all "
         "experts.",
-        ("vllm#41206", "mobius#239", "vllm#31261", "vllm#57484", "MoE-Infinity#109"),
+        ("vllm#41206", "mobius#239", "vllm#31261", "MoE-Infinity#109"),
     ),
     "remap.idempotent": Clause(
         "double-prefix",
@@ -84,7 +84,7 @@ CLAUSES: dict[str, Clause] = {
     "load.whole": Clause(
         "double-prefix",
         "A load must write every parameter with the checkpoint's values and consume every key, or say which not.",
-        ("vllm#41206", "sglang#29659", "Megatron-Bridge#4706", "Megatron-LM#5844"),
+        ("vllm#41206", "sglang#29659", "Megatron-Bridge#4706", "Megatron-LM#5844", "vllm#57484"),
     ),
     "load.stored": Clause(
         "quantised-scales",
@@ -111,7 +111,7 @@ CLAUSES: dict[str, Clause] = {
     "capture.only-real-rows": Clause(
         "capture-replay",
         "Padding rows, another rank's rows and rows of an earlier step must never be readable.",
-        ("SkyRL#1908", "sglang#23885"),
+        ("SkyRL#1908", "sglang#23885", "vllm#48622"),
     ),
     "capture.layers": Clause(
         "capture-replay",
@@ -137,13 +137,19 @@ CLAUSES: dict[str, Clause] = {
         "shape-mismatch",
         "A padded hidden or intermediate dim must be cut before anything of the unpadded width is added or "
         "projected, and nothing in the padding may reach the result.",
-        ("vllm#40794", "vllm#40865", "tokenspeed#1322"),
+        ("vllm#40794", "vllm#40865", "tokenspeed#1322", "aiter#5413"),
     ),
     "layer.sum": Clause(
         "combine-algebra",
         "Routed sum, output scale, latent projections and shared experts must each enter a layer's output once, in "
         "their place, and the shared experts must read the layer's own input.",
         ("vllm#28939", "sglang#35152", "vllm#24119"),
+    ),
+    "layer.stored-experts": Clause(
+        "combine-algebra",
+        "What stands around experts must be the same whatever form their weights are stored in: router, limits, scale, "
+        "latent projections, padding, shared experts.",
+        ("FastDeploy#4449", "vllm#32437", "tokenspeed#1630"),
     ),
     "layer.traceable": Clause(
         "shape-mismatch",
@@ -263,7 +269,7 @@ CLAUSES: dict[str, Clause] = {
         "dtype-stride-arguments",
         "Whatever strides and offset a tensor has must be honoured or refused: columns of wider rows, a transpose, "
         "rows of stride 0, memory that begins elsewhere.",
-        ("Liger-Kernel#1377", "vllm#28841"),
+        ("Liger-Kernel#1377", "vllm#28841", "torchtitan#3771", "vllm#43190"),
     ),
     "inputs.dtypes": Clause(
         "dtype-stride-arguments",
@@ -302,7 +308,7 @@ CLAUSES: dict[str, Clause] = {
     "inputs.beyond-int32": Clause(
         "index-width",
         "Elements further apart than 2^31 must be addressed as they lie.",
-        ("flashinfer#2642", "flashinfer#2853", "vllm#6029"),
+        ("flashinfer#2642", "flashinfer#2853", "vllm#6029", "TensorRT-LLM#15887"),
     ),
     "batches.any-size": Clause(
         "chunking",

@@ -170,6 +170,8 @@ ARGUMENT_CASES = (
         rank=1,
         dropped=6,
     ),
+    # A map that is a column of all ranks' maps.
+    _case("map-sliced-ep3", "inputs.strides", arguments={"expert_map": "sliced"}, owners=SCATTERED, rank=1),
     *(
         _case(f"ids-int32-{short}", "inputs.dtypes", NARROW, arguments={"ids": "int32"}, dtype=long, dropped=dropped)
         for short, long, dropped in (("fp32", "float32", 6), ("bf16", "bfloat16", 0), ("fp16", "float16", 0))
@@ -259,6 +261,13 @@ OWN_MEMORY_CASES = (
 # A row of x, ids or weights lies 2^30 elements and more behind the one before, in a file of which little is written.
 FAR_CASES = (
     _case("far-x", "inputs.beyond-int32", {**TINY, "T": 3}, "smoke", dtype="bfloat16", arguments={"x": "far"}),
+    _case(
+        "far-x-stored",
+        "inputs.beyond-int32",
+        {**stored.WHOLE, "T": 3},
+        arguments={"x": "far"},
+        quant=stored.FORMS["fp8-block"],
+    ),
     _case("far-ids", "inputs.beyond-int32", {**TINY, "T": 3}, arguments={"ids": "far"}),
     _case("far-weights", "inputs.beyond-int32", {**TINY, "T": 3}, arguments={"weights": "far"}),
     _case(
