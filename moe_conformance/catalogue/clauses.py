@@ -94,7 +94,8 @@ CLAUSES: dict[str, Clause] = {
     ),
     "load.refuse-broken": Clause(
         "weight-coverage",
-        "A truncated, mistyped or hostile checkpoint must be refused whole, with nothing half-loaded.",
+        "A truncated, mistyped, incomplete or hostile checkpoint must be refused whole, with nothing half-loaded.",
+        ("TensorRT-LLM#15154", "imp#1192"),
         origin="tools/fuzz.py, and what mutated files did to the first loaders",
     ),
     "capture.own-rows": Clause(
@@ -320,7 +321,7 @@ CLAUSES: dict[str, Clause] = {
         "unwritten-output",
         "Every element of every output must be written, whatever fresh memory holds: rows without an expert, ranks and "
         "experts without a token, ends that fill no tile, no tokens at all.",
-        ("vllm#39510", "flashinfer#3840", "FastDeploy#4102", "sglang#40187"),
+        ("vllm#39510", "flashinfer#3840", "FastDeploy#4102", "sglang#40187", "TransformerEngine#2821"),
     ),
     "calls.same-result": Clause(
         "determinism-state",
