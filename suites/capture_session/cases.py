@@ -357,6 +357,14 @@ TWO_SESSIONS = (
         "capture-two-sessions",
         stage="capture_session",
         clause="capture.only-real-rows",
+        recipe={"layers": 3},
+    ),
+    # A draft model of one layer beside the model, as speculative decoding has it.
+    Case(
+        "capture-two-sessions-draft",
+        stage="capture_session",
+        clause="capture.only-real-rows",
+        recipe={"layers": 1},
     ),
 )
 

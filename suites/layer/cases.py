@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.model.specs import LatentSpec, LayerSpec, LogitsSpec, MLPSpec, SharedSpec
+from moe_conformance.suites.experts.stored import FORMS
 from moe_conformance.suites.route.methods import method
 
 # T tokens, E experts, K of them, H hidden, D latent, F expert and Fs shared intermediate; Dp, Hp, Fp padded widths.
@@ -29,11 +30,14 @@ NANO = {"T": 2, "E": 2, "K": 1, "H": 2688, "D": 1024, "F": 1856, "Fs": 3712, "Hp
 GPT_OSS = {"T": 2, "E": 2, "K": 1, "H": 2880, "D": 0, "F": 2880, "Fs": 0, "Hp": 3072, "Dp": 0, "Fp": 3072}
 
 BOTH = ("padded_hidden", "padded_intermediate")
+# Rows of the table of a router that chooses by token id.
+VOCABULARY = 48
 
 
 def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "core", **changes: Any) -> Case:
     """routing: by name as in suites/route/methods.py. experts: fields of MLPSpec; shared: of its MLPSpec or its
-    SharedSpec; latent: of LatentSpec. scale: of the routed sum. arguments: how x, logits and tensors are given."""
+    SharedSpec; latent: of LatentSpec. scale: of the routed sum. arguments: how x, logits and tensors are given. quant:
+    by name, how the experts are stored."""
     has, latent = set(parts), "latent" in parts
     changes = {
         "routing": "renorm",
@@ -46,17 +50,22 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
         "clause": "layer.cut-before-add" if has & set(BOTH) else "layer.sum",
         "arguments": {},
         "padding": 0,
+        "quant": None,
         **changes,
     }
+    if changes["quant"]:
+        changes["quant"] = FORMS[changes["quant"]]
+    routing = method(changes["routing"], dims["K"])
     spec = LayerSpec(
         hidden_size=dims["H"],
         num_experts=dims["E"],
         logits=LogitsSpec(),
-        routing=method(changes["routing"], dims["K"]),
+        routing=routing,
         experts=MLPSpec(dims["F"], **changes["experts"]),
         shared=_shared(dims["Fs"], **changes["shared"]) if "shared" in has else None,
         latent=LatentSpec(dims["D"], **changes["latent"]) if latent else None,
         output_scale=changes["scale"],
+        vocab_size=VOCABULARY if routing.selector == "table" else 0,
     )
     return Case(
         "-".join(["layer", name, *(part.replace("_", "-") for part in parts or ("plain",))]),
@@ -68,7 +77,7 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
             "dtype": changes["dtype"],
             "padded_hidden": dims["Dp" if latent else "Hp"] if "padded_hidden" in has else None,
             "padded_intermediate": dims["Fp"] if "padded_intermediate" in has else None,
-            **{name: changes[name] for name in ("arguments", "padding") if changes[name]},
+            **{name: changes[name] for name in ("arguments", "padding", "quant") if changes[name]},
         },
         tier=tier,
     )
@@ -105,6 +114,9 @@ _VALUES = (
     _case("intermediate", TINY, ("shared", "padded_intermediate")),
     _case("gemma4", TINY, ("shared", "padded_hidden"), routing="gemma4", experts={"activation": "gelu_tanh"}),
     _case("gemma4", TINY, (), routing="gemma4", experts={"activation": "gelu_tanh"}, scale=1.0),
+    # Which kernel runs, and what it is told of padding, follows from the activation.
+    _case("gelu-tanh", TINY, BOTH, experts={"activation": "gelu_tanh"}, scale=1.0),
+    _case("gelu-bias", TINY, BOTH, experts={"activation": "gelu", "bias": True}, scale=1.0),
     _case("no-renorm", TINY, ("shared", "padded_hidden"), routing="plain"),
     *(_case("tiny-bf16", TINY, parts, dtype="bfloat16") for parts in EIGHT),
     # In float16 an engine may return the layer over its scale where there is a shared expert, lest it overflow, and
@@ -133,6 +145,7 @@ _VALUES = (
         for dims, tokens in ((TINY, ""), ({**NARROW, "T": 1}, "-one-token"))
         for name, parts, changes in (
             (f"shared-gate{tokens}", ("shared", "padded_hidden"), {"shared": {"gate": True}}),
+            (f"shared-gate{tokens}", ("shared",), {"shared": {"gate": True}}),
             (f"shared-average{tokens}", ("shared",), {"shared": {"combine": "average", "count": 2}}),
             (f"routed-clamp{tokens}", ("shared", *BOTH), {"experts": {"clamp": "before", "limit": 0.75}}),
             (f"latent-norm{tokens}", ("latent", *BOTH), {"latent": {"norm_eps": 0.0625}}),
@@ -151,6 +164,9 @@ _VALUES = (
     ),
     _case("many-tokens", MANY, ("shared",)),
     _case("many-tokens", MANY, (), scale=1.0),
+    # DeepSeek-V4: ids by token id, which every part of a batch that is cut takes along.
+    _case("by-token-id", {**NARROW, "E": 32, "K": 4}, ("shared",), routing="deepseek-v4-hash", scale=1.0),
+    _case("by-token-id-one-token", {**NARROW, "T": 1, "E": 32, "K": 4}, (), routing="deepseek-v4-hash", scale=1.0),
     _case("nemotron-3-nano", NANO, ("shared", *BOTH), "full"),  # seconds
     _case("nemotron-3-nano-bf16", NANO, ("shared", *BOTH), "full", dtype="bfloat16"),
     _case("nemotron-3-nano-scale1", NANO, ("shared", "padded_hidden"), "full", scale=1.0),
@@ -161,6 +177,25 @@ _VALUES = (
 # What is wrong without padding, too, is told apart from what padding does.
 CUT_CASES = tuple(case for case in _VALUES if case.clause == "layer.cut-before-add")
 SUM_CASES = tuple(case for case in _VALUES if case.clause == "layer.sum")
+
+# Around stored experts: DeepSeek-V3's router with a limit of the routed experts alone, Nemotron-H's layer at the widths
+# of a kernel, and two whose only weight or whose scale is of the layer.
+_STORED = {"T": 7, "E": 32, "K": 4, "H": 40, "D": 24, "F": 24, "Fs": 14, "Hp": 48, "Dp": 32, "Fp": 32}
+STORED_CASES = tuple(
+    _case(f"stored-{form}-{name}", dims, parts, quant=form, clause="layer.stored-experts", **changes)
+    for form in ("fp8-block", "int4-group", "mxfp4", "nvfp4")
+    for name, dims, parts, changes in (
+        (
+            "deepseek-v3",
+            _STORED,
+            ("shared",),
+            {"routing": "deepseek-v3", "experts": {"clamp": "before", "limit": 0.75}, "scale": 1.0},
+        ),
+        ("deepseek-v2", _STORED, ("shared",), {"routing": "deepseek-v2", "scale": 1.0}),
+        ("relu2", _STORED, ("shared", "latent", *BOTH), {"experts": _RELU2, "shared": _RELU2}),
+        ("by-token-id", _STORED, (), {"routing": "deepseek-v4-hash", "scale": 1.0}),
+    )
+)
 
 TRACE_CASES = tuple(
     Case(
@@ -183,8 +218,11 @@ ARGUMENT_CASES = tuple(
         dtype=dtype,
         clause="inputs.strides",
         arguments=dict(zip(("x", "logits", "tensors"), layouts, strict=True)),
+        shared={"gate": True} if name == "shared-gate" else {},
     )
     for name, tokens, dtype, parts, layouts in (
+        # What reads x beside the experts reads the same strides.
+        ("shared-gate", 7, "float32", ("shared",), ("columns", "sliced", "transposed")),
         ("columns", 7, "float32", (), ("columns", "transposed", "sliced")),
         ("transposed", 7, "float32", ("shared",), ("transposed", "sliced", "columns")),
         ("sliced-bf16", 7, "bfloat16", ("padded_hidden",), ("sliced", "columns", "transposed")),
@@ -294,6 +332,7 @@ INVARIANT_CASES = tuple(
 CASES = (
     *CUT_CASES,
     *SUM_CASES,
+    *STORED_CASES,
     *TRACE_CASES,
     *ARGUMENT_CASES,
     *ORIENTED_CASES,
