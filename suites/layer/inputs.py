@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import LayerInputs
-from moe_conformance.judging.inputs import distinct_logits, matrix, normal
+from moe_conformance.judging.inputs import distinct_logits, fine, matrix, normal
 from moe_conformance.judging.layouts import given_as
 
 
@@ -19,8 +19,8 @@ def inputs_of(case: Case, given: Collection[str] | None = None) -> LayerInputs:
     dtype, spec = getattr(torch, case["dtype"]), case["spec"]
     as_given = partial(given_as, case.recipe.get("arguments", {}), given)
     return LayerInputs(
-        x=as_given("x", normal((case["tokens"], spec.hidden_size), "layer-x", dtype)),
-        logits=as_given("logits", distinct_logits(case["tokens"], spec.classes, "layer-logits")),
+        x=as_given("x", fine((case["tokens"], spec.hidden_size), "layer-x", dtype)),
+        logits=as_given("logits", logits_of(case["tokens"], spec.classes, dtype)),
         spec=spec,
         tensors={
             name: as_given("tensors", tensor(name, shape, dtype))
@@ -32,6 +32,13 @@ def inputs_of(case: Case, given: Collection[str] | None = None) -> LayerInputs:
     )
 
 
+def logits_of(tokens: int, classes: int, dtype: torch.dtype) -> Tensor:
+    """[T, classes] float32, in the order of `distinct_logits`; beside float32 no copy of two bytes holds them."""
+    logits = distinct_logits(tokens, classes, "layer-logits")
+    # At most a quarter of the distance between two.
+    return logits + fine(logits.shape, "layer-logits-fine", std=2.0**-10) if dtype == torch.float32 else logits
+
+
 def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     seed, part = f"layer-{name.removeprefix('experts.').replace('.', '-')}", name.rpartition(".")[2]
     if name == "router.per_expert_scale":
@@ -39,7 +46,7 @@ def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if name.startswith("router."):
         return normal(shape, seed, std=0.25)
     if part.startswith("b") or part.endswith("_bias"):
-        return normal(shape, seed, dtype, 0.5)
+        return fine(shape, seed, dtype, 0.5)
     if part in ("norm", "output_norm"):  # added to 1 by the layer
-        return normal(shape, seed, dtype, 0.25)
+        return fine(shape, seed, dtype, 0.25)
     return matrix(shape, seed, dtype)
