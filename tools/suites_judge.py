@@ -1,9 +1,9 @@
 """The suites as judge of a mutated reference: one process that has loaded them, and a fork of it for each mutant.
 
-    python tools/suites_judge.py LIBRARY trace      which functions of the reference each check calls, as JSON
-    python tools/suites_judge.py LIBRARY judge      on stdin lines of {"path", "text", "checks"}, on stdout of {"killed"}
+    python tools/suites_judge.py LIBRARY trace    which functions of the reference each check calls, as JSON
+    python tools/suites_judge.py LIBRARY judge    reads lines of {"path", "text", "checks"}, writes ones of {"killed"}
 
-LIBRARY is where the package is installed whose files are mutated. For tools/mutation.py, which starts it.
+LIBRARY is where the package is installed whose files are mutated. For tools/mutation_suites.py, which starts it.
 """
 
 from __future__ import annotations
