@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import LayerInputs
-from moe_conformance.judging.inputs import bits, distinct_logits, integers, matrix, normal
+from moe_conformance.judging.inputs import bits, distinct_logits, fine, integers, matrix, normal
 from moe_conformance.judging.layouts import given_as
 from moe_conformance.suites.experts.stored_inputs import stored_tensors
 
@@ -25,8 +25,8 @@ def inputs_of(case: Case, given: Collection[str] | None = None) -> LayerInputs:
         stored = stored_tensors(quant, spec.experts, width, spec.num_experts)
     table = spec.routing.selector == "table"
     return LayerInputs(
-        x=as_given("x", normal((case["tokens"], spec.hidden_size), "layer-x", dtype)),
-        logits=as_given("logits", distinct_logits(case["tokens"], spec.classes, "layer-logits")),
+        x=as_given("x", fine((case["tokens"], spec.hidden_size), "layer-x", dtype)),
+        logits=as_given("logits", logits_of(case["tokens"], spec.classes, dtype)),
         spec=spec,
         tensors={
             name: as_given("tensors", tensor(name, shape, dtype, spec.num_experts))
@@ -41,6 +41,13 @@ def inputs_of(case: Case, given: Collection[str] | None = None) -> LayerInputs:
     )
 
 
+def logits_of(tokens: int, classes: int, dtype: torch.dtype) -> Tensor:
+    """[T, classes] float32, in the order of `distinct_logits`; beside float32 no copy of two bytes holds them."""
+    logits = distinct_logits(tokens, classes, "layer-logits")
+    # At most a quarter of the distance between two.
+    return logits + fine(logits.shape, "layer-logits-fine", std=2.0**-10) if dtype == torch.float32 else logits
+
+
 def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, experts: int) -> Tensor:
     seed, part = f"layer-{name.removeprefix('experts.').replace('.', '-')}", name.rpartition(".")[2]
     if name == "router.per_expert_scale":
@@ -50,7 +57,7 @@ def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, experts: int) 
     if name.startswith("router."):
         return normal(shape, seed, std=0.25)
     if part.startswith("b") or part.endswith("_bias"):
-        return normal(shape, seed, dtype, 0.5)
+        return fine(shape, seed, dtype, 0.5)
     if part in ("norm", "output_norm"):  # added to 1 by the layer
-        return normal(shape, seed, dtype, 0.25)
+        return fine(shape, seed, dtype, 0.25)
     return matrix(shape, seed, dtype)
