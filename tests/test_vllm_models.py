@@ -29,6 +29,25 @@ def test_a_key_that_transformers_derives_is_derived_back() -> None:
     assert of_family("mimo_v2_flash", "MiMoV2FlashForCausalLM")["moe_layer_freq"] == [0, 1]
 
 
+def test_a_config_that_says_nothing_of_its_layers_gets_no_number_of_them() -> None:
+    record = RECORDS["glm4_moe_lite"]
+    found = published.config(record, "Glm4MoeLiteForCausalLM", {"model_type": "glm4_moe_lite"})
+    assert "first_k_dense_replace" not in found
+
+
+def test_a_list_of_layers_that_no_number_says_is_told() -> None:
+    for model_type, types, lossy in (
+        ("axk1", ["dense", "sparse", "dense"], True),
+        ("axk1", ["dense", "sparse", "sparse"], False),
+        ("axk1", ["dense"], False),
+        ("axk1", None, False),
+        ("laguna", ["dense", "sparse", "dense"], False),
+    ):
+        assert published.is_lossy(RECORDS[model_type], {"mlp_layer_types": types}) is lossy, (model_type, types)
+    nested = {"text_config": {"mlp_layer_types": ["sparse", "dense"]}}
+    assert published.is_lossy(RECORDS["inkling_text"], nested)
+
+
 def test_a_key_that_the_config_has_stays() -> None:
     assert of_family("axk1", "AXK1ForCausalLM", first_k_dense_replace=2)["first_k_dense_replace"] == 2
 

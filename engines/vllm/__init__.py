@@ -30,6 +30,7 @@ from moe_conformance.engine import (
     Generated,
     GenerateInputs,
     LayerInputs,
+    MoESpec,
     Replicated,
     ReplicateInputs,
     Repro,
@@ -90,6 +91,7 @@ class VLLM(Engine):
     @cached_property
     def _offered(self) -> Mapping[str, frozenset[str]]:
         probes: dict[str, Callable[[], frozenset[str]]] = {
+            "describe": _describe,
             "capture_shape": _capture_shape,
             "route": _route,
             "router_module": _router_module,
@@ -125,6 +127,12 @@ class VLLM(Engine):
     def ran(self) -> str:
         ran, self._kernel = self._kernel, ""
         return ran
+
+    def describe(self, config: Any) -> MoESpec:
+        self._want("describe")
+        from moe_conformance.engines.vllm import describing as stage
+
+        return stage.describe(config)
 
     def capture_shape(self, config: Any, side: Literal["worker", "reader"]) -> CaptureShape:
         self._want("capture_shape")
@@ -243,6 +251,12 @@ class VLLM(Engine):
         from moe_conformance.engines.vllm import generating as stage
 
         return stage.generate(inputs)
+
+
+def _describe() -> frozenset[str]:
+    from moe_conformance.engines.vllm import describing as stage
+
+    return stage.features()
 
 
 def _capture_shape() -> frozenset[str]:
