@@ -108,7 +108,7 @@ class VLLM(Engine):
             "replicate": _replicate,
             "shard": _shard,
             "remap": _checkpoints,
-            "load": _checkpoints,
+            "load": _load,
             "update": _update,
             "generate": _generate,
         }
@@ -366,6 +366,12 @@ def _checkpoints() -> frozenset[str]:
     except ImportError:
         return models.model_types()
     return models.model_types() | NAMING_STYLES
+
+
+def _load() -> frozenset[str]:
+    from moe_conformance.engines.vllm import quantised
+
+    return _checkpoints() | quantised.formats()
 
 
 class VLLMTriton(VLLM):
