@@ -30,6 +30,7 @@ from moe_conformance.engine import (
     Generated,
     GenerateInputs,
     LayerInputs,
+    MoESpec,
     Replicated,
     ReplicateInputs,
     Repro,
@@ -93,6 +94,7 @@ class VLLM(Engine):
     @cached_property
     def _offered(self) -> Mapping[str, frozenset[str]]:
         probes: dict[str, Callable[[], frozenset[str]]] = {
+            "describe": _describe,
             "capture_shape": _capture_shape,
             "route": _route,
             "router_module": _router_module,
@@ -106,7 +108,7 @@ class VLLM(Engine):
             "replicate": _replicate,
             "shard": _shard,
             "remap": _checkpoints,
-            "load": _checkpoints,
+            "load": _load,
             "update": _update,
             "generate": _generate,
         }
@@ -128,6 +130,12 @@ class VLLM(Engine):
     def ran(self) -> str:
         ran, self._kernel = self._kernel, ""
         return ran
+
+    def describe(self, config: Any) -> MoESpec:
+        self._want("describe")
+        from moe_conformance.engines.vllm import describing as stage
+
+        return stage.describe(config)
 
     def capture_shape(self, config: Any, side: Literal["worker", "reader"]) -> CaptureShape:
         self._want("capture_shape")
@@ -248,6 +256,12 @@ class VLLM(Engine):
         return stage.generate(inputs)
 
 
+def _describe() -> frozenset[str]:
+    from moe_conformance.engines.vllm import describing as stage
+
+    return stage.features()
+
+
 def _capture_shape() -> frozenset[str]:
     from moe_conformance.engines.vllm import sizes as stage
 
@@ -352,6 +366,12 @@ def _checkpoints() -> frozenset[str]:
     except ImportError:
         return models.model_types()
     return models.model_types() | NAMING_STYLES
+
+
+def _load() -> frozenset[str]:
+    from moe_conformance.engines.vllm import quantised
+
+    return _checkpoints() | quantised.formats()
 
 
 class VLLMTriton(VLLM):
