@@ -227,9 +227,12 @@ def _hash(spec: RoutingSpec, inputs: RouteInputs) -> Any:
     if spec != want or inputs.token_ids is None:
         raise Unsupported(f"route: no model of SGLang's routes by {spec}")
     table = inputs.tensors["router.table"].int()
+    # To 0.5.20 it is told of shared experts that are slots.
+    fused = {"num_fused_shared_experts": 0}
     router = HashTopK(
         spec.top_k, inputs.logits.shape[-1], vocab_size=len(table), layer_id=0, routed_scaling_factor=spec.scale,
         apply_routed_scaling_factor_on_output=spec.scale != 1,
+        **{name: count for name, count in fused.items() if name in inspect.signature(HashTopK).parameters},
     )  # fmt: skip
     router.tid2eid.data.copy_(table)
     native = import_module("sglang.kernels.ops.moe.dsv4")

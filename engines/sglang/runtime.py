@@ -22,8 +22,8 @@ RANKS = (
     "attn_cp_rank", "attn_dp_rank", "attn_tp_rank", "moe_dp_rank", "moe_ep_rank", "moe_tp_rank", "pp_rank", "tp_rank",
 )  # fmt: skip
 GROUPS = (
-    "attn_cp_group", "attn_tp_group", "moe_ep_group", "moe_tp_group", "pp_group", "shared_experts_tp_group",
-    "tp_group", "world_group",
+    "attn_cp_group", "attn_tp_group", "moe_dp_group", "moe_ep_group", "moe_tp_group", "pp_group",
+    "shared_experts_tp_group", "tp_group", "world_group",
 )  # fmt: skip
 
 
