@@ -23,7 +23,7 @@ class Torchtitan(Engine):
     def missing(cls) -> str | None:
         for package in ("torchtitan", "spmd_types"):
             if find_spec(package) is None:
-                return f"{package} is not installed: pip install torchtitan"
+                return f"{package} is not installed; docs/torchtitan.md says how, without what a trainer alone needs"
         return None
 
     @property
