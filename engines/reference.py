@@ -45,8 +45,11 @@ if TYPE_CHECKING:
 
 
 def is_offered(word: str) -> bool:
-    """Words in capitals stand for names. Families are listed separately; implementations are other engines'."""
-    return not any(part.isupper() for part in word.split(":"))
+    """Words in capitals stand for names. Families are listed separately; implementations are other engines'.
+
+    Padding that counts among tokens is another way to be told of it, not a further one.
+    """
+    return word != "counted_padding" and not any(part.isupper() for part in word.split(":"))
 
 
 class Reference(Engine):

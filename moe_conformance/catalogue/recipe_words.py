@@ -51,6 +51,7 @@ _WORDS: Mapping[str, str] = {
     "logits": "which kind of logits: distinct, tied, extreme, not a number",
     "lora": "low-rank adapters of all experts: how many, their rank and scaling",
     "mlp": "what an expert computes; fields that are not named are at their defaults",
+    "missing": "the tensor that the checkpoint lacks in every layer",
     "model": "the small whole model that is served",
     "model_type": "`model_type` of the config",
     "names": "words that the error must have",

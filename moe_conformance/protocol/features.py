@@ -168,9 +168,15 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(("capture_session",), "padding_rows", "rows behind the valid ones are padding", "such batches"),
     Feature(
+        ("capture_session",),
+        "counted_padding",
+        "padding rows lie behind each rank's own and count among its tokens; fewer are read than were counted",
+        "batches padded rank by rank; those with all padding behind all valid rows are judged instead",
+    ),
+    Feature(
         ("capture_session", "capture_store"),
         "unwritten",
-        "what a step did not capture reads as -1; rows beyond it may raise instead",
+        "what was not captured reads as -1, or as that in unsigned bits where no expert has that id, or raises",
         "what is read there",
     ),
     Feature(("expert_map",), "contiguous", "each rank has a run of ids", "this placement"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import Engine, ExpertsInputs, ShardInputs
 from moe_conformance.judging import compare
-from moe_conformance.judging.inputs import distinct_logits, integers, normal, poisoned_allocations
+from moe_conformance.judging.inputs import distinct_logits, fine, integers, normal, poisoned_allocations
 from moe_conformance.judging.layouts import given_as
 from moe_conformance.judging.repeats import assert_repeats
 from moe_conformance.model.specs import MLPSpec
@@ -54,22 +54,22 @@ def unsharded(case: Case, given: Collection[str] | None = None) -> ShardInputs:
 
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
         if ".b" in name:
-            return normal(shape, f"parallel-{name}", dtype)
+            return fine(shape, f"parallel-{name}", dtype)
         # About 1 over the root of what is summed over, so that no part hides in another's rounding.
-        return normal(shape, f"parallel-{name}", dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
+        return fine(shape, f"parallel-{name}", dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
 
     def tensors(mlp: MLPSpec, prefix: str, lead: tuple[int, ...] = ()) -> dict[str, Tensor]:
         return {name: as_given("tensors", tensor(name, shape)) for name, shape in mlp.tensors(prefix, D, lead).items()}
 
     return ShardInputs(
         whole=ExpertsInputs(
-            x=as_given("x", normal((T, D), "parallel-x", dtype)),
+            x=as_given("x", fine((T, D), "parallel-x", dtype)),
             mlp=case["mlp"],
             tensors=tensors(case["mlp"], "experts", (E,)),
             ids=as_given(
                 "ids", chosen(T, E + case["identity_experts"], K, case["dropped"], "parallel-logits", case["hot"])
             ),
-            weights=as_given("weights", 2.5 * normal((T, K), "parallel-weights")),
+            weights=as_given("weights", 2.5 * (fine if dtype == torch.float32 else normal)((T, K), "parallel-weights")),
             output_scale=case["output_scale"],
             identity_experts=case["identity_experts"],
         ),
