@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import (
+    Arrived,
     BlockInputs,
     BlockOutput,
     CaptureSession,
     CaptureSpec,
     CaptureStore,
     CheckpointName,
+    Exchanged,
+    ExchangeInputs,
     ExpertsInputs,
     LayerInputs,
     MoESpec,
@@ -39,7 +42,9 @@ from moe_conformance.reference_impl.block import layer_spec
 from moe_conformance.reference_impl.capture import Capturer, local_rows
 from moe_conformance.reference_impl.experts import Project, experts, routed_experts
 from moe_conformance.reference_impl.lora import merged
-from moe_conformance.reference_impl.parallel.experts import shard
+from moe_conformance.reference_impl.parallel.exchange import exchange
+from moe_conformance.reference_impl.parallel.experts import Part, shard, through_all_gather
+from moe_conformance.reference_impl.parallel.ranks import Group
 from moe_conformance.reference_impl.quantised.experts import dequantised, stored_experts
 from moe_conformance.reference_impl.store import HostStore
 
@@ -240,6 +245,30 @@ class MergesAdapters(Innocent, lacks={"experts": {"same_bits"}}):
         return output
 
 
+class SendsEveryPair(Innocent):
+    """A row comes once for each of its experts here, sorted by them, the last rank's first."""
+
+    def exchange(self, ranks: Sequence[ExchangeInputs]) -> Sequence[Exchanged]:
+        return [Exchanged(got.output, self.by_pair(got.arrived)) for got in super().exchange(ranks) if got.arrived]
+
+    def by_pair(self, arrived: Arrived) -> Arrived:
+        rows = arrived.rows.flip(0).repeat_interleave(arrived.ids.shape[1], 0)
+        ids = arrived.ids.flip(0).flatten()
+        order = ids.argsort(stable=True)
+        order = order[ids[order] >= 0]
+        return Arrived(rows[order], ids[order][:, None])
+
+
+class GathersEverything(Innocent):
+    """Every rank sees all tokens, and those without an expert there, too."""
+
+    def exchange(self, ranks: Sequence[ExchangeInputs]) -> Sequence[Exchanged]:
+        def gathered(x: Tensor, ids: Tensor, weights: Tensor, maps: Tensor, part: Part, group: Group) -> Tensor:
+            return through_all_gather(x, ids, weights, part, group)
+
+        return exchange(ranks, gathered)
+
+
 class SumsInAnyOrder(Innocent, lacks={"shard": {"same_bits"}}):
     """Each call adds a token's experts in another order, as atomics do."""
 
@@ -392,6 +421,8 @@ _OWN = "stored_weights_take_their_own_scales"
 _METHOD = "ids_and_weights_are_those_of_the_method"
 _PADDING = "padding_rows_change_no_token"
 _CUT = "padding_never_reaches_the_output"
+_GIVEN = "experts_are_given_the_rows_that_chose_them"
+_OWN_TOKENS = "each_rank_gets_its_own_tokens_sums"
 _PLAIN = "remap-gemma4-plain-every-suffix"
 
 ACCUSED = tuple(
@@ -415,6 +446,10 @@ ACCUSED = tuple(
             "each_pair_goes_to_a_copy_of_its_expert",
             Verdict.PASS,
         ),
+        (SendsEveryPair, "exchange.arrivals", "exchange-arrivals-dropped", _GIVEN, Verdict.PASS),
+        (SendsEveryPair, "exchange.own-tokens", "exchange-repeated-rows", _OWN_TOKENS, Verdict.PASS),
+        (GathersEverything, "exchange.arrivals", "exchange-arrivals", _GIVEN, Verdict.PASS),
+        (GathersEverything, "exchange.own-tokens", "exchange-ep3-bf16", _OWN_TOKENS, Verdict.PASS),
         (EveryPairHasAnExpert, "shard.sum", "shard-ep3-scattered", "parts_sum_to_the_layer", Verdict.PASS),
         (
             SumsInAnyOrder,

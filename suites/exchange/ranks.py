@@ -94,8 +94,8 @@ def exchanged(engine: Any, case: Case, layer: Layer) -> list[list[Exchanged]]:
     else:
         with poisoned_allocations():
             found = [list(engine.exchange(step)) for step in steps]
-    for step in found:
-        compare.same("ranks with an output", len(step), len(layer.maps))
+    for answers in found:
+        compare.same("ranks with an output", len(answers), len(layer.maps))
     return found
 
 
