@@ -51,6 +51,7 @@ _WORDS: Mapping[str, str] = {
     "logits": "which kind of logits: distinct, tied, extreme, not a number",
     "lora": "low-rank adapters of all experts: how many, their rank and scaling",
     "mlp": "what an expert computes; fields that are not named are at their defaults",
+    "missing": "the tensor that the checkpoint lacks in every layer",
     "model": "the small whole model that is served",
     "model_type": "`model_type` of the config",
     "names": "words that the error must have",
@@ -68,6 +69,7 @@ _WORDS: Mapping[str, str] = {
     "pieces": "calls that each push comes in",
     "placement": "how experts are dealt out to the ranks: in runs or in turns",
     "poison": "whether pairs of other ranks and of no expert have NaN weights, and tokens without an expert NaN in x",
+    "processes": "whether each rank is a process of its own; otherwise all are in one",
     "pushed": "data type of what is pushed; None: the block's own",
     "pushes": "what is pushed, one after another: all tensors with new values, a part of them, or those of the start",
     "quant": "how weights are stored and activations quantised; fields that are not named are at their defaults",
@@ -109,6 +111,7 @@ _WORDS: Mapping[str, str] = {
 _OF_STAGE: Mapping[tuple[str, str], str] = {
     ("block", "routing"): "ids and weights that the block is given instead of its router's; empty: the router's own",
     ("capture_session", "padding"): "the id in rows that make slices whole",
+    ("exchange", "between"): "tokens of each rank in the exchanges of the same ranks before the one that is judged",
     ("experts", "between"): "what other calls have that are made between two calls of this one; nothing: other values",
     ("experts", "padding"): "rows at the end that are padding",
     ("layer", "padding"): "rows at the end that are padding",

@@ -127,7 +127,8 @@ CHANGING_COUNTS = tuple(
 )
 
 # Rows behind the valid ones, as a batch has that is padded to the size of a CUDA graph. padding_id: their ids; None:
-# legal ones that look like any other. No layout has room for them.
+# legal ones that look like any other. No layout has room for them, but for an engine with "counted_padding": there
+# each rank has so many behind its own.
 PADDING_ROWS = tuple(
     Case(
         f"capture-{kind.replace('_', '-')}-padding-rows-{name}",
@@ -356,6 +357,14 @@ TWO_SESSIONS = (
         "capture-two-sessions",
         stage="capture_session",
         clause="capture.only-real-rows",
+        recipe={"layers": 3},
+    ),
+    # A draft model of one layer beside the model, as speculative decoding has it.
+    Case(
+        "capture-two-sessions-draft",
+        stage="capture_session",
+        clause="capture.only-real-rows",
+        recipe={"layers": 1},
     ),
 )
 

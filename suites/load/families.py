@@ -58,12 +58,21 @@ def _values(layer: Layer, name: str, shape: tuple[int, ...], seed: str) -> Tenso
     return found
 
 
-def write(folder: Path, slug: str, form: Form, seed: str = "checkpoint", beside: str = "") -> dict[str, Tensor]:
-    """Write the folder, and return what a load of it must give. beside: a key of BESIDE."""
+def write(
+    folder: Path, slug: str, form: Form, seed: str = "checkpoint", missing: str = "", beside: str = ""
+) -> dict[str, Tensor]:
+    """Write the folder, and return what a load of it must give.
+
+    missing: what of every layer is left out. beside: a key of BESIDE.
+    """
     record = BY_SLUG[slug]
     config = config_of(record)
     want = canonical(record, config, seed)
-    named = {entry.name: tensor_of(entry, want) for entry in entries(record, config, form)}
+    named = {
+        entry.name: tensor_of(entry, want)
+        for entry in entries(record, config, form)
+        if not (missing and any(part.tensor.endswith(f".{missing}") for part in entry.parts))
+    }
     if beside:
         BESIDE[beside](folder, config, named)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
