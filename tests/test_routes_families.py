@@ -65,6 +65,7 @@ def test_a_familys_own_routes_in_bfloat16_are_accepted(family: str, tmp_path: Pa
 
 
 @pytest.mark.nightly
+@pytest.mark.sweep
 @pytest.mark.parametrize("family", PLANTED)
 def test_routes_of_families_that_are_built_otherwise_are_judged(family: str, tmp_path: Path) -> None:
     """Their own accepted, and each plant that their layers allow named."""
