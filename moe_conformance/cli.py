@@ -6,6 +6,8 @@ argparse, because importing click takes longer than all else that --help does.
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import re
 import sys
@@ -42,13 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command: Callable[[argparse.Namespace, list[str]], int] = options.command
     if others and command is not run:
         parser.error(f"got {' '.join(others)}, which this command does not take{_near(others, options.known_options)}")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a stranger's tensor, on a terminal that knows ASCII alone
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command(options, others)
         sys.stdout.flush()
     except UsageError as error:
         parser.error(str(error))
-    except BrokenPipeError:  # as behind `| head`; nor may the interpreter flush at its end
+    except KeyboardInterrupt:
+        code = 130
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # As behind `| head`, or on a full disk; nor may the interpreter flush at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:
+            print(f"moe-conformance: {error.strerror}; what was said is not whole", file=sys.stderr)
         code = 1
     sys.exit(code)
 

@@ -300,6 +300,54 @@ class FolderIsReadOnce(Faulty):
         return self._read[folder]
 
 
+class _Overwritten(Faulty):
+    """Loads the shards with some tensors in the places of others."""
+
+    def others(self, folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """By the name that they are taken for."""
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> Loaded:
+        from safetensors.torch import load_file, save_file
+
+        others = self.others(folder, json.loads((folder / "config.json").read_text()))
+        with tempfile.TemporaryDirectory() as copy:
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            for file in Path(copy).glob("model*.safetensors") if others else ():
+                held = load_file(file)
+                save_file({name: others.get(name, tensor) for name, tensor in held.items()}, file)
+            return super().load(Path(copy))
+
+
+class DraftIsTheLastLayer(_Overwritten):
+    """Layers are numbered anew, and the draft layer is the last."""
+
+    def others(self, folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        count = config.get("num_hidden_layers", 0)
+        drafts = re.compile(rf"model\.layers\.{count}\.|mtp\.layers\.0\.")
+        index = folder / "model.safetensors.index.json"
+        if not index.exists() or "eh_proj" not in index.read_text():
+            return {}
+        held = {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+        last = f"model.layers.{count - 1}."
+        return {drafts.sub(last, name): tensor for name, tensor in held.items() if drafts.match(name)}
+
+
+class ConsolidatedIsTaken(_Overwritten):
+    """Every safetensors file of the folder is read, the last one in the order of names last."""
+
+    def others(self, folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        file = folder / "consolidated.safetensors"
+        held = load_file(file) if file.exists() else {}
+        return {
+            f"model.{name.replace('.feed_forward.', '.block_sparse_moe.')}": tensor for name, tensor in held.items()
+        }
+
+
 class ModulesAreAnotherLayer(_Renamed):
     """Counts the layers of names as the modules have them from the first one with experts."""
 
@@ -375,6 +423,8 @@ _FAMILY_LOAD, _FAMILY_NAMES = (
     "every_tensor_of_every_family_has_its_target",
 )
 
+_BESIDE = "a_load_takes_nothing_from_what_lies_beside_the_model"
+
 MUTANTS = (
     _mutant(
         RowsAreNotInterleaved,
@@ -425,6 +475,8 @@ MUTANTS = (
     _mutant(SquareDownTransposed, "transposes w2 where F = H", "load-gemma4-plain-square-down", _LOAD),
     _mutant(FirstLoadStays, "keeps the first load's tensors", "load-gemma4-packed-twice", _EACH, "quantised-scales"),
     _mutant(FolderIsReadOnce, "reads a folder once", "load-gemma4-plain-twice", _EACH),
+    _mutant(DraftIsTheLastLayer, "takes a draft layer for the last", "load-deepseek-v3-beside-draft", _BESIDE),
+    _mutant(ConsolidatedIsTaken, "reads consolidated.safetensors, too", "load-mixtral-beside-consolidated", _BESIDE),
     _mutant(MissingExpertUnwritten, "leaves a missing expert unwritten", "load-gemma4-plain-missing-expert", _BROKEN),
     _mutant(RouterScaleDefaults, "fills in a router scale", "load-gemma4-packed-missing-router-scale", _BROKEN),
     _mutant(

@@ -18,6 +18,7 @@ _WORDS: Mapping[str, str] = {
     "answers_each": "how many answers each request gets",
     "arguments": "how arguments are given: their layout in memory, with poison between the values, or their dtype",
     "baseline": "the naming style whose targets this one must share",
+    "beside": "what lies beside the model's own tensors: a draft layer, or a file of the same in another form",
     "between": "the larger call that is made between two calls of this one",
     "block": "slots of a block (BLOCK_SIZE_M)",
     "cache_tokens": "tokens that the cache holds at once, fewer than all requests have at their ends",

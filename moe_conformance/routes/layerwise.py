@@ -270,7 +270,10 @@ class _Walks:
             self.handles.append(layer.register_forward_pre_hook(self._before(index)))
         self.handles.append(self.model.stack[max(self.model.blocks)].register_forward_hook(_leave))
         inside = f"{self.model.stack_name}."
+        embeddings = self.model.model.get_input_embeddings()
         for name, module in self.model.model.named_modules():
+            if module is embeddings:  # before they are called, a model may ask where they are (Llama 4)
+                self._load(name)
             if not name.startswith(inside) and any(part is not None for part in module._parameters.values()):
                 self.handles.append(module.register_forward_pre_hook(self._around(name)))
 
@@ -284,11 +287,16 @@ class _Walks:
 
     def _around(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            if name not in self.ready:
-                self.shelf.load(name, deep=False)
-                self.ready.add(name)
+            if any(isinstance(value, Tensor) and value.is_meta for value in args):
+                raise Unsupported(f"routes: {type(self.model.model).__name__} sends what {name} reads to its weights")
+            self._load(name)
 
         return hook
+
+    def _load(self, name: str) -> None:
+        if name not in self.ready:
+            self.shelf.load(name, deep=False)
+            self.ready.add(name)
 
     def end(self) -> None:
         for handle in self.handles:

@@ -105,6 +105,21 @@ INCOMPLETE = tuple(
 OF_FAMILIES = of_families("load", "load.whole")
 
 
+def _beside(slug: str, beside: str, tier: str = "full") -> Case:
+    """beside: what the folder has that is of no layer of the model: a draft layer, or the same in another form."""
+    model_type = slug.replace("-", "_")
+    recipe = {"family": slug, "model_type": model_type, "form": "hub", "beside": beside}
+    return Case(f"load-{slug}-beside-{beside}", "load", "load.whole", recipe, tier)
+
+
+BESIDE = (
+    _beside("deepseek-v3", "draft", "core"),
+    _beside("glm4-moe", "draft"),
+    _beside("qwen3-next", "draft-apart"),
+    _beside("mixtral", "consolidated", "core"),
+)
+
+
 def _stored(form: str, family: str, layout: str, tier: str = "full", left: tuple[str, ...] = ()) -> Case:
     """left: which experts or projections were left as floats."""
     recipe = {"stored": form, "codes": FORMS[form][0], "model_type": family, "layout": layout, "left": left}
@@ -134,4 +149,4 @@ STORED = (
     _stored("nvfp4", "qwen3_moe", "by-expert", "full", ("experts.0.", "experts.2.")),
 )
 
-CASES = (*LOAD, *LOAD_TWICE, *BROKEN, *INCOMPLETE, *OF_FAMILIES, *STORED)
+CASES = (*LOAD, *LOAD_TWICE, *BROKEN, *INCOMPLETE, *OF_FAMILIES, *BESIDE, *STORED)
