@@ -128,12 +128,20 @@ CHANGING_COUNTS = tuple(
 
 # Rows behind the valid ones, as a batch has that is padded to the size of a CUDA graph. padding_id: their ids; None:
 # legal ones that look like any other. No layout has room for them.
+_TAKES_PADDING = {"needs": ("padding_rows",)}
 PADDING_ROWS = tuple(
     Case(
         f"capture-{kind.replace('_', '-')}-padding-rows-{name}",
         stage="capture_session",
         clause="capture.own-rows",
-        recipe={"kind": kind, "counts": counts, "tp": 2, "padding_rows": rows, "padding_id": padding_id},
+        recipe={
+            "kind": kind,
+            "counts": counts,
+            "tp": 2,
+            "padding_rows": rows,
+            "padding_id": padding_id,
+            **_TAKES_PADDING,
+        },
         tier="smoke" if (kind, name) == ("local", "legal") else "core",
     )
     for kind in (*WHOLE, *SPLIT)
@@ -144,6 +152,7 @@ PADDING_ROWS = tuple(
         ("out-of-range", (4, 4), 1, 2**31 - 1),
         ("none-first", (0, 5), 2, None),
         ("none-valid", (0, 0), 8, None),
+        ("none-behind", (5, 3), 0, -1),
     )
 )
 

@@ -17,7 +17,7 @@ EXPERTS, LAYERS, TOP_K = 251, 3, 3
 class SimulatedStep:
     """One step's ids on every rank. counts: tokens of each data-parallel rank. padding: the id in the rows that make
     slices whole, or None for ids that look like any other. behind: how many rows lie behind the valid ones, and their
-    id, or None for legal ones."""
+    id, or None for legal ones; with an id, the number of valid rows is said even where none lie behind."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class SimulatedStep:
         # engine may find out only by the number of rows which one it is.
         parts = slices if kind == "sequence_shard" else (ids,) * self.tp
         padded = [self._with_rows_behind(part) for part in parts]
-        valid_rows = ids.shape[0] if self.behind[0] else None
+        valid_rows = ids.shape[0] if self.behind != (0, None) else None
         return self._with_rows_behind(ids), Rows(kind, self.counts, _gather(parts, padded), valid_rows)
 
     def _with_rows_behind(self, ids: Tensor) -> Tensor:
