@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,6 @@ from torch import Tensor
 from moe_conformance.engine import (
     BlockInputs,
     Capacity,
-    InputError,
     LayerInputs,
     LayerSpec,
     LogitsSpec,
@@ -159,8 +159,18 @@ def test_a_layer_whose_experts_rounding_may_change_has_no_answer() -> None:
     inputs.logits[3] = 1.0
     with pytest.raises(ValueError, match=r"inputs are no good: rounding may change the experts of rows \[3\]"):
         expected_layer(inputs)
-    with pytest.raises(InputError, match="layer: got quant, want none"):
-        expected_layer(replace(inputs, quant=QuantSpec("int8", "channel")))
+
+
+def test_a_layer_of_stored_experts_is_that_of_the_numbers_they_stand_for() -> None:
+    inputs, quant = layer_inputs(FP32), QuantSpec("int8", "channel")
+    shapes = quant.tensors("experts", SPEC.experts, H, (E,))
+    whole = {name: torch.arange(math.prod(shape)).reshape(shape) % 11 for name, shape in shapes.items()}
+    stored = {name: (t + 4) / 64 if name.endswith(".scale") else (t - 5).to(torch.int8) for name, t in whole.items()}
+    plain = {name: stored[name] * stored[f"{name}.scale"][..., None] for name in ("experts.w13", "experts.w2")}
+    want, narrow = expected_layer(replace(inputs, tensors={**inputs.tensors, **plain}))
+    got, bound = expected_layer(replace(inputs, tensors={**inputs.tensors, **stored}, quant=quant))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert (bound.limit > narrow.limit).all()  # scales are factors of their own
 
 
 def test_a_layer_in_a_narrow_dtype_may_have_its_weights_in_it() -> None:

@@ -4,7 +4,8 @@
 
 As tools/mutation.py, with the suites alone as judge: a mutant is killed by a check that is red on the reference. Only
 the checks that call the mutated function are run, and for a line outside of functions all that call one of its file.
-Functions that no check calls are left out: of the reference's own tools, or twins of kernels alone. Writes OUT/mutants.jsonl, and prints the share killed and every survivor's difference.
+Functions that no check calls are left out: of the reference's own tools, or twins of kernels alone. Writes
+OUT/mutants.jsonl, and prints the share killed and every survivor's difference.
 Needs `pip install cosmic-ray` beside the project's own requirements.
 """
 
@@ -79,7 +80,7 @@ def run(
     for item in items:
         (mutation,) = item.mutations
         place = mutation.module_path.relative_to(folder)
-        before = mutation.module_path.read_text()
+        before = source(mutation.module_path)
         operator = get_operator(mutation.operator_name)(**mutation.operator_args)
         text = mutate_code(before, operator, mutation.occurrence)
         path = copy / "library" / "moe_conformance" / "reference_impl" / place
@@ -116,11 +117,17 @@ def judging(traced: dict[str, Any], folder: Path, item: WorkItem) -> list[int]:
 
 
 @cache
+def source(file: Path) -> str:
+    """As it was before anything was mutated: `main` asks for every file before it starts."""
+    return file.read_text()
+
+
+@cache
 def functions(file: Path) -> list[tuple[int, int]]:
-    """First and last line of each function, with its decorators. Of a file that nobody has mutated yet."""
+    """First and last line of each function, with its decorators."""
     return [
         (min([node.lineno, *(part.lineno for part in node.decorator_list)]), node.end_lineno or node.lineno)
-        for node in ast.walk(ast.parse(file.read_text()))
+        for node in ast.walk(ast.parse(source(file)))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
 

@@ -150,6 +150,12 @@ CLAUSES: dict[str, Clause] = {
         "Where a layer can be traced: shapes must hold under fake tensors and under torch.compile(fullgraph=True).",
         ("vllm#40794", "vllm#41646"),
     ),
+    "layer.stored-experts": Clause(
+        "quantised-scales",
+        "Around experts whose weights are stored in fewer bits a layer must compute all that it does around plain "
+        "ones: limits, biases, latent projections, shared experts and scale.",
+        ("tokenspeed#1630", "vllm#46645"),
+    ),
     "routing.method": Clause(
         "routing-semantics",
         "A router must select and weigh exactly by the model's method: order of score, top-k, renormalisation, scale.",

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.model.specs import LatentSpec, LayerSpec, LogitsSpec, MLPSpec, SharedSpec
+from moe_conformance.suites.experts.stored import FORMS
 from moe_conformance.suites.route.methods import method
 
 # T tokens, E experts, K of them, H hidden, D latent, F expert and Fs shared intermediate; Dp, Hp, Fp padded widths.
@@ -43,6 +44,7 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
         "clause": "layer.cut-before-add" if has & set(BOTH) else "layer.sum",
         "arguments": {},
         "padding": 0,
+        "quant": None,
         **changes,
     }
     spec = LayerSpec(
@@ -65,7 +67,7 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
             "dtype": changes["dtype"],
             "padded_hidden": dims["Dp" if latent else "Hp"] if "padded_hidden" in has else None,
             "padded_intermediate": dims["Fp"] if "padded_intermediate" in has else None,
-            **{name: changes[name] for name in ("arguments", "padding") if changes[name]},
+            **{name: changes[name] for name in ("arguments", "padding", "quant") if changes[name]},
         },
         tier=tier,
     )
@@ -325,6 +327,23 @@ INVARIANT_CASES = tuple(
     for parts, dtype in (((), "float32"), (("shared",), "bfloat16"), (("padded_hidden",), "float32"))
 )
 
+# The routed experts are stored, all else of the layer is plain. No tile or group is cut: that is told of experts.
+_STORED = {"T": 13, "E": 5, "K": 2, "H": 64, "D": 32, "F": 32, "Fs": 14}
+_CLAMPED = {"clamp": "before", "limit": 0.75}
+STORED_CASES = tuple(
+    _case(f"stored-{name}", _STORED, parts, tier, clause="layer.stored-experts", quant=FORMS[form], **changes)
+    for name, form, parts, tier, changes in (
+        # DeepSeek-V4, gpt-oss, MuseSpark and Nemotron-H, as they are published or served.
+        ("fp8-block-clamp", "fp8-block", ("shared",), "core", {"experts": _CLAMPED, "shared": _CLAMPED, "scale": 1.0}),
+        ("fp8-block-bf16", "fp8-block", ("shared",), "core", {"dtype": "bfloat16"}),
+        ("mxfp4-swiglu-oai", "mxfp4", (), "core", {"experts": _SWIGLU_OAI, "routing": "chosen", "scale": 1.0}),
+        ("int4-group-zero", "int4-group-zero", ("shared", "latent"), "core", {"latent": {"bias": True}}),
+        ("nvfp4-halves", "nvfp4-halves", ("shared", "latent"), "full", {"experts": _RELU2 | {"gated": True}}),
+        ("int8-channel", "int8-channel", ("shared",), "full", {"shared": {"gate": True}, "scale": 1.0}),
+        ("fp8-block-group", "fp8-block-group", ("shared",), "full", {"scale": 1.0}),
+    )
+)
+
 CASES = (
     *CUT_CASES,
     *SUM_CASES,
@@ -340,4 +359,5 @@ CASES = (
     *WRITTEN_CASES,
     *STATE_CASES,
     *INVARIANT_CASES,
+    *STORED_CASES,
 )

@@ -12,12 +12,17 @@ from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import LayerInputs
 from moe_conformance.judging.inputs import distinct_logits, fine, matrix, normal
 from moe_conformance.judging.layouts import given_as
+from moe_conformance.suites.experts.stored_inputs import stored_tensors
 
 
 def inputs_of(case: Case, given: Collection[str] | None = None) -> LayerInputs:
     """The case's inputs on the CPU. given: as for experts (suites/experts/inputs.py)."""
-    dtype, spec = getattr(torch, case["dtype"]), case["spec"]
+    dtype, spec, quant = getattr(torch, case["dtype"]), case["spec"], case.recipe.get("quant")
     as_given = partial(given_as, case.recipe.get("arguments", {}), given)
+    stored = {}
+    if quant is not None:
+        width = spec.latent.width if spec.latent else spec.hidden_size
+        stored = stored_tensors(quant, spec.experts, width, spec.num_experts)
     return LayerInputs(
         x=as_given("x", fine((case["tokens"], spec.hidden_size), "layer-x", dtype)),
         logits=as_given("logits", logits_of(case["tokens"], spec.classes, dtype)),
@@ -25,10 +30,12 @@ def inputs_of(case: Case, given: Collection[str] | None = None) -> LayerInputs:
         tensors={
             name: as_given("tensors", tensor(name, shape, dtype))
             for name, shape in spec.tensors().items()
-            if name != "router.proj"
-        },
+            if name != "router.proj" and name not in stored
+        }
+        | stored,
         padded_hidden=case["padded_hidden"],
         padded_intermediate=case["padded_intermediate"],
+        quant=quant,
     )
 
 
