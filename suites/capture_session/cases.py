@@ -368,6 +368,46 @@ TWO_SESSIONS = (
     ),
 )
 
+# A draft model beside the target, with a capturer of its own: one layer of number 0, and its own K. Where it captures:
+# in the middle of the target's layers, behind them once or in several passes of fewer rows; or its capturer is made
+# after the target's first layer, or closed before the target is read.
+DRAFT = tuple(
+    Case(
+        f"capture-draft-{name}",
+        stage="capture_session",
+        clause="capture.draft",
+        recipe={"draft": name, "steps": steps},
+    )
+    for name, steps in (
+        ("between-layers", (7, 7)),
+        ("behind", (4, 9)),
+        ("several-passes", (7, 3)),
+        ("made-later", (5, 5)),
+        ("closed-first", (9, 2)),
+    )
+)
+
+# The logical expert of each of 15 physical ones, and of 288 of which 38 are copies: beyond what a byte holds.
+_COPIES = ((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 3, 7, 3, 3), (3, 9, 0, 3, 7, 1, 10, 3, 3, 5, 7, 2, 8, 6, 4))
+_MOVED = (4, 10, 1, 5, 5, 0, 9, 5, 2, 3, 8, 5, 7, 6, 9)
+_MANY = tuple(slot * 7 % 250 for slot in range(288))
+LOGICAL = tuple(
+    Case(
+        f"capture-logical-{name}",
+        stage="capture_session",
+        clause="capture.logical",
+        recipe={"tables": tables, "experts": experts, "counts": counts},
+        tier="smoke" if name == "layers-differ" else "core",
+    )
+    for name, experts, counts, tables in (
+        ("one-table", 11, (6,), ((_COPIES[0],) * 3,)),
+        ("layers-differ", 11, (6,), ((*_COPIES, _MOVED),)),
+        ("moved-between-steps", 11, (6,), ((_COPIES[0],) * 3, (_COPIES[1], _MOVED, _COPIES[0]))),
+        ("beyond-a-byte", 250, (9,), ((_MANY,) * 3,)),
+        ("second-of-two-ranks", 11, (3, 5), ((*_COPIES, _MOVED),)),
+    )
+)
+
 CASES = (
     *OWN_ROWS,
     *SPELLED_OUT,
@@ -389,4 +429,6 @@ CASES = (
     *MANY_EXPERTS,
     *IDS_AS_THEY_COME,
     *TWO_SESSIONS,
+    *DRAFT,
+    *LOGICAL,
 )
