@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_conformance.engine import CheckpointName, LayerSpec, RouterSpec, Target, inverse, normal
+from moe_conformance.engine import (
+    CheckpointName,
+    LayerSpec,
+    RouterSpec,
+    Target,
+    UpdateInputs,
+    checkpoint_of,
+    inverse,
+    normal,
+)
 
 # By what follows the layer's number, the canonical tensor that a parameter outside the experts is.
 CANONICAL: Mapping[str, str] = {
@@ -120,6 +129,17 @@ def place(name: str, mask: Tensor) -> str | Target:
     if bool(mask[experts[0]].all()):
         return Target(name, one, None)
     return Target(name, one, "w1" if int(rows.nonzero()[0]) < len(rows) // 2 else "w3")
+
+
+def pushed(
+    record: Any, values: Mapping[str, Any], inputs: UpdateInputs, held: Mapping[str, Tensor], push: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint tensors that hold something of a push. held: what the block holds behind it."""
+    marks = {name: torch.full(tensor.shape, int(name in push)) for name, tensor in held.items()}
+    marked = dict(checkpoint_of(record, values, inputs.block.layer, marks))
+    for name, tensor in checkpoint_of(record, values, inputs.block.layer, held):
+        if (marked[name] == 1).any():
+            yield name, tensor
 
 
 def routers(

@@ -177,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     this = add("checkpoint", checkpoint, CHECKPOINT)
     this.add_argument("folder", type=Path, help="with config.json and safetensors")
     this.add_argument("--values", action="store_true", help="read every tensor: scales, NaN, experts that are alike")
-    this.add_argument("--transformers", action="store_true", help="import it, and say which names it would not map")
+    for engine in ("transformers", "vllm", "sglang"):
+        about = "ask its own loader which names it would not map, and what stays unfilled"
+        this.add_argument(f"--{engine}", action="append_const", dest="engines", const=engine, default=[], help=about)
     forms(this)
     this = add("routes", routes, ROUTES)
     this.add_argument("folder", type=Path, help="of the model, with config.json and safetensors")
@@ -375,7 +377,7 @@ def checkpoint(options: argparse.Namespace, _: list[str]) -> int:
     from moe_conformance.errors import CheckpointError, DenseModelError
 
     try:
-        found = judged(options.folder, options.values, options.transformers)
+        found = judged(options.folder, options.values, options.engines)
     except (CheckpointError, DenseModelError) as error:
         print(f"moe-conformance: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ from moe_conformance.engine import (
     BlockOutput,
     CaptureSession,
     CaptureSpec,
+    CaptureStore,
     CheckpointName,
     ExpertsInputs,
     LayerInputs,
@@ -40,6 +41,7 @@ from moe_conformance.reference_impl.experts import Project, experts, routed_expe
 from moe_conformance.reference_impl.lora import merged
 from moe_conformance.reference_impl.parallel.experts import shard
 from moe_conformance.reference_impl.quantised.experts import dequantised, stored_experts
+from moe_conformance.reference_impl.store import HostStore
 
 
 class Innocent(Reference):
@@ -294,6 +296,34 @@ class _Buffer:
         pass
 
 
+class CountsPadding(Innocent, lacks={"capture_session": {"unwritten"}}):
+    """A rank's tokens are those of the batch as it is padded to the size of a graph; nothing tells them apart."""
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        offered = dict(super().capabilities())
+        return offered | {"capture_session": offered["capture_session"] | {"counted_padding"}}
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        class Session(Capturer):
+            def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+                if rows.valid_rows is not None:
+                    raise InputError("valid_rows: got a number, want None")
+                super().capture(layer_id, ids, rows)
+
+        return Session(spec)
+
+
+class StoresUnsigned(Innocent):
+    """Ids are kept in 16 bits without a sign: -1 is 65535, which no expert is."""
+
+    def capture_store(self, spec: CaptureSpec) -> CaptureStore:
+        class Store(HostStore):
+            def write(self, slots: Sequence[int], rows: Tensor) -> None:
+                super().write(slots, torch.where(rows < 0, 2**16 - 1, rows))
+
+        return Store(replace(spec, experts=2**16))
+
+
 class GathersBeforeItCuts(Innocent):
     """Slices are gathered with the padding behind them, which is cut from each afterwards."""
 
@@ -440,6 +470,27 @@ ACCUSED = tuple(
             "capture.bounds",
             "capture-expert-two-to-8",
             "expert_ids_that_do_not_fit_are_refused",
+            Verdict.PASS,
+        ),
+        (
+            CountsPadding,
+            "capture.own-rows",
+            "capture-concatenated-padding-rows-legal",
+            "every_rank_records_its_own_rows",
+            Verdict.PASS,
+        ),
+        (
+            CountsPadding,
+            "capture.refuse-count",
+            "capture-sequence-gathered-wrong-valid-count",
+            "wrong_row_counts_are_refused_by_number",
+            Verdict.PASS,
+        ),
+        (
+            StoresUnsigned,
+            "capture.narrow",
+            "store-minus-one-e128",
+            "no_expert_survives_the_store_beside_every_id",
             Verdict.PASS,
         ),
         (

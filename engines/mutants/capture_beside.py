@@ -13,34 +13,6 @@ from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.reference_impl.capture import Capturer
 
 
-class DraftWritesTheTarget(Faulty):
-    """vllm#48622: one buffer by layer id, which the draft's layer 0 shares with the target's."""
-
-    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
-        return _OneBuffer(spec)
-
-
-class _OneBuffer(Capturer):
-    first: ClassVar[Capturer | None] = None
-
-    def __init__(self, spec: CaptureSpec) -> None:
-        super().__init__(spec)
-        if _OneBuffer.first is None or spec.layers > 1:
-            _OneBuffer.first = self
-
-    def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
-        super().capture(layer_id, ids, rows)
-        target = _OneBuffer.first
-        if self.spec.layers == 1 and target is not None:
-            count = min(len(ids), len(target.buffer))
-            target.buffer[:count, layer_id, : ids.shape[1]] = ids[:count].to(target.buffer.dtype)
-
-    def close(self) -> None:
-        super().close()
-        if _OneBuffer.first is self:
-            _OneBuffer.first = None
-
-
 class DraftClosesTheTarget(Faulty):
     """Capturers of one process share their memory, and the first that is closed releases it."""
 
@@ -115,12 +87,6 @@ _DRAFT = "a_draft_model_leaves_the_target_alone"
 _LOGICAL = "copies_are_recorded_as_their_experts"
 
 MUTANTS = (
-    Mutant(
-        DraftWritesTheTarget,
-        "capture-replay",
-        "a draft's layer 0 is the target's",
-        ("capture-draft-between-layers", _DRAFT),
-    ),
     Mutant(
         DraftClosesTheTarget,
         "capture-replay",

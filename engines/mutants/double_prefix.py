@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_conformance.model.families.naming import Piece
-    from moe_conformance.reference_impl.checkpoint.places import Sizes
+    from moe_conformance.reference_impl.checkpoint.places import Places, Sizes
 
 
 class _Renamed(Faulty):
@@ -201,6 +201,21 @@ class RouterScaleDefaults(Faulty):
         return loaded
 
 
+class SelectionBiasDefaults(Faulty):
+    """TensorRT-LLM#15154: a checkpoint without a selection bias loads, and the parameter keeps what memory held."""
+
+    def load(self, folder: Path) -> Loaded:
+        real = loading._check
+
+        def check(places: Places, plan: loading.Plan) -> None:
+            wanted = {name: shape for name, shape in places.wanted.items() if not name.endswith(".selection_bias")}
+            with patch.object(places, "wanted", wanted):
+                real(places, plan)
+
+        with patch.object(loading, "_check", check):
+            return super().load(folder)
+
+
 class ExtraExpertIgnored(Faulty):
     def load(self, folder: Path) -> Loaded:
         from moe_conformance.reference_impl.checkpoint import loading
@@ -294,6 +309,13 @@ class ModulesAreAnotherLayer(_Renamed):
         return re.sub(r"layers\.(\d+)\.", lambda found: f"layers.{int(found[1]) - 1}.", target)
 
 
+class MixtralUnderMlp(_Renamed):
+    """MoE-Infinity#109: the name that transformers 5 has for the block is not known."""
+
+    def rename(self, name: str, target: str) -> str:
+        return name if ".mlp.experts." in name else target
+
+
 class SharedExpertsAreRouted(_Renamed):
     """Takes a shared expert's tensors for those of expert 0."""
 
@@ -332,7 +354,7 @@ class SharedExpertsAreDealtOut(Faulty):
 
 
 def _mutant(engine: type[Faulty], fault: str, case: str, check: str, *also: str) -> Mutant:
-    bug_class = "weight-coverage" if check == "a_broken_checkpoint_is_refused" else "double-prefix"
+    bug_class = "weight-coverage" if check in (_BROKEN, _INCOMPLETE) else "double-prefix"
     return Mutant(engine, bug_class, fault, (case, check), frozenset(also))
 
 
@@ -347,6 +369,7 @@ _LOAD, _EACH, _BROKEN = (
     "a_broken_checkpoint_is_refused",
 )
 
+_INCOMPLETE = "a_tensor_that_only_its_family_has_is_missed"
 _FAMILY_LOAD, _FAMILY_NAMES = (
     "a_load_gives_every_tensor_of_every_family",
     "every_tensor_of_every_family_has_its_target",
@@ -362,6 +385,7 @@ MUTANTS = (
     ),
     _mutant(SharedExpertsAreDealtOut, "deals out the shared experts' columns", "load-inkling-hub", _FAMILY_LOAD),
     _mutant(ModulesAreAnotherLayer, "counts layers of modules from another", "remap-qwen3-moe-modules", _FAMILY_NAMES),
+    _mutant(MixtralUnderMlp, "leaves names below .mlp as they are", "remap-mixtral-modules", _FAMILY_NAMES),
     _mutant(SharedExpertsAreRouted, "shared experts land on expert 0", "remap-deepseek-v3-hub", _FAMILY_NAMES),
     _mutant(PrefixTwice, "adds .moe to names that have it", "remap-gemma4-moe-weight", _REACHES),
     _mutant(PrefixTwicePacked, "adds .moe to packed names that have it", "remap-gemma4-moe-packed", _REACHES),
@@ -403,6 +427,12 @@ MUTANTS = (
     _mutant(FolderIsReadOnce, "reads a folder once", "load-gemma4-plain-twice", _EACH),
     _mutant(MissingExpertUnwritten, "leaves a missing expert unwritten", "load-gemma4-plain-missing-expert", _BROKEN),
     _mutant(RouterScaleDefaults, "fills in a router scale", "load-gemma4-packed-missing-router-scale", _BROKEN),
+    _mutant(
+        SelectionBiasDefaults,
+        "takes a checkpoint without its selection bias",
+        "load-deepseek-v3-without-router-selection-bias",
+        _INCOMPLETE,
+    ),
     _mutant(ExtraExpertIgnored, "ignores an expert that the config lacks", "load-gemma4-plain-extra-expert", _BROKEN),
     _mutant(UnknownTensorsSkipped, "skips what it has no place for", "load-gemma4-packed-unknown-tensor", _BROKEN),
     _mutant(ShapesUnchecked, "takes any shape", "load-gemma4-packed-fewer-experts", _BROKEN),

@@ -43,6 +43,27 @@ class LayerAverageIsASum(Faulty):
         return super().layer(replace(inputs, spec=replace(spec, shared=replace(spec.shared, combine="sum"))))
 
 
+class LayerGateUnused(Faulty):
+    """NousResearch/torchtitan#36: the gate of the shared expert is loaded and not used."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        spec = inputs.spec
+        if spec.shared is None or inputs.padded_hidden or inputs.padded_intermediate:
+            return super().layer(inputs)
+        tensors = {name: tensor for name, tensor in inputs.tensors.items() if name != "shared.gate"}
+        ungated = replace(spec, shared=replace(spec.shared, gate=False))
+        return super().layer(replace(inputs, spec=ungated, tensors=tensors))
+
+
+class LayerCutsWithoutTokenIds(Faulty):
+    """Megatron-LM#4481: the parts of a batch that is cut do not get their token ids."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        if inputs.spec.routing.selector == "table" and len(inputs.x) > 4:
+            raise AssertionError("input_ids is not None")
+        return super().layer(inputs)
+
+
 _CHECK = "each_part_of_a_layer_counts_once"
 
 
@@ -53,5 +74,7 @@ def _mutant(engine: type[Faulty], fault: str, case: str) -> Mutant:
 MUTANTS = (
     _mutant(LayerScalesTheSharedToo, "the scale multiplies the shared experts, too", "tiny-shared"),
     _mutant(LayerSharedReadsTheSum, "the shared experts read the routed sum", "tiny-scale1-shared"),
+    _mutant(LayerGateUnused, "the shared expert's gate is not used", "shared-gate-shared"),
+    _mutant(LayerCutsWithoutTokenIds, "parts of a batch have no token ids", "by-token-id-shared"),
     _mutant(LayerAverageIsASum, "the average of routed and shared experts is a sum", "shared-average-shared"),
 )

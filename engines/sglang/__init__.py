@@ -33,6 +33,7 @@ from moe_conformance.engine import (
     Routing,
     ShardInputs,
     Target,
+    UpdateInputs,
 )
 from moe_conformance.errors import Unsupported
 
@@ -111,8 +112,9 @@ class SGLang(Engine):
             "capture_session": _capture_session,
             "router_module": _router_module,
             "shard": _shard,
-            "remap": _remap,
-            "load": _load,
+            "remap": _checkpoints,
+            "load": _checkpoints,
+            "update": _update,
         }
         found = {}
         for stage, probe in probes.items():
@@ -198,6 +200,13 @@ class SGLang(Engine):
 
         return stage.load(folder)
 
+    def update(self, inputs: UpdateInputs) -> Sequence[Tensor]:
+        self._want("update")
+        from moe_conformance.engines.sglang import updating as stage
+
+        answer, self._kernel = stage.update(inputs)
+        return answer
+
     def align(self, inputs: AlignInputs) -> Aligned:
         self._want("align")
         from moe_conformance.engines.sglang import align as stage
@@ -244,17 +253,18 @@ def _router_module() -> frozenset[str]:
     return _route() - {"padding_rows", "fused_shared", "table"} | {"gemma4_input", "proj_bias", "float32_logits"}
 
 
-def _remap() -> frozenset[str]:
-    """Every family as its own checkpoints name tensors. Gemma 4's are tried with suffixes of quantised weights, too."""
+def _checkpoints() -> frozenset[str]:
+    """Every family as its own checkpoints name tensors, and Gemma 4 in the styles that were published."""
     from moe_conformance.engines.sglang import models
 
-    return models.model_types()
-
-
-def _load() -> frozenset[str]:
-    """Every family, and Gemma 4 in the styles that were published."""
-    found = _remap()
+    found = models.model_types()
     return found | NAMING_STYLES if "gemma4_text" in found else found
+
+
+def _update() -> frozenset[str]:
+    from moe_conformance.engines.sglang import updating as stage
+
+    return stage.features()
 
 
 def _block() -> frozenset[str]:

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -29,6 +29,7 @@ from moe_conformance.engine import (
     layer_of,
 )
 from moe_conformance.engines import servers
+from moe_conformance.engines.decoder import Around, whole_layer
 from moe_conformance.engines.sglang import models, runtime
 from moe_conformance.engines.sglang.built import NAMES
 from moe_conformance.engines.sglang.refusing import refusals
@@ -79,18 +80,19 @@ class Key:
 class Block:
     """A filled block. root: the module whose forward is the block; experts: SGLang's expert layer in it.
 
-    output_scale: what the model multiplies the sum by, which SGLang has in the weights or behind the experts.
+    output_scale: what the model multiplies the sum by, which SGLang has in the weights or behind the experts. model:
+    that it is of.
     """
 
-    def __init__(self, root: nn.Module, experts: nn.Module, output_scale: float) -> None:
-        self.root, self.experts = root, experts
+    def __init__(self, root: nn.Module, experts: nn.Module, output_scale: float, model: nn.Module) -> None:
+        self.root, self.experts, self.model = root, experts, model
         # A weight of SGLang's router, times this, is a weight of the model.
         self.scale = _late_scale(root, experts) / output_scale
         self.takes = inspect.signature(root.forward).parameters
 
     @property
     def name(self) -> str:
-        return type(self.root).__name__
+        return type(self.root.layer if isinstance(self.root, Around) else self.root).__name__
 
     def __call__(self, x: Tensor, token_ids: Tensor | None) -> Tensor:
         answer = self.root(x, **step(self.takes, token_ids))
@@ -107,6 +109,18 @@ def step(takes: Mapping[str, inspect.Parameter], token_ids: Tensor | None) -> di
         batch = None
     offered = {"forward_batch": batch, "input_ids": token_ids}
     return {name: value for name, value in offered.items() if name in takes}
+
+
+def layer_step() -> dict[str, Any]:
+    """What a decoder layer is told of a step, at whose start no residual has been written."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND, attn_cp_metadata=None)
+    with suppress(ImportError):
+        from sglang.srt.layers.layer_boundary.residual import batch as residual
+
+        residual.start(batch)
+    return {"forward_batch": batch, "per_layer_input": None}
 
 
 # Two: a block with its own tensors and with others.
@@ -137,16 +151,15 @@ def loaded(config: Any, number: int, dtype: torch.dtype, tensors: Tensors) -> Bl
     whole = built.model.get_submodule(layer.path)
     inner = layer.inner.partition(".")[0]
     written = [name for name, parameter in whole.named_parameters() if not servers.unwritten(parameter).any()]
-    if outside := [name for name in written if not name.startswith(f"{inner}.")]:
-        raise Unsupported(f"block: parts of it lie beside {type(whole).__name__}.{inner}: {', '.join(outside)}")
-    root = whole.get_submodule(inner)
+    outside = [name for name in written if not name.startswith(f"{inner}.")]
+    root = whole_layer(whole, written, layer_step) if outside else whole.get_submodule(inner)
     if left := [name for name, parameter in root.named_parameters() if servers.unwritten(parameter).any()]:
         raise CheckpointError(f"{type(root).__name__}: loading left {', '.join(left)} unwritten")
     with runtime.building(dtype), refusals():
         for module in root.modules():
             if (method := getattr(module, "quant_method", None)) is not None:
                 method.process_weights_after_loading(module)
-    return Block(root, layer.experts, layer_of(config, number).output_scale)
+    return Block(root, layer.experts, layer_of(config, number).output_scale, built.model)
 
 
 def _late_scale(root: nn.Module, experts: Any) -> float:

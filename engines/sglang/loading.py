@@ -6,14 +6,15 @@ Of names, the parameter that each tensor ends up in, as a load of tensors that a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe_conformance.engine import CheckpointName, Target, Unsupported
+from moe_conformance.engine import CheckpointName, Target, Unsupported, called_by_engine
 from moe_conformance.engines import servers
 from moe_conformance.engines.sglang import models, runtime
 from moe_conformance.engines.sglang.refusing import refusals
@@ -79,10 +80,13 @@ def _canonical(parameter: Tensor, built: models.Built, name: str) -> Tensor:
 def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str | Target, ...]]:
     """The parameter that SGLang's loader writes each tensor to, and which expert and part of it.
 
-    Every tensor has a value of its own throughout; where it lies afterwards is its target.
+    Every tensor has a value of its own throughout; where it lies afterwards is its target. Of Gemma 4, whose names are
+    tried with suffixes of quantised weights, the calls of its weight_loaders are listened to instead.
     """
-    _, values = models.as_published(config)
+    record, values = models.as_published(config)
     built = _built(values)
+    if record.model_type == "gemma4_text":
+        return _heard(built, names)
     tensors = servers.told_apart(names)
     with runtime.building(torch.float32), refusals():
         built.model.load_weights(iter(tensors.items()))
@@ -90,3 +94,36 @@ def remap(config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[st
     if lost := [entry.name for value, entry in enumerate(names, 1) if value not in held]:
         raise CheckpointError(f"{', '.join(lost)}: got no parameter that it was loaded into, want one")
     return {entry.name: tuple(held[value]) for value, entry in enumerate(names, 1)}
+
+
+def _heard(built: models.Built, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str | Target, ...]]:
+    """What load_weights calls the loaders of parameters with. Experts are given a parameter for each suffix."""
+    suffixes = {found[1] for entry in names if (found := re.search(r"\.experts\.\d+\.\w+_proj\.(\w+)$", entry.name))}
+    for layer in built.moe_layers():
+        for name in (f"{part}_{suffix}" for suffix in suffixes for part in ("w13", "w2")):
+            if not hasattr(layer.experts, name):
+                layer.experts.register_parameter(name, nn.Parameter(torch.empty(0), requires_grad=False))
+    heard: dict[int, list[str | Target]] = {}
+    for name, parameter in (*built.model.named_parameters(), *built.model.named_buffers()):
+        parameter.weight_loader = _listener(name, heard)  # type: ignore[attr-defined]
+    model: Any = built.model
+    with refusals():
+        model.load_weights(iter(servers.told_apart(names).items()))
+    if lost := [entry.name for value, entry in enumerate(names, 1) if value not in heard]:
+        raise CheckpointError(f"{', '.join(lost)}: got no parameter whose loader was called, want one")
+    return {entry.name: tuple(heard[value]) for value, entry in enumerate(names, 1)}
+
+
+def _listener(name: str, heard: dict[int, list[str | Target]]) -> Any:
+    @called_by_engine
+    def weight_loader(
+        parameter: Tensor, loaded: Tensor, said: Any = None, shard_id: Any = None, expert_id: int | None = None
+    ) -> None:
+        """Loaders of experts are told a name, a part and an expert; those of linear layers a part."""
+        targets = heard.setdefault(int(loaded.flatten()[0]), [])
+        if expert_id is not None:
+            targets.append(Target(name, expert_id, None if shard_id == "w2" else shard_id))
+        else:
+            targets.append(name if said is None else Target(name, None, said))
+
+    return weight_loader

@@ -46,6 +46,9 @@ from moe_conformance.errors import Unsupported
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_conformance.engines.vllm.built import Kernel
+    from moe_conformance.engines.vllm.routing import Platform
+
 NAMING_STYLES = frozenset({"plain", "moe", "packed", "multimodal"})
 
 
@@ -54,9 +57,9 @@ class VLLM(Engine):
     _kernel = ""
 
     # Kernels of experts, the first that takes a call computes it; a subclass may judge the others.
-    kernels: tuple[Literal["native", "triton", "fused_experts"], ...] = ("native", "triton", "fused_experts")
+    kernels: tuple[Kernel, ...] = ("native", "triton", "fused_experts")
     # Whose routers are asked, in this order: the device's own, and on a CPU those of GPUs.
-    platforms: tuple[Literal["native", "gpu", "rocm"], ...] = ("native", "gpu", "rocm")
+    platforms: tuple[Platform, ...] = ("native", "gpu", "rocm")
 
     @classmethod
     def environment(cls) -> Mapping[str, str]:
@@ -262,8 +265,7 @@ def _capture_session() -> frozenset[str]:
 def _capture_store() -> frozenset[str]:
     from moe_conformance.engines.vllm import store as stage
 
-    stage.is_offered()
-    return frozenset()
+    return stage.features()
 
 
 def _gemma4() -> None:

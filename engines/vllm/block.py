@@ -31,9 +31,9 @@ from moe_conformance.engine import (
     layer_of,
 )
 from moe_conformance.engines import servers
+from moe_conformance.engines.decoder import Around, whole_layer
 from moe_conformance.engines.vllm import device, interpreted, models, routing, runtime
 from moe_conformance.engines.vllm.built import experts_of, scratch
-from moe_conformance.engines.vllm.decoder import Around, whole_layer
 from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import CheckpointError, ConfigError
 

@@ -8,14 +8,15 @@ loaded is the same as at model init"). Releases without it have load_weights alo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import UpdateInputs, checkpoint_of
+from moe_conformance.engine import UpdateInputs
+from moe_conformance.engines import servers
 from moe_conformance.engines.vllm import block, models, runtime
 from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
@@ -45,10 +46,11 @@ def update(inputs: UpdateInputs) -> tuple[list[Tensor], str]:
     key = block.Key(json.dumps(dict(given.config)), given.layer, given.x.dtype, given.tensors, "native")
     running = block._built(key)
     held = dict(given.tensors)
+    record, values = models.as_published(given.config)
     outputs = [_output(running, inputs)]
     for push in inputs.pushes:
         held |= push
-        names = dict(_named(inputs, held, push))
+        names = dict(servers.pushed(record, values, inputs, held, push))
         _load(running, [dict(list(names.items())[piece :: inputs.pieces]) for piece in range(inputs.pieces)])
         outputs.append(_output(running, inputs))
     return outputs, block.kernel_of(running.experts)
@@ -62,18 +64,6 @@ def _output(running: block.Block, inputs: UpdateInputs) -> Tensor:
     context = override_forward_context(create_forward_context(None, running.config))
     with running.running(), context, refusals():
         return running(x.clone(), ids).reshape(x.shape).clone()
-
-
-def _named(
-    inputs: UpdateInputs, held: Mapping[str, Tensor], push: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint tensors that hold something of the push."""
-    record, values = models.as_published(inputs.block.config)
-    marks = {name: torch.full(tensor.shape, int(name in push)) for name, tensor in held.items()}
-    marked = dict(checkpoint_of(record, values, inputs.block.layer, marks))
-    for name, tensor in checkpoint_of(record, values, inputs.block.layer, held):
-        if (marked[name] == 1).any():
-            yield name, tensor
 
 
 def _load(running: block.Block, buckets: Sequence[Tensors]) -> None:

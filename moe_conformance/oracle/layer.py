@@ -31,12 +31,12 @@ Tensors = Mapping[str, Tensor]
 def expected_layer(inputs: LayerInputs) -> tuple[Tensor, Bound]:
     """The exact output [T, H] in float64, and the largest error of a correct engine that stores in x's dtype.
 
-    From the layer's logits, by the oracle's own choice of experts; padded widths change nothing, and stored experts may
-    be computed in either way of `expected_experts`. Raises ValueError if rounding could change an expert: the case then
-    needs other inputs.
+    From the layer's logits, by the oracle's own choice of experts; padded widths change nothing. Raises ValueError if
+    rounding could change an expert: the case then needs other inputs.
     """
     routed = RouteInputs(inputs.logits, inputs.spec.routing, inputs.tensors, inputs.token_ids)
-    return _expected(inputs.x, inputs.spec, inputs.tensors, choose(routed, None, inputs.x.dtype), inputs.quant)
+    choice = choose(routed, None, inputs.x.dtype)
+    return _expected(inputs.x, inputs.spec, inputs.tensors, choice, inputs.quant)
 
 
 def expected_block(inputs: BlockInputs, spec: LayerSpec, routing: Routing | None = None) -> tuple[Tensor, Bound]:
@@ -110,7 +110,7 @@ def layer_value(
 
     x: [T, H], as the router sees it; tensors: as `LayerSpec.tensors` names them; ids: [T, K] integer, -1 and any other
     that names no expert adds 0; weights: [T, K], a Value where the engine's own may differ from them; shared_weights:
-    [T, n], for SharedSpec.weighted. quant: how the experts' tensors are stored.
+    [T, n], for SharedSpec.weighted. quant: how the experts' matrices are stored.
     """
     whole, compute, store = Value.of(x), storage.compute, storage.result
     output = _routed(whole, spec, tensors, ids, _value(weights).stored(storage.weights), storage, quant)
@@ -155,10 +155,17 @@ def _routed(
         x = linear(x, latent["in"], latent.get("in_bias"), storage, storage.x)  # [T, D]
         if spec.latent.norm_eps:
             x = x.rms_norm(1 + latent["norm"].double(), spec.latent.norm_eps, compute, storage.x)
-    identity = spec.routing.identity_experts
     plain = tensors if quant is None else plain_weights(quant, spec.experts, tensors, x.exact.shape[-1])
     output = experts_value(
-        x, spec.experts, plain, ids, weights, storage, identity_experts=identity, quant=quant, stored=tensors
+        x,
+        spec.experts,
+        plain,
+        ids,
+        weights,
+        storage,
+        identity_experts=spec.routing.identity_experts,
+        quant=quant,
+        stored=tensors,
     ).stored(store)
     output = scaled(output, spec.output_scale, storage)
     if spec.latent is not None:

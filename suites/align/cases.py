@@ -22,7 +22,7 @@ def _align(name: str, clause: str = "align.whole-blocks", tier: str = "core", **
     hot: everybody's first. unpicked: nobody's. turns: pairs name the experts in turn, so that all counts are equal.
     dropped: of 20 ids, so many are -1. held: global ids of this rank's experts in local order; None is no map.
     layout: of ids in memory, with poison between them: "rows" are further apart than they are long, "both" steps are
-    larger than one, "transposed".
+    larger than one, "transposed". "map": of the map alone, every other one of whose values is poison.
     """
     recipe = {
         "T": 63,
@@ -178,6 +178,7 @@ ARGUMENTS = (
     _align("both-apart-int64", "inputs.strides", layout="both", dtype="int64", T=131, E=257, K=8),
     _align("transposed", "inputs.strides", layout="transposed"),
     _align("dropped-both-apart", "inputs.strides", dropped=7, layout="both"),
+    _align("map-apart", "inputs.strides", held=MAPS["scattered"], layout="map"),
     _align("map-reversed-dropped-both-apart", "inputs.strides", held=MAPS["reversed"], dropped=7, layout="both"),
 )
 

@@ -127,7 +127,8 @@ CHANGING_COUNTS = tuple(
 )
 
 # Rows behind the valid ones, as a batch has that is padded to the size of a CUDA graph. padding_id: their ids; None:
-# legal ones that look like any other. No layout has room for them.
+# legal ones that look like any other. No layout has room for them, but for an engine with "counted_padding": there
+# each rank has so many behind its own.
 _TAKES_PADDING = {"needs": ("padding_rows",)}
 PADDING_ROWS = tuple(
     Case(
@@ -365,12 +366,20 @@ TWO_SESSIONS = (
         "capture-two-sessions",
         stage="capture_session",
         clause="capture.only-real-rows",
+        recipe={"layers": 3},
+    ),
+    # A draft model of one layer beside the model, as speculative decoding has it.
+    Case(
+        "capture-two-sessions-draft",
+        stage="capture_session",
+        clause="capture.only-real-rows",
+        recipe={"layers": 1},
     ),
 )
 
-# A draft model beside the target, with a capturer of its own: one layer of number 0, and its own K. Where it captures:
-# in the middle of the target's layers, behind them once or in several passes of fewer rows; or its capturer is made
-# after the target's first layer, or closed before the target is read.
+# A draft model beside the target, with a capturer of its own: one layer of number 0, and its own K. It captures behind
+# the target's layers, once or in several passes of fewer rows; or its capturer is made after the target's first layer,
+# or closed before the target is read.
 DRAFT = tuple(
     Case(
         f"capture-draft-{name}",
@@ -379,7 +388,6 @@ DRAFT = tuple(
         recipe={"draft": name, "steps": steps},
     )
     for name, steps in (
-        ("between-layers", (7, 7)),
         ("behind", (4, 9)),
         ("several-passes", (7, 3)),
         ("made-later", (5, 5)),

@@ -45,7 +45,7 @@ def chosen(table: Tensor, tokens: int, turn: int) -> Tensor:
     for _ in range(tokens):
         row: list[int] = []
         while len(row) < TOP_K:
-            place = (place + 97) % len(table)  # prime to both lengths
+            place = (place + 101) % len(table)  # prime to every length
             if table[place] not in table[row]:
                 row.append(place)
         rows.append(row)

@@ -132,6 +132,7 @@ SUM_CASES = (
     _case("0-tokens", "experts.combine", {**NARROW, "T": 0}),
     _case("one-expert", "experts.combine", {**TINY, "E": 1, "K": 1}),
     _case("all-experts", "experts.combine", {**TINY, "E": 8, "K": 8}),
+    _case("one-choice-scale", "experts.combine", {**TINY, "K": 1}, output_scale=2.5),
     # Llama 4: the only weight multiplies what the expert reads.
     _case("one-choice-weight-on-input", "experts.combine", {**TINY, "K": 1}, function="weight-on-input"),
     _case("beyond-512", "experts.combine", BEYOND_512),
@@ -196,6 +197,8 @@ ARGUMENT_CASES = (
         rank=1,
         dropped=6,
     ),
+    # A map that is a column of all ranks' maps.
+    _case("map-sliced-ep3", "inputs.strides", arguments={"expert_map": "sliced"}, owners=SCATTERED, rank=1),
     *(
         _case(f"ids-int32-{short}", "inputs.dtypes", NARROW, arguments={"ids": "int32"}, dtype=long, dropped=dropped)
         for short, long, dropped in (("fp32", "float32", 6), ("bf16", "bfloat16", 0), ("fp16", "float16", 0))
@@ -283,6 +286,13 @@ OWN_MEMORY_CASES = (
 # A row of x, ids or weights lies 2^30 elements and more behind the one before, in a file of which little is written.
 FAR_CASES = (
     _case("far-x", "inputs.beyond-int32", {**TINY, "T": 3}, "smoke", dtype="bfloat16", arguments={"x": "far"}),
+    _case(
+        "far-x-stored",
+        "inputs.beyond-int32",
+        {**stored.WHOLE, "T": 3},
+        arguments={"x": "far"},
+        quant=stored.FORMS["fp8-block"],
+    ),
     _case("far-ids", "inputs.beyond-int32", {**TINY, "T": 3}, arguments={"ids": "far"}),
     _case("far-weights", "inputs.beyond-int32", {**TINY, "T": 3}, arguments={"weights": "far"}),
     _case(
@@ -305,6 +315,8 @@ WRITTEN_CASES = (
     _case("written-one-token-fp16", "outputs.written", {**NARROW, "T": 1, "D": 33}, dtype="float16"),
     _case("written-ep3", "outputs.written", {**TINY, "T": 3}, owners=SCATTERED, rank=0, dropped=6),
     _case("written-ep3-idle-tokens", "outputs.written", {**TINY, "K": 2}, owners=SCATTERED, rank=0),
+    # What is added up of one choice needs no buffer, but for its scale.
+    _case("written-one-choice-scale", "outputs.written", {**TINY, "K": 1}, output_scale=2.5),
     _case("written-no-tokens", "outputs.written", {**TINY, "T": 0}),
     _case("written-no-tokens-bias-ep3", "outputs.written", {**TINY, "T": 0}, function="silu-bias", owners=SCATTERED),
     _case("written-wide-tail", "outputs.written", {**TINY, "T": 17, "D": 136, "F": 68}, function="silu-bias"),

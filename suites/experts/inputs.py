@@ -77,7 +77,7 @@ def inputs_of(case: Case, given: Collection[str] | None = None) -> ExpertsInputs
         ids=as_given("ids", chosen(case)),
         # Of both signs, and a sum of anything but 1.
         weights=as_given("weights", (fine if dtype == torch.float32 else normal)(shape, "experts-weights") + 0.375),
-        expert_map=here,
+        expert_map=None if here is None else as_given("expert_map", here),
         output_scale=case["output_scale"],
         identity_experts=case["identity_experts"],
         quant=quant,

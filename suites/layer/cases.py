@@ -27,11 +27,14 @@ NANO = {"T": 2, "E": 2, "K": 1, "H": 2688, "D": 1024, "F": 1856, "Fs": 3712, "Hp
 GPT_OSS = {"T": 2, "E": 2, "K": 1, "H": 2880, "D": 0, "F": 2880, "Fs": 0, "Hp": 3072, "Dp": 0, "Fp": 3072}
 
 BOTH = ("padded_hidden", "padded_intermediate")
+# Rows of the table of a router that chooses by token id.
+VOCABULARY = 48
 
 
 def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "core", **changes: Any) -> Case:
     """routing: by name as in suites/route/methods.py. experts: fields of MLPSpec; shared: of its MLPSpec or its
-    SharedSpec; latent: of LatentSpec. scale: of the routed sum. arguments: how x, logits and tensors are given."""
+    SharedSpec; latent: of LatentSpec. scale: of the routed sum. arguments: how x, logits and tensors are given. quant:
+    by name, how the experts are stored."""
     has, latent = set(parts), "latent" in parts
     changes = {
         "routing": "renorm",
@@ -47,15 +50,19 @@ def _case(name: str, dims: dict[str, int], parts: tuple[str, ...], tier: str = "
         "quant": None,
         **changes,
     }
+    if changes["quant"]:
+        changes["quant"] = FORMS[changes["quant"]]
+    routing = method(changes["routing"], dims["K"])
     spec = LayerSpec(
         hidden_size=dims["H"],
         num_experts=dims["E"],
         logits=LogitsSpec(),
-        routing=method(changes["routing"], dims["K"]),
+        routing=routing,
         experts=MLPSpec(dims["F"], **changes["experts"]),
         shared=_shared(dims["Fs"], **changes["shared"]) if "shared" in has else None,
         latent=LatentSpec(dims["D"], **changes["latent"]) if latent else None,
         output_scale=changes["scale"],
+        vocab_size=VOCABULARY if routing.selector == "table" else 0,
     )
     return Case(
         "-".join(["layer", name, *(part.replace("_", "-") for part in parts or ("plain",))]),
@@ -143,6 +150,9 @@ _VALUES = (
     _case("intermediate", TINY, ("shared", "padded_intermediate")),
     _case("gemma4", TINY, ("shared", "padded_hidden"), routing="gemma4", experts={"activation": "gelu_tanh"}),
     _case("gemma4", TINY, (), routing="gemma4", experts={"activation": "gelu_tanh"}, scale=1.0),
+    # Which kernel runs, and what it is told of padding, follows from the activation.
+    _case("gelu-tanh", TINY, BOTH, experts={"activation": "gelu_tanh"}, scale=1.0),
+    _case("gelu-bias", TINY, BOTH, experts={"activation": "gelu", "bias": True}, scale=1.0),
     _case("no-renorm", TINY, ("shared", "padded_hidden"), routing="plain"),
     _case("tiny-bf16", TINY, (), dtype="bfloat16"),
     _case("tiny-bf16", TINY, ("shared", "latent", "padded_hidden"), dtype="bfloat16"),
@@ -171,6 +181,7 @@ _VALUES = (
         for dims, tokens in ((TINY, ""), ({**NARROW, "T": 1}, "-one-token"))
         for name, parts, changes in (
             (f"shared-gate{tokens}", ("shared", "padded_hidden"), {"shared": {"gate": True}}),
+            (f"shared-gate{tokens}", ("shared",), {"shared": {"gate": True}}),
             (f"shared-average{tokens}", ("shared",), {"shared": {"combine": "average", "count": 2}}),
             (f"routed-clamp{tokens}", ("shared", *BOTH), {"experts": {"clamp": "before", "limit": 0.75}}),
             (f"latent-norm{tokens}", ("latent", *BOTH), {"latent": {"norm_eps": 0.0625}}),
@@ -187,6 +198,9 @@ _VALUES = (
         shared={"count": 2, "weighted": True, "weight_on": "w2_input"},
         scale=1.0,
     ),
+    # DeepSeek-V4: ids by token id, which every part of a batch that is cut takes along.
+    _case("by-token-id", {**NARROW, "E": 32, "K": 4}, ("shared",), routing="deepseek-v4-hash", scale=1.0),
+    _case("by-token-id-one-token", {**NARROW, "T": 1, "E": 32, "K": 4}, (), routing="deepseek-v4-hash", scale=1.0),
     _case("nemotron-3-nano", NANO, ("shared", *BOTH), "full"),  # seconds
     _case("nemotron-3-nano-bf16", NANO, ("shared", *BOTH), "full", dtype="bfloat16"),
     _case("nemotron-3-nano-scale1", NANO, ("shared", "padded_hidden"), "full", scale=1.0),
@@ -197,6 +211,38 @@ _VALUES = (
 # What is wrong without padding, too, is told apart from what padding does.
 CUT_CASES = tuple(case for case in _VALUES if case.clause == "layer.cut-before-add")
 SUM_CASES = tuple(case for case in _VALUES if case.clause == "layer.sum")
+
+# Around stored experts: DeepSeek-V3's router with a limit of the routed experts alone, Nemotron-H's layer at the widths
+# of a kernel, and two whose only weight or whose scale is of the layer.
+_STORED = {"T": 7, "E": 32, "K": 4, "H": 40, "D": 24, "F": 24, "Fs": 14, "Hp": 48, "Dp": 32, "Fp": 32}
+STORED_CASES = (
+    *(
+        _case(f"stored-{form}-{name}", dims, parts, quant=form, clause="layer.stored-experts", **changes)
+        for form in ("fp8-block", "int4-group", "mxfp4", "nvfp4")
+        for name, dims, parts, changes in (
+            (
+                "deepseek-v3",
+                _STORED,
+                ("shared",),
+                {"routing": "deepseek-v3", "experts": {"clamp": "before", "limit": 0.75}, "scale": 1.0},
+            ),
+            ("deepseek-v2", _STORED, ("shared",), {"routing": "deepseek-v2", "scale": 1.0}),
+            ("relu2", _STORED, ("shared", "latent", *BOTH), {"experts": _RELU2, "shared": _RELU2}),
+            ("by-token-id", _STORED, (), {"routing": "deepseek-v4-hash", "scale": 1.0}),
+        )
+    ),
+    # gpt-oss: biases, too.
+    _case(
+        "stored-mxfp4-swiglu-oai",
+        _STORED,
+        (),
+        quant="mxfp4",
+        routing="chosen",
+        experts=_SWIGLU_OAI,
+        scale=1.0,
+        clause="layer.stored-experts",
+    ),
+)
 
 TRACE_CASES = tuple(
     Case(
@@ -219,8 +265,11 @@ ARGUMENT_CASES = tuple(
         dtype=dtype,
         clause="inputs.strides",
         arguments=dict(zip(("x", "logits", "tensors"), layouts, strict=True)),
+        shared={"gate": True} if name == "shared-gate" else {},
     )
     for name, tokens, dtype, parts, layouts in (
+        # What reads x beside the experts reads the same strides.
+        ("shared-gate", 7, "float32", ("shared",), ("columns", "sliced", "transposed")),
         ("columns", 7, "float32", (), ("columns", "transposed", "sliced")),
         ("transposed", 7, "float32", ("shared",), ("transposed", "sliced", "columns")),
         ("sliced-bf16", 7, "bfloat16", ("padded_hidden",), ("sliced", "columns", "transposed")),
@@ -327,26 +376,10 @@ INVARIANT_CASES = tuple(
     for parts, dtype in (((), "float32"), (("shared",), "bfloat16"), (("padded_hidden",), "float32"))
 )
 
-# The routed experts are stored, all else of the layer is plain. No tile or group is cut: that is told of experts.
-_STORED = {"T": 13, "E": 5, "K": 2, "H": 64, "D": 32, "F": 32, "Fs": 14}
-_CLAMPED = {"clamp": "before", "limit": 0.75}
-STORED_CASES = tuple(
-    _case(f"stored-{name}", _STORED, parts, tier, clause="layer.stored-experts", quant=FORMS[form], **changes)
-    for name, form, parts, tier, changes in (
-        # DeepSeek-V4, gpt-oss, MuseSpark and Nemotron-H, as they are published or served.
-        ("fp8-block-clamp", "fp8-block", ("shared",), "core", {"experts": _CLAMPED, "shared": _CLAMPED, "scale": 1.0}),
-        ("fp8-block-bf16", "fp8-block", ("shared",), "core", {"dtype": "bfloat16"}),
-        ("mxfp4-swiglu-oai", "mxfp4", (), "core", {"experts": _SWIGLU_OAI, "routing": "chosen", "scale": 1.0}),
-        ("int4-group-zero", "int4-group-zero", ("shared", "latent"), "core", {"latent": {"bias": True}}),
-        ("nvfp4-halves", "nvfp4-halves", ("shared", "latent"), "full", {"experts": _RELU2 | {"gated": True}}),
-        ("int8-channel", "int8-channel", ("shared",), "full", {"shared": {"gate": True}, "scale": 1.0}),
-        ("fp8-block-group", "fp8-block-group", ("shared",), "full", {"scale": 1.0}),
-    )
-)
-
 CASES = (
     *CUT_CASES,
     *SUM_CASES,
+    *STORED_CASES,
     *TRACE_CASES,
     *ARGUMENT_CASES,
     *ORIENTED_CASES,
@@ -359,5 +392,4 @@ CASES = (
     *WRITTEN_CASES,
     *STATE_CASES,
     *INVARIANT_CASES,
-    *STORED_CASES,
 )

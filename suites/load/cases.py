@@ -84,6 +84,24 @@ BROKEN = (
     _broken("plain", "truncated-shard"),
 )
 
+# What only some families have is missing, in every layer: nothing else says that it belongs there.
+INCOMPLETE = tuple(
+    Case(
+        f"load-{family.replace('_', '-')}-without-{missing.replace('.', '-').replace('_', '-')}",
+        "load",
+        "load.refuse-broken",
+        {"family": family.replace("_", "-"), "model_type": family, "missing": missing},
+    )
+    for family, missing in (
+        ("deepseek_v3", "router.selection_bias"),
+        ("deepseek_v3", "shared.w2"),
+        ("gpt_oss", "experts.b2"),
+        ("gpt_oss", "router.bias"),
+        ("qwen2_moe", "shared.gate"),
+        ("mixtral", "experts.w2"),
+    )
+)
+
 OF_FAMILIES = of_families("load", "load.whole")
 
 
@@ -116,4 +134,4 @@ STORED = (
     _stored("nvfp4", "qwen3_moe", "by-expert", "full", ("experts.0.", "experts.2.")),
 )
 
-CASES = (*LOAD, *LOAD_TWICE, *BROKEN, *OF_FAMILIES, *STORED)
+CASES = (*LOAD, *LOAD_TWICE, *BROKEN, *INCOMPLETE, *OF_FAMILIES, *STORED)

@@ -56,11 +56,16 @@ def _values(layer: Layer, name: str, shape: tuple[int, ...], seed: str) -> Tenso
     return found
 
 
-def write(folder: Path, slug: str, form: Form, seed: str = "checkpoint") -> dict[str, Tensor]:
-    """Write the folder, and return what a load of it must give."""
+def write(folder: Path, slug: str, form: Form, seed: str = "checkpoint", missing: str = "") -> dict[str, Tensor]:
+    """Write the folder, and return what a load of it must give. missing: what of every layer is left out."""
     record = BY_SLUG[slug]
     config = config_of(record)
     want = canonical(record, config, seed)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save(folder, {entry.name: tensor_of(entry, want) for entry in entries(record, config, form)}, shards=2)
+    there = [
+        entry
+        for entry in entries(record, config, form)
+        if not (missing and any(part.tensor.endswith(f".{missing}") for part in entry.parts))
+    ]
+    save(folder, {entry.name: tensor_of(entry, want) for entry in there}, shards=2)
     return want

@@ -22,14 +22,23 @@ from moe_conformance.oracle.experts import expected_parts
 from moe_conformance.protocol.moving import to_device
 
 
-def chosen(tokens: int, experts: int, top_k: int, dropped: int, seed: str, hot: int | None = None) -> Tensor:
-    """ids [T, K] int64, distinct in a row. hot: an expert that is everybody's first.
+def chosen(
+    tokens: int,
+    experts: int,
+    top_k: int,
+    dropped: int,
+    seed: str,
+    hot: int | None = None,
+    unpicked: Sequence[int] = (),
+) -> Tensor:
+    """ids [T, K] int64, distinct in a row. hot: an expert that is everybody's first. unpicked: nobody's.
 
     dropped: of 20 ids so many are -1; but of every five rows the first is whole and the last wholly -1.
     """
     logits = distinct_logits(tokens, experts, seed)
     if hot is not None:
         logits[:, hot] = float(experts)
+    logits[:, list(unpicked)] = -float("inf")
     ids = logits.topk(top_k).indices
     gone = integers(ids.shape, f"{seed}-dropped", 20) < dropped
     if dropped:
