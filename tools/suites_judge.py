@@ -1,7 +1,7 @@
 """The suites as judge of a mutated reference: one process that has loaded them, and a fork of it for each mutant.
 
-    python tools/suites_judge.py LIBRARY trace    which functions of the reference each check calls, as JSON
-    python tools/suites_judge.py LIBRARY judge    reads lines of {"path", "text", "checks"}, writes ones of {"killed"}
+    python tools/suites_judge.py LIBRARY TIER trace    which functions of the reference each check calls, as JSON
+    python tools/suites_judge.py LIBRARY TIER judge    reads lines of {"path", "text", "checks"}, writes {"killed"}
 
 LIBRARY is where the package is installed whose files are mutated. For tools/mutation_suites.py, which starts it.
 """
@@ -25,7 +25,7 @@ SECONDS, BYTES = 60, 12 << 30
 
 
 def main() -> None:
-    library, what = sys.argv[1:]
+    library, tier, what = sys.argv[1:]
     sys.path[:0] = [library, str(ROOT / "tests")]
     from every_check import CHECKS
 
@@ -33,11 +33,12 @@ def main() -> None:
 
     # No reference yet: a fork imports it as it then is.
     assert not any(name.startswith("moe_conformance.reference_impl") for name in sys.modules)
-    checks = [row for row in CHECKS if in_tier(row[2], "core")]
-    if what == "trace":
-        print(json.dumps(traced(checks, Path(library) / "moe_conformance" / "reference_impl")))
-        return
+    checks = [row for row in CHECKS if in_tier(row[2], tier)]
+    # What engines print is no answer.
     answers, sys.stdout = sys.stdout, sys.stderr
+    if what == "trace":
+        print(json.dumps(traced(checks, Path(library) / "moe_conformance" / "reference_impl")), file=answers)
+        return
     for line in sys.stdin:
         asked = json.loads(line)
         path = Path(asked["path"])
@@ -51,7 +52,9 @@ def main() -> None:
 
 
 def traced(checks: Sequence[Any], folder: Path) -> dict[str, Any]:
-    """seconds: of each check, inf if it fails. called: file -> first line of a function -> numbers of the checks."""
+    """seconds, tiers: of each check. called: file -> first line of a function -> numbers of the checks."""
+    from moe_conformance.catalogue.case import TIERS
+
     judge, verdict = _judge()
     called: dict[str, dict[int, set[int]]] = {}
     prefix, now = str(folder) + os.sep, [0]
@@ -71,9 +74,9 @@ def traced(checks: Sequence[Any], folder: Path) -> dict[str, Any]:
         seconds.append(time.process_time() - start)
         if found.badness:
             sys.exit(f"{row[2].id} {row[1]} is red before anything is mutated")
-    smoke = [number for number, row in enumerate(checks) if row[2].tier == "smoke"]
+    tiers = [TIERS.index(row[2].tier) for row in checks]
     lines = {file: {line: sorted(numbers) for line, numbers in found.items()} for file, found in called.items()}
-    return {"seconds": seconds, "smoke": smoke, "called": lines}
+    return {"seconds": seconds, "tiers": tiers, "called": lines}
 
 
 def judged(checks: Sequence[Any]) -> str:

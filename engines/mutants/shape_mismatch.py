@@ -177,7 +177,7 @@ MUTANTS = (
         AccumulatorIsReturned,
         "shape-mismatch",
         "the output is float32 in a padded layer without shared expert",
-        ("layer-sizes-t1-e24-k10-h72-f36-tile64-bf16-padded-hidden-padded-intermediate", _CHECK),
+        ("layer-sizes-t1-e24-k8-h72-f32-tile64-bf16-padded-hidden-padded-intermediate", _CHECK),
         frozenset({"unwritten-output"}),
     ),
     Mutant(

@@ -99,6 +99,16 @@ class StoredLayerUnscaled(Faulty):
         return super().layer(replace(inputs, spec=replace(inputs.spec, routing=routing)))
 
 
+class StoredLayerUnbiased(Faulty):
+    """vllm#46645: the biases of experts are handed over in the branch of plain weights alone."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        if inputs.quant is None or not inputs.spec.experts.bias:
+            return super().layer(inputs)
+        lost = {name: torch.zeros_like(t) if ".b" in name else t for name, t in inputs.tensors.items()}
+        return super().layer(replace(inputs, tensors=lost))
+
+
 class StoredRowsFarApart(Faulty):
     """TensorRT-LLM#15887: token times stride is 32 bits wide in the kernels of fp8 in blocks."""
 
@@ -131,11 +141,12 @@ MUTANTS = (
     ),
     _mutant(MinusOneFaultsInNvfp4, "expert-map", "-1 faults in NVFP4's kernels", "nvfp4-beside-no-expert", NO_EXPERT),
     *(
-        Mutant(engine, "combine-algebra", fault, (f"layer-stored-{case}-shared", LAYER))
+        Mutant(engine, "combine-algebra", fault, (f"layer-stored-{case}", LAYER))
         for engine, fault, case in (
-            (StoredLayerUnnormalised, "fp8 experts behind groups are not renormalised", "fp8-block-deepseek-v3"),
-            (StoredLayerUnclamped, "routed experts of fp8 are not clamped", "fp8-block-deepseek-v3"),
-            (StoredLayerUnscaled, "int4 experts go unscaled", "int4-group-deepseek-v2"),
+            (StoredLayerUnnormalised, "fp8 experts behind groups are not renormalised", "fp8-block-deepseek-v3-shared"),
+            (StoredLayerUnclamped, "routed experts of fp8 are not clamped", "fp8-block-deepseek-v3-shared"),
+            (StoredLayerUnbiased, "stored experts lose their biases", "mxfp4-swiglu-oai-plain"),
+            (StoredLayerUnscaled, "int4 experts go unscaled", "int4-group-deepseek-v2-shared"),
         )
     ),
     Mutant(

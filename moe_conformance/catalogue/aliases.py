@@ -33,18 +33,18 @@ _SIZES: Mapping[str, str] = {
     "align-e257-k22-7-tokens-block-64": "align-sizes-t7-e257-k22-block1-int32",
     "align-e896-k16": "align-sizes-t131-e896-k8-block128-int64",
     "align-e896-k22-int64-7-tokens": "align-sizes-t7-e896-k22-block8-int64",
-    "experts-1-tokens": "experts-sizes-t1-e24-k10-d20-f32-bf16-silu",
-    "experts-2-tokens": "experts-sizes-t17-e24-k2-d72-f7-bf16-silu",
-    "experts-131-tokens-bias-not-gated-bf16": "experts-sizes-t70-e24-k1-d20-f32-bf16-relu2-not-gated",
-    "experts-70-tokens-k10": "experts-sizes-t70-e256-k10-d64-f7-fp16-relu2-not-gated",
-    "experts-hot-fp16": "experts-sizes-t600-e24-k22-d64-f36-fp16-silu",
-    "experts-hundreds": "experts-sizes-t70-e256-k22-d72-f32-fp32-silu",
-    "experts-hundreds-bias": "experts-sizes-t17-e256-k10-d20-f36-fp32-silu-bias",
-    "experts-hundreds-one-token": "experts-sizes-t1-e256-k22-d72-f36-fp32-relu2-not-gated",
-    "experts-silu-bf16": "experts-sizes-t17-e24-k2-d72-f7-bf16-silu",
-    "experts-silu-fp16": "experts-sizes-t17-e5-k1-d20-f36-fp16-silu",
-    "experts-relu2-not-gated-bf16": "experts-sizes-t70-e24-k1-d20-f32-bf16-relu2-not-gated",
-    "experts-relu2-not-gated-fp16": "experts-sizes-t70-e256-k10-d64-f7-fp16-relu2-not-gated",
+    "experts-1-tokens": "experts-sizes-t1-e24-k2-d72-f32-fp32-silu",
+    "experts-2-tokens": "experts-sizes-t520-e24-k10-d64-f32-bf16-silu",
+    "experts-131-tokens-bias-not-gated-bf16": "experts-sizes-t17-e5-k1-d20-f7-bf16-relu2-not-gated",
+    "experts-70-tokens-k10": "experts-sizes-t70-e24-k10-d72-f36-fp16-relu2-not-gated",
+    "experts-hot-fp16": "experts-sizes-t520-e24-k22-d20-f36-fp16-swiglu-oai",
+    "experts-hundreds": "experts-sizes-t17-e256-k10-d20-f36-fp32-silu",
+    "experts-hundreds-bias": "experts-sizes-t1-e256-k10-d64-f7-fp16-silu-bias",
+    "experts-hundreds-one-token": "experts-sizes-t1-e256-k22-d64-f36-bf16-relu2-not-gated",
+    "experts-silu-bf16": "experts-sizes-t520-e24-k10-d64-f32-bf16-silu",
+    "experts-silu-fp16": "experts-sizes-t70-e24-k1-d20-f7-fp16-silu",
+    "experts-relu2-not-gated-bf16": "experts-sizes-t17-e5-k1-d20-f7-bf16-relu2-not-gated",
+    "experts-relu2-not-gated-fp16": "experts-sizes-t70-e24-k10-d72-f36-fp16-relu2-not-gated",
     **{f"experts-gelu-tanh-{dtype}": "experts-narrow-gelu-tanh" for dtype in ("bf16", "fp16")},
     **{
         f"experts-tiny-{name}": f"experts-narrow-{name}"
@@ -54,12 +54,12 @@ _SIZES: Mapping[str, str] = {
             "weight-on-w2-input",
         )
     },
-    "layer-hundreds-plain": "layer-sizes-t9-e256-k8-h64-f32-tile64-bf16-padded-hidden-padded-intermediate",
+    "layer-hundreds-plain": "layer-sizes-t9-e256-k10-h20-f7-tile64-bf16-padded-hidden-padded-intermediate",
     "layer-hundreds-shared-padded-hidden-padded-intermediate": (
-        "layer-sizes-t1-e256-k10-h72-f32-tile64-fp32-shared-padded-hidden-padded-intermediate"
+        "layer-sizes-t1-e256-k8-h72-f7-tile8-fp16-shared-padded-hidden-padded-intermediate"
     ),
-    "layer-many-tokens-plain": "layer-sizes-t70-e256-k10-h64-f7-tile8-fp32-padded-hidden-padded-intermediate",
-    "layer-many-tokens-shared": "layer-sizes-t70-e256-k8-h20-f32-tile0-fp16-shared",
+    "layer-many-tokens-plain": "layer-sizes-t70-e24-k8-h64-f7-tile0-fp32-plain",
+    "layer-many-tokens-shared": "layer-sizes-t70-e256-k2-h72-f36-tile0-fp32-shared",
     **{
         f"layer-equal-{parts}{padded}": f"layer-tiny-{parts}{padded}"
         for parts in ("shared", "latent", "shared-latent")

@@ -119,6 +119,18 @@ CLAUSES: dict[str, Clause] = {
         "Each layer's ids must be read at that layer, whichever other layers of the model route nothing.",
         origin="models whose dense and draft layers lie between those with experts",
     ),
+    "capture.draft": Clause(
+        "capture-replay",
+        "What a draft model's router captures must leave the target's record as it is, whatever layer ids both have, "
+        "however often the draft runs in a step, and whichever capturer was made or closed first.",
+        ("vllm#48622", "sglang#26980"),
+    ),
+    "capture.logical": Clause(
+        "eplb",
+        "Where experts have copies or have moved, the ids that are recorded must be those of experts, by the table "
+        "that this layer has at this step.",
+        ("vllm#33013", "vllm-ascend#13882", "sglang#25285"),
+    ),
     "capture.bounds": Clause(
         "capture-replay",
         "Layer ids out of range, and expert ids that do not fit, must be rejected and must change nothing.",

@@ -100,6 +100,7 @@ _WORDS: Mapping[str, str] = {
     "times": "factor by which the inputs are larger than usual",
     "tokens": "number of tokens",
     "top_k": "experts chosen for each token",
+    "tables": "step by step, for each layer, the logical expert that each physical one is a copy of",
     "tp": "number of tensor-parallel ranks",
     "turns": "whether pairs name the experts in turn, so that all have equally many",
     "unpicked": "experts that no token chooses",
@@ -112,6 +113,7 @@ _WORDS: Mapping[str, str] = {
 _OF_STAGE: Mapping[tuple[str, str], str] = {
     ("block", "routing"): "ids and weights that the block is given instead of its router's; empty: the router's own",
     ("capture_session", "padding"): "the id in rows that make slices whole",
+    ("capture_session", "draft"): "where the draft model's captures lie, among those of the target",
     ("exchange", "between"): "tokens of each rank in the exchanges of the same ranks before the one that is judged",
     ("experts", "between"): "what other calls have that are made between two calls of this one; nothing: other values",
     ("experts", "padding"): "rows at the end that are padding",

@@ -166,6 +166,7 @@ FEATURES: tuple[Feature, ...] = (
             ("sequence_gathered", "every rank's slices with their padding"),
         )
     ),
+    Feature(("capture_session",), "physical_ids", "ids come as those of copies (EPLB) with a table", "such ids"),
     Feature(("capture_session",), "padding_rows", "rows behind the valid ones are padding", "such batches"),
     Feature(
         ("capture_session",),
@@ -434,6 +435,7 @@ _SWITCHES: dict[str, Any] = {
     "ranks": lambda value: {"ranks"} if value > 1 else set(),
     "tp": lambda value: {"tensor_parallel"} if value > 1 else set(),
     "copies": _if("replicas"),
+    "tables": _if("physical_ids"),
     "change": lambda value: {"from_meta"} if value == "from-meta" else set(),
     "counts": lambda value: {"uneven_counts"} if len(set(value)) > 1 or not all(value) else set(),
     "processes": lambda value: {"processes" if value else "one_process"},

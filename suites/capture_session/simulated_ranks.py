@@ -17,7 +17,8 @@ EXPERTS, LAYERS, TOP_K = 251, 3, 3
 class SimulatedStep:
     """One step's ids on every rank. counts: tokens of each data-parallel rank. padding: the id in the rows that make
     slices whole, or None for ids that look like any other. behind: how many rows lie behind the valid ones, and their
-    id, or None for legal ones. counted: so many lie behind each rank's own instead, and count among its tokens."""
+    id, or None for legal ones; with an id, how many rows are valid is said even where none lie behind. counted: so many
+    lie behind each rank's own instead, and count among its tokens."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class SimulatedStep:
         # engine may find out only by the number of rows which one it is.
         parts = slices if kind == "sequence_shard" else (ids,) * self.tp
         padded = [self._with_rows_behind(part) for part in parts]
-        valid_rows = ids.shape[0] if self.behind[0] else None
+        valid_rows = ids.shape[0] if self.behind != (0, None) else None
         return self._with_rows_behind(ids), Rows(kind, self.told, _gather(parts, padded), valid_rows)
 
     def _with_rows_behind(self, ids: Tensor) -> Tensor:

@@ -87,12 +87,12 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def _sizes(row: str) -> Case:
-    """A row is: T, E, K, D, F, dtype, function. With 600 tokens the last expert is everybody's first."""
+    """A row is: T, E, K, D, F, dtype, function. With 520 tokens the last expert is everybody's first."""
     *dims, dtype, function = row.split()
     T, E, K, D, F = map(int, dims)
     name = f"sizes-t{T}-e{E}-k{K}-d{D}-f{F}-{dtype}-{function}"
     sizes = {"T": T, "E": E, "K": K, "D": D, "F": F}
-    hot = E - 1 if T == 600 else None
+    hot = E - 1 if T == 520 else None
     return _case(name, "experts.combine", sizes, dtype=_DTYPES[dtype], function=function, hot=hot)
 
 
@@ -101,26 +101,26 @@ def _sizes(row: str) -> Case:
 SIZE_CASES = tuple(
     _sizes(row)
     for row in (
-        "  1   5  1 64  7 fp32 swiglu-oai",
-        "  1   5  1 72  7 fp16 swiglu-oai",
-        "  1  24 10 20 32 bf16 silu",
-        "  1 256  2 72 32 fp16 silu-bias",
-        "  1 256 22 72 36 fp32 relu2-not-gated",
-        " 17   5  1 20 36 fp16 silu",
-        " 17   5  2 64 32 fp32 relu2-not-gated",
-        " 17  24  2 72  7 bf16 silu",
-        " 17 256 10 20 36 fp32 silu-bias",
-        " 17 256 22 20  7 bf16 swiglu-oai",
-        " 70   5  2 72 36 bf16 swiglu-oai",
-        " 70  24  1 20 32 bf16 relu2-not-gated",
-        " 70  24 22 72 36 fp32 silu-bias",
-        " 70 256 10 64  7 fp16 relu2-not-gated",
-        " 70 256 22 72 32 fp32 silu",
-        "600   5  2 64 32 bf16 silu-bias",
-        "600  24  2 20 36 bf16 relu2-not-gated",
-        "600  24 10 72 32 fp32 swiglu-oai",
-        "600  24 22 64 36 fp16 silu",
-        "600 256  1 72  7 fp16 silu-bias",
+        "  1   5  1 20 32 fp32 swiglu-oai",
+        "  1  24  2 72 32 fp32 silu",
+        "  1 256 10 64  7 fp16 silu-bias",
+        "  1 256 22 64 36 bf16 relu2-not-gated",
+        " 17   5  1 20  7 bf16 relu2-not-gated",
+        " 17  24  2 64 36 fp16 relu2-not-gated",
+        " 17  24 10 64  7 fp32 swiglu-oai",
+        " 17  24 22 72 32 bf16 silu-bias",
+        " 17 256 10 20 36 fp32 silu",
+        " 70   5  1 64 36 fp32 silu-bias",
+        " 70  24  1 20  7 fp16 silu",
+        " 70  24 10 72 36 fp16 relu2-not-gated",
+        " 70  24 22 20 32 fp32 silu",
+        " 70  24 22 72  7 fp32 relu2-not-gated",
+        " 70 256  2 72 36 bf16 swiglu-oai",
+        "520   5  1 72  7 fp32 silu",
+        "520   5  2 20  7 fp16 silu-bias",
+        "520  24 10 64 32 bf16 silu",
+        "520  24 22 20 36 fp16 swiglu-oai",
+        "520 256  1 72 32 fp16 relu2-not-gated",
     )
 )
 

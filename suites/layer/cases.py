@@ -116,22 +116,23 @@ def _sizes(row: str) -> Case:
 SIZE_CASES = tuple(
     _sizes(row)
     for row in (
-        " 1   5  1 20 36  8 fp32  0",
-        " 1   5  1 72 32  0 fp16  0",
-        " 1  24  8 64  7  8 fp16 14",
-        " 1  24 10 72 36 64 bf16  0",
-        " 1 256  2 72  7  0 bf16  0",
-        " 1 256 10 72 32 64 fp32 14",
-        " 9   5  2 20  7  8 bf16 14",
-        " 9  24  1 64 36  0 fp32  0",
-        " 9  24 10 20  7  0 fp16 14",
-        " 9 256  8 64 32 64 bf16  0",
-        " 9 256  8 72 36  0 fp32 14",
-        "70   5  2 64 36 64 fp16 14",
-        "70  24  2 72 32  8 fp32 14",
-        "70 256  1 20  7 64 bf16 14",
-        "70 256  8 20 32  0 fp16 14",
-        "70 256 10 64  7  8 fp32  0",
+        " 1   5  2 20 36  8 fp32  0",
+        " 1  24  8 72 32 64 bf16  0",
+        " 1  24 10 20 36  0 bf16 14",
+        " 1 256  1 64 36 64 fp32  0",
+        " 1 256  8 72  7  8 fp16 14",
+        " 9   5  1 72 32  0 fp32  0",
+        " 9   5  2 64  7 64 bf16 14",
+        " 9  24  1 20  7  0 fp16 14",
+        " 9  24  8 20 36  8 fp32  0",
+        " 9 256 10 20  7 64 bf16  0",
+        " 9 256 10 64 36 64 fp16  0",
+        "70   5  2 20 32 64 fp16  0",
+        "70  24  2 64  7  8 fp32 14",
+        "70  24  8 64  7  0 fp32  0",
+        "70  24 10 72 32  8 fp32 14",
+        "70 256  1 64 32  8 bf16 14",
+        "70 256  2 72 36  0 fp32 14",
     )
 )
 
@@ -214,20 +215,33 @@ SUM_CASES = tuple(case for case in _VALUES if case.clause == "layer.sum")
 # Around stored experts: DeepSeek-V3's router with a limit of the routed experts alone, Nemotron-H's layer at the widths
 # of a kernel, and two whose only weight or whose scale is of the layer.
 _STORED = {"T": 7, "E": 32, "K": 4, "H": 40, "D": 24, "F": 24, "Fs": 14, "Hp": 48, "Dp": 32, "Fp": 32}
-STORED_CASES = tuple(
-    _case(f"stored-{form}-{name}", dims, parts, quant=form, clause="layer.stored-experts", **changes)
-    for form in ("fp8-block", "int4-group", "mxfp4", "nvfp4")
-    for name, dims, parts, changes in (
-        (
-            "deepseek-v3",
-            _STORED,
-            ("shared",),
-            {"routing": "deepseek-v3", "experts": {"clamp": "before", "limit": 0.75}, "scale": 1.0},
-        ),
-        ("deepseek-v2", _STORED, ("shared",), {"routing": "deepseek-v2", "scale": 1.0}),
-        ("relu2", _STORED, ("shared", "latent", *BOTH), {"experts": _RELU2, "shared": _RELU2}),
-        ("by-token-id", _STORED, (), {"routing": "deepseek-v4-hash", "scale": 1.0}),
-    )
+STORED_CASES = (
+    *(
+        _case(f"stored-{form}-{name}", dims, parts, quant=form, clause="layer.stored-experts", **changes)
+        for form in ("fp8-block", "int4-group", "mxfp4", "nvfp4")
+        for name, dims, parts, changes in (
+            (
+                "deepseek-v3",
+                _STORED,
+                ("shared",),
+                {"routing": "deepseek-v3", "experts": {"clamp": "before", "limit": 0.75}, "scale": 1.0},
+            ),
+            ("deepseek-v2", _STORED, ("shared",), {"routing": "deepseek-v2", "scale": 1.0}),
+            ("relu2", _STORED, ("shared", "latent", *BOTH), {"experts": _RELU2, "shared": _RELU2}),
+            ("by-token-id", _STORED, (), {"routing": "deepseek-v4-hash", "scale": 1.0}),
+        )
+    ),
+    # gpt-oss: biases, too.
+    _case(
+        "stored-mxfp4-swiglu-oai",
+        _STORED,
+        (),
+        quant="mxfp4",
+        routing="chosen",
+        experts=_SWIGLU_OAI,
+        scale=1.0,
+        clause="layer.stored-experts",
+    ),
 )
 
 TRACE_CASES = tuple(
