@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
 
 from moe_conformance.engine import LayerInputs
@@ -56,12 +57,13 @@ class LayerGateUnused(Faulty):
 
 
 class LayerCutsWithoutTokenIds(Faulty):
-    """Megatron-LM#4481: the parts of a batch that is cut do not get their token ids."""
+    """Megatron-LM#4481: of a batch that is cut every part gets the token ids of the first."""
 
     def layer(self, inputs: LayerInputs) -> Tensor:
-        if inputs.spec.routing.selector == "table" and len(inputs.x) > 4:
-            raise AssertionError("input_ids is not None")
-        return super().layer(inputs)
+        if inputs.spec.routing.selector != "table" or inputs.token_ids is None:
+            return super().layer(inputs)
+        first = inputs.token_ids[torch.arange(len(inputs.x)) % 64]
+        return super().layer(replace(inputs, token_ids=first))
 
 
 _CHECK = "each_part_of_a_layer_counts_once"
@@ -75,6 +77,11 @@ MUTANTS = (
     _mutant(LayerScalesTheSharedToo, "the scale multiplies the shared experts, too", "tiny-shared"),
     _mutant(LayerSharedReadsTheSum, "the shared experts read the routed sum", "tiny-scale1-shared"),
     _mutant(LayerGateUnused, "the shared expert's gate is not used", "shared-gate-shared"),
-    _mutant(LayerCutsWithoutTokenIds, "parts of a batch have no token ids", "by-token-id-shared"),
+    Mutant(
+        LayerCutsWithoutTokenIds,
+        "chunking",
+        "all parts of a batch have the first one's token ids",
+        ("layer-130-tokens-by-id-plain", "any_number_of_tokens_is_computed"),
+    ),
     _mutant(LayerAverageIsASum, "the average of routed and shared experts is a sum", "shared-average-shared"),
 )

@@ -355,7 +355,7 @@ CLAUSES: dict[str, Clause] = {
         "chunking",
         "However many tokens there are, and pairs of one expert, and however they are cut into chunks and tiles: each "
         "token's result must be its own.",
-        ("vllm#20392", "sglang#3679", "vllm#21963"),
+        ("vllm#20392", "sglang#3679", "vllm#21963", "Megatron-LM#4481"),
     ),
     "outputs.written": Clause(
         "unwritten-output",

@@ -293,15 +293,28 @@ ORIENTED_CASES = tuple(
     )
 )
 
-CHUNK_CASES = tuple(
-    _case(f"{tokens}-tokens", {**NARROW, "T": tokens}, parts, tier, scale=1.0, dtype=dtype, clause="batches.any-size")
-    for tokens, parts, dtype, tier in (
-        (65, ("shared",), "float32", "core"),
-        (129, (), "float32", "core"),
-        (130, ("padded_hidden",), "bfloat16", "core"),
-        (257, (), "bfloat16", "core"),
-        (1025, ("shared",), "float32", "full"),
-    )
+CHUNK_CASES = (
+    *(
+        _case(
+            f"{tokens}-tokens", {**NARROW, "T": tokens}, parts, tier, scale=1.0, dtype=dtype, clause="batches.any-size"
+        )
+        for tokens, parts, dtype, tier in (
+            (65, ("shared",), "float32", "core"),
+            (129, (), "float32", "core"),
+            (130, ("padded_hidden",), "bfloat16", "core"),
+            (257, (), "bfloat16", "core"),
+            (1025, ("shared",), "float32", "full"),
+        )
+    ),
+    # Each part takes its own token ids along.
+    _case(
+        "130-tokens-by-id",
+        {**NARROW, "T": 130, "E": 32, "K": 4},
+        (),
+        routing="deepseek-v4-hash",
+        scale=1.0,
+        clause="batches.any-size",
+    ),
 )
 
 PADDING_CASES = tuple(
