@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.catalogue.case import Case, check
-from moe_conformance.engine import Engine, Rows
+from moe_conformance.engine import Engine, RowKind, Rows
 from moe_conformance.errors import Unsupported
 from moe_conformance.judging import compare
 from moe_conformance.suites.capture_session.cases import LOGICAL
@@ -20,11 +21,12 @@ from moe_conformance.suites.capture_session.steps import KINDS, TOP_K, spec_of
 def test_copies_are_recorded_as_their_experts(engine: Engine, case: Case) -> None:
     """On the last of the ranks. All copies are chosen in turn; a row names no expert twice."""
     counts, experts = case["counts"], case["experts"]
-    rank, whole = len(counts) - 1, ("local", "concatenated")
+    rank = len(counts) - 1
+    kinds: Sequence[RowKind] = ("concatenated", "local") if rank else KINDS
     offered = engine.capabilities()["capture_session"]
-    kind = next((kind for kind in (whole[::-1] if rank else KINDS) if kind in offered), None)
+    kind = next((kind for kind in kinds if kind in offered), None)
     if kind is None:
-        raise Unsupported(f"capture_session: got no layout, want one of {', '.join(whole)}")
+        raise Unsupported(f"capture_session: got no layout, want one of {', '.join(kinds)}")
     start, own = (sum(counts[:rank]) if kind == "concatenated" else 0), counts[rank]
     spec = replace(spec_of(max(counts), experts), dp_rank=rank, dp_size=len(counts))
     with closing(engine.capture_session(spec)) as session:

@@ -14,6 +14,9 @@ from moe_conformance.suites.experts import stored
 TINY = {"T": 33, "E": 11, "K": 4, "D": 20, "F": 12}
 # 2F < D, as most models have it.
 NARROW = {**TINY, "F": 7}
+# On a CPU with AMX torch's own product of bfloat16 lets rows meet where a width is no multiple of 32
+# (findings/torch_amx_rows.py): where rows hold NaN, an engine is not judged by that.
+WHOLE_TILES = {**TINY, "D": 64, "F": 32}
 # 2F = D: w13 and its transpose have one shape. F = D: so have w2 and its own.
 EQUAL = {"T": 16, "E": 8, "K": 2, "D": 24, "F": 12}
 SQUARE = {**EQUAL, "F": 24}
@@ -259,7 +262,7 @@ CHUNK_CASES = (
 # The last rows are padding. Its ids are legal, or -1 where an engine knows that.
 PADDING_CASES = (
     _case("padding", "rows.padding", tier="smoke", padding=21),
-    _case("padding-bf16", "rows.padding", NARROW, padding=32, dtype="bfloat16"),
+    _case("padding-bf16", "rows.padding", WHOLE_TILES, padding=32, dtype="bfloat16"),
     _case("padding-one-token-fp16", "rows.padding", {**NARROW, "T": 8}, padding=7, dtype="float16"),
     _case("padding-dropped", "rows.padding", padding=13, dropped=6),
     _case("padding-131-tokens-bias", "rows.padding", {**NARROW, "T": 131}, "full", padding=61, function="silu-bias"),
