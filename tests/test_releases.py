@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -227,6 +230,51 @@ def test_an_interrupted_download_is_done_again(index: str, cache: Path) -> None:
     (half / "__init__.py").write_text("raise SystemExit('half')")
     done = _releases(index, cache, "0.22.0", "--case", CASE)
     assert done.returncode == 0 and "0.22.0: fetching" in done.stdout
+
+
+@pytest.fixture
+def building(cache: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A run whose pip takes for ever, and the pip's process id."""
+    told = cache.parent / "pip"
+    pip = f"import os, time; print(os.getpid(), file=open({str(told)!r}, 'w'), flush=True); time.sleep(600)"
+    code = (
+        "import sys, release_cache, release_command; from release_servers import VLLM;"
+        f"VLLM.claim = lambda *_: release_cache._run(sys.executable, '-c', {pip!r}, what='');"
+        "release_command.main()"
+    )
+    command = [sys.executable, "-c", code, "0.22.0", "--cache", str(cache)]
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parent)}
+    with subprocess.Popen(command, env=environment) as run:
+        while not (told.exists() and told.read_text().endswith("\n")):
+            assert run.poll() is None
+            time.sleep(0.05)
+        number = int(told.read_text())
+        yield run, number
+        run.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+
+
+def test_a_run_that_is_told_to_end_ends_what_it_started(building: tuple[subprocess.Popen[bytes], int]) -> None:
+    run, pip = building
+    run.terminate()
+    assert run.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(pip, 0)
+
+
+def test_a_run_waits_for_the_pip_of_one_that_was_killed(
+    building: tuple[subprocess.Popen[bytes], int], cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both would write to the same environment."""
+    run, pip = building
+    run.kill()
+    run.wait()
+    end = threading.Timer(1, os.kill, (pip, signal.SIGKILL))
+    end.start()
+    with VLLM(cache).locked():
+        assert not end.is_alive()
+    assert capfd.readouterr().out == f"cache: another run uses {cache}; waiting for its end\n"
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,15 @@ class Cache(abc.ABC):
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One run at a time in a cache; another waits."""
+        """One run at a time in a cache; another says that it waits."""
         with (self.folder / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                click.echo(f"cache: another run uses {self.folder}; waiting for its end")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # By a pip, too, that outlives a run which was killed: it still writes to an environment.
+            os.set_inheritable(file.fileno(), True)
             yield
 
     def released(self) -> list[str]:
@@ -343,7 +349,7 @@ def _pip(python: Path, verb: str, *arguments: str | Path, what: str) -> None:
 
 def _run(*command: str | Path, what: str) -> None:
     """Run quietly. Raises ClickException with the command's last words."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, close_fds=False)
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines()[-6:]
         raise click.ClickException(f"{what}: exit code {done.returncode}\n" + "\n".join(f"  {line}" for line in words))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -85,6 +86,8 @@ def main(
 
     Exit code 0: every release was judged. 1: a process broke, or with --known a verdict was not as declared.
     """
+    # As Ctrl-C does it: ends what this process has started.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     for version in versions:
         try:
             Version(version)
