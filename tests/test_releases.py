@@ -128,7 +128,8 @@ def test_every_minor_release_is_judged_and_each_fault_said_once(index: str, cach
         assert f"{version} (" in done.stdout and (cache.parent / "out" / version / "verdicts.jsonl").exists()
     assert done.stdout.count("routing-semantics: fail") == 2  # its checks, each of two releases
     assert done.stdout.count("    1 case, 0.19.1 to 0.21.0\n") == 2
-    assert f"    tools/releases.py 0.21.0 --engine tiny_release:Tiny --case {CASE}\n" in done.stdout
+    same = f"--cache {cache} --out {cache.parent / 'out' / 'again'}"
+    assert f"    tools/releases.py 0.21.0 --engine tiny_release:Tiny --case {CASE} {same}\n" in done.stdout
     assert "0.23.0 (4 of 4), its Python alone: " in done.stdout  # for GPUs: its Python is judged all the same
     assert f"results: {cache.parent / 'out'} (" in done.stdout and f"cache: {cache} (" in done.stdout
 
@@ -148,7 +149,7 @@ def test_releases_of_the_other_server_are_judged_with_the_same_words(index: str,
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0.5.19" not in done.stdout and "0.5.21 (2 of 2), its Python: " in done.stdout
     assert done.stdout.count("    1 case, 0.5.20\n") == 2
-    again = f"    tools/releases.py 0.5.20 --of sglang --engine tiny_release:TinyOther --case {CASE}\n"
+    again = f"    tools/releases.py 0.5.20 --engine tiny_release:TinyOther --case {CASE} --of sglang --cache {cache} "
     assert again in done.stdout
     assert [folder.name for folder in sorted((cache / "releases").iterdir())] == ["sglang-0.5.20", "sglang-0.5.21"]
 
