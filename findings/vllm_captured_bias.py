@@ -46,8 +46,11 @@ with set_current_vllm_config(vllm_config), torch.no_grad():
     bias = block.get_parameter(name)
     with set_forward_context(None, vllm_config):
         first = block(x.clone())
-        replaced = torch.func.functional_call(block, {name: other}, (x.clone(),))
+        called = torch.func.functional_call(block, {name: other}, (x.clone(),))
+        block.gate.e_score_correction_bias = torch.nn.Parameter(other)
+        replaced = block(x.clone())
         bias.copy_(other)
         want = block(x.clone())
-print(vllm.__version__, "with another bias: as with the first", bool((replaced == first).all()), end="; ")
-print("off by", float((replaced - want).abs().max()))
+for what, got in (("functional_call", called), ("a new Parameter", replaced)):
+    as_before, off = bool((got == first).all()), float((got - want).abs().max())
+    print(vllm.__version__, f"{what}: as with the first bias {as_before}; off by {off}")

@@ -29,8 +29,8 @@ dbrx = {
 laguna = {
     "architectures": ["LagunaForCausalLM"], "model_type": "laguna", "hidden_size": H, "num_attention_heads": 2,
     "num_key_value_heads": 2, "num_hidden_layers": 1, "mlp_layer_types": ["sparse"], "mlp_only_layers": [],
-    "vocab_size": 64, "intermediate_size": F, "moe_intermediate_size": F, "shared_expert_intermediate_size": F, "num_experts": E,
-    "num_experts_per_tok": 2, "max_position_embeddings": 128,
+    "vocab_size": 64, "intermediate_size": F, "moe_intermediate_size": F, "shared_expert_intermediate_size": F,
+    "num_experts": E, "num_experts_per_tok": 2, "max_position_embeddings": 128,
 }  # fmt: skip
 text = {
     "model_type": "aria_text", "hidden_size": H, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64,

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import click
 import pytest
-from release_cache import LARGE
+from release_cache import LARGE, install
 from release_report import fault_lines
 from release_servers import VLLM, server_of
 from tiny_release import RELEASES
@@ -302,3 +302,18 @@ def test_no_network_and_no_place_are_said_before_anything_is_built(cache: Path) 
     done = _releases("http://127.0.0.1:9/simple", cache.parent / "file" / "cache")
     assert done.returncode == 1 and "name another folder with --cache" in done.stderr
     assert "Traceback" not in done.stderr
+    cache.parent.joinpath("out").write_text("")
+    done = _releases("http://127.0.0.1:9/simple", cache)
+    assert done.returncode == 1 and "name another folder with --out" in done.stderr
+
+
+def test_no_network_is_said_where_an_environment_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip says of an index that does not answer that it has no version of a package."""
+    for name, value in {"INDEX_URL": "http://127.0.0.1:9/simple", "CONFIG_FILE": os.devnull, "RETRIES": "0"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    for name in ("EXTRA_INDEX_URL", "FIND_LINKS"):
+        monkeypatch.delenv(f"PIP_{name}", raising=False)
+    with pytest.raises(
+        click.ClickException, match=r"of some: exit code 1\n(.*\n)+  no package index answers; is there"
+    ):
+        install(Path(sys.executable), "a-package-of-nobody==1", what="some")

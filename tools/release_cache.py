@@ -77,14 +77,7 @@ class Cache(abc.ABC):
         self.folder = folder
         self.most = most
         self.used: set[Path] = set()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise click.ClickException(
-                f"cache: cannot write to {folder}: {error.strerror}; name another folder with --cache"
-            ) from error
+        require_writable(folder, "--cache")
 
     @abc.abstractmethod
     def place(self, version: str) -> Place:
@@ -274,6 +267,18 @@ class Cache(abc.ABC):
         return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
 
 
+def require_writable(folder: Path, option: str) -> None:
+    """Make the folder. Raises ClickException, before minutes go into what cannot be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise click.ClickException(
+            f"{option}: cannot write to {folder}: {error.strerror}; name another folder with {option}"
+        ) from error
+
+
 def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-conformance"
 
@@ -344,7 +349,13 @@ def _fresh(folder: Path) -> None:
 
 
 def _pip(python: Path, verb: str, *arguments: str | Path, what: str) -> None:
-    _run(python, "-m", "pip", "--disable-pip-version-check", verb, "--quiet", *arguments, what=f"pip {verb} of {what}")
+    command = (python, "-m", "pip", "--disable-pip-version-check", verb, "--quiet", *arguments)
+    try:
+        _run(*command, what=f"pip {verb} of {what}")
+    except click.ClickException as error:
+        if "(from versions: none)" in error.message:  # of a package whose name is right
+            error.message += "\n  no package index answers; is there a network?"
+        raise
 
 
 def _run(*command: str | Path, what: str) -> None:

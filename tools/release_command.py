@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 from packaging.version import InvalidVersion, Version
-from release_cache import MOST_GIGABYTES, Cache, Place, install_project, user_cache, write
+from release_cache import MOST_GIGABYTES, Cache, Place, install_project, require_writable, user_cache, write
 from release_report import fault_lines, stages
 from release_servers import SERVERS, server_of
 
@@ -98,6 +98,7 @@ def main(
     whose = SERVERS[server or server_of(engines)]
     asked = Asked(engines or whose.engines, _words(given))
     kept = whose((cache or user_cache()).resolve(), cache_limit * 1e9)
+    require_writable(out, "--out")
     with kept.locked():
         chosen = sorted(versions, key=Version) or kept.released()
         kept.claim(chosen)
