@@ -1,4 +1,4 @@
-"""vLLM's experts on a CPU and swiglu_limit, without our suite: run beside 0.32 with its libraries.
+"""vLLM's experts on a CPU and swiglu_limit, without our suite: run beside 0.28 or later.
 
 EXAONE-MoE and Bailing-MoE-V3 hand swiglu_limit to their expert layer. The kernel for a CPU accepts the layer and
 computes silu without the limit; Triton's experts clamp gate and up.

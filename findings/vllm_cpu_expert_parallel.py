@@ -1,4 +1,4 @@
-"""vLLM's experts on a CPU under expert parallelism, two ranks, without our suite: run beside 0.32 with its libraries.
+"""vLLM's experts on a CPU under expert parallelism, two ranks, without our suite: run beside 0.28 or later.
 
 Each rank has half of the experts, and its kernel is given global ids and no map of them: `CPUUnquantizedExperts.apply`
 ignores expert_map. A rank computes pairs of experts that it does not have from whatever lies behind its weights: with
@@ -80,4 +80,9 @@ for parallel in (False, True):
         (Path(name) / "config.json").write_text(json.dumps(text))
         command = [sys.executable, "-P", __file__]
         ranks = [subprocess.Popen([*command, str(rank), str(parallel), name]) for rank in (0, 1)]
+        for rank in ranks:
+            try:
+                rank.wait(300)
+            except subprocess.TimeoutExpired:
+                rank.kill()  # it waits for one that died
         print(f"expert parallel {parallel}: exit codes", [rank.wait() for rank in ranks])

@@ -1,4 +1,4 @@
-"""vLLM's reload of weights and its experts on a CPU, without our suite: run beside 0.32 with its libraries.
+"""vLLM's reload of weights and its experts on a CPU, without our suite: run beside 0.28 or later.
 
 A reload loads a layer anew, lays it out for its kernel, and copies that into the tensors that the layer had. On a CPU,
 where experts are laid out for the kernel in place, pushing the same weights again gives another output, and so does

@@ -1,4 +1,4 @@
-"""vLLM's MoE runner in float16 and models whose decoder layers do not make up for it: run beside 0.32.
+"""vLLM's MoE runner in float16 and models whose decoder layers do not make up for it: run beside 0.28 or later.
 
 Where there is a shared expert, a layer in float16 is returned over its routed_scaling_factor, lest it overflow.
 DeepSeek-V2's decoder layer divides the residual alike, so that nothing is lost; GLM-4's knows nothing of it (nor do

@@ -1,10 +1,10 @@
-"""Checkpoint tensors that vLLM's loaders lose, without our suite: run beside any release; shown on 0.32.0.
+"""Checkpoint tensors that vLLM's loaders lose, without our suite: run beside 0.20 or later.
 
-- DBRX, 0.28.0 and 0.32.0: its loader looks for `experts.w13_weight`, which is `experts.routed_experts.w13_weight` by
+- DBRX, from 0.28.0 on: its loader looks for `experts.w13_weight`, which is `experts.routed_experts.w13_weight` by
   then: KeyError. 0.20.0 loads it.
 - Aria, 0.28.0: no form of its packed experts is loaded, "has no parameter 'w13_weight.weight'".
-- Laguna, 0.32.0: `mlp.experts.e_score_correction_bias`, by which its router chooses, is dropped without a word. The
-  check of what was loaded excuses every parameter of a layer that is processed after loading.
+- Laguna, from 0.28.0 on: `mlp.experts.e_score_correction_bias`, by which its router chooses, is dropped without a
+  word. The check of what was loaded excuses every parameter of a layer that is processed after loading.
 """
 
 import json
@@ -63,7 +63,11 @@ for config, name, shape in (
             init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
             initialize_model_parallel(1, 1)
             started = True
-        model = initialize_model(vllm_config)
+        try:
+            model = initialize_model(vllm_config)
+        except AttributeError as error:  # an activation that a build for CPUs lacks
+            print(vllm.__version__, name, "cannot be built here:", error)
+            continue
         for parameter in model.parameters():
             parameter.data.zero_()
         try:
