@@ -300,7 +300,7 @@ class OneLayout(Innocent, lacks={"capture_session": {"local", "sequence_shard", 
         return Session(spec)
 
 
-class PlainBuffer(Innocent, lacks={"capture_session": {"unwritten", "expert_bounds"}}):
+class PlainBuffer(Innocent, lacks={"capture_session": {"unwritten", "expert_bounds", "physical_ids"}}):
     """Ids are kept as they came; what was not captured reads as what was there before, at first 0."""
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
