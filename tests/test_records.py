@@ -53,7 +53,7 @@ print(*catalogue(), *(word for words in Reference().capabilities().values() for 
 """
 
 
-@pytest.mark.parametrize("slug", ["solar-open", "mixtral", "jamba", "qwen3-omni-thinker"])
+@pytest.mark.parametrize("slug", ["solar-open", "mixtral", "jamba", "qwen3-omni-thinker", "deepseek-v3", "gpt-oss", "qwen3-moe"])
 def test_a_family_without_its_record_is_nowhere(slug: str) -> None:
     """No case and no engine of ours has it, and everything else is there."""
     record = BY_SLUG[slug]
