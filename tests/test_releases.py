@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +19,7 @@ from types import SimpleNamespace
 
 import click
 import pytest
-from release_cache import LARGE
+from release_cache import LARGE, install
 from release_report import fault_lines
 from release_servers import VLLM, server_of
 from tiny_release import RELEASES
@@ -125,7 +128,8 @@ def test_every_minor_release_is_judged_and_each_fault_said_once(index: str, cach
         assert f"{version} (" in done.stdout and (cache.parent / "out" / version / "verdicts.jsonl").exists()
     assert done.stdout.count("routing-semantics: fail") == 2  # its checks, each of two releases
     assert done.stdout.count("    1 case, 0.19.1 to 0.21.0\n") == 2
-    assert f"    tools/releases.py 0.21.0 --engine tiny_release:Tiny --case {CASE}\n" in done.stdout
+    same = f"--cache {cache} --out {cache.parent / 'out' / 'again'}"
+    assert f"    tools/releases.py 0.21.0 --engine tiny_release:Tiny --case {CASE} {same}\n" in done.stdout
     assert "0.23.0 (4 of 4), its Python alone: " in done.stdout  # for GPUs: its Python is judged all the same
     assert f"results: {cache.parent / 'out'} (" in done.stdout and f"cache: {cache} (" in done.stdout
 
@@ -145,7 +149,7 @@ def test_releases_of_the_other_server_are_judged_with_the_same_words(index: str,
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0.5.19" not in done.stdout and "0.5.21 (2 of 2), its Python: " in done.stdout
     assert done.stdout.count("    1 case, 0.5.20\n") == 2
-    again = f"    tools/releases.py 0.5.20 --of sglang --engine tiny_release:TinyOther --case {CASE}\n"
+    again = f"    tools/releases.py 0.5.20 --engine tiny_release:TinyOther --case {CASE} --of sglang --cache {cache} "
     assert again in done.stdout
     assert [folder.name for folder in sorted((cache / "releases").iterdir())] == ["sglang-0.5.20", "sglang-0.5.21"]
 
@@ -229,6 +233,51 @@ def test_an_interrupted_download_is_done_again(index: str, cache: Path) -> None:
     assert done.returncode == 0 and "0.22.0: fetching" in done.stdout
 
 
+@pytest.fixture
+def building(cache: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A run whose pip takes for ever, and the pip's process id."""
+    told = cache.parent / "pip"
+    pip = f"import os, time; print(os.getpid(), file=open({str(told)!r}, 'w'), flush=True); time.sleep(600)"
+    code = (
+        "import sys, release_cache, release_command; from release_servers import VLLM;"
+        f"VLLM.claim = lambda *_: release_cache._run(sys.executable, '-c', {pip!r}, what='');"
+        "release_command.main()"
+    )
+    command = [sys.executable, "-c", code, "0.22.0", "--cache", str(cache)]
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parent)}
+    with subprocess.Popen(command, env=environment) as run:
+        while not (told.exists() and told.read_text().endswith("\n")):
+            assert run.poll() is None
+            time.sleep(0.05)
+        number = int(told.read_text())
+        yield run, number
+        run.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+
+
+def test_a_run_that_is_told_to_end_ends_what_it_started(building: tuple[subprocess.Popen[bytes], int]) -> None:
+    run, pip = building
+    run.terminate()
+    assert run.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(pip, 0)
+
+
+def test_a_run_waits_for_the_pip_of_one_that_was_killed(
+    building: tuple[subprocess.Popen[bytes], int], cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both would write to the same environment."""
+    run, pip = building
+    run.kill()
+    run.wait()
+    end = threading.Timer(1, os.kill, (pip, signal.SIGKILL))
+    end.start()
+    with VLLM(cache).locked():
+        assert not end.is_alive()
+    assert capfd.readouterr().out == f"cache: another run uses {cache}; waiting for its end\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -253,3 +302,19 @@ def test_no_network_and_no_place_are_said_before_anything_is_built(cache: Path) 
     done = _releases("http://127.0.0.1:9/simple", cache.parent / "file" / "cache")
     assert done.returncode == 1 and "name another folder with --cache" in done.stderr
     assert "Traceback" not in done.stderr
+    cache.parent.joinpath("out").rmdir()
+    cache.parent.joinpath("out").symlink_to("file/out")
+    done = _releases("http://127.0.0.1:9/simple", cache)
+    assert done.returncode == 1 and "name another folder with --out" in done.stderr
+
+
+def test_no_network_is_said_where_an_environment_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip says of an index that does not answer that it has no version of a package."""
+    for name, value in {"INDEX_URL": "http://127.0.0.1:9/simple", "CONFIG_FILE": os.devnull, "RETRIES": "0"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    for name in ("EXTRA_INDEX_URL", "FIND_LINKS"):
+        monkeypatch.delenv(f"PIP_{name}", raising=False)
+    with pytest.raises(
+        click.ClickException, match=r"of some: exit code 1\n(.*\n)+  no package index answers; is there"
+    ):
+        install(Path(sys.executable), "a-package-of-nobody==1", what="some")

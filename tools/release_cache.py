@@ -77,14 +77,7 @@ class Cache(abc.ABC):
         self.folder = folder
         self.most = most
         self.used: set[Path] = set()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise click.ClickException(
-                f"cache: cannot write to {folder}: {error.strerror}; name another folder with --cache"
-            ) from error
+        require_writable(folder, "--cache")
 
     @abc.abstractmethod
     def place(self, version: str) -> Place:
@@ -100,9 +93,15 @@ class Cache(abc.ABC):
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One run at a time in a cache; another waits."""
+        """One run at a time in a cache; another says that it waits."""
         with (self.folder / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                click.echo(f"cache: another run uses {self.folder}; waiting for its end")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # By a pip, too, that outlives a run which was killed: it still writes to an environment.
+            os.set_inheritable(file.fileno(), True)
             yield
 
     def released(self) -> list[str]:
@@ -268,6 +267,18 @@ class Cache(abc.ABC):
         return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
 
 
+def require_writable(folder: Path, option: str) -> None:
+    """Make the folder. Raises ClickException, before minutes go into what cannot be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise click.ClickException(
+            f"{option}: cannot write to {folder}: {error.strerror}; name another folder with {option}"
+        ) from error
+
+
 def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-conformance"
 
@@ -338,12 +349,18 @@ def _fresh(folder: Path) -> None:
 
 
 def _pip(python: Path, verb: str, *arguments: str | Path, what: str) -> None:
-    _run(python, "-m", "pip", "--disable-pip-version-check", verb, "--quiet", *arguments, what=f"pip {verb} of {what}")
+    command = (python, "-m", "pip", "--disable-pip-version-check", verb, "--quiet", *arguments)
+    try:
+        _run(*command, what=f"pip {verb} of {what}")
+    except click.ClickException as error:
+        if "(from versions: none)" in error.message:  # of a package whose name is right
+            error.message += "\n  no package index answers; is there a network?"
+        raise
 
 
 def _run(*command: str | Path, what: str) -> None:
     """Run quietly. Raises ClickException with the command's last words."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, close_fds=False)
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines()[-6:]
         raise click.ClickException(f"{what}: exit code {done.returncode}\n" + "\n".join(f"  {line}" for line in words))

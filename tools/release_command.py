@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 from packaging.version import InvalidVersion, Version
-from release_cache import MOST_GIGABYTES, Cache, Place, install_project, user_cache, write
+from release_cache import MOST_GIGABYTES, Cache, Place, install_project, require_writable, user_cache, write
 from release_report import fault_lines, stages
 from release_servers import SERVERS, server_of
 
@@ -85,6 +87,8 @@ def main(
 
     Exit code 0: every release was judged. 1: a process broke, or with --known a verdict was not as declared.
     """
+    # As Ctrl-C does it: ends what this process has started.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     for version in versions:
         try:
             Version(version)
@@ -92,10 +96,9 @@ def main(
             raise click.BadParameter(f"got {version!r}, want a version such as 0.20.0", param_hint="VERSION") from error
     given = {"--class": bug_class, "--case": case, "-k": keyword, "--tier": tier, "--known": known and known.resolve()}
     whose = SERVERS[server or server_of(engines)]
-    asked = Asked(
-        engines or whose.engines, tuple(str(word) for pair in given.items() if pair[1] is not None for word in pair)
-    )
+    asked = Asked(engines or whose.engines, _words(given))
     kept = whose((cache or user_cache()).resolve(), cache_limit * 1e9)
+    require_writable(out, "--out")
     with kept.locked():
         chosen = sorted(versions, key=Version) or kept.released()
         kept.claim(chosen)
@@ -105,7 +108,14 @@ def main(
             _bisect(judge, asked.of_case(bisect), chosen)
         else:
             judge.all(asked, chosen)
-            _report(judge, asked, ("--of", server) if server else ())
+            same = {
+                "--of": server,
+                "--cache": cache and cache.resolve(),
+                "--cache-limit": f"{cache_limit:g}" if cache_limit != MOST_GIGABYTES else None,
+                # A folder of its own, or what is reported here would be written over.
+                "--out": out.resolve() / "again",
+            }
+            _report(judge, asked, _words(same))
         kept.evict()
         _places(kept, out.resolve(), prune)
     broken = any(result.verdict in BROKEN for results in judge.results.values() for result in results)
@@ -145,6 +155,11 @@ class _Judge:
 
     def __post_init__(self) -> None:
         self._prepared: set[Path] = set()
+
+
+def _words(options: Mapping[str, object]) -> tuple[str, ...]:
+    """Those that have a value, as a command line takes them."""
+    return tuple(str(word) for pair in options.items() if pair[1] is not None for word in pair)
 
 
 def _engines(names: Sequence[str]) -> list[str]:
@@ -207,14 +222,15 @@ def _bisect(judge: _Judge, asked: Asked, versions: Sequence[str]) -> None:
     click.echo(f"{first} in {versions[low]}, {last} in {versions[high]}")
 
 
-def _report(judge: _Judge, asked: Asked, of: Sequence[str]) -> None:
+def _report(judge: _Judge, asked: Asked, same: Sequence[str]) -> None:
+    """same: the options that a command which judges one case again needs, too."""
     text = "\n".join(as_text(judge.results)).lstrip("\n")
     # An engine given as module:Class is asked for by that, and has another name in its results.
     addressed = [engine for engine in asked.engines if ":" in engine]
 
     def again(version: str, result: Result) -> str:
-        words = ["tools/releases.py", version, *of, *_engines(addressed or [result.engine]), "--case", result.case]
-        return " ".join(words)
+        engines = _engines(addressed or [result.engine])
+        return shlex.join(["tools/releases.py", version, *engines, "--case", result.case, *same])
 
     lines = list(fault_lines(judge.results, again))
     if lines:

@@ -112,7 +112,9 @@ def matrices(experts: Any, tile: tuple[int, int] | None) -> dict[str, Tensor]:
         raise Unsupported("load: quantised experts without a gate are not read here")
     rows_of_each = rows_of(experts)
     hidden, width = rows_of_each["b2"], rows_of_each["b13"] // 2
-    held = {name: value.detach() for name, value in experts.routed_experts.named_parameters(recurse=False)}
+    # Releases without a runner of their own (to 0.27) keep the parameters in the layer itself.
+    owner = getattr(experts, "routed_experts", experts)
+    held = {name: value.detach() for name, value in owner.named_parameters(recurse=False)}
     found = {}
     for name, (rows, columns) in {"w13": (2 * width, hidden), "w2": (hidden, width)}.items():
         own = {key.removeprefix(f"{name}_"): value for key, value in held.items() if key.startswith(f"{name}_")}

@@ -106,8 +106,14 @@ CLAUSES: dict[str, Clause] = {
     ),
     "capture.refuse-count": Clause(
         "dp-assertions",
-        "A row count that fits no layout must raise and name what came and what was expected.",
+        "A row count that fits no layout must raise, and leave the record as it was.",
         ("vllm#37879",),
+    ),
+    "capture.name-counts": Clause(
+        "dp-assertions",
+        "The error for a row count that fits no layout should name what came and what was expected.",
+        ("vllm#37879",),
+        "SHOULD",
     ),
     "capture.only-real-rows": Clause(
         "capture-replay",

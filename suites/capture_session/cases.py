@@ -238,6 +238,17 @@ WRONG_VALID_COUNT = tuple(
     for kind, fitting in _FITTING.items()
 )
 
+# Whether the error says what came and what fits: two numbers each, of which no message has both by chance.
+NAMED_COUNT = tuple(
+    Case(
+        f"capture-{kind.replace('_', '-')}-wrong-count-named",
+        stage="capture_session",
+        clause="capture.name-counts",
+        recipe={"kind": kind, "counts": _COUNTS, "tp": _TP, "rank": 0, "fits": rows, "wrong": (233, 407)},
+    )
+    for kind, (rows, _) in _FITTING.items()
+)
+
 # What is readable -------------------------------------------------------------------------------------------------
 
 # One rank, where all layouts are one, so that a wrong layout is not accused here a second time.
@@ -427,6 +438,7 @@ CASES = (
     *PADDING_UNREADABLE,
     *WRONG_COUNT,
     *NO_TOKENS_WRONG_COUNT,
+    *NAMED_COUNT,
     *WRONG_VALID_COUNT,
     *SMALLER_STEP,
     *UNWRITTEN,
