@@ -208,10 +208,11 @@ def _parser() -> argparse.ArgumentParser:
     this = add(
         "report",
         report,
-        "Make runs a page of one HTML file, given as folders, folders of folders, or verdicts.jsonl files.",
+        "Show runs beside each other, given as folders, folders of folders, or verdicts.jsonl files.",
     )
     this.add_argument("results", type=Path, nargs="+")
     this.add_argument("--html", type=Path, metavar="FILE", help="the page: no network is needed to read it")
+    this.add_argument("--markdown", type=Path, metavar="FILE.md", help="the tables of all runs")
     this.add_argument("--badge", type=Path, metavar="FILE.svg", help="an image that says how many MUSTs hold")
     for made in parsers:
         made.set_defaults(known_options=re.findall(r"--[\w-]+", made.format_usage()))
@@ -425,13 +426,13 @@ def report(options: argparse.Namespace, _: list[str]) -> int:
     from moe_conformance.reporting.page import write
     from moe_conformance.reporting.runs import gather
 
-    if not (options.html or options.badge):
-        raise UsageError("report: got no --html and no --badge, want one of them, or both")
+    if not (options.html or options.markdown or options.badge):
+        raise UsageError("report: got no --html, --markdown or --badge, want one of them, or several")
     runs = gather(options.results)
     for found in runs:
         for trouble in found.troubles:
             print(f"{found.name}: {trouble}", file=sys.stderr)
-    for line in write(runs, options.html, options.badge):
+    for line in write(runs, options.html, options.markdown, options.badge):
         print(line)
     return 0
 

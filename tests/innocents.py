@@ -300,7 +300,7 @@ class OneLayout(Innocent, lacks={"capture_session": {"local", "sequence_shard", 
         return Session(spec)
 
 
-class PlainBuffer(Innocent, lacks={"capture_session": {"unwritten", "expert_bounds"}}):
+class PlainBuffer(Innocent, lacks={"capture_session": {"unwritten", "expert_bounds", "physical_ids"}}):
     """Ids are kept as they came; what was not captured reads as what was there before, at first 0."""
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
@@ -325,15 +325,18 @@ class _Buffer:
         pass
 
 
-class CountsPadding(Innocent, lacks={"capture_session": {"unwritten"}}):
-    """A rank's tokens are those of the batch as it is padded to the size of a graph; nothing tells them apart."""
+class CountsPadding(PlainBuffer, lacks={"capture_session": {"unwritten", "expert_bounds", "physical_ids"}}):
+    """A rank's tokens are those of the batch as it is padded to the size of a graph; nothing tells them apart.
+
+    So it looks at no id: those of padding may be anything.
+    """
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         offered = dict(super().capabilities())
         return offered | {"capture_session": offered["capture_session"] | {"counted_padding"}}
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
-        class Session(Capturer):
+        class Session(_Buffer):
             def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
                 if rows.valid_rows is not None:
                     raise InputError("valid_rows: got a number, want None")

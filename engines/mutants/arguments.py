@@ -86,7 +86,7 @@ class ExpertStrideOfW2(Faulty):
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         w2 = inputs.tensors["experts.w2"]
-        if inputs.padded_hidden or inputs.padded_intermediate or w2.numel() > 1 << 16:
+        if inputs.quant or inputs.padded_hidden or inputs.padded_intermediate or w2.numel() > 1 << 16:
             return super().layer(inputs)
         packed = as_if_strided(w2, (w2.shape[1] * w2.shape[2], *w2.stride()[1:]))
         return super().layer(replace(inputs, tensors={**inputs.tensors, "experts.w2": packed}))

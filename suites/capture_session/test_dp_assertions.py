@@ -49,7 +49,7 @@ def _step(case: Case, counted: bool = False) -> SimulatedStep:
     """counted: padding of a batch counts among its rank's tokens, where engines differ."""
     recipe = case.recipe
     behind = recipe.get("padding_rows", 0), recipe.get("padding_id")
-    counted = counted and behind[0] > 0
+    counted = counted and "padding_rows" in recipe
     return SimulatedStep(case["counts"], case["tp"], recipe.get("padding"), recipe.get("top_k", TOP_K), behind, counted)
 
 
