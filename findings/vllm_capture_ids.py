@@ -15,6 +15,7 @@ import torch
 import vllm
 import vllm.model_executor.layers.fused_moe.routed_experts_capturer as module
 from vllm.forward_context import override_forward_context
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
 text = NS(num_hidden_layers=3, num_experts_per_tok=2, num_experts=250, model_type="x")
 sizes = {"get_total_num_hidden_layers": lambda: 3, "get_num_experts": lambda: 250, "get_num_experts_per_tok": lambda: 2}
@@ -38,8 +39,8 @@ with override_forward_context(NS(dp_metadata=None, batch_descriptor=None)):
         except (IndexError, AssertionError) as error:
             print(vllm.__version__, f"capture(layer {layer}, {ids}): {error}")
 if hasattr(module, "RoutedExpertsManager"):
-    module.get_routed_experts_attn_gid = lambda _: 0
-    groups = [NS(kv_cache_spec=NS(block_size=1))]
-    manager = module.RoutedExpertsManager(config, NS(num_blocks=3, kv_cache_groups=groups))
+    spec = FullAttentionSpec(block_size=1, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    blocks = KVCacheConfig(num_blocks=3, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+    manager = module.RoutedExpertsManager(config, blocks)
     manager.store_batch(np.full((1, 3, 2), 9, dtype=np.uint8), np.array([-1]))
     print(vllm.__version__, "store_batch(slot -1): slots hold", manager.routed_experts_by_slot[:, 0, 0].tolist())

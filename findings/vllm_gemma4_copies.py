@@ -1,4 +1,4 @@
-"""vLLM's Gemma 4 block and a copy of it, without our suite: run beside 0.22 to 0.30.
+"""vLLM's Gemma 4 block and a copy of it, without our suite: run beside 0.20 to 0.30.
 
 Its routing function is a closure over the block that it was built with. A copy routes with the original's scales,
 whatever its own are. Later releases have no such closure.
