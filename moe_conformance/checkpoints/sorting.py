@@ -49,12 +49,13 @@ Outside = dict[str, dict[str, Stored]]
 class Sorted(NamedTuple):
     """groups: what the MoE layers hold, by layer and spelling. outside: what is elsewhere, by stem and end.
 
-    ends: of all names.
+    ends: of all names. strange: the layers whose MoE blocks have names that are in no spelling of the family.
     """
 
     groups: dict[Key, Group]
     outside: Outside
     ends: frozenset[str]
+    strange: frozenset[tuple[Stack, int]] = frozenset()
 
 
 class _Kind(NamedTuple):
@@ -71,8 +72,13 @@ class _Kind(NamedTuple):
     held: dict[str, list[tuple[str, Stored]]]
 
 
-def sorted_out(tensors: Mapping[str, Stored], layout: Layout | None, findings: Findings) -> Sorted:
-    """Sort every tensor into the MoE layers, or by the stem of its name."""
+def sorted_out(
+    tensors: Mapping[str, Stored], layout: Layout | None, findings: Findings, is_open: bool = False
+) -> Sorted:
+    """Sort every tensor into the MoE layers, or by the stem of its name.
+
+    is_open: quantised by a method that is not known, whose names are not either.
+    """
     kinds: dict[tuple[str, ...], _Kind] = {}
     others: list[_Kind] = []
     outside: Outside = {}
@@ -99,8 +105,16 @@ def sorted_out(tensors: Mapping[str, Stored], layout: Layout | None, findings: F
         held.append((parts[kind.expert], entry))
     inside = [kind for kind in (*kinds.values(), *others) if kind.spot is not None]
     groups = _grouped(inside, findings)
-    _strangers(inside, layout, groups, findings)
-    return Sorted(groups, outside, frozenset(kind.end for kind in (*kinds.values(), *others)))
+    if not is_open:
+        _strangers(inside, layout, groups, findings)
+    strange = frozenset(
+        (kind.spot.stack, int(digits))
+        for kind in inside
+        if kind.spot is not None and kind.spot.spelling is None
+        for digits in kind.held
+        if NUMBER.fullmatch(digits)
+    )
+    return Sorted(groups, outside, frozenset(kind.end for kind in (*kinds.values(), *others)), strange)
 
 
 def _kind(name: str, layout: Layout | None) -> _Kind:
