@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the tests of `checkpoint --vllm` and `--sglang` beside their newest releases: loader_tests.py [vllm] [sglang]."""
+"""Tests of `checkpoint --vllm` and `--sglang` beside their newest releases: loader_tests.py [vllm] [sglang]."""
 
 from __future__ import annotations
 
