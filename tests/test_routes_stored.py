@@ -150,3 +150,25 @@ def test_packed_experts_that_a_quantiser_split_are_joined(family: str, tmp_path:
     assert of_codes.findings == () and of_codes.layers == of_numbers.layers
     wrong = PLANTS["shifted-by-one"][0](record).save(tmp_path / "wrong.safetensors")
     assert [finding.kind for finding in judged(stored, wrong).findings][:1] == ["shifted"]
+
+
+@pytest.mark.nightly
+def test_packed_experts_without_an_end_of_their_name_are_read(tmp_path: Path) -> None:
+    """As transformers saves float8: experts.gate_up_proj and, behind an underscore, experts.gate_up_proj_scale_inv."""
+    plain, stored = folders(tmp_path, "fp8-block")
+    named = load_file(stored / "model.safetensors")
+    each = {name: named.pop(name) for name in list(named) if ".mlp.experts." in name}
+    for layer in sorted({name.partition(".mlp.")[0] for name in each}):
+        block = f"{layer}.mlp.experts"
+        count = sum(name.startswith(block) and name.endswith("up_proj.weight") for name in each)
+        for end, written in (("weight", ""), ("weight_scale_inv", "_scale_inv")):
+            gate, up, down = (
+                torch.stack([each[f"{block}.{expert}.{part}_proj.{end}"].view(torch.uint8) for expert in range(count)])
+                for part in ("gate", "up", "down")
+            )
+            dtype = each[f"{block}.0.up_proj.{end}"].dtype
+            named[f"{block}.gate_up_proj{written}"] = torch.cat([gate, up], dim=1).view(dtype)
+            named[f"{block}.down_proj{written}"] = down.contiguous().view(dtype)
+    save_file(named, stored / "model.safetensors", {"format": "pt"})
+    record = recorded(plain, requests(), "bfloat16").save(tmp_path / "record.safetensors")
+    assert judged(stored, record).layers == judged(plain, record).layers

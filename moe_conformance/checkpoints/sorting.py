@@ -8,7 +8,7 @@ from typing import NamedTuple
 from moe_conformance.checkpoints.findings import Findings
 from moe_conformance.checkpoints.forms import CARRIERS, Held
 from moe_conformance.checkpoints.headers import Stored
-from moe_conformance.checkpoints.layout import CUT, NUMBER, Layout, Spelling, Spot, ends
+from moe_conformance.checkpoints.layout import CUT, NUMBER, TORCHAO, Layout, Spelling, Spot, ends
 from moe_conformance.model.families.naming import Stack
 from moe_conformance.quote import plainly
 
@@ -211,6 +211,10 @@ def _strangers(kinds: Iterable[_Kind], layout: Layout | None, groups: Mapping[Ke
 def beside(entry: Stored, end: str, matrix: Matrix) -> str:
     """The name of a tensor that is not there, of the matrix that the entry is of."""
     own = next(known for known, held in matrix.stored.items() if held is entry)
+    if entry.name.rpartition(".")[2].startswith("_"):
+        written = {meant: word for word, meant in TORCHAO.items()}
+        if end in written and entry.name.endswith(f"_{written.get(own)}"):
+            return entry.name.removesuffix(written[own]) + written[end]
     if end in OF_THE_WEIGHT:
         return f"{entry.name}.{end}"
     if own in OF_THE_WEIGHT and entry.name.endswith(f".weight.{own}"):

@@ -208,8 +208,11 @@ def _joined(
 
 def _stem(matrix: Matrix) -> str:
     """What the names of a matrix' tensors have in common."""
+    name = matrix.carrier.name
+    if name.rpartition(".")[2].startswith("_"):
+        return next(ends(name))[0]
     end = next(end for end, entry in matrix.stored.items() if entry is matrix.carrier)
-    return matrix.carrier.name.removesuffix(end)[:-1]
+    return name.removesuffix(end)[:-1] if name.endswith((f".{end}", f"_{end}")) else name
 
 
 def _elsewhere(found: Whole, config: Mapping[str, Any], routed: Parts, model: Any) -> dict[str, Plain | Quantised]:
