@@ -141,6 +141,17 @@ def configured(**keys: Any) -> Callable[[Path], object]:
     return replaced("config.json", json.dumps({**config_of("qwen3_moe"), **keys}).encode())
 
 
+def quantised_by(method: str, **keys: Any) -> Callable[[Path], object]:
+    return configured(quantization_config={"quant_method": method, **keys})
+
+
+def nested(depth: int) -> Any:
+    found: Any = {}
+    for _ in range(depth):
+        found = {"_data": found, "_type": "OddConfig"}
+    return found
+
+
 # What is done to a folder; the exit code; what must be said.
 FOLDERS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "config-missing": (lambda folder: (folder / "config.json").unlink(), 2, "config.json: not there"),
@@ -222,6 +233,87 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "shard-a-folder": (lambda folder: ((folder / LAST).unlink(), (folder / LAST).mkdir()), 1, LAST),
     "a-pickle-beside": (piped("pytorch_model.bin"), 0, "may run code"),
     "a-stray-pipe-beside": (piped("other.safetensors"), 0, "no part of the model"),
+    "config-with-a-mark": (replaced("config.json", b"\xef\xbb\xbf{}"), 2, "BOM"),
+    "config-utf-16": (replaced("config.json", json.dumps({}).encode("utf-16")), 2, "not readable as JSON"),
+    "config-surrogate": (replaced("config.json", b'{"model_type":"\\ud800"}'), 1, "has no routed experts"),
+    "config-and-more": (replaced("config.json", b"{}\0\0"), 2, "Extra data"),
+    "config-a-loop": (linked("config.json", "config.json"), 2, "symbolic links"),
+    "config-gone": (linked("config.json", "gone.json"), 2, "config.json: not there"),
+    "config-large": (replaced("config.json", b'{"a":"%s"}' % (b"y" * 2**26)), 2, "want at most 33554432"),
+    "config-of-nan": (configured(hidden_size=float("nan")), 1, "want an integer from"),
+    "sizes-of-floats": (configured(num_experts=11.0), 1, "want an integer from"),
+    "sizes-of-text": (configured(num_experts="11"), 1, "want an integer from"),
+    "layers-many": (configured(mlp_only_layers=list(range(200_000))), 1, "a list of at most"),
+    "layers-of-text": (configured(mlp_only_layers="abc"), 1, "a list of at most"),
+    "architectures-of-nonsense": (configured(architectures=[1, None, {"a": 1}]), 0, "no defects"),
+    "drafts-absurd": (configured(num_nextn_predict_layers=10**9), 0, "no defects"),
+    "modelopt-a-loop": (
+        lambda folder: (folder / "hf_quant_config.json").symlink_to("hf_quant_config.json"),
+        2,
+        "symbolic links",
+    ),
+    "modelopt-a-pipe": (piped("hf_quant_config.json"), 2, "a pipe or a device"),
+    "modelopt-null": (replaced("hf_quant_config.json", b'{"quantization":null}'), 1, "quantization: got None"),
+    "modelopt-algorithms-of-lists": (
+        quantised_by("modelopt", quant_algo="MIXED_PRECISION", quantized_layers={"a": {"quant_algo": ["x"]}}),
+        0,
+        "no-form",
+    ),
+    "torchao-deep": (quantised_by("torchao", quant_type=nested(300)), 0, "no-form"),
+    "torchao-wide": (
+        quantised_by("torchao", quant_type={str(n): {"_type": "Int8WeightOnlyConfig"} for n in range(10_000)}),
+        1,
+        "no tensor in such a form",
+    ),
+    "torchao-null": (quantised_by("torchao", quant_type=None), 0, "no-form"),
+    "auto-round-of-lists": (
+        quantised_by("auto-round", packing_format=[1], data_type={"a": 1}, bits=[4], extra_config=[1]),
+        0,
+        "no-form",
+    ),
+    "auto-round-negative": (
+        quantised_by("auto-round", group_size=8, extra_config={"a": {"bits": -3}}),
+        1,
+        "bits: got -3",
+    ),
+    "auto-round-with-slow-patterns": (
+        quantised_by("auto-round", extra_config={f"(a+)+${n}*": {"bits": 16} for n in range(10_000)}),
+        1,
+        "no tensor in such a form",
+    ),
+    "gptq-widths-of-text": (quantised_by("gptq", dynamic={"+:a": {"bits": "eight"}}), 1, "bits: got 'eight'"),
+    "gptq-widths-a-list": (quantised_by("gptq", dynamic=[1]), 1, "no tensor in such a form"),
+    "gptq-bits-null": (quantised_by("gptq", bits=None), 1, "bits: got None"),
+    "quark-of-lists": (
+        quantised_by("quark", global_quant_config={"weight": {"dtype": ["fp4"], "qscheme": {}}}),
+        0,
+        "no-form",
+    ),
+    "groups-many": (
+        quantised_by("compressed-tensors", config_groups={str(n): {"weights": {}} for n in range(2_000)}),
+        1,
+        "want at most 1,000",
+    ),
+    "method-of-commands": (quantised_by("\x1b[2J\x07"), 0, "no-form"),
+    "index-of-many-shards": (
+        replaced(INDEX, json.dumps({"weight_map": {str(n): f"{n}.safetensors" for n in range(6_000)}}).encode()),
+        2,
+        "want at most 5,000",
+    ),
+    "shard-without-end": (lambda folder: os.truncate(folder / LAST, 2**40), 1, "that are of no tensor"),
+    "shard-of-odd-names": (
+        replaced(LAST, file_of({name: T("U8", (1,)) for name in ("_", "._", "_qdata", "a.__scale", "experts._qdata")})),
+        1,
+        "want every one",
+    ),
+    "shard-of-many-layers": (
+        replaced(
+            LAST,
+            file_of({f"model.layers.{n}99.mlp.experts.0.up_proj.weight": T("U8", (0,)) for n in range(1, 2_000)}),
+        ),
+        1,
+        "want 9 layers, as config.json says",
+    ),
     "no-tensors": (lambda folder: [path.unlink() for path in folder.glob("model*")], 2, "has neither"),
 }
 

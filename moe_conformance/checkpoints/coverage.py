@@ -24,19 +24,24 @@ class Coverage:
         # Spellings that occur in some layer.
         self._used: set[str] = set()
 
-    def judge(self, groups: Mapping[Key, Group]) -> None:
-        """Every canonical tensor of every layer, whole and once."""
+    def judge(self, groups: Mapping[Key, Group], unknown: frozenset[tuple[Stack, int]] = frozenset()) -> None:
+        """Every canonical tensor of every layer, whole and once.
+
+        unknown: layers whose tensors go by names of a method of quantisation that is not known.
+        """
         layout = self._layout
         self._used = {pattern for _, _, pattern in groups}
         by_layer: dict[tuple[Stack, int], list[Group]] = {}
         for (stack, index, _), group in groups.items():
             by_layer.setdefault((stack, index), []).append(group)
         for place, layer in layout.layers.items():
+            if place in unknown:
+                continue
             self._covered(place, layer, by_layer.get(place, []))
         for place, held in by_layer.items():
             draft, is_draft = layout.layer(*place)
             routed = any("experts." in piece.target for group in held for piece in group.spelling.pieces)
-            if is_draft and draft is not None and routed:
+            if is_draft and draft is not None and routed and place not in unknown:
                 self._covered(place, draft, held)
 
     def _covered(self, place: tuple[Stack, int], layer: Layer, held: list[Group]) -> None:

@@ -25,6 +25,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 MOST_HEADERS = 2**25
 # How many entries of a folder are examined; the largest published folder has 700.
 MOST_FILES = 20_000
+MOST_SHARDS = 5_000
 
 
 class Folder(NamedTuple):
@@ -155,6 +156,8 @@ def _weight_map(path: Path) -> dict[str, str]:
                 f"{index}: {plainly(name)}: got shard {quoted(got)}, want the name of a .safetensors file in the "
                 "same folder; do not load this checkpoint unless you trust where it came from"
             )
+    if len(files) > MOST_SHARDS:
+        raise CheckpointError(f"{index}: got {len(files):,} shards, want at most {MOST_SHARDS:,}; download it again")
     return weight_map
 
 

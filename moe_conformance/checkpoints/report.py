@@ -11,6 +11,7 @@ from moe_conformance.checkpoints.findings import Finding
 from moe_conformance.quote import plainly
 
 SHOWN = 3  # names of tensors in a line
+MOST = 200  # findings that somebody reads
 
 
 class Judged(Protocol):
@@ -100,7 +101,7 @@ def _lines(judgement: Judged) -> Iterator[str]:
     yield f"{plainly(judgement.folder)}: {judgement.heading}"
     table = list(judgement.lines())
     yield from ["", *table] if table else []
-    for finding in judgement.findings:
+    for finding in judgement.findings[:MOST]:
         yield ""
         yield f"{finding.level}: {finding.kind}: {_where(finding)}"
         if finding.tensors:
@@ -108,8 +109,15 @@ def _lines(judgement: Judged) -> Iterator[str]:
         yield f"  got {finding.got}"
         yield f"  want {finding.want}"
         yield f"  {finding.do}"
+    if more := _more(judgement):
+        yield from ("", more)
     yield ""
     yield judgement.outcome
+
+
+def _more(judgement: Judged) -> str:
+    beyond = len(judgement.findings) - MOST
+    return f"... and {_count(beyond, 'more finding')}; --json has them all" if beyond > 0 else ""
 
 
 def markdown(judgement: Judged) -> str:
@@ -118,7 +126,7 @@ def markdown(judgement: Judged) -> str:
     lines += ["", *table] if table else []
     if judgement.findings:
         lines += ["", "| | what | file | tensor | got | want | to do |", "|---|---|---|---|---|---|---|"]
-    for finding in judgement.findings:
+    for finding in judgement.findings[:MOST]:
         cells = (
             finding.level,
             finding.kind,
@@ -129,6 +137,8 @@ def markdown(judgement: Judged) -> str:
             finding.do,
         )
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    if more := _more(judgement):
+        lines += ["", more]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from moe_conformance.model.families.bounds import DEEPEST, MOST_WIDTH
@@ -45,7 +46,17 @@ class Scheme:
 
     def leaves(self, module: str) -> bool:
         """Whether the config says that the module, by its path, is stored as it was."""
-        return any(_is_meant(pattern, module) for pattern in self.left)
+        named, patterns = self._left
+        if named and not named.isdisjoint(_parts(module)):
+            return True
+        return any(_is_meant(pattern, module) for pattern in patterns)
+
+    @cached_property
+    def _left(self) -> tuple[frozenset[str], tuple[str, ...]]:
+        """Whole paths, or what paths begin with, which may be tens of thousands; and the other patterns."""
+        roots = ("model.", "language_model.")
+        named = frozenset(name for name in self.left if name.startswith(roots) and "*" not in name)
+        return named, tuple(dict.fromkeys(name for name in self.left if name not in named))
 
 
 class Contradiction(Exception):
@@ -105,6 +116,8 @@ def _read(given: Mapping[str, Any]) -> Scheme:
             return _auto_round(method, given, left)
         case "torchao":
             return _torchao(given)
+        case "quark":
+            return _quark(given, left)
         case "bitsandbytes":
             four, eight = given.get("load_in_4bit"), given.get("load_in_8bit")
             kinds = {"bnb4"} if four else {"bnb8"} if eight else {"bnb4", "bnb8"}
@@ -118,12 +131,14 @@ def _auto_round(method: str, given: Mapping[str, Any], left: tuple[str, ...]) ->
     packing = packing if isinstance(packing, str) else "auto_round:auto_gptq"
     extra = given.get("extra_config")
     other: set[int] = set()
+    floats: list[str] = []
     for module, said in extra.items() if isinstance(extra, Mapping) else ():
         own = said.get("bits") if isinstance(said, Mapping) else None
         if isinstance(own, int) and own >= 16:
-            left += (f"re:{module}" if re.search(r"[*\\]", module) else module,)
+            floats.append(f"re:{module}" if re.search(r"[*\\]", module) else module)
         elif isinstance(own, int):
             other.add(_whole("bits", own, 2))
+    left += tuple(floats)
     if data == "int" or data is None:
         if "llm_compressor" in packing:
             return Scheme(method, left=left, known=False)
@@ -165,6 +180,27 @@ def _configs(said: Any, depth: int = 0) -> Iterator[str]:
             yield from _configs(value, depth + 1)
 
 
+def _quark(given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
+    """AMD's: float8, of which a tensor or a row has a scale, and MXFP4. Layers may have a config of their own."""
+    own = [given.get(key) for key in ("layer_quant_config", "layer_type_quant_config")]
+    layers = [level for levels in own if isinstance(levels, Mapping) for level in levels.values()]
+    forms = {_of_quark(level) for level in (given.get("global_quant_config"), *layers)}
+    kinds = frozenset(form for form in forms if form is not None)
+    return Scheme("quark", kinds, left=("*",) if layers else left, known=None not in forms)
+
+
+def _of_quark(level: Any) -> Kind | None:
+    weight = level.get("weight") if isinstance(level, Mapping) else None
+    if not isinstance(weight, Mapping):
+        return None
+    match weight.get("dtype"), weight.get("qscheme"), weight.get("group_size"):
+        case "fp8_e4m3", "per_tensor" | "per_channel", _:
+            return "fp8"
+        case "fp4", "per_group", 32:
+            return "mxfp4"
+    return None
+
+
 def _left(given: Mapping[str, Any]) -> tuple[str, ...]:
     found: list[str] = []
     for key in LEFT:
@@ -195,12 +231,9 @@ def _integers(method: str, kind: Kind, given: Mapping[str, Any], left: tuple[str
     dynamic: GPTQModel's, by expressions of modules: those that are left as they were (-:), and other widths (+:).
     """
     dynamic = given.get("dynamic")
-    own: list[Any] = []
-    for module, said in dynamic.items() if isinstance(dynamic, Mapping) else ():
-        if module.startswith("-:"):
-            left += (f"re:{module[2:]}",)
-        elif isinstance(said, Mapping):
-            own.append(said)
+    modules = dynamic if isinstance(dynamic, Mapping) else {}
+    left += tuple(f"re:{module[2:]}" for module in modules if module.startswith("-:"))
+    own = [said for module, said in modules.items() if not module.startswith("-:") and isinstance(said, Mapping)]
     bits, group = given.get("bits", given.get("w_bit", 4)), given.get("group_size", given.get("q_group_size", 128))
     return Scheme(
         method,
@@ -223,10 +256,15 @@ _FORMATS: Mapping[str, Kind] = {
 }
 
 
+MOST_GROUPS = 1000  # of modules with a form of their own
+
+
 def _compressed(given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
     groups = given.get("config_groups")
     if groups is not None and not isinstance(groups, Mapping):
         raise Contradiction(f"config_groups: got {quoted(groups)}, want a map")
+    if groups and len(groups) > MOST_GROUPS:
+        raise Contradiction(f"config_groups: got {len(groups):,}, want at most {MOST_GROUPS:,}")
     common = given.get("format")
     kinds: set[Kind] = set()
     blocks: set[tuple[int, int]] = set()
@@ -234,7 +272,8 @@ def _compressed(given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
     strategies: set[str] = set()
     bits: set[int] = set()
     symmetric: set[bool] = set()
-    known, static = bool(groups), False
+    # No groups at all: nothing but the cache is quantised, or of what is said elsewhere nothing is known.
+    known, static = bool(groups) or (common in (None, "dense") and not given.get("sparsity_config")), False
     for name, group in (groups or {}).items():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):
@@ -300,6 +339,13 @@ def _modelopt(given: Mapping[str, Any]) -> Scheme:
         names, left = [str(name or "").upper() for name in own], ("*",)
     known = not any(name and name not in kinds for name in names)
     return Scheme("modelopt", frozenset(kinds[name] for name in names if name in kinds), left=left, known=known)
+
+
+def _parts(module: str) -> Iterator[str]:
+    """What a path begins with, and every path within it."""
+    yield from (module[:at] for at in range(1, len(module) + 1))
+    at = [-1, *(i for i, letter in enumerate(module) if letter == "."), len(module)]
+    yield from (module[first + 1 : last] for i, first in enumerate(at) for last in at[i + 1 :])
 
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.*\-]*")

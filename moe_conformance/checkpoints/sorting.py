@@ -8,7 +8,7 @@ from typing import NamedTuple
 from moe_conformance.checkpoints.findings import Findings
 from moe_conformance.checkpoints.forms import CARRIERS, Held
 from moe_conformance.checkpoints.headers import Stored
-from moe_conformance.checkpoints.layout import CUT, NUMBER, Layout, Spelling, Spot, ends
+from moe_conformance.checkpoints.layout import CUT, NUMBER, TORCHAO, Layout, Spelling, Spot, ends
 from moe_conformance.model.families.naming import Stack
 from moe_conformance.quote import plainly
 
@@ -49,12 +49,13 @@ Outside = dict[str, dict[str, Stored]]
 class Sorted(NamedTuple):
     """groups: what the MoE layers hold, by layer and spelling. outside: what is elsewhere, by stem and end.
 
-    ends: of all names.
+    ends: of all names. strange: the layers whose MoE blocks have names that are in no spelling of the family.
     """
 
     groups: dict[Key, Group]
     outside: Outside
     ends: frozenset[str]
+    strange: frozenset[tuple[Stack, int]] = frozenset()
 
 
 class _Kind(NamedTuple):
@@ -71,8 +72,13 @@ class _Kind(NamedTuple):
     held: dict[str, list[tuple[str, Stored]]]
 
 
-def sorted_out(tensors: Mapping[str, Stored], layout: Layout | None, findings: Findings) -> Sorted:
-    """Sort every tensor into the MoE layers, or by the stem of its name."""
+def sorted_out(
+    tensors: Mapping[str, Stored], layout: Layout | None, findings: Findings, is_open: bool = False
+) -> Sorted:
+    """Sort every tensor into the MoE layers, or by the stem of its name.
+
+    is_open: quantised by a method that is not known, whose names are not either.
+    """
     kinds: dict[tuple[str, ...], _Kind] = {}
     others: list[_Kind] = []
     outside: Outside = {}
@@ -99,8 +105,16 @@ def sorted_out(tensors: Mapping[str, Stored], layout: Layout | None, findings: F
         held.append((parts[kind.expert], entry))
     inside = [kind for kind in (*kinds.values(), *others) if kind.spot is not None]
     groups = _grouped(inside, findings)
-    _strangers(inside, layout, groups, findings)
-    return Sorted(groups, outside, frozenset(kind.end for kind in (*kinds.values(), *others)))
+    if not is_open:
+        _strangers(inside, layout, groups, findings)
+    strange = frozenset(
+        (kind.spot.stack, int(digits))
+        for kind in inside
+        if kind.spot is not None and kind.spot.spelling is None
+        for digits in kind.held
+        if NUMBER.fullmatch(digits)
+    )
+    return Sorted(groups, outside, frozenset(kind.end for kind in (*kinds.values(), *others)), strange)
 
 
 def _kind(name: str, layout: Layout | None) -> _Kind:
@@ -197,6 +211,10 @@ def _strangers(kinds: Iterable[_Kind], layout: Layout | None, groups: Mapping[Ke
 def beside(entry: Stored, end: str, matrix: Matrix) -> str:
     """The name of a tensor that is not there, of the matrix that the entry is of."""
     own = next(known for known, held in matrix.stored.items() if held is entry)
+    if entry.name.rpartition(".")[2].startswith("_"):
+        written = {meant: word for word, meant in TORCHAO.items()}
+        if end in written and entry.name.endswith(f"_{written.get(own)}"):
+            return entry.name.removesuffix(written[own]) + written[end]
     if end in OF_THE_WEIGHT:
         return f"{entry.name}.{end}"
     if own in OF_THE_WEIGHT and entry.name.endswith(f".weight.{own}"):

@@ -16,7 +16,8 @@ from moe_conformance.checkpoints.sorting import Sorted, sorted_out
 
 def judge(folder: Folder, model: Model, findings: Findings) -> Sorted:
     """Everything that headers say. returns every tensor in its place."""
-    held = sorted_out(folder.tensors, model.layout, findings)
+    is_open = model.scheme is not None and not model.scheme.known
+    held = sorted_out(folder.tensors, model.layout, findings, is_open)
     if model.layout is not None:
         # At most a few: more are no draft layers.
         indices = sorted({index for _, index, _ in held.groups}, reverse=True)[:8]
@@ -25,7 +26,7 @@ def judge(folder: Folder, model: Model, findings: Findings) -> Sorted:
     for key, group in held.groups.items():
         matrices.group(key, group)
     if model.layout is not None:
-        Coverage(folder, model.layout, findings).judge(held.groups)
+        Coverage(folder, model.layout, findings).judge(held.groups, held.strange if is_open else frozenset())
     else:
         alike(held.outside, folder, findings)
     matrices.outside(held.outside)
