@@ -123,7 +123,7 @@ class Engine:
     def absent(self) -> Mapping[str, Mapping[str, str]]:
         """Stage -> the undeclared features that the engine has nothing of, each with the reason.
 
-        Read from the engine's own registry, so that it cannot go stale. Cases that take one of them are `absent` and not
+        Read from the engine's own registry, so that it cannot go stale. Cases that take one of them are `absent`, not
         `unsupported`; for a single call, raise `Absent`.
         """
         return {}
