@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_conformance.engine import RECORDS
+from moe_conformance.model.families.configs import Size, filled
 
 Level = Mapping[str, Any]
 # By transformers' class, that of published checkpoints.
@@ -137,6 +138,9 @@ def _wrapped(record: Any, values: dict[str, Any]) -> dict[str, Any]:
     for key in above:
         level = level[key]
     level[last] = values
+    # What the whole requires beside it, in the size of this text model.
+    for key, beside in filled(record.wrapper.rest, {Size.HIDDEN: values.get("hidden_size")}).items():
+        found[key] = {**(found.get(key) or {}), **beside}
     return found
 
 
@@ -258,6 +262,13 @@ ONLY: Mapping[str, Mapping[str, Any]] = {
 }
 # The same for what is around the text model.
 AROUND: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
+    "ernie4_5_vl_moe_text": {
+        "hidden_size": lambda level: level["text_config"]["hidden_size"],
+        "pixel_hidden_size": lambda level: level["vision_config"]["hidden_size"],
+        "spatial_conv_size": 2,
+        "temporal_conv_size": 2,
+        "use_temporal_conv": True,
+    },
     "deepseek_ocr2_text": {"tile_tag": "2D", "projector_config": PROJECTOR},
     "unlimited_ocr_text": {"tile_tag": "2D", "projector_config": PROJECTOR},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import traceback
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,16 @@ def own(record: Any, flat: bool = True) -> str | None:
 
 def lacking(record: Any, flat: bool = True) -> str:
     return f"vLLM has no {' or '.join(published.architectures(record, flat))}"
+
+
+def reads(record: Any, key: str) -> bool:
+    """Whether the file of vLLM's own model of a family names this key of a config."""
+    from vllm.model_executor.models import ModelRegistry
+
+    name = own(record)
+    module = getattr(ModelRegistry.models[name], "module_name", None) if name else None
+    found = importlib.util.find_spec(module) if module else None
+    return found is None or found.origin is None or key in Path(found.origin).read_text(encoding="utf-8")
 
 
 @cache
