@@ -262,13 +262,6 @@ ONLY: Mapping[str, Mapping[str, Any]] = {
 }
 # The same for what is around the text model.
 AROUND: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
-    "ernie4_5_vl_moe_text": {
-        "hidden_size": lambda level: level["text_config"]["hidden_size"],
-        "pixel_hidden_size": lambda level: level["vision_config"]["hidden_size"],
-        "spatial_conv_size": 2,
-        "temporal_conv_size": 2,
-        "use_temporal_conv": True,
-    },
     "deepseek_ocr2_text": {"tile_tag": "2D", "projector_config": PROJECTOR},
     "unlimited_ocr_text": {"tile_tag": "2D", "projector_config": PROJECTOR},
 }

@@ -153,7 +153,8 @@ class Block:
             yield
 
     def __call__(self, x: Tensor, token_ids: Tensor | None, state: Tensor | None = None) -> Tensor:
-        x, state = (each if each is None or not self.in_sequences else each[None] for each in (x, state))
+        if self.in_sequences:
+            x, state = x[None], None if state is None else state[None]
         offered = {"input_ids": token_ids, "prev_router_hidden_states": state}
         answer = self.root(x, **{name: value for name, value in offered.items() if name in self.takes})
         output: Tensor = answer[0] if isinstance(answer, tuple) else answer

@@ -61,9 +61,8 @@ def _described(text: str) -> MoESpec:
     if published.record_of(values) is None:
         return _of_no_family(values)
     record, written = models.as_published(values)
-    if published.is_lossy(record, values):
-        kind = Unsupported if registry.reads(record, "mlp_layer_types") else Absent
-        raise kind(
+    if published.is_lossy(record, values) and not registry.reads(record, "mlp_layer_types"):
+        raise Absent(
             f"describe: config.json of {record.model_type} says how many of the first layers are dense, and those of "
             "this config are not the first; vLLM reads no list of them"
         )

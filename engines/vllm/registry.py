@@ -40,13 +40,17 @@ def lacking(record: Any, flat: bool = True) -> str:
 
 
 def reads(record: Any, key: str) -> bool:
-    """Whether the file of vLLM's own model of a family names this key of a config."""
+    """Whether the file or package of vLLM's own model of a family names this key of a config."""
     from vllm.model_executor.models import ModelRegistry
 
     name = own(record)
     module = getattr(ModelRegistry.models[name], "module_name", None) if name else None
     found = importlib.util.find_spec(module) if module else None
-    return found is None or found.origin is None or key in Path(found.origin).read_text(encoding="utf-8")
+    if found is None or found.origin is None:
+        return True
+    file = Path(found.origin)
+    files = file.parent.rglob("*.py") if file.name == "__init__.py" else [file]
+    return any(key in each.read_text(encoding="utf-8") for each in files)
 
 
 @cache
@@ -60,8 +64,8 @@ def _has_backend(name: str) -> bool:
 
 
 def is_backend(model: type) -> bool:
-    """Whether this class is of the backend."""
-    return model.__module__.startswith("vllm.model_executor.models.transformers")
+    """Whether this class is the backend's for models with experts."""
+    return model.__module__.startswith("vllm.model_executor.models.transformers") and "MoE" in model.__name__
 
 
 def refuses(error: Exception) -> bool:
