@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_conformance.engine import RECORDS
+from moe_conformance.model.families.configs import Size, filled
 
 Level = Mapping[str, Any]
 # By transformers' class, that of published checkpoints.
@@ -137,6 +138,9 @@ def _wrapped(record: Any, values: dict[str, Any]) -> dict[str, Any]:
     for key in above:
         level = level[key]
     level[last] = values
+    # What the whole requires beside it, in the size of this text model.
+    for key, beside in filled(record.wrapper.rest, {Size.HIDDEN: values.get("hidden_size")}).items():
+        found[key] = {**(found.get(key) or {}), **beside}
     return found
 
 

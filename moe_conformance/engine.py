@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moe_conformance.errors import (
+    Absent,
     CheckpointError,
     ConfigError,
     DenseModelError,
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
 
 # fmt: off
 __all__ = [
-    "PROTOCOL_VERSION", "RECORDS", "STAGES", "Activation", "AlignInputs", "Aligned", "Arrived", "BlockInputs",
+    "PROTOCOL_VERSION", "RECORDS", "STAGES", "Absent", "Activation", "AlignInputs", "Aligned", "Arrived", "BlockInputs",
     "BlockOutput", "Capacity", "CaptureReader", "CaptureSession", "CaptureShape", "CaptureSpec", "CaptureStore",
     "CheckpointError", "CheckpointName", "ConfigError", "DenseModelError", "DenseSpec", "Engine", "EngineInfo",
     "ExchangeInputs", "Exchanged", "ExpertMapSpec", "ExpertsInputs", "FusedShared", "GenerateInputs", "Generated",

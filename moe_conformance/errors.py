@@ -15,6 +15,13 @@ class Unsupported(MoEConformanceError):
     """The engine does not offer this stage, or this feature of it. Never counted as a pass."""
 
 
+class Absent(Unsupported):
+    """The engine has nothing of the kind: no model, no code. Told apart from what the adapter could judge and does not.
+
+    An adapter's statement about the engine, taken from the engine's own registry where it has one.
+    """
+
+
 class BeyondLimits(Unsupported):
     """The call exceeds the adapter's `limits()` for this stage, in size or dtype."""
 

@@ -235,15 +235,21 @@ def stream(folder: Path, *verdicts: str, footer: bool = True) -> str:
 
 
 def test_diff_tells_worse_from_better(tmp_path: Path) -> None:
-    before = stream(tmp_path / "a", "pass", "fail", "pass", "unsupported", "fail", "pass", "broken_should")
-    after = stream(tmp_path / "b", "fail", "pass", "unsupported", "pass", *["broken_should"] * 2, "crash")
+    before = stream(
+        tmp_path / "a", "pass", "fail", "pass", "unsupported", "fail", "pass", "broken_should", "pass", "unsupported"
+    )
+    after = stream(
+        tmp_path / "b", "fail", "pass", "unsupported", "pass", *["broken_should"] * 2, "crash", "absent", "absent"
+    )
     code, output = invoke("diff", before, after)
     assert code == 1
-    assert "7 changed, 4 worse" in output
+    assert "9 changed, 5 worse" in output
     assert "worse  e c0 k: pass -> fail" in output
     assert "worse  e c2 k: pass -> unsupported" in output
     assert "worse  e c5 k: pass -> broken_should" in output
     assert "worse  e c6 k: broken_should -> crash" in output
+    assert "worse  e c7 k: pass -> absent" in output
+    assert "       e c8 k: unsupported -> absent" in output
     assert invoke("diff", before, before) == (0, "0 changed, 0 worse\n")
 
 

@@ -23,7 +23,7 @@ from moe_conformance.engine import (
     Unsupported,
     called_by_engine,
 )
-from moe_conformance.errors import Nonconformance, UsageError
+from moe_conformance.errors import Absent, Nonconformance, UsageError
 from moe_conformance.judging.judge import Judge
 from moe_conformance.judging.probe import ProbeFailure, probe
 from moe_conformance.judging.verdict import Refusal, Verdict
@@ -115,6 +115,10 @@ def test_a_mark_sits_on_the_function_itself() -> None:
         ("capabilities", {"layer": {"softmax_topk"}}, "declare 'softmax' and 'not_renormalized' instead"),
         ("capabilities", {"capture_store": {"bounds"}}, "take it out: every engine must do it"),
         ("capabilities", {"route": frozenset()}, "got 'route', which the adapter has no method for"),
+        ("absent", {"layer": {"lora"}}, "want a mapping of stage to a mapping of feature to reason"),
+        ("absent", {"layer": {"softmx": "none"}}, "layer: got feature 'softmx', want one of "),
+        ("absent", {"layer": {"softmax": ""}}, "absent['layer']['softmax']: got '', want the reason"),
+        ("absent", {"layer": {"padded_hidden": "none"}}, "got 'padded_hidden', which capabilities() declares"),
         ("limits", {"layer": 4096}, "limits['layer']: got int, want Limits"),
         ("limits", {"lair": Limits()}, "limits: got stage 'lair', want one of describe, "),
         ("limits", {"layer": Limits(dtypes="float32")}, "dtypes: got 'float32', want a set out of float64, "),
@@ -158,6 +162,28 @@ def test_a_refusal_has_a_kind_and_the_engines_words() -> None:
     assert {outcome.verdict for outcome in said} == {Verdict.UNSUPPORTED}
     assert [outcome.refusal for outcome in said] == [Refusal.CALL, Refusal.STAGE, Refusal.FEATURE]
     assert said[0].message == "no kernel for sm_35"
+
+
+def test_what_the_engine_has_nothing_of_is_absent_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(engine: Any, case: Case) -> None:
+        raise Absent("no model of this engine routes so")
+
+    reason = "no model of this engine has experts on other ranks"
+    monkeypatch.setattr(fake_engines.CallsBack, "absent", lambda self: {"align": {"expert_map": reason}}, raising=False)
+    judge = judge_of("CallsBack")
+    mapped, dropped = (
+        Case(f"a-case-{n}", stage="align", clause="align.whole-blocks", recipe={key: True})
+        for n, key in enumerate(("expert_map", "dropped"))
+    )
+    said = [judge.judge(refuses, case) for case in (CASE, mapped, dropped)]
+    assert [(outcome.verdict, outcome.refusal) for outcome in said] == [
+        (Verdict.ABSENT, Refusal.CALL),
+        (Verdict.ABSENT, Refusal.FEATURE),
+        (Verdict.UNSUPPORTED, Refusal.FEATURE),
+    ]
+    assert said[0].message == "no model of this engine routes so"
+    assert said[1].message == f"align without expert_map: {reason}"
+    assert not any(outcome.verdict.was_judged or outcome.verdict.is_bad for outcome in said)
 
 
 def test_limits_hold_for_calls_and_can_be_asked_where_a_check_goes_around_them() -> None:

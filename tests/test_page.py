@@ -146,7 +146,7 @@ def test_it_opens_from_disk_without_a_word_of_complaint(browser: Browser) -> Non
     browser.open()
     assert len(browser.results()) == 11
     assert browser.js("document.querySelector('#chips').innerText").split("\n") == [
-        "✗ 3 of 8 MUST failed", "0 of 0 SHOULD broken", "1 known", "2 not judged",
+        "✗ 3 of 8 MUST failed", "0 of 0 SHOULD broken", "1 known", "2 not judged", "0 absent",
     ]  # fmt: skip
     assert browser.driver.get_log("browser") == []
 
@@ -257,7 +257,7 @@ def test_markup_in_a_message_is_text(browser: Browser) -> None:
 def test_the_difference_of_two_runs_is_that_of_diff(browser: Browser, folders: tuple[Path, Path]) -> None:
     browser.open("from=before&to=after")
     want = [
-        f"{'▼ worse:' if change.is_worse else '▲'} {change.before or 'absent'} → {change.after or 'absent'}".replace(
+        f"{'▼ worse:' if change.is_worse else '▲'} {change.before or 'not run'} → {change.after or 'not run'}".replace(
             "_", " "
         )
         for change in compare(*folders)

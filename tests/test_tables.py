@@ -9,6 +9,8 @@ import pytest
 from moe_conformance.catalogue.clauses import Level
 from moe_conformance.judging.verdict import DIFFERENCE, Result, Verdict
 from moe_conformance.reporting.faults import LINES, SHOWN, command, distinct, faults, own_words, told
+from moe_conformance.reporting.refusals import listed
+from moe_conformance.reporting.report import markdown
 from moe_conformance.reporting.tables import WIDTH, Table, as_markdown, as_text, cells, tables
 
 CASE = "layer-tiny-padded-hidden"
@@ -31,11 +33,12 @@ EACH = [
     result(Verdict.KNOWN_FAILURE, level="SHOULD"),
     result(Verdict.UNSUPPORTED, level="SHOULD"),
     result(Verdict.UNAVAILABLE),
+    result(Verdict.ABSENT),
     result(Verdict.ERROR, bug_class="?"),
 ]
 
 
-def test_must_should_known_and_not_judged_stand_apart_and_every_result_in_one_of_them() -> None:
+def test_must_should_known_not_judged_and_absent_stand_apart_and_every_result_in_one_of_them() -> None:
     found = tables({"mine": EACH, "other": []})
     assert found == [
         Table(
@@ -44,9 +47,21 @@ def test_must_should_known_and_not_judged_stand_apart_and_every_result_in_one_of
         ),
         Table("SHOULD: broken of judged", {"shape-mismatch": {"mine": "2/2", "other": ""}}),
         Table("known failures", {"shape-mismatch": {"mine": "1", "other": ""}}),
-        Table("not judged, of all", {"shape-mismatch": {"mine": "2/7", "other": ""}}),
+        Table("not judged, of what it has", {"shape-mismatch": {"mine": "2/7", "other": ""}}),
+        Table("absent from the engine, of all", {"shape-mismatch": {"mine": "1/8", "other": ""}}),
     ]
     assert sum(cell.total for row in cells({"mine": EACH}).values() for cell in row.values()) == len(EACH)
+
+
+def test_what_is_absent_is_listed_with_its_reasons_beside_what_is_not_judged() -> None:
+    found = [result(Verdict.ABSENT, "no such model"), result(Verdict.UNSUPPORTED, "no kernel"), *EACH[:1]]
+    assert list(listed(found)) == [
+        "mine, refused when called: 1 results",
+        "  1 no kernel",
+        "mine, the engine has nothing of the kind: 1 results",
+        "  1 no such model",
+    ]
+    assert "  1 no such model" in markdown({"mine": found}, (), {}).splitlines()
 
 
 def test_a_table_keeps_within_its_width_whatever_the_number_and_names_of_columns() -> None:

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_conformance.engine import RECORDS, Target, checkpoint_of
+from moe_conformance.engine import RECORDS, Absent, RoutingSpec, Target, Unsupported, checkpoint_of
 from moe_conformance.engines import decoder, published, servers
-from moe_conformance.engines.vllm import loading, quantised
-from moe_conformance.engines.vllm.refusing import refusals
-from moe_conformance.errors import Unsupported
+from moe_conformance.engines.vllm import loading, quantised, registry
+from moe_conformance.engines.vllm.refusing import Unasked, all_of, refusals
 from moe_conformance.suites.block.blocks import tensors_of
 from moe_conformance.suites.block.configs import VARIANTS
 from moe_conformance.suites.load.stored import ENCODED, TILE
@@ -238,3 +237,21 @@ def test_a_matrix_that_was_left_out_is_as_it_is() -> None:
 def test_an_unknown_form_is_not_judged() -> None:
     with pytest.raises(Unsupported, match="qweight"):
         quantised._numbers({"qweight": torch.ones(2, 4, 3)}, 4, 3, None, 1)
+
+
+def test_only_what_no_model_of_the_registry_does_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.runtime, "_known_architectures", lambda: frozenset({"ZayaForCausalLM"}))
+    said = registry.only_elsewhere(frozenset({"softmax"}))
+    assert said["capacity"] == "vLLM has no model of its own that routes so; nllb-moe, switch_transformers do"
+    assert "skip_expert" not in said and "softmax" not in said
+    assert not registry.routes(RoutingSpec(2, renormalize="sum"), 8)
+    monkeypatch.setattr(registry.runtime, "_known_architectures", lambda: frozenset({"MixtralForCausalLM"}))
+    assert "skip_expert" in registry.only_elsewhere(frozenset())
+    assert registry.routes(RoutingSpec(2, renormalize="sum"), 8)
+
+
+def test_a_call_is_absent_where_all_that_were_asked_have_nothing_of_the_kind() -> None:
+    nothing, refuses, unasked = Absent("no such model"), Unsupported("no kernel"), Unasked("no bfloat16")
+    assert type(all_of([nothing, nothing, unasked])) is Absent and str(all_of([nothing, unasked])) == "no such model"
+    assert type(all_of([nothing, refuses])) is Unsupported and type(all_of([unasked])) is Unsupported
+    assert str(all_of([nothing, refuses, unasked])) == "no such model; no kernel; no bfloat16"

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from moe_conformance.engine import RECORDS, Unsupported
+from moe_conformance.engine import RECORDS, Absent, Unsupported
 
 # Keys and class names of published configs: what vLLM's adapter knows of them, and nothing of vLLM.
 from moe_conformance.engines import published, servers
@@ -157,14 +157,14 @@ def is_text(model_type: str) -> bool:
 
 
 def as_published(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The record of a config, and the config.json of a checkpoint. Raises Unsupported where SGLang has none."""
+    """The record of a config, and the config.json of a checkpoint. Raises Absent where SGLang has none."""
     record = published.record_of(config)
     if record is None:
         raise Unsupported(f"SGLang: no family is known of model type {config.get('model_type')!r}")
     flat = published.is_flat(record, config)
     name = architecture(record, flat)
     if name is None:
-        raise Unsupported(f"SGLang has no {' or '.join(architectures(record, flat))}")
+        raise Absent(f"SGLang has no {' or '.join(architectures(record, flat))}")
     register(name)
     values = published.config(record, name, copy.deepcopy(dict(config)))
     level = values

@@ -13,13 +13,13 @@ import transformers
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from moe_conformance.errors import ConfigError, Unsupported
+from moe_conformance.errors import Absent, ConfigError, Unsupported
 
 
 def as_config(config: Any) -> Any:
     """A transformers config object; a plain dict goes through AutoConfig by its model_type.
 
-    Raises Unsupported for a model type that the installed transformers does not have.
+    Raises Absent for a model type that the installed transformers does not have.
     """
     if isinstance(config, Mapping):
         if "model_type" not in config:
@@ -27,7 +27,7 @@ def as_config(config: Any) -> Any:
                 f"config: a dict needs the key 'model_type' to name its family; got keys {', '.join(sorted(config))}"
             )
         if config["model_type"] not in CONFIG_MAPPING:  # for instance of a family newer than this release
-            raise Unsupported(f"transformers {transformers.__version__} has no model type {config['model_type']!r}")
+            raise Absent(f"transformers {transformers.__version__} has no model type {config['model_type']!r}")
         return AutoConfig.for_model(**copy.deepcopy(dict(config)))
     if not hasattr(config, "get_text_config"):
         raise ConfigError(f"config: got {type(config).__name__}, want a transformers config or its dict")

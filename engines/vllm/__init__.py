@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_conformance.engine import (
+    RECORDS,
     Aligned,
     AlignInputs,
     BlockInputs,
@@ -122,6 +123,19 @@ class VLLM(Engine):
 
     def capabilities(self) -> Mapping[str, frozenset[str]]:
         return self._offered
+
+    def absent(self) -> Mapping[str, Mapping[str, str]]:
+        """How only families route that its registry has no model of; whether it has one of a family, each call tells.
+
+        And a description of layers: what its expert layers and its models' interface for balancing say is sizes.
+        """
+        from moe_conformance.engines.vllm import registry
+
+        routers = sorted({"route", "router_module"} & self._offered.keys())
+        layers = "vLLM describes the sizes of expert layers, and nowhere what they compute"
+        return {"describe": {"layers": layers}} | {
+            stage: registry.only_elsewhere(self._offered[stage]) for stage in routers
+        }
 
     def _want(self, stage: str) -> None:
         if stage not in self._offered:
@@ -359,13 +373,11 @@ def _generate() -> frozenset[str]:
 
 def _checkpoints() -> frozenset[str]:
     """Every family as its own checkpoints name tensors, and Gemma 4 in the styles that were published."""
-    from moe_conformance.engines.vllm import models
-
     try:
         _gemma4()
     except ImportError:
-        return models.model_types()
-    return models.model_types() | NAMING_STYLES
+        return frozenset(RECORDS)
+    return frozenset({*RECORDS, *NAMING_STYLES})
 
 
 def _load() -> frozenset[str]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import (
+    RECORDS,
     BlockInputs,
     BlockOutput,
     Routing,
@@ -34,7 +35,7 @@ from moe_conformance.engines import servers
 from moe_conformance.engines.decoder import Around, whole_layer
 from moe_conformance.engines.vllm import device, interpreted, models, routing, runtime
 from moe_conformance.engines.vllm.built import experts_of, scratch
-from moe_conformance.engines.vllm.refusing import refusals
+from moe_conformance.engines.vllm.refusing import all_of, refusals
 from moe_conformance.errors import CheckpointError, ConfigError
 
 Tensors = Mapping[str, Tensor]
@@ -46,7 +47,7 @@ _IDENTITY_MULTIPLE = 256
 
 
 def features() -> frozenset[str]:
-    return models.model_types() | {"same_bits"}
+    return frozenset({*RECORDS, "same_bits"})
 
 
 @torch.no_grad()
@@ -57,13 +58,13 @@ def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
     or interpreted. Raises Unsupported with the reasons of both.
     """
     runtime.start()
-    config, reasons = json.dumps(dict(inputs.config)), []
+    config, refused = json.dumps(dict(inputs.config)), []
     for platform in PLATFORMS if device.is_cpu() else PLATFORMS[:1]:
         try:
             return _block(inputs, Key(config, inputs.layer, inputs.x.dtype, inputs.tensors, platform))
         except Unsupported as refusal:
-            reasons.append(str(refusal))
-    raise Unsupported("; ".join(dict.fromkeys(reasons)))
+            refused.append(refusal)
+    raise all_of(refused)
 
 
 def _block(inputs: BlockInputs, key: Key) -> tuple[BlockOutput, str]:
@@ -78,7 +79,7 @@ def _block(inputs: BlockInputs, key: Key) -> tuple[BlockOutput, str]:
     ids = None if inputs.token_ids is None else inputs.token_ids.flatten()
     context = override_forward_context(create_forward_context(None, found.config))
     with found.running(), context, refusals(), Tap(found, inputs.routing) as tap:
-        output = found(x, ids)
+        output = found(x, ids, inputs.state if inputs.state is None else inputs.state.flatten(0, -2))
     _CACHED[key] = found  # one that broke off half-way is not run again
     if inputs.routing is not None and tap.seen is None:
         raise Unsupported(f"block: {type(found.experts).__name__} asks no router in a place where a routing can be put")
@@ -151,9 +152,11 @@ class Block:
         with as_on(self.platform, self.dtype), models.current(self.config, self.dtype):
             yield
 
-    def __call__(self, x: Tensor, token_ids: Tensor | None) -> Tensor:
-        x = x[None] if self.in_sequences else x
-        answer = self.root(x, **({"input_ids": token_ids} if "input_ids" in self.takes else {}))
+    def __call__(self, x: Tensor, token_ids: Tensor | None, state: Tensor | None = None) -> Tensor:
+        if self.in_sequences:
+            x, state = x[None], None if state is None else state[None]
+        offered = {"input_ids": token_ids, "prev_router_hidden_states": state}
+        answer = self.root(x, **{name: value for name, value in offered.items() if name in self.takes})
         output: Tensor = answer[0] if isinstance(answer, tuple) else answer
         return output
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_conformance.engine import DenseModelError, MoESpec, Unsupported
+from moe_conformance.engine import Absent, DenseModelError, MoESpec, Unsupported
 from moe_conformance.engines import published
 from moe_conformance.engines.servers import MoELayer
-from moe_conformance.engines.vllm import block, models, runtime
+from moe_conformance.engines.vllm import block, models, registry, runtime
+from moe_conformance.engines.vllm.refusing import all_of
 
 # Names of the modules with shared experts. Of the first, a module is several side by side; the others are one.
 _SEVERAL = "shared_experts"
@@ -60,8 +61,8 @@ def _described(text: str) -> MoESpec:
     if published.record_of(values) is None:
         return _of_no_family(values)
     record, written = models.as_published(values)
-    if published.is_lossy(record, values):
-        raise Unsupported(
+    if published.is_lossy(record, values) and not registry.reads(record, "mlp_layer_types"):
+        raise Absent(
             f"describe: config.json of {record.model_type} says how many of the first layers are dense, and those of "
             "this config are not the first; vLLM reads no list of them"
         )
@@ -86,14 +87,14 @@ def _of_folder(folder: Path, model_type: str) -> MoESpec:
 
 def _built(folder: Path) -> models.Built:
     """The model without memory; one that has no experts for a CPU as it is on a GPU."""
-    reasons = []
+    refused = []
     for platform in block.PLATFORMS[:2]:
         try:
             with block.as_on(platform, torch.float32):
                 return models.build(folder, torch.float32, runs=False, where="meta")
         except Unsupported as refusal:
-            reasons.append(str(refusal))
-    raise Unsupported("; ".join(dict.fromkeys(reasons)))
+            refused.append(refusal)
+    raise all_of(refused)
 
 
 def _spec(built: models.Built, model_type: str) -> MoESpec:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_conformance.engine import called_by_engine
 from moe_conformance.engines.vllm import device
-from moe_conformance.engines.vllm.refusing import refusals
+from moe_conformance.engines.vllm.refusing import Unasked, refusals
 from moe_conformance.errors import Unsupported
 
 
@@ -72,7 +72,7 @@ def require(dtype: torch.dtype | None = None) -> None:
     if not device.is_cpu():  # they are compiled
         return
     if dtype is torch.bfloat16:
-        raise Unsupported("vLLM's Triton kernels: Triton's interpreter computes with the raw bits of bfloat16")
+        raise Unasked("vLLM's Triton kernels: Triton's interpreter computes with the raw bits of bfloat16")
     _stand_in()
 
 

@@ -22,10 +22,10 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from moe_conformance.engine import RECORDS, Unsupported
+from moe_conformance.engine import Absent, Unsupported
 from moe_conformance.engines import published, servers
 from moe_conformance.engines.servers import MoELayer
-from moe_conformance.engines.vllm import absent, device, runtime
+from moe_conformance.engines.vllm import absent, device, registry, runtime
 from moe_conformance.engines.vllm.refusing import said
 
 # No config that is judged has fewer positions.
@@ -53,18 +53,6 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "routed_experts") or (isinstance(old, type) and isinstance(module, old))
 
 
-def model_types() -> frozenset[str]:
-    """Of the families with a record, those whose model vLLM has, by the name of its class."""
-    return frozenset(model_type for model_type in RECORDS if architecture(RECORDS[model_type]) is not None)
-
-
-def architecture(record: Any, flat: bool = True) -> str | None:
-    """The class that vLLM has for checkpoints of a family. flat: for a config of its text model alone."""
-    names = published.architectures(record, flat)
-    known = runtime._known_architectures()
-    return next((name for name in names if name in known), None)
-
-
 @contextlib.contextmanager
 def folder_of(record: Any, values: Mapping[str, Any]) -> Iterator[Path]:
     """A folder with the config.json of what `as_published` gives."""
@@ -74,14 +62,14 @@ def folder_of(record: Any, values: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def as_published(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The record of a config, and the config.json of a checkpoint. Raises Unsupported where vLLM has no such class."""
+    """The record of a config, and the config.json of a checkpoint. Raises Absent where vLLM has no such class."""
     record = published.record_of(config)
     if record is None:
         raise Unsupported(f"vLLM: no family is known of model type {config.get('model_type')!r}")
     flat = published.is_flat(record, config)
-    name = architecture(record, flat)
+    name = registry.architecture(record, flat)
     if name is None:
-        raise Unsupported(f"vLLM has no {' or '.join(published.architectures(record, flat))}")
+        raise Absent(registry.lacking(record, flat))
     values = published.config(record, name, copy.deepcopy(dict(config)))
     for level in (values, values.get("text_config")):
         if isinstance(level, dict):
@@ -123,9 +111,14 @@ def build(folder: Path, dtype: torch.dtype, runs: bool = True, where: str = "") 
         try:
             model = initialize_model(config)
         except Exception as error:
-            raise Unsupported(f"vLLM does not build this model here: {type(error).__name__}: {said(error)}") from error
+            kind = Absent if registry.refuses(error) else Unsupported
+            raise kind(f"vLLM does not build this model here: {type(error).__name__}: {said(error)}") from error
     servers.clear(model)
-    return Built(model.eval(), config)
+    built = Built(model.eval(), config)
+    if registry.is_backend(type(model)) and next(built.moe_layers(), None) is None:
+        of = config.model_config.architectures[0]
+        raise Absent(f"vLLM's {type(model).__name__} leaves the experts of {of} to transformers")
+    return built
 
 
 def engine_config(folder: Path, dtype: str) -> Any:

@@ -53,18 +53,22 @@ def any_kernel(method: str) -> Iterator[None]:
         yield  # vLLM has its own words for it
         return
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-    from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 
     # Imported first, so that none of them keeps what is put in the place of a choice.
-    config_class: Any = get_quantization_config(method)
+    names = [name for name in QUANTIZATION_METHODS if name == method or name.startswith(f"{method}_")]
+    classes: list[Any] = [get_quantization_config(name) for name in names]
     _import_all(import_module(f"{_LAYERS}.quantization.{_METHODS[method]}"))
-    get: Any = config_class.get_quant_method
 
-    def get_quant_method(self: Any, layer: Any, prefix: str) -> Any:
-        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else get(self, layer, prefix)
+    def of_experts(get: Any) -> Any:
+        def get_quant_method(self: Any, layer: Any, prefix: str) -> Any:
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else get(self, layer, prefix)
+
+        return get_quant_method
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(config_class, "get_quant_method", get_quant_method))
+        for owner in classes:
+            stack.enter_context(patch.object(owner, "get_quant_method", of_experts(owner.get_quant_method)))
         for module in [found for name, found in sys.modules.items() if name.startswith(f"{_LAYERS}.quantization.")]:
             for name, select in list(vars(module).items()):
                 if name.startswith("select_") and name.endswith("_moe_backend"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from moe_conformance.engine import Unsupported
+from moe_conformance.engine import Absent, Unsupported
 
 # Words of errors that refuse a form of call, among those of errors that check what was computed.
 _REFUSING = (
@@ -22,6 +22,10 @@ _REFUSING = (
 )
 
 
+class Unasked(Unsupported):
+    """The engine was not asked, for this machine has no means to."""
+
+
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
     """Turn vLLM's own refusals into Unsupported: no kernel, no such shape or operator, a package that is absent."""
@@ -34,6 +38,13 @@ def refusals() -> Iterator[None]:
         if not kinds and "'_OpNamespace'" not in str(error) and not any(word in said(error) for word in _REFUSING):
             raise
         raise Unsupported(f"vLLM: {said(error)}") from error
+
+
+def all_of(refused: Sequence[Unsupported]) -> Unsupported:
+    """One refusal, with the reason of each: Absent where all of them are, or all that were asked of the engine."""
+    asked = [one for one in refused if not isinstance(one, Unasked)]
+    kind = Absent if asked and all(isinstance(one, Absent) for one in asked) else Unsupported
+    return kind("; ".join(dict.fromkeys(map(str, asked if kind is Absent else refused))))
 
 
 def said(error: Exception) -> str:

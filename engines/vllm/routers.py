@@ -24,7 +24,7 @@ from moe_conformance.engine import (
     called_by_engine,
 )
 from moe_conformance.engines import servers
-from moe_conformance.engines.vllm import block, models
+from moe_conformance.engines.vllm import block, models, registry
 from moe_conformance.engines.vllm.refusing import refusals
 
 # Families that are asked first, by model type: those that a method is known by.
@@ -140,7 +140,7 @@ def router_module(spec: RouterSpec) -> tuple[RouterHandle, str]:
     Raises Unsupported with the reason of every such model, or where no family's record says this router.
     """
     reasons = []
-    types = sorted(models.model_types(), key=lambda name: (name not in _FIRST, name))
+    types = sorted(registry.model_types(), key=lambda name: (name not in _FIRST, name))
     for setting, layer, config in servers.routers(spec, types):
         try:
             return _handle(spec, setting, layer, config)

@@ -19,9 +19,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import RouteInputs, Routing, RoutingSpec, called_by_engine
-from moe_conformance.engines.vllm import device, gemma4, interpreted, runtime
-from moe_conformance.engines.vllm.refusing import refusals
+from moe_conformance.engine import Absent, RouteInputs, Routing, RoutingSpec, called_by_engine
+from moe_conformance.engines.vllm import device, gemma4, interpreted, registry, runtime
+from moe_conformance.engines.vllm.refusing import all_of, refusals
 from moe_conformance.errors import Unsupported
 
 Platform = Literal["native", "gpu", "rocm"]
@@ -52,13 +52,13 @@ def route(inputs: RouteInputs, platforms: Sequence[Platform]) -> tuple[Routing, 
 
     Raises Unsupported with the reason of each.
     """
-    reasons = []
+    refused = []
     for platform in platforms if device.is_cpu() else ("native",):
         try:
             return _route(inputs, platform)
         except Unsupported as refusal:
-            reasons.append(str(refusal))
-    raise Unsupported("; ".join(dict.fromkeys(reasons)))
+            refused.append(refusal)
+    raise all_of(refused)
 
 
 def _route(inputs: RouteInputs, platform: Platform) -> tuple[Routing, str]:
@@ -134,7 +134,8 @@ def arguments(spec: RoutingSpec, tensors: Any, classes: int) -> dict[str, Any]:
         group_score="top2_sum" if spec.selection_bias and spec.groups > 1 else "max", group_mask=spec.group_mask,
     )  # fmt: skip
     if (spec if spec.groups > 1 else replace(spec, group_score="max")) != grouped or spec.score == "sqrt_softplus":
-        raise Unsupported(f"route: no model of vLLM's routes by {spec}")
+        kind = Unsupported if registry.routes(spec, classes) else Absent
+        raise kind(f"route: no model of vLLM's routes by {spec}")
     groups = {"use_grouped_topk": True, "num_expert_group": spec.groups, "topk_group": spec.top_groups}
     return asked | scaled | groups | {"scoring_func": spec.score}
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_conformance.engine import UpdateInputs
+from moe_conformance.engine import RECORDS, UpdateInputs
 from moe_conformance.engines import servers
 from moe_conformance.engines.vllm import block, models, runtime
 from moe_conformance.engines.vllm.refusing import refusals
@@ -25,7 +25,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def features() -> frozenset[str]:
-    return models.model_types() | {"other_dtype"} | ({"parts"} if _reload() is None else set())
+    return frozenset({*RECORDS, "other_dtype"} | ({"parts"} if _reload() is None else set()))
 
 
 def _reload() -> Any:

@@ -17,6 +17,7 @@ import moe_conformance
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import PROTOCOL_VERSION, STAGES, Engine, EngineInfo, Limits
 from moe_conformance.errors import (
+    Absent,
     BeyondLimits,
     Broken,
     Nonconformance,
@@ -138,6 +139,7 @@ class Judge:
             raise UsageError(f"the adapter {target.path} cannot be judged:\n" + "\n".join(problems))
         self.engine = Judged(raw, target.path)
         self.capabilities = {stage: frozenset(words) for stage, words in self.engine.capabilities().items()}
+        self.absent: Mapping[str, Mapping[str, str]] = getattr(raw, "absent", dict)()
         self.raised: BaseException | None = None
 
     def probe(self, stage: str) -> Outcome:
@@ -163,6 +165,9 @@ class Judge:
             return Outcome(Verdict.UNSUPPORTED, f"stage {case.stage} is not offered", refusal=Refusal.STAGE)
         if lacking := case.needs - self.capabilities[case.stage]:
             said = f"{case.stage} without {', '.join(sorted(lacking))}"
+            nowhere = self.absent.get(case.stage, {})
+            if reasons := dict.fromkeys(nowhere[word] for word in sorted(lacking) if word in nowhere):
+                return Outcome(Verdict.ABSENT, f"{said}: {'; '.join(reasons)}", refusal=Refusal.FEATURE)
             return Outcome(Verdict.UNSUPPORTED, said, refusal=Refusal.FEATURE)
         self._ran()  # drop what ran for an earlier case
         try:
@@ -204,6 +209,8 @@ class Judge:
                 return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.SEED)
             case BeyondLimits():
                 return Outcome(Verdict.UNSUPPORTED, str(error), refusal=Refusal.LIMIT)
+            case Absent():
+                return Outcome(Verdict.ABSENT, str(error) or "no reason given", refusal=Refusal.CALL)
             case Unsupported():
                 return Outcome(Verdict.UNSUPPORTED, str(error) or "no reason given", refusal=Refusal.CALL)
             case Nonconformance():
@@ -251,6 +258,7 @@ def _complaints(raw: Any) -> list[str]:
             for stage in said
             if _lacks(raw, stage)
         ]
+        found += features.absent_complaints(getattr(raw, "absent", dict)(), said)
     return found + limits.complaints(getattr(raw, "limits", dict)())
 
 

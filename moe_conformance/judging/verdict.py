@@ -21,6 +21,7 @@ class Verdict(StrEnum):
     CRASH = "crash"
     TIMEOUT = "timeout"
     UNSUPPORTED = "unsupported"
+    ABSENT = "absent"
     UNAVAILABLE = "unavailable"
     KNOWN_FAILURE = "known_failure"
     UNEXPECTED_PASS = "unexpected_pass"
@@ -28,12 +29,13 @@ class Verdict(StrEnum):
     @property
     def is_bad(self) -> bool:
         """Whether it makes a run exit 1; a broken SHOULD does with --strict only."""
-        return self not in (Verdict.PASS, Verdict.UNSUPPORTED, Verdict.KNOWN_FAILURE, Verdict.BROKEN_SHOULD)
+        fine = (Verdict.PASS, Verdict.UNSUPPORTED, Verdict.ABSENT, Verdict.KNOWN_FAILURE, Verdict.BROKEN_SHOULD)
+        return self not in fine
 
     @property
     def was_judged(self) -> bool:
         """Whether the engine answered, well or badly."""
-        return self not in (Verdict.UNSUPPORTED, Verdict.UNAVAILABLE)
+        return self not in (Verdict.UNSUPPORTED, Verdict.ABSENT, Verdict.UNAVAILABLE)
 
     @property
     def badness(self) -> int:
@@ -54,7 +56,7 @@ class Refusal(StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a check. facts: JSON data for the golden snapshot. refusal: of an unsupported case."""
+    """The outcome of a check. facts: JSON data for the golden snapshot. refusal: of an unsupported or absent case."""
 
     verdict: Verdict
     message: str = ""

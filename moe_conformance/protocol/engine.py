@@ -120,6 +120,14 @@ class Engine:
         """Stage -> the optional features of it that are offered, as protocol/features.py lists them."""
         raise NotImplementedError
 
+    def absent(self) -> Mapping[str, Mapping[str, str]]:
+        """Stage -> the undeclared features that the engine has nothing of, each with the reason.
+
+        Read from the engine's own registry, so that it cannot go stale. Cases that take one of them are `absent`, not
+        `unsupported`; for a single call, raise `Absent`.
+        """
+        return {}
+
     def limits(self) -> Mapping[str, Limits]:
         """Stage -> the numbers it cannot go beyond, where it has any."""
         return {}

@@ -245,6 +245,20 @@ def complaints(capabilities: object) -> list[str]:
     return found
 
 
+def absent_complaints(absent: object, capabilities: Mapping[str, Collection[str]]) -> list[str]:
+    """The same of what an adapter says that its engine has nothing of: `Engine.absent`."""
+    if not isinstance(absent, Mapping) or not all(isinstance(said, Mapping) for said in absent.values()):
+        return [f"absent: got {absent!r:.200}, want a mapping of stage to a mapping of feature to reason"]
+    found = complaints({stage: list(said) for stage, said in absent.items()})
+    for stage, said in absent.items():
+        for word, reason in said.items():
+            if word in capabilities.get(stage, ()):
+                found.append(f"absent[{stage!r}]: got {word!r}, which capabilities() declares; take it out of one")
+            if not isinstance(reason, str) or not reason:
+                found.append(f"absent[{stage!r}][{word!r}]: got {reason!r}, want the reason")
+    return found
+
+
 def unknown(stage: str, word: str) -> str:
     """The message for a feature that a stage does not have."""
     there = sorted(words(stage))

@@ -35,7 +35,13 @@ MOST_BYTES = 20_000_000
 # Characters of one message, tried in turn until the page is small enough for a browser to open quickly.
 _FOLDS = (4000, 1000, 400, 150, 60)
 _MOST_CHARACTERS = 32_000_000
-_MARKS = {Verdict.PASS: "✓", Verdict.BROKEN_SHOULD: "~", Verdict.KNOWN_FAILURE: "≈", Verdict.UNSUPPORTED: "○"}
+_MARKS = {
+    Verdict.PASS: "✓",
+    Verdict.BROKEN_SHOULD: "~",
+    Verdict.KNOWN_FAILURE: "≈",
+    Verdict.UNSUPPORTED: "○",
+    Verdict.ABSENT: "∅",
+}
 
 
 def write(runs: Sequence[Run], page: Path | None, text_page: Path | None, image: Path | None) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What was not judged, and why: not declared by the adapter, or refused by the engine when it was called."""
+"""What was not judged, and why: not declared by the adapter, refused when called, or absent from the engine."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from collections.abc import Iterable, Iterator
 
 from moe_conformance.judging.verdict import Refusal, Result, Verdict
 
-_TITLES = {
+_Kind = Refusal | Verdict
+_TITLES: dict[_Kind, str] = {
     Refusal.STAGE: "stages not offered",
     Refusal.FEATURE: "features not offered",
     Refusal.LIMIT: "beyond limits",
     Refusal.CALL: "refused when called",
     Refusal.SEED: "judged with the default seed alone",
+    Verdict.ABSENT: "the engine has nothing of the kind",
 }
 
 
-def reasons(results: Iterable[Result]) -> dict[tuple[str, Refusal], Counter[str]]:
+def reasons(results: Iterable[Result]) -> dict[tuple[str, _Kind], Counter[str]]:
     """(engine, kind) -> how many results each reason stands for. A reason is the first line of the message."""
-    found: dict[tuple[str, Refusal], Counter[str]] = {}
+    found: dict[tuple[str, _Kind], Counter[str]] = {}
     for result in results:
-        if result.verdict is Verdict.UNSUPPORTED:
-            key = result.engine, result.refusal or Refusal.CALL
+        if result.verdict in (Verdict.UNSUPPORTED, Verdict.ABSENT):
+            kind = Verdict.ABSENT if result.verdict is Verdict.ABSENT else result.refusal or Refusal.CALL
+            key = result.engine, kind
             found.setdefault(key, Counter())[result.message.partition("\n")[0]] += 1
     return found
 

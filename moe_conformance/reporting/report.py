@@ -159,11 +159,13 @@ def by_engine(results: Iterable[Result], engines: Sequence[str]) -> dict[str, li
 
 def _not_run(results: Sequence[Result], deselected: int) -> str:
     unsupported = sum(result.verdict is Verdict.UNSUPPORTED for result in results)
+    absent = sum(result.verdict is Verdict.ABSENT for result in results)
     unavailable = sum(result.verdict is Verdict.UNAVAILABLE for result in results)
-    share = (unsupported + unavailable) / len(results) if results else 0.0
+    there = len(results) - absent
+    share = (unsupported + unavailable) / there if there else 0.0
     return (
         f"Not judged: {unsupported} unsupported, {unavailable} unavailable "
-        f"({share:.0%} of {len(results)} results), {deselected} deselected."
+        f"({share:.0%} of {there} results of what the engine has), {absent} absent from it, {deselected} deselected."
     )
 
 

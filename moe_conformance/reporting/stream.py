@@ -65,7 +65,7 @@ class Change:
 
     def __str__(self) -> str:
         mark = "worse " if self.is_worse else "      "
-        return f"{mark} {' '.join(self.key)}: {self.before or 'absent'} -> {self.after or 'absent'}"
+        return f"{mark} {' '.join(self.key)}: {self.before or 'not run'} -> {self.after or 'not run'}"
 
 
 def compare(before: Path, after: Path) -> list[Change]:

@@ -19,7 +19,8 @@ KINDS = {
     "must": "MUST: failed of judged",
     "should": "SHOULD: broken of judged",
     "known": "known failures",
-    "away": "not judged, of all",
+    "away": "not judged, of what it has",
+    "absent": "absent from the engine, of all",
 }
 
 
@@ -27,7 +28,7 @@ KINDS = {
 class Count:
     """Results of one kind in one cell.
 
-    bad: those that failed; all of them for known failures and for those not judged.
+    bad: those that failed.
     """
 
     bad: int = 0
@@ -42,10 +43,11 @@ class Cell:
     should: Count
     known: Count
     away: Count
+    absent: Count
 
     @classmethod
     def empty(cls) -> Cell:
-        return cls(Count(), Count(), Count(), Count())
+        return cls(Count(), Count(), Count(), Count(), Count())
 
     def add(self, result: Result) -> None:
         count: Count = getattr(self, kind(result))
@@ -60,16 +62,20 @@ class Cell:
         if name == "known":
             return str(count.all)
         if name == "away":
+            return f"{count.all}/{self.total - self.absent.all}"
+        if name == "absent":
             return f"{count.all}/{self.total}"
         return f"{count.bad}/{count.all}"
 
     @property
     def total(self) -> int:
-        return self.must.all + self.should.all + self.known.all + self.away.all
+        return self.must.all + self.should.all + self.known.all + self.away.all + self.absent.all
 
 
 def kind(result: Result) -> str:
     """One of KINDS. A known failure counts neither as a failed MUST nor as a broken SHOULD."""
+    if result.verdict is Verdict.ABSENT:
+        return "absent"
     if not result.verdict.was_judged:
         return "away"
     if result.verdict is Verdict.KNOWN_FAILURE:

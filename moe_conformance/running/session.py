@@ -215,8 +215,8 @@ class Session:
             if told_by != pyfuncitem.nodeid:
                 pytest.skip(f"{asked.verdict}, as told before")
         match outcome.verdict:
-            case Verdict.UNSUPPORTED:
-                pytest.skip(f"unsupported: {outcome.message}")
+            case Verdict.UNSUPPORTED | Verdict.ABSENT:
+                pytest.skip(f"{outcome.verdict}: {outcome.message}")
             case Verdict.KNOWN_FAILURE:
                 pytest.xfail(f"known failure: {outcome.message}")
             case Verdict.BROKEN_SHOULD if not self.strict:

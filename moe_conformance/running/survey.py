@@ -24,7 +24,7 @@ from moe_conformance.running.child import Child, Ended, Silent, TooLong, Unstart
 from moe_conformance.running.discovery import Target, extend_path, registered
 
 # Class attributes of an adapter that are not stages.
-_NOT_STAGES = ("name", "info", "protocol", "capabilities", "limits", "missing", "environment", "ran", "repro")
+_NOT_STAGES = ("name", "info", "protocol", "capabilities", "absent", "limits", "missing", "environment", "ran", "repro")
 # An adapter should import nothing heavy before it is built; one that does may take as long as an engine's start.
 SECONDS = 300.0
 

@@ -107,7 +107,7 @@ _OLD = {"bits": 4, "group_size": 8}
 # Form -> format of the codes as engines declare it, and quantization_config.
 FORMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "fp8-block": ("fp8_e4m3", {**_TILES, "activation_scheme": "dynamic"}),
-    "fp8-block-e8m0": ("fp8_e4m3", {**_TILES, "scale_fmt": "ue8m0"}),
+    "fp8-block-e8m0": ("fp8_e4m3", {**_TILES, "activation_scheme": "dynamic", "scale_fmt": "ue8m0"}),
     "fp8-channel": ("fp8_e4m3", _compressed("float-quantized", 8, "float", "channel")),
     "fp8-tensor": ("fp8_e4m3", {"quant_method": "modelopt", "quant_algo": "FP8"}),
     "mxfp8": ("fp8_e4m3", _compressed("mxfp8-quantized", 8, "float", "group", group_size=32)),
@@ -116,7 +116,10 @@ FORMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "int4-packed-zero": ("int4", _compressed("pack-quantized", 4, "int", "group", **_GROUPS, symmetric=False)),
     "int8-packed": ("int8", _compressed("pack-quantized", 8, "int", "group", **_GROUPS)),
     "gptq": ("int4", {"quant_method": "gptq", **_OLD, "desc_act": True, "sym": False, "checkpoint_format": "gptq"}),
-    "gptq-v2": ("int4", {"quant_method": "gptq", **_OLD, "desc_act": True, "checkpoint_format": "gptq_v2"}),
+    "gptq-v2": (
+        "int4",
+        {"quant_method": "gptq", **_OLD, "desc_act": True, "sym": False, "checkpoint_format": "gptq_v2"},
+    ),
     "awq": ("int4", {"quant_method": "awq", **_OLD, "version": "gemm", "zero_point": True}),
     "auto-round": ("int4", {"quant_method": "auto-round", **_OLD, "data_type": "int"}),
     "torchao-int8": ("int8", _torchao("Int8WeightOnlyConfig")),
@@ -136,7 +139,7 @@ def config_of(family: str, form: str, left: tuple[str, ...]) -> tuple[dict[str, 
     config = {**_SIZES, "model_type": family, **FAMILIES[family].config, "dtype": "bfloat16"}
     modelopt = None
     if said["quant_method"] == "modelopt":
-        algorithm = said.pop("quant_algo")
+        algorithm = said["quant_algo"]
         modelopt = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm, "exclude_modules": []}}
     if left:
         said["ignore"] = [f"re:.*{name.strip('.').replace('.', r'[.]')}.*" for name in left]

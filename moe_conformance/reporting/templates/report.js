@@ -179,8 +179,8 @@ function keys(event) {
 
 // The table ------------------------------------------------------------------------------------------------------
 
-/** Counts of the four kinds of reporting/tables.py, and of what failed of each. */
-const empty = () => ({ all: [0, 0, 0, 0], bad: [0, 0, 0, 0] });
+/** Counts of the kinds of reporting/tables.py, and of what failed of each. */
+const empty = () => ({ all: data.kinds.map(() => 0), bad: data.kinds.map(() => 0) });
 const EVERY = "\0all";
 
 /** Group -> column -> counts; a group is a class, a clause of one that is expanded, or EVERY. */
@@ -240,7 +240,7 @@ function expander(name) {
 }
 
 /** What a cell says; colour only repeats it. */
-function spelled({ all: [must, should, known, away], bad: [failed, broken] }) {
+function spelled({ all: [must, should, known, away, absent], bad: [failed, broken] }) {
   const said = [];
   const [colour, mark] = failed ? ["bad", "✗"] : ["good", "✓"];
   if (must) said.push(element("span", { class: `must ${colour}` }, `${mark} ${failed}/${must}`));
@@ -248,6 +248,7 @@ function spelled({ all: [must, should, known, away], bad: [failed, broken] }) {
   if (should) said.push(broken ? element("small", { class: "warn" }, `~ ${text}`) : element("small", {}, text));
   if (known) said.push(element("small", {}, `${known} known`));
   if (away) said.push(element("small", {}, `${away} not judged`));
+  if (absent) said.push(element("small", {}, `${absent} absent`));
   return said;
 }
 
@@ -255,14 +256,14 @@ function spelled({ all: [must, should, known, away], bad: [failed, broken] }) {
 function sums(cells, asked) {
   const { all, bad } = empty();
   for (const cell of (cells.get(EVERY) || new Map()).values()) {
-    for (let kind = 0; kind < 4; kind++) {
+    for (let kind = 0; kind < all.length; kind++) {
       all[kind] += cell.all[kind];
       bad[kind] += cell.bad[kind];
     }
   }
   const said = [
     `${bad[0] ? "✗" : "✓"} ${bad[0]} of ${all[0]} MUST failed`, `${bad[1]} of ${all[1]} SHOULD broken`,
-    `${all[2]} known`, `${all[3]} not judged`,
+    `${all[2]} known`, `${all[3]} not judged`, `${all[4]} absent`,
   ].map((text) => element("b", {}, text));
   if (asked.get("clause")) {
     const back = element("a", { href: address({ clause: "" }) }, "all clauses");
@@ -330,7 +331,7 @@ function listResults(from) {
 }
 
 function change({ old, now, isWorse }) {
-  const said = `${old ? old.name : "absent"} → ${now ? now.name : "absent"}`.replaceAll("_", " ");
+  const said = `${old ? old.name : "not run"} → ${now ? now.name : "not run"}`.replaceAll("_", " ");
   return element("span", { class: `badge ${isWorse ? "bad" : "good"}` }, `${isWorse ? "▼ worse:" : "▲"} ${said}`);
 }
 
