@@ -193,7 +193,7 @@ answers("is_of_a_class_that_agrees", "fail", "times the bound", lambda inputs, r
 answers("is_nan", "fail", "got nan", lambda inputs, right: right * float("nan"))
 answers("is_infinite", "fail", "got inf", lambda inputs, right: right + float("inf"))
 answers("is_float64", "fail", "layer output's dtype", lambda inputs, right: right.double())
-answers("is_complex", "fail", "layer output's dtype", lambda inputs, right: right.to(torch.complex64))
+answers("is_complex", "fail", "got torch.complex64, want a float", lambda inputs, right: right.to(torch.complex64))
 answers("is_fake", "fail", "got a FakeTensor", lambda inputs, right: FakeTensorMode().from_tensor(right))
 answers("is_meta", "fail", "got a Tensor, torch.strided on meta", lambda inputs, right: right.to("meta"))
 answers("is_sparse", "fail", "got a Tensor, torch.sparse_coo on cpu", lambda inputs, right: right.to_sparse())

@@ -322,6 +322,7 @@ class SaysWhatRan(Engine):
 
     def align(self, inputs: AlignInputs) -> Any:
         self._ran = "grouped kernel"
+        return inputs.ids[0], inputs.ids[0], 0
 
     def ran(self) -> str:
         ran, self._ran = self._ran, ""

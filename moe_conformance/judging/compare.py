@@ -30,14 +30,14 @@ def shape_and_type(what: str, got: Any, shape: Sequence[int], integer: bool | No
         raise Nonconformance(f"{what}: got {type(got).__name__}, want a tensor")
     if tuple(got.shape) != tuple(shape):
         raise Nonconformance(f"{what}: got shape {list(got.shape)}, want {list(shape)}")
-    if integer is not None and integer == (got.is_floating_point() or got.is_complex()):
+    if integer is not None and (got.is_complex() or integer == got.is_floating_point()):
         raise Nonconformance(f"{what}: got {got.dtype}, want {'an integer' if integer else 'a float'} dtype")
     return got  # type: ignore[no-any-return]
 
 
-def _values(what: str, got: Any, want: Tensor, integer: bool | None = None) -> Tensor:
+def numbers(what: str, got: Any, shape: Sequence[int], integer: bool | None = None) -> Tensor:
     """The numbers in an answer of this shape, on the CPU; a tensor subclass cannot intercept that."""
-    shape_and_type(what, got, want.shape, integer)
+    shape_and_type(what, got, shape, integer)
     if type(got) is not Tensor and type(got).__torch_dispatch__ is Tensor.__torch_dispatch__:
         got = Tensor.as_subclass(got, Tensor)
     if got.is_meta or _is_fake(got) or got.layout is not torch.strided:
@@ -53,7 +53,10 @@ def _is_fake(tensor: Tensor) -> bool:
 
 def equal(what: str, got: Tensor, want: Tensor) -> None:
     """Same shape and same values; integer dtypes may differ in width, NaN equals NaN."""
-    got, want = _values(what, got, want), want.detach().cpu()
+    is_integer = not (want.is_floating_point() or want.dtype is torch.bool)
+    got, want = numbers(what, got, want.shape, True if is_integer else None), want.detach().cpu()
+    if got.is_complex():
+        raise Nonconformance(f"{what}: got {got.dtype}, want {want.dtype}")
     if want.is_floating_point():
         bad = ~((got.double() == want.double()) | (got.isnan() & want.isnan()))
     else:
@@ -63,7 +66,7 @@ def equal(what: str, got: Tensor, want: Tensor) -> None:
 
 def close(what: str, got: Tensor, want: Tensor, bound: Bound) -> None:
     """|got - want| <= bound, element by element; NaN or infinity in `got` fails, and NaN in `want`, too."""
-    got, want = _values(what, got, want, integer=False).double(), want.detach().cpu().double()
+    got, want = numbers(what, got, want.shape, integer=False).double(), want.detach().cpu().double()
     error, limit = (got - want).abs(), bound.limit.cpu()
     bad = ~(error <= limit)
     _report(what, got, want, bad, _of_errors(error[bad], limit.expand(error.shape)[bad], bound.origin))
@@ -89,7 +92,7 @@ def is_close(got: Tensor, want: Tensor, bound: Bound) -> bool:
 
 def written(what: str, got: Tensor) -> None:
     """No element is NaN, which fresh memory holds while cases run, and no input of the call."""
-    got = _values(what, got, got)
+    got = numbers(what, got, got.shape)
     bad = got.isnan() if got.is_floating_point() else got == torch.iinfo(got.dtype).max
     if count := int(bad.sum()):
         place = _where(int(bad.flatten().to(torch.uint8).argmax()), bad.shape)

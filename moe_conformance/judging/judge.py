@@ -27,6 +27,7 @@ from moe_conformance.errors import (
     Unsupported,
     UsageError,
 )
+from moe_conformance.judging.answers import assert_formed
 from moe_conformance.judging.draws import ATTEMPTS, Draw, drawing
 from moe_conformance.judging.probe import probe
 from moe_conformance.judging.state import kept
@@ -52,7 +53,8 @@ _FOR_ALL = tuple(
 class Judged:
     """An engine as checks see it.
 
-    A stage it lacks, and a call beyond its limits, raise Unsupported; a call that writes into its inputs fails.
+    A stage it lacks, and a call beyond its limits, raise Unsupported; a call that writes into its inputs, or answers
+    with what is of other types than the protocol's, fails.
     raw: the adapter itself, for tracing, where the guard would be traced too; ask `within` first.
     """
 
@@ -75,7 +77,7 @@ class Judged:
         method = getattr(self.raw, name, None)
         if method is None:
             raise Unsupported(f"{name}: the adapter has no method of this name")
-        if name not in STAGES:
+        if name not in (*STAGES, "capture_reader"):
             return method
 
         def guarded(*args: Any) -> Any:
@@ -87,6 +89,7 @@ class Judged:
             for where, tensor, version, copy in before:
                 if tensor._version != version or (copy is not None and not _same_bytes(tensor, copy)):
                     raise Nonconformance(f"{where}: the engine wrote into its input; it must be left unchanged")
+            assert_formed(name, result)
             return result
 
         return guarded

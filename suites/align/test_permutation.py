@@ -90,17 +90,19 @@ def _placed(engine: Engine, inputs: AlignInputs) -> Placed:
     """What the engine answers, after a look at its form; every fresh allocation is poisoned."""
     with poisoned_allocations():
         slots, blocks, count = engine.align(inputs)
-    for what, tensor in (("slot_to_pair", slots), ("expert_of_block", blocks)):
-        compare.shape_and_type(what, tensor, (tensor.numel(),), integer=True)
+    slots = compare.numbers("slot_to_pair", slots, (slots.numel(),), integer=True)
+    blocks = compare.numbers("expert_of_block", blocks, (blocks.numel(),), integer=True)
     if isinstance(count, Tensor) and count.numel() != 1:
         raise Nonconformance(f"padded_count: got {list(count.shape)}, want one number")
+    if isinstance(count, Tensor):
+        count = compare.numbers("padded_count", count, count.shape, integer=True)
     used, block = int(count), inputs.block
     if not 0 <= used <= min(len(slots), len(blocks) * block):
         raise Nonconformance(
             f"padded_count: got {used}, want at most {len(slots)} slots, {len(blocks)} blocks of {block}, as returned"
         )
     pairs, largest = inputs.ids.numel(), torch.iinfo(slots.dtype).max
-    slots, expert_of_slot = slots[:used].cpu().long(), blocks.cpu().long().repeat_interleave(block)[:used]
+    slots, expert_of_slot = slots[:used].long(), blocks.long().repeat_interleave(block)[:used]
     strange = (slots < 0) | (slots == largest)
     if strange.any():
         slot = int(strange.nonzero()[0])

@@ -35,7 +35,10 @@ def reported(got: BlockOutput) -> Routing:
     """The routing that the engine reports, on the CPU."""
     if got.routing is None:
         raise Unsupported("block: the engine cannot tell how it routed")
-    return Routing(*(part.detach().cpu() for part in got.routing))
+    return Routing(
+        compare.numbers("block: ids", got.routing[0], got.routing[0].shape, integer=True),
+        compare.numbers("block: weights", got.routing[1], got.routing[0].shape, integer=False),
+    )
 
 
 def judge_router(inputs: BlockInputs, spec: LayerSpec, routing: Routing) -> Routing:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_conformance.engine import CaptureSpec, Engine, RowKind, Rows
 from moe_conformance.errors import Nonconformance, Unsupported
+from moe_conformance.judging import compare
 
 LAYERS, TOP_K, EXPERTS = 3, 3, 250
 KINDS: tuple[RowKind, ...] = ("local", "concatenated", "sequence_shard", "sequence_gathered")
@@ -68,7 +69,8 @@ def unreadable(what: str, read: Any, of: tuple[slice | int, ...], experts: int =
         raise
     except Exception:
         return
-    shown = got[of].flatten().long()
+    shape = got.shape if isinstance(got, Tensor) else ()
+    shown = compare.numbers(what, got, shape, integer=True)[of].flatten().long()
     says_none = (shown < 0).all() or ((shown >= experts).all() and len(shown.unique()) == 1)
     if not says_none:
         raise Nonconformance(

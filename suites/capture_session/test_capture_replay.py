@@ -42,7 +42,7 @@ from moe_conformance.suites.capture_session.steps import (
 @check(SMALLER_STEP)
 def test_each_step_shows_its_own_rows(engine: Engine, case: Case) -> None:
     """And what was read of the step before stays as it was read."""
-    before, read = 0, torch.zeros(0, LAYERS, TOP_K)
+    before, read = 0, record_of(0, 0)
     with closing(OnlyRank(engine, spec_of(9))) as session:
         for step, tokens in enumerate(case["steps"]):
             session.capture_step(step, tokens)

@@ -71,7 +71,8 @@ def test_record_of_a_small_step(engine: Engine, case: Case) -> dict[str, list[li
     for dp_rank, count in enumerate(step.counts):
         with closing(engine.capture_session(step.spec(dp_rank))) as session:
             capture_step(session, step, case["kind"], dp_rank)
-            facts[f"rank {dp_rank}, [token][layer][k]"] = session.read(count).tolist()
+            what = f"rank {dp_rank}, [token][layer][k]"
+            facts[what] = compare.numbers(what, session.read(count), (count, LAYERS, 2), integer=True).tolist()
     return facts
 
 

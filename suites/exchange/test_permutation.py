@@ -31,10 +31,10 @@ def arrived(what: str, got: Exchanged, x: Tensor) -> dict[int, Counter[bytes]]:
     if got.arrived is None:
         raise Nonconformance(f"{what}: got None, want them, as the feature arrivals says")
     rows, ids = got.arrived
-    compare.shape_and_type(f"{what}, rows", rows, (len(rows), x.shape[1]), integer=False)
-    compare.shape_and_type(f"{what}, ids", ids, (len(rows), *ids.shape[1:2]), integer=True)
     compare.same(f"{what}, dtype", str(rows.dtype), str(x.dtype))
-    return rows_by_expert(rows.cpu(), ids.cpu())
+    rows = compare.numbers(f"{what}, rows", rows, (*rows.shape[:1], x.shape[1]), integer=False)
+    ids = compare.numbers(f"{what}, ids", ids, (len(rows), *(ids.shape[1:2] or (1,))), integer=True)
+    return rows_by_expert(rows, ids)
 
 
 @check(ARRIVALS)

@@ -22,6 +22,7 @@ def loads_whole(engine: Engine, folder: Path, want: dict[str, Any]) -> dict[str,
     if absent:
         raise Nonconformance(f"loaded tensors: {', '.join(absent)} not there, got {sorted(got)}")
     for name, tensor in want.items():
+        compare.shape_and_type(name, got[name], tensor.shape)
         if not (name.endswith("router.selection_bias") and _shifted(got[name], tensor)):
             compare.equal(name, got[name], tensor)
     return {name: f"{list(got[name].shape)} {_checksum(got[name])}" for name in sorted(want)}

@@ -22,12 +22,12 @@ def _inputs(case: Case, engine: Engine) -> ReplicateInputs:
 def test_each_pair_goes_to_a_copy_of_its_expert(engine: Engine, case: Case) -> None:
     """Physical ids name the experts that the logical ids do, and -1 where they are -1."""
     inputs = _inputs(case, engine)
-    got = compare.shape_and_type("physical ids", engine.replicate(inputs).ids, inputs.ids.shape, integer=True)
-    got, ids = got[: case["T"]].long(), inputs.ids[: case["T"]]
+    got = compare.numbers("physical ids", engine.replicate(inputs).ids, inputs.ids.shape, integer=True)
+    got, ids = got[: case["T"]].long(), inputs.ids[: case["T"]].cpu()
     outside = (got < -1) | (got >= len(case["copies"]))
     if outside.any():
         raise Nonconformance(f"physical ids: got {got[outside][0]}, want -1 or 0 to {len(case['copies']) - 1}")
-    named = torch.where(got < 0, -1, inputs.physical_to_logical[got.clamp(min=0)])
+    named = torch.where(got < 0, -1, inputs.physical_to_logical.cpu()[got.clamp(min=0)])
     compare.equal("experts that the physical ids are copies of", named, ids)
 
 

@@ -36,12 +36,12 @@ def routed(engine: Any, what: str, inputs: RouteInputs) -> Routing:
         strided, plain = partial(route, inputs.logits), partial(route, inputs.logits.contiguous())
         ids, weights = or_refused("route", "strides of logits", strided, plain)
     shape = (len(inputs.logits), inputs.slots)
-    compare.shape_and_type(f"{what}: ids", ids, shape, integer=True)
-    compare.shape_and_type(f"{what}: weights", weights, shape, integer=False)
+    ids = compare.numbers(f"{what}: ids", ids, shape, integer=True)
+    weights = compare.numbers(f"{what}: weights", weights, shape, integer=False)
     allowed = {torch.float32} | ({inputs.logits.dtype} if inputs.routing.score_dtype == "input" else set())
     if weights.dtype not in allowed:
         raise Nonconformance(f"{what}: weights: got {weights.dtype}, want {' or '.join(map(str, allowed))}")
-    return Routing(ids.detach().cpu().long(), weights.detach().cpu())
+    return Routing(ids.long(), weights)
 
 
 @check((*METHOD_CASES, *TIE_CASES, *NONE_CASES))

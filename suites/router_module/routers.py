@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import RouteInputs, RouterHandle, RouterSpec, Routing
 from moe_conformance.judging import compare
+from moe_conformance.judging.answers import assert_pair
 from moe_conformance.judging.inputs import normal
 from moe_conformance.judging.layouts import given_as
 from moe_conformance.oracle.logits import logits_value
@@ -45,11 +46,12 @@ class Router:
 
     def judge(self, what: str, answer: Any, takes: Takes, tensors: Tensors) -> Tensor:
         """The answer must be what these values give; returns its ids [T, K]."""
+        assert_pair(what, answer)
         weights, ids = answer
         shape = (len(self.hidden), self.spec.routing.top_k)
-        compare.shape_and_type(f"{what}: ids", ids, shape, integer=True)
-        compare.shape_and_type(f"{what}: weights", weights, shape, integer=False)
-        answered = Routing(ids.detach().cpu().long(), weights.detach().cpu())
+        ids = compare.numbers(f"{what}: ids", ids, shape, integer=True)
+        weights = compare.numbers(f"{what}: weights", weights, shape, integer=False)
+        answered = Routing(ids.long(), weights)
         logits = logits_value(self.hidden, self.spec.logits, tensors)
         inputs = RouteInputs(logits.exact.to(self.hidden.dtype), self.spec.routing, tensors)
         judge_routing(what, answered, inputs, logits if takes == "hidden" else None)

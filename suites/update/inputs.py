@@ -70,6 +70,7 @@ def judge(engine: Any, case: Case) -> None:
         what = f"output after push {number} of {len(inputs.pushes)} ({case['pushes'][number - 1]})"
         try:
             compare.close(what, output, want, bound)
+            compare.same(f"{what}, dtype", str(output.dtype), str(inputs.block.x.dtype))
         except Nonconformance as error:
             if number:
                 raise
