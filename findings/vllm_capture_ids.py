@@ -1,7 +1,7 @@
 """vLLM's routed-experts capturer and ids that do not fit, without our suite: run beside any release from 0.19 on.
 
 0.20 and 0.28 write layer -1 into the last layer, and 0.20 ignores layer 3 of 3. 0.32 refuses both, reads expert 263
-back as 7, and -1, which is no expert, as 255.
+back as 7, and -1, which is no expert, as 255. 0.33 does the same.
 """
 
 import inspect
@@ -28,7 +28,7 @@ else:
     wanted = inspect.signature(module.RoutedExpertsCapturer).parameters
     capturer = module.RoutedExpertsCapturer(8, config, *[None] * ("kv_cache_config" in wanted))
     read = lambda: getattr(capturer, "snapshot_routing_data", lambda n: capturer.device_buffer[:n])(1)[0]  # noqa: E731
-with override_forward_context(NS(dp_metadata=None)):
+with override_forward_context(NS(dp_metadata=None, batch_descriptor=None)):
     for layer, ids in ((2, [5, 6]), (-1, [7, 8]), (3, [9, 9]), (0, [263, 1]), (1, [-1, 1])):
         try:
             capturer.capture(layer, torch.tensor([ids]))
