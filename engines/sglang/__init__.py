@@ -295,8 +295,10 @@ def _align() -> frozenset[str]:
 def _expert_map() -> frozenset[str]:
     import sglang.srt.layers.moe.token_dispatcher.standard  # noqa: F401
 
-    # Not "round_robin", which it does not have, nor "idle_ranks": experts must divide evenly.
-    return frozenset({"contiguous"})
+    import sglang.srt.eplb.expert_location_dispatch  # noqa: F401
+
+    # Not "idle_ranks": experts must divide evenly.
+    return frozenset({"contiguous", "round_robin"})
 
 
 def _replicate() -> frozenset[str]:
