@@ -1,7 +1,8 @@
 """DeepSeek's router logits in SGLang on a CPU, without our suite: run beside 0.5.23.
 
 The model's own code computes them in float32 of bfloat16 hidden states and weights, and so does SGLang on a GPU
-(`linear_bf16_fp32`). On a CPU they are bfloat16: rounded, and so are the weights of experts.
+(`linear_bf16_fp32`). On a CPU they are bfloat16: rounded, and so are the weights of experts. The gates of Kimi-Linear
+and EXAONE-MoE are linear layers in the model's dtype everywhere.
 """
 
 from types import SimpleNamespace

@@ -293,9 +293,8 @@ def _align() -> frozenset[str]:
 
 
 def _expert_map() -> frozenset[str]:
+    import sglang.srt.eplb.expert_location_dispatch
     import sglang.srt.layers.moe.token_dispatcher.standard  # noqa: F401
-
-    import sglang.srt.eplb.expert_location_dispatch  # noqa: F401
 
     # Not "idle_ranks": experts must divide evenly.
     return frozenset({"contiguous", "round_robin"})

@@ -40,7 +40,6 @@ FORMATS: Mapping[str, str] = {
 WRAPPED = ("llama4_text",)
 
 
-
 def _sparse(level: Mapping[str, Any]) -> list[int]:
     """The layers that have experts."""
     kinds = level.get("mlp_layer_types") or ["sparse"] * level["num_hidden_layers"]
@@ -57,6 +56,7 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
     "bailing_hybrid": {
         "n_group": lambda level: level["num_expert_group"],
         "num_experts_per_tok": lambda level: level["num_experts_per_token"],
+        "router_dtype": "fp32",
     },
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
@@ -82,7 +82,9 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
         },
         "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16, "head_dim": 16,
     },
-    "longcat_flash": dict.fromkeys(("rope_parameters", "rope_scaling"), {"rope_type": "default", "rope_theta": 1e7}),
+    "longcat_flash": {
+        key: {"rope_type": "default", "rope_theta": 1e7} for key in ("rope_parameters", "rope_scaling")
+    },
     "mimo_v2_flash": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
     "nemotron_h": {"n_groups": lambda level: level.get("mamba_n_groups", 1)},
     "qwen3_next": {
@@ -90,6 +92,7 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
         "linear_num_key_heads_cpu": lambda level: level.get("linear_num_key_heads", 16),
         "linear_num_value_heads_cpu": lambda level: level.get("linear_num_value_heads", 32),
     },
+    "sarvam_moe": {"router_dtype": "fp32"},
     "step3p5": {
         "layer_types": lambda level: level.get("layer_types") or ["full_attention"] * level["num_hidden_layers"],
         "moe_layers_enum": lambda level: ",".join(map(str, _sparse(level))),
