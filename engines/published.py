@@ -263,7 +263,7 @@ AROUND: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
 }
 # The same for the config of images.
 VISION_KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
-    "ernie4_5_vl_moe_text": {"embed_dim": lambda level: level["hidden_size"], "in_chans": 3, "mlp_ratio": 1},
+    "ernie4_5_vl_moe_text": {"embed_dim": lambda level: level["hidden_size"], "mlp_ratio": 1},
     "minimax_m3_vl_text": {"img_token_compression_config": {"spatial_merge_size": 2, "temporal_patch_size": 2}},
     "qwen3_omni_moe_text": {"image_size": 768, "apply_vit_abs_pos_embed": True},
 }
