@@ -62,13 +62,14 @@ def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
             raise
         try:
             key = Key(config, inputs.layer, inputs.x.dtype, inputs.tensors, "triton")
-            return _run(inputs, key, _CACHED.pop(key, None) or _ready(key))
+            other = _CACHED.pop(key, None) or _ready(key)
+            return _run(inputs, key, other)
         except Unsupported as second:
             raise Unsupported("; ".join(dict.fromkeys((str(refusal), str(second))))) from refusal
 
 
 def _run(inputs: BlockInputs, key: Key, found: Block) -> tuple[BlockOutput, str]:
-    if inputs.routing is not None and getattr(found.root, "zero_expert_num", 0):
+    if inputs.routing is not None and getattr(found.root, "zero_expert_num", False):
         raise Unsupported(f"block: {found.name} adds its identity experts between the router and FusedMoE")
     x = inputs.x.flatten(0, -2).clone()  # a real step's activations are the block's to overwrite
     ids = None if inputs.token_ids is None else inputs.token_ids.flatten()
