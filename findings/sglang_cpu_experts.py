@@ -1,8 +1,9 @@
 """SGLang's experts on a CPU without AMX, without our suite: run beside 0.5.23.
 
 moe_forward_native raises for an id of -1, which its dispatcher writes for experts of other ranks and its routers for
-rows of padding, and for a batch of no tokens. It ignores the limits that DeepSeek-V4 and Step-3.5 hand to experts. By
-"gelu" it computes the approximation by tanh, where a GPU's code computes the exact function.
+rows of padding; for a token that has an expert twice, as LongCat's has expert 0 for its identity experts; and for no
+tokens. It ignores the limits that DeepSeek-V4 and Step-3.5 hand to experts. By "gelu" it computes the approximation by
+tanh, where a GPU's code computes the exact function.
 """
 
 import sglang_without_gpu  # noqa: F401
@@ -12,10 +13,11 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput
 
 
 def experts(x, ids, **arguments):
-    layer = FusedMoE(2, 4, 4, layer_id=0, top_k=1, params_dtype=torch.float32, uses_expert_location=False, **arguments)
+    arguments |= {"layer_id": 0, "top_k": 1, "params_dtype": torch.float32, "uses_expert_location": False}
+    layer = FusedMoE(2, 4, 4, **arguments)
     layer.w13_weight.data.copy_(torch.eye(4).repeat(2, 1))  # gate = up = x
     layer.w2_weight.data.copy_(torch.eye(4))
-    ids = torch.tensor(ids, dtype=torch.int32)
+    ids = torch.as_tensor(ids).int()
     return layer(x.clone(), StandardTopKOutput(torch.ones(ids.shape), ids, None))
 
 
@@ -28,7 +30,8 @@ def said(call):
 
 x = torch.full((1, 4), 2.0)
 print("an id of -1:", said(lambda: experts(x, [[-1]])), "| want 0")
-print("no tokens:", said(lambda: experts(x[:0], torch.empty(0, 1).tolist() or [[]])), "| want no rows")
+print("an expert twice:", said(lambda: experts(x, [[0, 0]])), f"| want {2 * torch.nn.functional.silu(x)[0, 0] * 2:.6f}")
+print("no tokens:", said(lambda: experts(x[:0], torch.empty(0, 1))), "| want no rows")
 silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
 half, two = torch.tensor(0.5), torch.tensor(2.0)
 print("swiglu_limit=0.5:", said(lambda: experts(x, [[0]], swiglu_limit=0.5)), f"| want {silu(half) * 0.5:.6f}")

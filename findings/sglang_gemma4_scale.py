@@ -1,7 +1,8 @@
-"""Gemma 4's router in SGLang on a CPU and its learned scale, without our suite: run beside 0.5.20 or later.
+"""Gemma 4's router in SGLang and its learned scale, without our suite: run beside 0.5.20 or later.
 
-The router folds `scale` into the weight of a norm that was made without one. On a CPU that norm does not multiply by
-its weight: the scale, and 1 / sqrt(hidden size) with it, is lost, and other experts are chosen.
+The router folds `scale` and 1 / sqrt(hidden size) into the weight of a norm that was made without one. A GPU's kernel
+multiplies by that weight; what a CPU and ROCm run does not: the scale is lost, and other experts are chosen. It is
+folded once, at the first step: a scale that is pushed later changes nothing.
 """
 
 from types import SimpleNamespace
@@ -15,3 +16,6 @@ router.proj.weight.data.copy_(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0
 router.scale.data.copy_(torch.tensor([1.0, 100.0, 1.0, 1.0]))
 x = torch.ones(1, 4)
 print("want logits 0.5 and 50, of a root mean square of 1 and a hidden size of 4; got", router(x).tolist())
+router.scale.data.copy_(torch.tensor([100.0, 1.0, 1.0, 1.0]))
+router(x)
+print("want a folded scale of 50 and 0.5 behind a push; got", router.norm.weight[:2].tolist())

@@ -60,7 +60,8 @@ class SGLang(Engine):
     name = "sglang"
     _kernel = ""
 
-    kernel: Literal["native", "compiled", "triton"] = "native"
+    # What computes experts: the first that takes them. A CPU's, and what that refuses a GPU's, interpreted.
+    kernels: Sequence[Literal["native", "compiled", "triton"]] = ("native", "triton")
     platform: Literal["native", "gpu"] = "native"
     # The stages that are offered; None: all.
     stages: frozenset[str] | None = None
@@ -151,7 +152,7 @@ class SGLang(Engine):
         self._want("experts")
         from moe_conformance.engines.sglang import experts as stage
 
-        answer, self._kernel = stage.experts(inputs, self.kernel)
+        answer, self._kernel = stage.experts(inputs, self.kernels)
         return answer
 
     def block(self, inputs: BlockInputs) -> BlockOutput:
@@ -185,7 +186,7 @@ class SGLang(Engine):
         self._want("shard")
         from moe_conformance.engines.sglang import shard as stage
 
-        answer, self._kernel = stage.shard(inputs, (self.kernel,))
+        answer, self._kernel = stage.shard(inputs, self.kernels)
         return answer
 
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str | Target, ...]]:
@@ -292,10 +293,11 @@ def _align() -> frozenset[str]:
 
 
 def _expert_map() -> frozenset[str]:
+    import sglang.srt.eplb.expert_location_dispatch
     import sglang.srt.layers.moe.token_dispatcher.standard  # noqa: F401
 
-    # Not "round_robin", which it does not have, nor "idle_ranks": experts must divide evenly.
-    return frozenset({"contiguous"})
+    # Not "idle_ranks": experts must divide evenly.
+    return frozenset({"contiguous", "round_robin"})
 
 
 def _replicate() -> frozenset[str]:
@@ -309,7 +311,7 @@ class SGLangCompiled(SGLang):
     """The experts that SGLang gives to torch.compile in place of its native ones, run as they are."""
 
     name = "sglang-compiled"
-    kernel = "compiled"
+    kernels = ("compiled",)
     stages = frozenset({"experts"})
 
 
@@ -317,6 +319,6 @@ class SGLangTriton(SGLang):
     """What SGLang runs on a GPU, as far as it is Triton and torch: its routers for a GPU, its Triton experts."""
 
     name = "sglang-triton"
-    kernel = "triton"
+    kernels = ("triton",)
     platform = "gpu"
     stages = frozenset({"route", "experts", "shard"})

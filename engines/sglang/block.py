@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import (
+    RECORDS,
     BlockInputs,
     BlockOutput,
     Routing,
@@ -30,8 +31,8 @@ from moe_conformance.engine import (
 )
 from moe_conformance.engines import servers
 from moe_conformance.engines.decoder import Around, whole_layer
-from moe_conformance.engines.sglang import models, runtime
-from moe_conformance.engines.sglang.built import NAMES
+from moe_conformance.engines.sglang import device, interpreted, models, runtime
+from moe_conformance.engines.sglang.built import Kernel, name_of
 from moe_conformance.engines.sglang.refusing import refusals
 from moe_conformance.errors import CheckpointError, ConfigError
 
@@ -39,36 +40,65 @@ Tensors = Mapping[str, Tensor]
 
 
 def features() -> frozenset[str]:
-    return models.model_types() | {"same_bits"}
+    """Families that SGLang has a class for, and those that it runs by transformers' own."""
+    falling = {model_type for model_type in RECORDS if models.falls_back(model_type)}
+    return models.model_types() | falling | {"same_bits"}
 
 
 @torch.no_grad()
 def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
-    """The answer, its routing as SGLang's router hands it to the experts; and the names of what ran."""
+    """The answer, its routing as SGLang's router hands it to the experts; and the names of what ran.
+
+    A block that a CPU's experts refuse is computed by a GPU's, interpreted. Raises Unsupported with both reasons.
+    """
     runtime.start()
-    key = Key(json.dumps(dict(inputs.config)), inputs.layer, inputs.x.dtype, inputs.tensors)
+    config = json.dumps(dict(inputs.config))
+    key = Key(config, inputs.layer, inputs.x.dtype, inputs.tensors, "native")
     found = _CACHED.pop(key, None) or _ready(key)
+    try:
+        return _run(inputs, key, found)
+    except Unsupported as refusal:
+        if not device.is_cpu():
+            raise
+        try:
+            key = Key(config, inputs.layer, inputs.x.dtype, inputs.tensors, "triton")
+            other = _CACHED.pop(key, None) or _ready(key)
+            return _run(inputs, key, other)
+        except Unsupported as second:
+            raise Unsupported("; ".join(dict.fromkeys((str(refusal), str(second))))) from refusal
+
+
+def _run(inputs: BlockInputs, key: Key, found: Block) -> tuple[BlockOutput, str]:
+    if inputs.routing is not None and getattr(found.root, "zero_expert_num", False):
+        raise Unsupported(f"block: {found.name} adds its identity experts between the router and FusedMoE")
     x = inputs.x.flatten(0, -2).clone()  # a real step's activations are the block's to overwrite
     ids = None if inputs.token_ids is None else inputs.token_ids.flatten()
-    with runtime.building(inputs.x.dtype), refusals(), Tap(found, inputs.routing) as tap:
+    with computing(key.kernel, key.dtype), refusals(), Tap(found, inputs.routing) as tap:
         output = found(x, ids)
     _CACHED[key] = found  # one that broke off half-way is not run again
     if inputs.routing is not None and tap.seen is None:
         raise Unsupported(f"block: {found.name} hands no routing to its experts where one can be put in its place")
     answer = BlockOutput(output.reshape(inputs.x.flatten(0, -2).shape), None if inputs.routing else tap.seen)
-    return answer, f"{found.name}, {NAMES['native']}"
+    return answer, f"{found.name}, {name_of(key.kernel, key.dtype)}"
+
+
+@contextmanager
+def computing(kernel: Kernel, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, blocks are made and run, with these experts."""
+    with runtime.building(dtype), interpreted.as_gpu(dtype) if kernel == "triton" else nullcontext():
+        yield
 
 
 class Key:
-    """Config, layer, dtype and tensors of a block; equal where all of them are."""
+    """Config, layer, dtype and tensors of a block, and whose experts it has; equal where all of them are."""
 
-    def __init__(self, config: str, layer: int, dtype: torch.dtype, tensors: Tensors) -> None:
-        self.config, self.layer, self.dtype, self.tensors = config, layer, dtype, tensors
+    def __init__(self, config: str, layer: int, dtype: torch.dtype, tensors: Tensors, kernel: Kernel) -> None:
+        self.config, self.layer, self.dtype, self.tensors, self.kernel = config, layer, dtype, tensors, kernel
         digest = hashlib.sha256()
         for name in sorted(tensors):
             digest.update(name.encode())
             digest.update(tensors[name].detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
-        self.identity = (config, layer, dtype, digest.hexdigest())
+        self.identity = (config, layer, dtype, kernel, digest.hexdigest())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Key) and self.identity == other.identity
@@ -89,13 +119,15 @@ class Block:
         # A weight of SGLang's router, times this, is a weight of the model.
         self.scale = _late_scale(root, experts) / output_scale
         self.takes = inspect.signature(root.forward).parameters
+        # Blocks of SGLang's class around transformers' models are transformers' own, which take sequences.
+        self.in_sequences = type(root).__module__.startswith("transformers.")
 
     @property
     def name(self) -> str:
         return type(self.root.layer if isinstance(self.root, Around) else self.root).__name__
 
     def __call__(self, x: Tensor, token_ids: Tensor | None) -> Tensor:
-        answer = self.root(x, **step(self.takes, token_ids))
+        answer = self.root(x[None] if self.in_sequences else x, **step(self.takes, token_ids))
         output: Tensor = answer[0] if isinstance(answer, tuple) else answer
         return output
 
@@ -133,12 +165,13 @@ def _ready(key: Key) -> Block:
     while len(_CACHED) >= _KEPT:
         del _CACHED[next(iter(_CACHED))]
     gc.collect()
-    return loaded(json.loads(key.config), key.layer, key.dtype, key.tensors)
+    with computing(key.kernel, key.dtype):
+        return loaded(json.loads(key.config), key.layer, key.dtype, key.tensors)
 
 
 def loaded(config: Any, number: int, dtype: torch.dtype, tensors: Tensors) -> Block:
     """The block of a layer with these tensors, loaded and made ready as SGLang does after loading."""
-    record, values = models.as_published(config)
+    record, values = models.as_published(config, falls=True)
     with models.folder_of(values) as folder:
         built = models.build(folder, dtype)
     layer = next((layer for layer in built.moe_layers() if layer.number == number), None)

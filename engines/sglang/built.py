@@ -29,6 +29,14 @@ NAMES: Mapping[Kernel, str] = {
 }
 
 
+def name_of(kernel: Kernel, dtype: torch.dtype) -> str:
+    """How a result names what computed experts."""
+    if kernel != "triton":
+        return NAMES[kernel]
+    told = ", told to compute in float32" if device.is_cpu() and dtype is torch.float32 else ""
+    return interpreted.said(NAMES["triton"]) + told
+
+
 def words(mlp: MLPSpec) -> dict[str, Any]:
     """The arguments by which SGLang's models ask for such experts. Raises Unsupported where none does."""
     plain = MLPSpec(mlp.width, mlp.activation, gated=mlp.gated, dtype=mlp.dtype, bias=mlp.bias, weight_on=mlp.weight_on)
@@ -96,10 +104,7 @@ class Built:
 
     @property
     def name(self) -> str:
-        if self.kernel != "triton":
-            return NAMES[self.kernel]
-        told = ", told to compute in float32" if device.is_cpu() and self.layer.dtype is torch.float32 else ""
-        return interpreted.said(NAMES["triton"]) + told
+        return name_of(self.kernel, self.layer.dtype)
 
     @torch.no_grad()
     def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

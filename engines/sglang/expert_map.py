@@ -1,4 +1,8 @@
-"""Where SGLang puts each expert under expert parallelism: the map that its dispatcher makes at its first step."""
+"""Where SGLang puts each expert under expert parallelism: the map that its dispatcher makes at its first step.
+
+Experts lie in runs. In turns they lie as its balancer can be told to lay them out at the start (init_expert_location):
+routers then hand out ids of places, which the dispatcher's map is of.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import ExpertMapSpec, Unsupported
-from moe_conformance.engines.sglang import device, runtime
+from moe_conformance.engines.sglang import device, eplb, runtime
 from moe_conformance.engines.sglang.refusing import refusals
 
 
@@ -18,7 +22,14 @@ def expert_map(spec: ExpertMapSpec) -> Tensor:
     if dispatcher.local_expert_mapping is None:
         return torch.arange(spec.experts, dtype=torch.int32)
     found: Tensor = dispatcher.local_expert_mapping
-    return found
+    if spec.placement == "contiguous":
+        return found
+    # Place p is on rank p // (E / ranks), and has the expert whose turn it is there.
+    held = torch.arange(spec.experts).unflatten(0, (-1, spec.ranks)).T.flatten()
+    places, _ = eplb.physical_ids(
+        torch.arange(spec.experts, dtype=torch.int32)[:, None], eplb.metadata_of(held, spec.experts), spec.experts
+    )
+    return found[places.flatten().long()]
 
 
 def dispatcher_of(experts: int, rank: int, ranks: int) -> Any:

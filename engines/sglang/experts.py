@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from moe_conformance.engine import ExpertsInputs
@@ -17,8 +19,21 @@ def features() -> frozenset[str]:
     return frozenset(found | {"output_scale", "dropped_ids", "expert_map", "same_bits"})
 
 
-def experts(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
-    """The routed sum [T, D], and what computed it. "No expert" is -1, as SGLang's dispatcher and routers say it."""
+def experts(inputs: ExpertsInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor, str]:
+    """The routed sum [T, D], and what computed it: the first of these kernels that takes the call.
+
+    "No expert" is -1, as SGLang's dispatcher and routers say it.
+    """
+    reasons = []
+    for kernel in kernels:
+        try:
+            return _experts(inputs, kernel)
+        except Unsupported as refusal:
+            reasons.append(str(refusal))
+    raise Unsupported("; ".join(dict.fromkeys(reasons)))
+
+
+def _experts(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
     arguments = {}
     if inputs.output_scale != 1:
         if kernel != "triton":

@@ -30,8 +30,21 @@ from moe_conformance.engines.sglang.refusing import said
 
 # By model type, the class of published checkpoints that SGLang has under another name than transformers.
 CLASSES: Mapping[str, str] = {"gemma4_text": "Gemma4ForCausalLM"}
+# SGLang's class around a model of transformers, by which it runs text models that it has no class for.
+FALLBACK = "TransformersMoEForCausalLM"
+# Families whose class in SGLang reads another config and other names than transformers has.
+FORMATS: Mapping[str, str] = {
+    "zaya": "Zyphra's own (model.layers.N.zaya_block.experts.local_experts.E.linear_fc1.weight)",
+}
 # Families that were published with their wrapper alone, whose loader SGLang's class of the text model has not.
 WRAPPED = ("llama4_text",)
+
+
+def _sparse(level: Mapping[str, Any]) -> list[int]:
+    """The layers that have experts."""
+    kinds = level.get("mlp_layer_types") or ["sparse"] * level["num_hidden_layers"]
+    return [number for number, kind in enumerate(kinds) if kind != "dense"]
+
 
 _YARN = {
     "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
@@ -43,11 +56,18 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
     "bailing_hybrid": {
         "n_group": lambda level: level["num_expert_group"],
         "num_experts_per_tok": lambda level: level["num_experts_per_token"],
+        "router_dtype": "fp32",
     },
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
-    "deepseek_v4": {"num_key_value_heads": 1},
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        # Of layers without compression, a CPU's rotary embedding asserts that they have a scaling.
+        "compress_ratios": lambda level: [128] * level["num_hidden_layers"],
+        "compress_rope_theta": 160000.0,
+        "rope_parameters": _YARN,
+    },
     "diffusion_gemma_text": {"allow_global_per_layer_attribute_access": True},
     "exaone_moe": {"is_moe_layer": lambda level: [kind == "sparse" for kind in level["mlp_layer_types"]]},
     "gemma4_text": {"allow_global_per_layer_attribute_access": True},
@@ -62,7 +82,9 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
         },
         "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16, "head_dim": 16,
     },
-    "longcat_flash": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e7}},
+    "longcat_flash": {
+        key: {"rope_type": "default", "rope_theta": 1e7} for key in ("rope_parameters", "rope_scaling")
+    },
     "mimo_v2_flash": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
     "nemotron_h": {"n_groups": lambda level: level.get("mamba_n_groups", 1)},
     "qwen3_next": {
@@ -70,7 +92,28 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
         "linear_num_key_heads_cpu": lambda level: level.get("linear_num_key_heads", 16),
         "linear_num_value_heads_cpu": lambda level: level.get("linear_num_value_heads", 32),
     },
-    "zaya": {"num_query_groups": lambda level: level["num_key_value_heads"]},
+    "sarvam_moe": {"router_dtype": "fp32"},
+    "step3p5": {
+        "layer_types": lambda level: level.get("layer_types") or ["full_attention"] * level["num_hidden_layers"],
+        "moe_layers_enum": lambda level: ",".join(map(str, _sparse(level))),
+        "rope_theta": lambda level: [1e4] * level["num_hidden_layers"],
+        "use_head_wise_attn_gate": False,
+        "partial_rotary_factors": lambda level: [1.0] * level["num_hidden_layers"],
+    },
+}  # fmt: skip
+
+# The same for what is around the text model, by the key there; the whole config is what it follows from.
+AROUND: Mapping[str, Mapping[str, Any]] = {
+    # Two billion parameters, by default.
+    "muse_spark_text": {
+        "audio_config": lambda whole: {
+            **whole["audio_config"], "out_hidden_size": whole["text_config"]["hidden_size"],
+            "hidden_sizes": [8, 16, 32, 64],
+        },
+        "vision_config": lambda whole: {
+            **whole["vision_config"], "num_hidden_layers": 1, "layer_types": ["full_attention"],
+        },
+    },
 }  # fmt: skip
 
 
@@ -149,6 +192,12 @@ def model_types() -> frozenset[str]:
     return frozenset(model_type for model_type in RECORDS if architecture(RECORDS[model_type]) is not None)
 
 
+def falls_back(model_type: str) -> bool:
+    """Whether SGLang runs such a model by transformers' own, with its expert layer inside."""
+    record = RECORDS[model_type]
+    return FALLBACK in known() and record.wrapper is None and architecture(record) is None
+
+
 def is_text(model_type: str) -> bool:
     """Whether the class for a config of the text model alone is not that of a wrapper around it."""
     record = RECORDS[model_type]
@@ -156,20 +205,30 @@ def is_text(model_type: str) -> bool:
     return record.wrapper is None or architecture(record) not in whole
 
 
-def as_published(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The record of a config, and the config.json of a checkpoint. Raises Absent where SGLang has none."""
+def as_published(config: Mapping[str, Any], falls: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The record of a config, and the config.json of a checkpoint. Raises Absent where SGLang has no class.
+
+    falls: the class around a model of transformers is one, too.
+    """
     record = published.record_of(config)
     if record is None:
         raise Unsupported(f"SGLang: no family is known of model type {config.get('model_type')!r}")
+    if (form := FORMATS.get(record.model_type)) is not None:
+        raise Unsupported(f"SGLang's {architecture(record)} reads checkpoints of another form: {form}")
     flat = published.is_flat(record, config)
     name = architecture(record, flat)
+    if falls and falls_back(record.model_type):
+        name = FALLBACK
     if name is None:
         raise Absent(f"SGLang has no {' or '.join(architectures(record, flat))}")
     register(name)
     values = published.config(record, name, copy.deepcopy(dict(config)))
     level = values
-    for key in () if published.is_flat(record, values) else record.wrapper.path:
-        level = level[key]
+    if not published.is_flat(record, values):
+        for key in record.wrapper.path:
+            level = level[key]
+        for key, value in AROUND.get(record.model_type, {}).items():
+            values[key] = value(values) if callable(value) else value
     for key, value in KEYS.get(record.model_type, {}).items():
         level[key] = value(level) if callable(value) else value
     return record, {**values, "architectures": [name]}
