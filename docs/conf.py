@@ -43,7 +43,7 @@ NAVIGATION = {
     "Plugging in an engine": ["adapters", "tutorial"],
     "Changing the suite": ["../CONTRIBUTING", "architecture", "extending", "families", "kernels", "testing"],
     "Reference": ["contract", "commands", "glossary"],
-    "What came out": ["vllm", "transformers", "../RESULTS", "../benchmarks/README", "../CHANGELOG"],
+    "What came out": ["vllm", "transformers", "torchtitan", "../RESULTS", "../benchmarks/README", "../CHANGELOG"],
 }
 # A page that is new and in no list above is still in the navigation.
 listed = {name for names in NAVIGATION.values() for name in names}

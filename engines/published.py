@@ -107,10 +107,19 @@ def written(record: Any, values: Level) -> dict[str, Any]:
     return {**found, to: level} if to else {**level, **found}
 
 
+def is_lossy(record: Any, values: Level) -> bool:
+    """Whether layers without experts lie between those with them, where config.json only counts the first ones."""
+    level: Any = values
+    for key in record.wrapper.path if record.wrapper and not is_flat(record, values) else ():
+        level = level[key]
+    types = list(level.get("mlp_layer_types") or ())
+    return record.model_type in COUNTED and "dense" in types[[*types, "sparse"].index("sparse") :]
+
+
 def _complete(level: dict[str, Any], keys: Mapping[str, Any]) -> None:
     for key, value in keys.items():
-        if value is not None and level.get(key) is None:
-            level[key] = value(level) if callable(value) else value
+        if level.get(key) is None and (found := value(level) if callable(value) else value) is not None:
+            level[key] = found
     for key, value in keys.items():
         if value is None:
             level.pop(key, None)
@@ -137,9 +146,10 @@ def _class_of(record: Any) -> Any:
     return getattr(transformers, record.wrapper.config_class)
 
 
-def _leading_dense(level: Level) -> int:
-    types = [*level["mlp_layer_types"], "sparse"]
-    return types.index("sparse")
+def _leading_dense(level: Level) -> int | None:
+    """None of a config that says nothing of its layers' kinds."""
+    types = level.get("mlp_layer_types")
+    return None if types is None else [*types, "sparse"].index("sparse")
 
 
 def _head_dim(level: Level) -> int:
@@ -156,6 +166,13 @@ def _of_layers(kind: str, key: str) -> Callable[[Level], list[int]]:
     return lambda level: [int(entry == kind) for entry in level.get(key) or [""] * level["num_hidden_layers"]]
 
 
+# Model types whose published configs have the number of leading dense layers; a kind for each layer is transformers'.
+COUNTED = frozenset(
+    {
+        *("axk1", "bailing_hybrid", "deepseek_ocr2_text", "deepseek_v32", "glm4_moe_lite", "glm5_next_text"),
+        *("glm_moe_dsa", "hy_v3", "inkling_text", "kimi_linear"),
+    }
+)
 PROJECTOR = {"projector_type": "linear", "input_dim": 32, "n_embed": 32}
 INDEXED = {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 64}
 # By model type, keys that its published configs have, with their value or how it follows from the others; None for keys

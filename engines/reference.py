@@ -21,6 +21,8 @@ from moe_conformance.engine import (
     CheckpointName,
     Engine,
     EngineInfo,
+    Exchanged,
+    ExchangeInputs,
     ExpertMapSpec,
     ExpertsInputs,
     LayerInputs,
@@ -43,8 +45,11 @@ if TYPE_CHECKING:
 
 
 def is_offered(word: str) -> bool:
-    """Words in capitals stand for names. Families are listed separately; implementations are other engines'."""
-    return not any(part.isupper() for part in word.split(":"))
+    """Words in capitals stand for names. Families are listed separately; implementations are other engines'.
+
+    Padding that counts among tokens is another way to be told of it, not a further one.
+    """
+    return word != "counted_padding" and not any(part.isupper() for part in word.split(":"))
 
 
 class Reference(Engine):
@@ -144,6 +149,11 @@ class Reference(Engine):
         from moe_conformance.reference_impl.parallel import experts as stage
 
         return stage.shard(inputs)
+
+    def exchange(self, ranks: Sequence[ExchangeInputs]) -> Sequence[Exchanged]:
+        from moe_conformance.reference_impl.parallel import exchange as stage
+
+        return stage.exchange(ranks)
 
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str, ...]]:
         from moe_conformance.reference_impl.checkpoint import remap as stage

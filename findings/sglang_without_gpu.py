@@ -15,7 +15,7 @@ os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "TRITON_INTERPRET": "1", "TORCHDYNA
 import torch
 from transformers.utils import import_utils
 
-NAMES = ("gguf", "sentencepiece", "sgl_kernel", "torchvision", "tvm_ffi")
+NAMES = ("gguf", "sentencepiece", "sgl_kernel", "torchvision", "tvm_ffi", "xgrammar")
 ABSENT = [name for name in NAMES if importlib.util.find_spec(name) is None]
 for name in ABSENT:
     getattr(import_utils, f"is_{name}_available", bool)()  # transformers keeps its answer
@@ -25,7 +25,7 @@ class Nothing(type):
     def __getattr__(cls, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return Nothing(name, (), {})
+        return Nothing(name, (), {"__get_pydantic_core_schema__": lambda *_: {"type": "any"}})
 
 
 class Package(types.ModuleType):
@@ -48,4 +48,5 @@ get_context().override_server_args(device="cpu").install()
 ranks = ("attn_cp", "attn_dp", "attn_tp", "moe_dp", "moe_ep", "moe_tp", "pp", "tp")
 group = SimpleNamespace(world_size=1, rank_in_group=0, is_first_rank=True, is_last_rank=True)
 groups = dict.fromkeys(("attn_tp_group", "moe_ep_group", "moe_tp_group", "pp_group", "tp_group"), group)
-get_parallel().override_permanently(**{f"{name}_rank": 0 for name in ranks}, **groups)
+place = get_parallel().override(**{f"{name}_rank": 0 for name in ranks}, **groups)
+place.__enter__()  # for good

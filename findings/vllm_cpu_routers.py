@@ -1,4 +1,4 @@
-"""What vLLM's router for a CPU leaves out, without our suite: run beside 0.31 or later.
+"""What vLLM's router for a CPU leaves out, without our suite: run beside 0.28 or later.
 
 - ERNIE 4.5 hands over a softmax and a bias that chooses; the bias is ignored, and other experts are chosen.
 - MiniMax-M2 and Laguna hand over a sigmoid without groups, which is an assertion without words.
@@ -10,17 +10,23 @@ import os
 os.environ |= {"VLLM_LOGGING_LEVEL": "CRITICAL", "VLLM_CPU_KVCACHE_SPACE": "1"}
 import torch
 import vllm
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
 
+# What chooses experts on a CPU: a function before 0.31, a router since.
+choose = getattr(cpu_moe, "select_experts", None)
 bias = torch.nn.Parameter(torch.tensor([0.0, 0.0, 0.0, 1.0]), requires_grad=False)
 logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
 for model, asked in (
     ("ERNIE 4.5", {"e_score_correction_bias": bias}),
     ("MiniMax-M2", {"e_score_correction_bias": bias, "scoring_func": "sigmoid"}),
 ):
-    router = create_fused_moe_router(top_k=2, global_num_experts=4, **asked)
+    given = {"hidden_states": logits, "router_logits": logits}
     try:
-        _, ids = router.select_experts(hidden_states=logits, router_logits=logits)
+        if choose:
+            _, ids = choose(**given, top_k=2, use_grouped_topk=False, renormalize=True, **asked)
+        else:
+            _, ids = create_fused_moe_router(top_k=2, global_num_experts=4, **asked).select_experts(**given)
         print(vllm.__version__, model, "experts", sorted(ids[0].tolist()), "want [0, 3]")
     except AssertionError as error:
         print(vllm.__version__, model, type(error).__name__, error)

@@ -2,6 +2,7 @@
 
 - DBRX, 0.28.0 and 0.32.0: its loader looks for `experts.w13_weight`, which is `experts.routed_experts.w13_weight` by
   then: KeyError. 0.20.0 loads it.
+- Aria, 0.28.0: no form of its packed experts is loaded, "has no parameter 'w13_weight.weight'".
 - Laguna, 0.32.0: `mlp.experts.e_score_correction_bias`, by which its router chooses, is dropped without a word. The
   check of what was loaded excuses every parameter of a layer that is processed after loading.
 """
@@ -27,13 +28,25 @@ dbrx = {
 }  # fmt: skip
 laguna = {
     "architectures": ["LagunaForCausalLM"], "model_type": "laguna", "hidden_size": H, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "num_hidden_layers": 1, "mlp_layer_types": ["sparse"], "vocab_size": 64,
-    "intermediate_size": F, "moe_intermediate_size": F, "shared_expert_intermediate_size": F, "num_experts": E,
-    "num_experts_per_tok": 2, "max_position_embeddings": 128,
+    "num_key_value_heads": 2, "num_hidden_layers": 1, "mlp_layer_types": ["sparse"], "mlp_only_layers": [],
+    "vocab_size": 64, "intermediate_size": F, "moe_intermediate_size": F, "shared_expert_intermediate_size": F,
+    "num_experts": E, "num_experts_per_tok": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+text = {
+    "model_type": "aria_text", "hidden_size": H, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64,
+    "num_hidden_layers": 1, "intermediate_size": F, "moe_num_experts": E, "moe_topk": 2, "moe_num_shared_experts": 1,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+image = {"hidden_size": H, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": F, "image_size": 980}
+aria = {
+    "architectures": ["AriaForConditionalGeneration"], "model_type": "aria", "text_config": text,
+    "vision_config": {"model_type": "idefics3_vision", "patch_size": 14, **image},
+    "projector_patch_to_query_dict": {"1225": 128, "4900": 256},
 }  # fmt: skip
 started = False
 for config, name, shape in (
     (laguna, "model.layers.0.mlp.experts.e_score_correction_bias", (E,)),
+    (aria, "language_model.model.layers.0.mlp.experts.fc1.weight", (E, H, 2 * F)),
     (dbrx, "transformer.blocks.0.ffn.experts.mlp.w1", (E * F, H)),
 ):
     folder = Path(tempfile.mkdtemp())
@@ -55,7 +68,7 @@ for config, name, shape in (
             parameter.data.zero_()
         try:
             model.load_weights(iter([(name, torch.full(shape, 7.0))]))
-        except (KeyError, ValueError) as error:
+        except (AttributeError, KeyError, ValueError) as error:
             print(vllm.__version__, name, type(error).__name__, str(error)[:100])
             continue
     there = [own for own, parameter in model.named_parameters() if (parameter == 7).any()]

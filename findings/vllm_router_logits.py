@@ -1,4 +1,4 @@
-"""DeepSeek-V3's router logits in vLLM on a CPU, without our suite: run beside 0.32.0.
+"""DeepSeek-V3's router logits in vLLM on a CPU, without our suite: run beside 0.28 or later.
 
 The model's own code computes them in float32 of bfloat16 hidden states and weights. vLLM's are bfloat16: rounded, and
 so are the weights of experts.
@@ -16,7 +16,9 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
+from vllm.model_executor.models.deepseek_v2 import DeepseekV2MoE
 
 E, H, F = 8, 64, 32
 config = {
@@ -35,15 +37,18 @@ torch.set_default_dtype(torch.bfloat16)
 with set_current_vllm_config(vllm_config), torch.no_grad():
     init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
     initialize_model_parallel(1, 1)
-    block = initialize_model(vllm_config).model.layers[0].mlp
+    # Alone, for a build for CPUs of 0.28 has no attention for the model.
+    hf_config = vllm_config.model_config.hf_config
+    block = DeepseekV2MoE(hf_config, vllm_config.parallel_config, prefix="model.layers.0.mlp")
     torch.manual_seed(0)
     for parameter in block.parameters():
         parameter.copy_(torch.randn(parameter.shape) * 0.2)
     gate = block.gate.weight.float()
     process_weights_after_loading(block, vllm_config.model_config, torch.device("cpu"))
-    router, seen = block.experts.router, []
-    real = router.select_experts
-    router.select_experts = lambda **asked: (seen.append(asked["router_logits"]), real(**asked))[1]
+    # What chooses experts on a CPU: a function before 0.31, a router since.
+    home, seen = cpu_moe if hasattr(cpu_moe, "select_experts") else block.experts.router, []
+    real = home.select_experts
+    home.select_experts = lambda **asked: (seen.append(asked["router_logits"]), real(**asked))[1]
     x = torch.randn(4, H)
     with set_forward_context(None, vllm_config):
         block(x)

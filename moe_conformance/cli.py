@@ -6,6 +6,8 @@ argparse, because importing click takes longer than all else that --help does.
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import re
 import sys
@@ -42,13 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command: Callable[[argparse.Namespace, list[str]], int] = options.command
     if others and command is not run:
         parser.error(f"got {' '.join(others)}, which this command does not take{_near(others, options.known_options)}")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a stranger's tensor, on a terminal that knows ASCII alone
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command(options, others)
         sys.stdout.flush()
     except UsageError as error:
         parser.error(str(error))
-    except BrokenPipeError:  # as behind `| head`; nor may the interpreter flush at its end
+    except KeyboardInterrupt:
+        code = 130
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # As behind `| head`, or on a full disk; nor may the interpreter flush at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:
+            print(f"moe-conformance: {error.strerror}; what was said is not whole", file=sys.stderr)
         code = 1
     sys.exit(code)
 
@@ -177,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     this = add("checkpoint", checkpoint, CHECKPOINT)
     this.add_argument("folder", type=Path, help="with config.json and safetensors")
     this.add_argument("--values", action="store_true", help="read every tensor: scales, NaN, experts that are alike")
-    this.add_argument("--transformers", action="store_true", help="import it, and say which names it would not map")
+    for engine in ("transformers", "vllm", "sglang"):
+        about = "ask its own loader which names it would not map, and what stays unfilled"
+        this.add_argument(f"--{engine}", action="append_const", dest="engines", const=engine, default=[], help=about)
     forms(this)
     this = add("routes", routes, ROUTES)
     this.add_argument("folder", type=Path, help="of the model, with config.json and safetensors")
@@ -195,10 +208,11 @@ def _parser() -> argparse.ArgumentParser:
     this = add(
         "report",
         report,
-        "Make runs a page of one HTML file, given as folders, folders of folders, or verdicts.jsonl files.",
+        "Show runs beside each other, given as folders, folders of folders, or verdicts.jsonl files.",
     )
     this.add_argument("results", type=Path, nargs="+")
     this.add_argument("--html", type=Path, metavar="FILE", help="the page: no network is needed to read it")
+    this.add_argument("--markdown", type=Path, metavar="FILE.md", help="the tables of all runs")
     this.add_argument("--badge", type=Path, metavar="FILE.svg", help="an image that says how many MUSTs hold")
     for made in parsers:
         made.set_defaults(known_options=re.findall(r"--[\w-]+", made.format_usage()))
@@ -375,7 +389,7 @@ def checkpoint(options: argparse.Namespace, _: list[str]) -> int:
     from moe_conformance.errors import CheckpointError, DenseModelError
 
     try:
-        found = judged(options.folder, options.values, options.transformers)
+        found = judged(options.folder, options.values, options.engines)
     except (CheckpointError, DenseModelError) as error:
         print(f"moe-conformance: {error}", file=sys.stderr)
         return 2
@@ -412,13 +426,13 @@ def report(options: argparse.Namespace, _: list[str]) -> int:
     from moe_conformance.reporting.page import write
     from moe_conformance.reporting.runs import gather
 
-    if not (options.html or options.badge):
-        raise UsageError("report: got no --html and no --badge, want one of them, or both")
+    if not (options.html or options.markdown or options.badge):
+        raise UsageError("report: got no --html, --markdown or --badge, want one of them, or several")
     runs = gather(options.results)
     for found in runs:
         for trouble in found.troubles:
             print(f"{found.name}: {trouble}", file=sys.stderr)
-    for line in write(runs, options.html, options.badge):
+    for line in write(runs, options.html, options.markdown, options.badge):
         print(line)
     return 0
 

@@ -41,6 +41,7 @@ from moe_conformance.protocol.align import Aligned, AlignInputs
 from moe_conformance.protocol.capture import CaptureReader, CaptureSession, CaptureSpec, CaptureStore, RowKind, Rows
 from moe_conformance.protocol.checkpoint import CheckpointName, Target
 from moe_conformance.protocol.engine import Engine, EngineInfo, Repro, called_by_engine
+from moe_conformance.protocol.exchange import Arrived, Exchanged, ExchangeInputs
 from moe_conformance.protocol.experts import ExpertsInputs, Lora
 from moe_conformance.protocol.generate import Generated, GenerateInputs
 from moe_conformance.protocol.layer import BlockInputs, BlockOutput, LayerInputs
@@ -67,15 +68,15 @@ if TYPE_CHECKING:
 
 # fmt: off
 __all__ = [
-    "PROTOCOL_VERSION", "RECORDS", "STAGES", "Activation", "AlignInputs", "Aligned", "BlockInputs", "BlockOutput",
-    "Capacity", "CaptureReader", "CaptureSession", "CaptureShape", "CaptureSpec", "CaptureStore", "CheckpointError",
-    "CheckpointName", "ConfigError", "DenseModelError", "DenseSpec", "Engine", "EngineInfo", "ExpertMapSpec",
-    "ExpertsInputs", "FusedShared", "GenerateInputs", "Generated", "InputError", "LatentSpec", "LayerInputs",
-    "LayerSpec", "Limits", "LogitsSpec", "Lora", "LoraSpec", "MLPSpec", "MoEConformanceError", "MoESpec", "Precision",
-    "QuantSpec", "ReplicateInputs", "Replicated", "Repro", "RouteInputs", "RouterHandle", "RouterSpec", "Routing",
-    "RoutingSpec", "RowKind", "Rows", "Shape", "ShardInputs", "SharedSpec", "Target", "Unavailable", "Unsupported",
-    "UpdateInputs", "bits", "called_by_engine", "checkpoint_of", "distinct_logits", "integers", "inverse", "layer_of",
-    "normal", "poison_", "poisoned_allocations", "windows",
+    "PROTOCOL_VERSION", "RECORDS", "STAGES", "Activation", "AlignInputs", "Aligned", "Arrived", "BlockInputs",
+    "BlockOutput", "Capacity", "CaptureReader", "CaptureSession", "CaptureShape", "CaptureSpec", "CaptureStore",
+    "CheckpointError", "CheckpointName", "ConfigError", "DenseModelError", "DenseSpec", "Engine", "EngineInfo",
+    "ExchangeInputs", "Exchanged", "ExpertMapSpec", "ExpertsInputs", "FusedShared", "GenerateInputs", "Generated",
+    "InputError", "LatentSpec", "LayerInputs", "LayerSpec", "Limits", "LogitsSpec", "Lora", "LoraSpec", "MLPSpec",
+    "MoEConformanceError", "MoESpec", "Precision", "QuantSpec", "ReplicateInputs", "Replicated", "Repro", "RouteInputs",
+    "RouterHandle", "RouterSpec", "Routing", "RoutingSpec", "RowKind", "Rows", "Shape", "ShardInputs", "SharedSpec",
+    "Target", "Unavailable", "Unsupported", "UpdateInputs", "bits", "called_by_engine", "checkpoint_of",
+    "distinct_logits", "integers", "inverse", "layer_of", "normal", "poison_", "poisoned_allocations", "windows",
 ]
 # fmt: on
 

@@ -89,6 +89,18 @@ def local_rows(ids: Tensor, rows: Rows, spec: CaptureSpec) -> Tensor:
     return ids[start : start + own]
 
 
+def logical(ids: Tensor, physical_to_logical: Tensor | None) -> Tensor:
+    """ids [n, K] of physical experts -> of the experts that they are copies of, -1 where there is no such copy.
+
+    Reads the table, not a copy of it, so that a balancer may rewrite it between two replays of a graph.
+    """
+    if physical_to_logical is None:
+        return ids
+    table = physical_to_logical.to(ids.device)
+    legal = (ids >= 0) & (ids < len(table))
+    return torch.where(legal, table[ids.where(legal, 0)].to(ids.dtype), -1)
+
+
 def capture(ids: Tensor, start: int, count: int, buffer: Tensor, layer_id: int, experts: int, rejected: Tensor) -> None:
     """buffer[:count, layer_id] = ids[start : start + count], or nothing at all if one of these ids is no expert.
 
@@ -155,7 +167,7 @@ class Capturer:
         ids: [rows, K] int32 or int64, left unchanged. Ids outside [0, E) record nothing and make `read` raise.
         Raises InputError, with nothing changed, for a row count that does not fit or a layer id out of range.
         """
-        own = local_rows(ids, rows, self.spec).to(self.buffer.device)
+        own = logical(local_rows(ids, rows, self.spec), rows.physical_to_logical).to(self.buffer.device)
         self.write(own, 0, own.shape[0], self.buffer, layer_id, self.spec.experts, self.rejected)
         self._mark(layer_id, own.shape[0])
 

@@ -16,7 +16,7 @@ IDENTITY = "published checkpoints have no tensors of identity experts; transform
 def of_families(stage: str, clause: str) -> tuple[Case, ...]:
     """One case for each spelling of each family: as on the hub, and as the modules are called where that is otherwise.
 
-    form: see oracle/naming.py. The few that stand for the others are tried in core.
+    form: see oracle/naming.py. The few that stand for the others are tried in core, in either form.
     """
     forms: tuple[Form, ...] = ("hub", "modules")
     return tuple(
@@ -25,7 +25,7 @@ def of_families(stage: str, clause: str) -> tuple[Case, ...]:
             stage,
             clause,
             {"family": record.slug, "model_type": record.model_type, "form": form},
-            "core" if record.sample == "smoke" and form == "hub" else "full",
+            "core" if record.sample == "smoke" else "full",
             _lenient(record, form),
         )
         for record in RECORDS.values()

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import (
+    Arrived,
     BlockInputs,
     BlockOutput,
     CaptureSession,
     CaptureSpec,
+    CaptureStore,
     CheckpointName,
+    Exchanged,
+    ExchangeInputs,
     ExpertsInputs,
     LayerInputs,
     MoESpec,
@@ -38,8 +42,11 @@ from moe_conformance.reference_impl.block import layer_spec
 from moe_conformance.reference_impl.capture import Capturer, local_rows
 from moe_conformance.reference_impl.experts import Project, experts, routed_experts
 from moe_conformance.reference_impl.lora import merged
-from moe_conformance.reference_impl.parallel.experts import shard
+from moe_conformance.reference_impl.parallel.exchange import exchange
+from moe_conformance.reference_impl.parallel.experts import Part, shard, through_all_gather
+from moe_conformance.reference_impl.parallel.ranks import Group
 from moe_conformance.reference_impl.quantised.experts import dequantised, stored_experts
+from moe_conformance.reference_impl.store import HostStore
 
 
 class Innocent(Reference):
@@ -238,6 +245,30 @@ class MergesAdapters(Innocent, lacks={"experts": {"same_bits"}}):
         return output
 
 
+class SendsEveryPair(Innocent):
+    """A row comes once for each of its experts here, sorted by them, the last rank's first."""
+
+    def exchange(self, ranks: Sequence[ExchangeInputs]) -> Sequence[Exchanged]:
+        return [Exchanged(got.output, self.by_pair(got.arrived)) for got in super().exchange(ranks) if got.arrived]
+
+    def by_pair(self, arrived: Arrived) -> Arrived:
+        rows = arrived.rows.flip(0).repeat_interleave(arrived.ids.shape[1], 0)
+        ids = arrived.ids.flip(0).flatten()
+        order = ids.argsort(stable=True)
+        order = order[ids[order] >= 0]
+        return Arrived(rows[order], ids[order][:, None])
+
+
+class GathersEverything(Innocent):
+    """Every rank sees all tokens, and those without an expert there, too."""
+
+    def exchange(self, ranks: Sequence[ExchangeInputs]) -> Sequence[Exchanged]:
+        def gathered(x: Tensor, ids: Tensor, weights: Tensor, maps: Tensor, part: Part, group: Group) -> Tensor:
+            return through_all_gather(x, ids, weights, part, group)
+
+        return exchange(ranks, gathered)
+
+
 class SumsInAnyOrder(Innocent, lacks={"shard": {"same_bits"}}):
     """Each call adds a token's experts in another order, as atomics do."""
 
@@ -269,7 +300,7 @@ class OneLayout(Innocent, lacks={"capture_session": {"local", "sequence_shard", 
         return Session(spec)
 
 
-class PlainBuffer(Innocent, lacks={"capture_session": {"unwritten", "expert_bounds"}}):
+class PlainBuffer(Innocent, lacks={"capture_session": {"unwritten", "expert_bounds", "physical_ids"}}):
     """Ids are kept as they came; what was not captured reads as what was there before, at first 0."""
 
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
@@ -292,6 +323,37 @@ class _Buffer:
 
     def close(self) -> None:
         pass
+
+
+class CountsPadding(PlainBuffer, lacks={"capture_session": {"unwritten", "expert_bounds", "physical_ids"}}):
+    """A rank's tokens are those of the batch as it is padded to the size of a graph; nothing tells them apart.
+
+    So it looks at no id: those of padding may be anything.
+    """
+
+    def capabilities(self) -> Mapping[str, frozenset[str]]:
+        offered = dict(super().capabilities())
+        return offered | {"capture_session": offered["capture_session"] | {"counted_padding"}}
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        class Session(_Buffer):
+            def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+                if rows.valid_rows is not None:
+                    raise InputError("valid_rows: got a number, want None")
+                super().capture(layer_id, ids, rows)
+
+        return Session(spec)
+
+
+class StoresUnsigned(Innocent):
+    """Ids are kept in 16 bits without a sign: -1 is 65535, which no expert is."""
+
+    def capture_store(self, spec: CaptureSpec) -> CaptureStore:
+        class Store(HostStore):
+            def write(self, slots: Sequence[int], rows: Tensor) -> None:
+                super().write(slots, torch.where(rows < 0, 2**16 - 1, rows))
+
+        return Store(replace(spec, experts=2**16))
 
 
 class GathersBeforeItCuts(Innocent):
@@ -362,6 +424,8 @@ _OWN = "stored_weights_take_their_own_scales"
 _METHOD = "ids_and_weights_are_those_of_the_method"
 _PADDING = "padding_rows_change_no_token"
 _CUT = "padding_never_reaches_the_output"
+_GIVEN = "experts_are_given_the_rows_that_chose_them"
+_OWN_TOKENS = "each_rank_gets_its_own_tokens_sums"
 _PLAIN = "remap-gemma4-plain-every-suffix"
 
 ACCUSED = tuple(
@@ -385,6 +449,10 @@ ACCUSED = tuple(
             "each_pair_goes_to_a_copy_of_its_expert",
             Verdict.PASS,
         ),
+        (SendsEveryPair, "exchange.arrivals", "exchange-arrivals-dropped", _GIVEN, Verdict.PASS),
+        (SendsEveryPair, "exchange.own-tokens", "exchange-repeated-rows", _OWN_TOKENS, Verdict.PASS),
+        (GathersEverything, "exchange.arrivals", "exchange-arrivals", _GIVEN, Verdict.PASS),
+        (GathersEverything, "exchange.own-tokens", "exchange-ep3-bf16", _OWN_TOKENS, Verdict.PASS),
         (EveryPairHasAnExpert, "shard.sum", "shard-ep3-scattered", "parts_sum_to_the_layer", Verdict.PASS),
         (
             SumsInAnyOrder,
@@ -440,6 +508,27 @@ ACCUSED = tuple(
             "capture.bounds",
             "capture-expert-two-to-8",
             "expert_ids_that_do_not_fit_are_refused",
+            Verdict.PASS,
+        ),
+        (
+            CountsPadding,
+            "capture.own-rows",
+            "capture-concatenated-padding-rows-legal",
+            "every_rank_records_its_own_rows",
+            Verdict.PASS,
+        ),
+        (
+            CountsPadding,
+            "capture.refuse-count",
+            "capture-sequence-gathered-wrong-valid-count",
+            "wrong_row_counts_are_refused_by_number",
+            Verdict.PASS,
+        ),
+        (
+            StoresUnsigned,
+            "capture.narrow",
+            "store-minus-one-e128",
+            "no_expert_survives_the_store_beside_every_id",
             Verdict.PASS,
         ),
         (

@@ -154,7 +154,8 @@ def recorded(folder: Path, requests: list[list[int]], dtype: str = "float32") ->
         folder, dtype=getattr(torch, dtype), local_files_only=True, experts_implementation="eager"
     )
     every = {int(block.prefix.split(".")[1]): block for block in blocks(model)}
-    layers = model.config.get_text_config().num_hidden_layers
+    spec = describe(json.loads((folder / "config.json").read_text()))
+    layers = spec.num_layers
     found = []
     for tokens in requests:
         with ExitStack() as stack, torch.no_grad():
@@ -166,5 +167,4 @@ def recorded(folder: Path, requests: list[list[int]], dtype: str = "float32") ->
         for layer, rows in seen.items():
             ids[:, layer] = rows
         found.append(ids)
-    experts = describe(json.loads((folder / "config.json").read_text())).max_experts
-    return Record(tuple(map(np.array, requests)), tuple(found), experts, tuple(every))
+    return Record(tuple(map(np.array, requests)), tuple(found), spec.max_experts, tuple(every))

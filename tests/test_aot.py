@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+
+from moe_conformance.engine import FusedShared, RoutingSpec
 
 COMMAND = Path(__file__).parents[1] / "tools" / "aot.py"
 TABLE = COMMAND.with_name("aot.md")
@@ -53,3 +57,29 @@ def test_a_figure_worse_than_the_kept_one_fails_the_command(ran: subprocess.Comp
 @other_triton
 def test_whatever_else_was_compiled_meets_its_guards(ran: subprocess.CompletedProcess[str]) -> None:
     assert ran.stdout.rstrip().endswith("1 failures"), ran.stderr
+
+
+# Every value of each switch that the router's kernel is compiled for, over the shapes.
+SWITCHES = f"""
+import json, sys
+sys.path.append({str(COMMAND.parent)!r})
+from shapes import launches
+found = {{}}
+for launch in launches("route ", frozenset({{"sm_90"}})):
+    for switch, value in launch.constants.items():
+        found.setdefault(switch, set()).add(value)
+print(json.dumps({{switch: sorted(values, key=str) for switch, values in found.items()}}))
+"""
+
+
+def test_the_routers_kernel_is_compiled_with_every_switch_in_every_position() -> None:
+    command = [sys.executable, "-c", SWITCHES]
+    compiled = json.loads(subprocess.check_output(command, env=os.environ.copy(), text=True, timeout=120))
+
+    for switch, field in {"SCORE": "score", "SELECTOR": "selector", "RENORMALIZE": "renormalize"}.items():
+        values = set(get_args(get_type_hints(RoutingSpec)[field])) - {"product_keys"}  # which looks beyond one row
+        assert set(compiled[switch]) == values, switch
+    assert set(compiled["FUSED_RULE"]) == set(get_args(get_type_hints(FusedShared)["rule"]))
+    booleans = [switch for switch, values in compiled.items() if isinstance(values[0], bool)]
+    assert len(booleans) >= 8
+    assert not [switch for switch in booleans if compiled[switch] != [False, True]]

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 from checkpoint_folders import INDEX, T, config_of, file_of, floats, raw_file, write
 
+from moe_conformance.checkpoints.command import judged
 from moe_conformance.checkpoints.headers import MOST_HEADER
 from moe_conformance.cli import main
+from moe_conformance.errors import CheckpointError
 
 FIRST, LAST = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -315,3 +317,9 @@ def test_it_costs_no_more_than_ten_bare_interpreters_and_200_megabytes(hostile: 
             seconds, memory = min((seconds, memory), cost("-c", MEASURED, str(folder)))
     assert memory < 200
     assert seconds < 10 * max(bare, 0.02)
+
+
+def test_headers_that_are_too_much_together_are_one_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_conformance.checkpoints.folder.MOST_HEADERS", 5000)
+    with pytest.raises(CheckpointError, match=r"headers of more than 5000 bytes together, up to model-0000"):
+        judged(folder)

@@ -22,7 +22,7 @@ FAMILIES = [
 
 
 def kinds(folder: Path) -> list[tuple[str, str, tuple[str, ...]]]:
-    found = judged(folder, transformers=True).findings
+    found = judged(folder, engines=["transformers"]).findings
     return [(finding.level, finding.kind, finding.tensors) for finding in found if finding.kind != "engine"]
 
 
@@ -59,5 +59,5 @@ def test_a_quantised_folder_is_said_not_to_be_judged(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    notes = [finding for finding in judged(tmp_path, transformers=True).findings if finding.kind == "engine"]
+    notes = [finding for finding in judged(tmp_path, engines=["transformers"]).findings if finding.kind == "engine"]
     assert ["not held against transformers: the folder is quantised" in note.got for note in notes] == [True]

@@ -116,7 +116,9 @@ PLANTED: dict[str, tuple[str, Change, str, str]] = {
     "scale-minus-infinite": ("fp8-block", put(f"{UP}.weight_scale_inv", f32(-INF)), "scale-infinite", UP),
     "scale-bf16-zero": ("fp8-channel", put(f"{UP}.weight_scale", bf16(0), 2), "scale-zero", UP),
     "scale-bf16-nan": ("int4", put(f"{UP}.weight_scale", bf16(NAN), 2), "scale-nan", UP),
-    "scale-f16-negative": ("awq", put(f"{UP}.scales", struct.pack("<e", -2), 2), "scale-negative", "3.up_proj.scales"),
+    "scale-bf16-negative": ("fp8-channel", put(f"{UP}.weight_scale", bf16(-2), 2), "scale-negative", UP),
+    "scale-f16-zero": ("awq", put(f"{UP}.scales", struct.pack("<e", 0), 2), "scale-zero", "3.up_proj.scales"),
+    "scale-f16-nan": ("awq", put(f"{UP}.scales", struct.pack("<e", NAN), 2), "scale-nan", "3.up_proj.scales"),
     "scale-fp8-zero": ("nvfp4", put(f"{UP}.weight_scale", b"\0", 5), "scale-zero", UP),
     "scale-fp8-nan": ("nvfp4", put(f"{UP}.weight_scale", b"\x7f", 5), "scale-nan", UP),
     "scale-fp8-negative": ("nvfp4", put(f"{UP}.weight_scale", b"\x85", 5), "scale-negative", UP),
@@ -175,6 +177,23 @@ def test_a_planted_number_is_named(defect: str, tmp_path: Path) -> None:
     said = " ".join(" ".join((*one.tensors, one.got, one.want)) for one in found)
     assert [finding.kind for finding in found] == [kind]
     assert words in said
+
+
+@pytest.mark.parametrize(
+    ("form", "end", "value"),
+    [
+        ("gptq", "scales", struct.pack("<e", -2)),
+        ("awq", "scales", struct.pack("<e", -2)),
+        ("int4", "weight_scale", bf16(-2)),
+        ("int8", "weight_scale", bf16(-2)),
+    ],
+)
+def test_scales_of_integers_may_be_negative(form: str, end: str, value: bytes, tmp_path: Path) -> None:
+    """As AutoRound's are where the largest weight of a group is positive: -8 times a negative scale."""
+    config, tensors = quantised(form, "each")
+    tensors = filled(tensors)
+    put(f"{UP}.{end}", value, 2)(tensors)
+    assert found_in(write(tmp_path / "model", config, tensors)) == []
 
 
 def test_packed_experts_that_are_equal_are_named_by_their_numbers(tmp_path: Path) -> None:

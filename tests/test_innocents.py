@@ -8,6 +8,7 @@ import pytest
 from every_check import CHECKS, verdict
 from innocents import ACCUSED as OF_STAGES
 from innocents import Accused, SumsInAnyOrder
+from innocents_of_answers import ACCUSED as OF_ANSWERS
 from innocents_of_calls import ACCUSED as OF_CALLS
 
 from moe_conformance.engine import STAGES
@@ -16,7 +17,7 @@ from moe_conformance.judging.judge import Judge
 from moe_conformance.judging.verdict import Verdict
 from moe_conformance.running.discovery import Target
 
-ACCUSED = (*OF_STAGES, *OF_CALLS)
+ACCUSED = (*OF_STAGES, *OF_CALLS, *OF_ANSWERS)
 # Inputs of the default seed and of two others; every night of 20.
 SEEDS = (0, 1, 2)
 NIGHTLY_SEEDS = range(20)

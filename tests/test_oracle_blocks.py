@@ -11,7 +11,6 @@ from torch import Tensor
 from moe_conformance.engine import (
     BlockInputs,
     Capacity,
-    InputError,
     LayerInputs,
     LayerSpec,
     LogitsSpec,
@@ -159,8 +158,21 @@ def test_a_layer_whose_experts_rounding_may_change_has_no_answer() -> None:
     inputs.logits[3] = 1.0
     with pytest.raises(ValueError, match=r"inputs are no good: rounding may change the experts of rows \[3\]"):
         expected_layer(inputs)
-    with pytest.raises(InputError, match="layer: got quant, want none"):
-        expected_layer(replace(inputs, quant=QuantSpec("int8", "channel")))
+
+
+def test_a_layer_of_stored_experts_is_that_of_their_numbers() -> None:
+    """And its bound has room for weights that are made of codes and scales on the way."""
+    inputs, quant = layer_inputs(), QuantSpec("int8", "channel")
+    codes = {name: t for name, t in inputs.tensors.items() if not name.startswith("experts.w")}
+    numbers = dict(codes)
+    for name in (name for name in inputs.tensors if name.startswith("experts.w")):
+        scale = inputs.tensors[name].abs().amax(-1) / 127
+        codes |= {name: (inputs.tensors[name] / scale[..., None]).round().to(torch.int8), f"{name}.scale": scale}
+        numbers[name] = codes[name].double() * scale[..., None].double()
+    got, bound = expected_layer(replace(inputs, tensors=codes, quant=quant))
+    want, less = expected_layer(replace(inputs, tensors=numbers))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert (bound.limit >= less.limit).all()
 
 
 def test_a_layer_in_a_narrow_dtype_may_have_its_weights_in_it() -> None:

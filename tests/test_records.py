@@ -67,6 +67,12 @@ def test_a_family_without_its_record_is_nowhere(slug: str) -> None:
     assert len(gone) > 5
 
 
+@pytest.mark.parametrize("module", ["deepseek_v3", "gpt_oss", "qwen3_moe"])
+def test_cases_that_name_a_family_go_with_it(module: str) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT, module], capture_output=True, text=True, check=True)
+    assert f"update-{module.replace('_', '-')}-once" not in done.stdout.split()
+
+
 MIXTRAL_LIKE = next(record for record in RECORDS.values() if record.sample == "smoke" and not record.wrapper)
 
 

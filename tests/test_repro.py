@@ -138,7 +138,7 @@ def test_an_engine_with_a_door_is_shown_without_this_package(tmp_path: Path) -> 
     assert "elements of rows" in shown(SaysHow, "experts-tiny-silu", file)
     text = file.read_text()
     assert "import moe_conformance" not in text and "from moe_conformance" not in text
-    assert "normal((33, 20), 'experts-x'" in text  # drawn again, not written out
+    assert "fine((33, 20), 'experts-x'" in text  # drawn again, not written out
 
 
 def test_a_door_that_does_something_else_is_not_taken(tmp_path: Path) -> None:

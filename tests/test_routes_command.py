@@ -17,7 +17,6 @@ import pytest
 from planted_routes import Record, recorded, shifted
 
 from moe_conformance.cli import main
-from moe_conformance.errors import MoEConformanceError
 from moe_conformance.routes.command import judged
 from moe_conformance.suites.generate.models import whole_model
 
@@ -273,15 +272,6 @@ def test_ids_that_no_expert_has_are_a_defect(model: tuple[Path, Record], tmp_pat
     for low, high in ((-5, 5), (8, 9), (-(2**62), 2**62), (0, 70_000)):
         ids = tuple(rng.integers(low, high, part.shape) for part in record.ids)
         assert not judged(folder, replace(record, ids=ids).save(tmp_path / "record.safetensors")).is_sound
-
-
-def test_a_quantised_folder_is_refused(model: tuple[Path, Record], tmp_path: Path) -> None:
-    folder, record = model
-    config = json.loads((folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
-    with pytest.raises(MoEConformanceError, match="is quantised"):
-        judged(tmp_path, record.save(tmp_path / "record.safetensors"))
 
 
 def test_a_weight_that_lacks_is_named(model: tuple[Path, Record], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from planted_routes import Record, recorded
+from planted_routes import PLANTS, Record, recorded
 
 from moe_conformance.errors import MoEConformanceError
 from moe_conformance.model.families.describe import describe
@@ -30,8 +30,9 @@ REFUSED = {
 NO_RECORD = {
     "ernie4_5_vl_moe_text": "two blocks a layer",
     "llama4_text": "the wrapper of 5.24 raises on text alone",
-    "longcat_flash": "a layer of its config is two of its modules",
 }
+# Whose text model alone has routes, though the whole has none; or one that counts layers otherwise than the others.
+PLANTED = {"llama4_text": True, "longcat_flash": False}
 
 
 def invented(folder: Path, requests: list[list[int]]) -> Record:
@@ -61,3 +62,26 @@ def test_a_familys_own_routes_in_bfloat16_are_accepted(family: str, tmp_path: Pa
         return
     found = judged(tmp_path, recorded(tmp_path, requests, "bfloat16").save(path), dtype="bfloat16")
     assert found.findings == (), found.outcome
+
+
+@pytest.mark.nightly
+@pytest.mark.sweep
+@pytest.mark.parametrize("family", PLANTED)
+def test_routes_of_families_that_are_built_otherwise_are_judged(family: str, tmp_path: Path) -> None:
+    """Their own accepted, and each plant that their layers allow named."""
+    import torch
+
+    model = tiny_models.build.__wrapped__(family, text_only=PLANTED[family])
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("e_score_correction_bias"):
+            tensor.data.zero_()  # which would choose the same experts for almost every token
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    record = recorded(tmp_path, [rng.integers(3, 64, length).tolist() for length in LENGTHS], "bfloat16")
+    path = tmp_path / "record.safetensors"
+    found = judged(tmp_path, record.save(path), dtype="bfloat16")
+    assert found.findings == (), found.outcome
+    for plant, (change, kind) in PLANTS.items():
+        if plant != "dense-layers-counted":  # of which they have none
+            found = judged(tmp_path, change(record).save(path), dtype="bfloat16")
+            assert kind in [finding.kind for finding in found.findings], plant

@@ -95,6 +95,9 @@ def test_where_there_is_nothing_to_show_is_a_usage_error(tmp_path: Path, name: s
     assert (code, said in " ".join(output.split()), (tmp_path / "r.html").exists()) == (2, True, False)
 
 
+TWO = {"good": Verdict.PASS, "bad": Verdict.FAIL}
+
+
 def test_a_file_that_is_no_stream_is_a_usage_error_that_says_why(tmp_path: Path) -> None:
     (tmp_path / "verdicts.jsonl").write_bytes(b"\xff\x00 nothing")
     with pytest.raises(UsageError, match=r"got no result .*no header.*1 lines are no part"):
@@ -103,11 +106,20 @@ def test_a_file_that_is_no_stream_is_a_usage_error_that_says_why(tmp_path: Path)
 
 def test_the_command_writes_page_and_badge_and_says_what_is_wrong(tmp_path: Path) -> None:
     run = write(tmp_path / "run", TEXT[:-1])
-    files = [tmp_path / "r.html", tmp_path / "r.svg"]
-    code, output = invoke("report", str(run), "--html", str(files[0]), "--badge", str(files[1]))
+    files = [tmp_path / "r.html", tmp_path / "r.md", tmp_path / "r.svg"]
+    asked = zip(("--html", "--markdown", "--badge"), map(str, files), strict=True)
+    code, output = invoke("report", str(run), *(word for pair in asked for word in pair))
     assert code == 0 and output.startswith("run: cut off") and all(f"{file}: 2 results" in output for file in files)
     assert invoke("report", str(run))[0] == 2
     assert invoke("report", str(run), "--html", str(tmp_path / "no" / "r.html"))[0] == 2
+
+
+def test_the_tables_of_several_runs_stand_beside_each_other(tmp_path: Path) -> None:
+    runs = [write(tmp_path / name, lines([result(CASE, verdict)], {})) for name, verdict in TWO.items()]
+    assert invoke("report", *map(str, runs), "--markdown", str(tmp_path / "r.md"))[0] == 0
+    head, _, row = (tmp_path / "r.md").read_text().splitlines()[:3]
+    assert head.split(" | ")[1:] == ["mine (good)", "mine (bad) |"]
+    assert row.split(" | ")[1:] == ["0/1", "1/1 |"]
 
 
 def test_a_message_with_markup_is_data_and_a_long_one_is_folded(tmp_path: Path) -> None:

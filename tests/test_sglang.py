@@ -39,6 +39,14 @@ def test_a_stand_in_gives_names_modules_and_base_classes_and_computes_nothing() 
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_a_stand_in_may_be_the_type_of_a_field() -> None:
+    pydantic = pytest.importorskip("pydantic")
+    module: Any = importlib.import_module(f"{ABSENT}.kernels")
+    model = pydantic.create_model("Model", tag=(module.StructuralTag | None, None))
+    assert model(tag="x").tag == "x"
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_a_stand_in_is_behind_every_package_that_is_there() -> None:
     finder = sys.meta_path[-1]
     assert isinstance(finder, stand_ins._Finder)

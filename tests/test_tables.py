@@ -105,7 +105,7 @@ def test_a_fault_is_told_with_its_cases_its_clause_and_the_command_that_reruns_i
         "     row [1]: got 1, want 'x1'",
         "   MUST: A padded hidden or intermediate dim must be cut before anything of the unpadded width is added or "
         "projected, and nothing in the padding may reach the result.",
-        "   upstream: vllm#40794, vllm#40865, tokenspeed#1322",
+        "   upstream: vllm#40794, vllm#40865, tokenspeed#1322, aiter#5413",
         "   rerun: moe-conformance run --engine my:Engine --case layer-tiny-padded-hidden",
     ]
 

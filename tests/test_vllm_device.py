@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from moe_conformance.engines.vllm import VLLM, VLLMTriton, capture, device, interpreted, models, routing, runtime
-from moe_conformance.engines.vllm.backends import AITER, FlashInferCUTLASS, FlashInferTRTLLM
+from moe_conformance.engines.vllm.backends import AITER, BatchedTriton, FlashInferCUTLASS, FlashInferTRTLLM
 from moe_conformance.errors import Unavailable, Unsupported
 
 Build = Callable[[str], None]
@@ -117,6 +117,22 @@ def test_a_backend_is_asked_of_vllm_by_its_own_name_and_needs_a_gpu(
     adapter = engine()
     vars(adapter)["_offered"] = {"block": frozenset(), "route": frozenset()}
     assert adapter.capabilities() == {"block": frozenset()}
+
+
+def test_the_backend_that_is_triton_alone_is_judged_where_triton_is_interpreted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert BatchedTriton.environment()[device.BACKEND] == "batched_triton"
+    monkeypatch.setattr("moe_conformance.engines.vllm.find_spec", lambda name: True)
+    monkeypatch.setattr(device, "interprets", lambda: True)
+    assert BatchedTriton.missing() is None
+    monkeypatch.setattr(device, "interprets", lambda: False)
+    assert "ranks that exchange tokens" in (BatchedTriton.missing() or "")
+    adapter = BatchedTriton()
+    vars(adapter)["_offered"] = {"experts": frozenset({"bias", "expert_map"}), "layer": frozenset({"bias"})}
+    assert adapter.capabilities() == {"experts": frozenset({"bias"})}
+    with pytest.raises(Unsupported, match="layer: judged with the engine vllm"):
+        adapter.layer(None)  # type: ignore[arg-type]
 
 
 def test_no_backend_is_asked_of_a_release_without_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import RECORDS, Target, checkpoint_of
-from moe_conformance.engines import published, servers
-from moe_conformance.engines.vllm import decoder, loading
+from moe_conformance.engines import decoder, published, servers
+from moe_conformance.engines.vllm import loading, quantised
 from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 from moe_conformance.suites.block.blocks import tensors_of
 from moe_conformance.suites.block.configs import VARIANTS
+from moe_conformance.suites.load.stored import ENCODED, TILE
 
 
 def of_family(model_type: str, architecture: str, **keys: Any) -> dict[str, Any]:
@@ -27,6 +28,25 @@ def test_a_key_that_transformers_derives_is_derived_back() -> None:
     assert of_family("axk1", "AXK1ForCausalLM")["first_k_dense_replace"] == 1
     assert of_family("glm4_moe", "Glm4MoeForCausalLM")["head_dim"] == 32
     assert of_family("mimo_v2_flash", "MiMoV2FlashForCausalLM")["moe_layer_freq"] == [0, 1]
+
+
+def test_a_config_that_says_nothing_of_its_layers_gets_no_number_of_them() -> None:
+    record = RECORDS["glm4_moe_lite"]
+    found = published.config(record, "Glm4MoeLiteForCausalLM", {"model_type": "glm4_moe_lite"})
+    assert "first_k_dense_replace" not in found
+
+
+def test_a_list_of_layers_that_no_number_says_is_told() -> None:
+    for model_type, types, lossy in (
+        ("axk1", ["dense", "sparse", "dense"], True),
+        ("axk1", ["dense", "sparse", "sparse"], False),
+        ("axk1", ["dense"], False),
+        ("axk1", None, False),
+        ("laguna", ["dense", "sparse", "dense"], False),
+    ):
+        assert published.is_lossy(RECORDS[model_type], {"mlp_layer_types": types}) is lossy, (model_type, types)
+    nested = {"text_config": {"mlp_layer_types": ["sparse", "dense"]}}
+    assert published.is_lossy(RECORDS["inkling_text"], nested)
 
 
 def test_a_key_that_the_config_has_stays() -> None:
@@ -183,3 +203,38 @@ def test_what_goes_wrong_is_no_refusal(error: Exception) -> None:
 def test_a_refusal_of_ours_keeps_its_words() -> None:
     with pytest.raises(Unsupported, match=r"^route: unsupported$"), refusals():
         raise Unsupported("route: unsupported")
+
+
+STORED = (
+    *("fp8-block", "fp8-channel", "fp8-tensor", "int4-packed", "int4-packed-zero", "int8-packed", "mxfp4", "nvfp4"),
+    "nvfp4-modelopt",
+)
+
+
+@pytest.mark.parametrize("form", STORED)
+def test_codes_times_scales_are_the_numbers_of_a_form(form: str) -> None:
+    parts, want = ENCODED[form]((3, 64, 32), "quantised")
+    tile = (TILE, TILE) if form == "fp8-block" else None
+    got = quantised._numbers(parts, 64, 32, tile, 1)
+    torch.testing.assert_close(got, want.double(), rtol=1e-15, atol=0.0)
+
+
+def test_rows_and_columns_beyond_the_matrix_are_left_out() -> None:
+    parts, want = ENCODED["mxfp4"]((3, 64, 64), "quantised")
+    assert torch.equal(quantised._numbers(parts, 48, 32, None, 2), want[:, :48, :32].double())
+
+
+def test_gate_and_up_may_have_a_scale_each() -> None:
+    codes, scale = torch.ones(2, 4, 3).to(torch.float8_e4m3fn), torch.tensor([[1.0, 2.0], [4.0, 8.0]])
+    got = quantised._numbers({"weight": codes, "weight_scale": scale}, 4, 3, None, 2)
+    assert got[:, :, 0].tolist() == [[1.0, 1.0, 2.0, 2.0], [4.0, 4.0, 8.0, 8.0]]
+
+
+def test_a_matrix_that_was_left_out_is_as_it_is() -> None:
+    plain = torch.ones(2, 4, 3)
+    assert torch.equal(quantised._numbers({"weight": plain}, 4, 3, None, 1), plain)
+
+
+def test_an_unknown_form_is_not_judged() -> None:
+    with pytest.raises(Unsupported, match="qweight"):
+        quantised._numbers({"qweight": torch.ones(2, 4, 3)}, 4, 3, None, 1)

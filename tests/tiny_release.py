@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from moe_conformance.engine import Engine, EngineInfo, RouteInputs, Routing, Unsupported
@@ -18,17 +19,24 @@ RELEASES = {"0.18.0": _ROUTE, "0.19.0": _WRONG, "0.19.1": _WRONG, "0.21.0": _WRO
 
 
 class Tiny(Engine):
+    """Of vLLM's place."""
+
     name = "tiny"
+    module = "vllm"
     info = EngineInfo("tiny", "1", "cpu")
 
     def capabilities(self) -> dict[str, set[str]]:  # type: ignore[override]
         return {"route": {"softmax", "renormalize", "not_renormalized"}}
 
     def route(self, inputs: RouteInputs) -> Routing:
-        import vllm
-
         spec: Any = inputs.routing
         if spec.renormalize == "norm":
             raise Unsupported("no norms")
-        weights, ids = vllm.route(inputs.logits, spec.top_k, spec.renormalize == "sum")
+        weights, ids = import_module(self.module).route(inputs.logits, spec.top_k, spec.renormalize == "sum")
         return Routing(ids, weights)
+
+
+class TinyOther(Tiny):
+    """Of SGLang's place."""
+
+    module = "sglang"

@@ -71,7 +71,7 @@ def main(sample: int, seed: int, jobs: int, out: Path, tests: tuple[str, ...], f
     with use_db(str(out / "all.sqlite")) as database:
         init(places, database, {})
         items = [item for item in database.work_items if not in_annotation(item)]
-    chosen = random.Random(seed).sample(sorted(items, key=_order), min(sample, len(items)))
+    chosen = random.Random(seed).sample(sorted(items, key=order), min(sample, len(items)))
     click.echo(f"{len(chosen)} of {len(items)} mutants of {', '.join(modules)}")
     with ThreadPoolExecutor(jobs) as pool:
         runs = pool.map(lambda pair: run(pair[1], chosen[pair[0] :: jobs], copies[0], tests), enumerate(copies))
@@ -118,7 +118,7 @@ def _annotations(owner: ast.AST) -> list[ast.expr]:
     return [node for node in found if isinstance(node, ast.expr)]
 
 
-def _order(item: WorkItem) -> tuple[str, ...]:
+def order(item: WorkItem) -> tuple[str, ...]:
     (mutation,) = item.mutations
     return (
         mutation.module_path.name,

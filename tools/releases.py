@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Judges releases of vLLM side by side: `tools/releases.py --help`. Any Python from 3.11 on may start it."""
+"""Judges releases of vLLM or SGLang side by side: `tools/releases.py --help`. Any Python from 3.11 on may start it."""
 
 from __future__ import annotations
 

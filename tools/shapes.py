@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -30,6 +30,7 @@ ALL = frozenset(target.name for target in TARGETS)
 # One target of NVIDIA and one of AMD, for kernels that hardly depend on the target's instructions.
 TWO = frozenset({"sm_90", "gfx942"})
 H100 = frozenset({"sm_90"})
+VOCABULARY = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,15 @@ def routed(
 ) -> Shape:
     def run(target: Target) -> object:
         logits = torch.empty(tokens, classes * stride, dtype=dtype)[:, ::stride]
-        each = {"router.selection_bias": torch.float32, "router.per_expert_scale": dtype}
-        return route_logits(logits, spec, {key: torch.empty(classes, dtype=own) for key, own in each.items()})
+        own = classes - spec.shared_classes
+        tensors = {
+            "router.selection_bias": torch.empty(own),
+            "router.per_expert_scale": torch.empty(own, dtype=dtype),
+            "router.global_scale": torch.empty(1),
+            "router.table": torch.empty(VOCABULARY, spec.top_k, dtype=torch.int64),
+        }
+        # Ids of tokens are looked at before the launch, which meta tensors do not allow.
+        return route_logits(logits, spec, tensors, token_ids=torch.zeros(tokens, dtype=torch.int64, device="cpu"))
 
     short = str(dtype).removeprefix("torch.")
     return Shape(f"{name} {short} E {classes} K {spec.top_k} T {tokens}", run, frozenset({"route"}), targets)
@@ -143,7 +151,10 @@ def padded(name: str, dtype: torch.dtype, tokens: int, classes: int, spec: Routi
     """The router of a batch of which half is padding, with slots for shared experts."""
 
     def run(target: Target) -> object:
-        tensors = {"router.selection_bias": torch.empty(classes)}
+        tensors = {
+            "router.selection_bias": torch.empty(classes - spec.shared_classes),
+            "router.global_scale": torch.empty(1),
+        }
         logits = torch.empty(tokens, classes, dtype=dtype)
         return route(RouteInputs(logits, spec, tensors, valid_rows=tokens // 2, fused_shared=fused))
 
@@ -178,7 +189,18 @@ DEEPSEEK_V3_ROUTING = RoutingSpec(
 SUPER_ROUTING = RoutingSpec(22, score="sigmoid", selection_bias=True, renormalize="sum", epsilon=1e-20, scale=5.0)
 KIMI_K2_ROUTING = RoutingSpec(8, score="sigmoid", selection_bias=True, renormalize="sum", epsilon=1e-20, scale=2.827)
 SIXTEEN_ROUTING = RoutingSpec(16, score="sigmoid", selection_bias=True, renormalize="sum", epsilon=1e-20, scale=2.5)
+DEEPSEEK_V4_ROUTING = RoutingSpec(6, score="sqrt_softplus", renormalize="sum", epsilon=1e-20, scale=1.5)
 INPUT_ROUTING = RoutingSpec(4, select_on="logits", score_dtype="input")
+PHIMOE_ROUTING = RoutingSpec(2, selector="sparsemixer", select_on="logits", score_dtype="input", jitter=0.01)
+ERNIE_ROUTING = RoutingSpec(6, selection_bias=True, renormalize="sum", floor=1e-12)
+LONGCAT_ROUTING = RoutingSpec(12, selection_bias=True, scale=6.0, identity_experts=256)
+ZAYA_ROUTING = RoutingSpec(1, selection_bias=True, score_dtype="input", skip_expert=True)
+INKLING_ROUTING = RoutingSpec(
+    6, score="sigmoid", selection_bias=True, scale=8.0, global_scale=True, shared_classes=2
+)  # fmt: skip
+LAGUNA_ROUTING = RoutingSpec(
+    8, score="sigmoid", selection_bias=True, renormalize="sum", logit_scale=0.5, logit_softcap=30.0
+)  # fmt: skip
 SHAPES = (
     routed("Gemma 4", BFLOAT16, 64, 128, RoutingSpec(8, renormalize="sum", per_expert_scale=True)),
     routed("Qwen3", FLOAT32, 4096, 128, RoutingSpec(8, renormalize="sum"), targets=TWO),
@@ -191,7 +213,19 @@ SHAPES = (
     routed("Kimi-K2", FLOAT32, 64, 384, KIMI_K2_ROUTING, targets=TWO),
     routed("896 of 16", FLOAT32, 64, 896, SIXTEEN_ROUTING, targets=TWO),
     routed("gpt-oss in its dtype", BFLOAT16, 64, 128, INPUT_ROUTING, targets=TWO),
+    routed("DeepSeek-V4", FLOAT32, 64, 256, replace(DEEPSEEK_V4_ROUTING, selection_bias=True), targets=TWO),
+    routed("DeepSeek-V4 by token", FLOAT32, 64, 256, replace(DEEPSEEK_V4_ROUTING, selector="table"), targets=TWO),
+    routed("PhiMoE", BFLOAT16, 64, 16, PHIMOE_ROUTING, targets=TWO),
+    routed("DBRX", BFLOAT16, 64, 16, RoutingSpec(4, score_dtype="input", renormalize="norm"), targets=TWO),
+    routed("DBRX by squares", BFLOAT16, 64, 16, RoutingSpec(4, renormalize="norm", norm_order=2.0), targets=TWO),
+    routed("ERNIE 4.5", FLOAT32, 64, 64, ERNIE_ROUTING, targets=TWO),
+    routed("LongCat-Flash", FLOAT32, 64, 768, LONGCAT_ROUTING, targets=TWO),
+    routed("ZAYA", BFLOAT16, 64, 17, ZAYA_ROUTING, targets=TWO),
+    routed("Inkling", FLOAT32, 64, 130, INKLING_ROUTING, targets=TWO),
+    routed("Laguna", FLOAT32, 64, 256, LAGUNA_ROUTING, targets=TWO),
     padded("DeepSeek-V3", FLOAT32, 64, 256, DEEPSEEK_V3_ROUTING, FusedShared(1)),
+    padded("DeepSeek-V3 by share", FLOAT32, 64, 256, DEEPSEEK_V3_ROUTING, FusedShared(1, "share")),
+    padded("Inkling", FLOAT32, 64, 130, INKLING_ROUTING, FusedShared(2, "router")),
     routed("the limits", FLOAT32, 64, 1024, RoutingSpec(32, renormalize="sum")),
     aligned("Gemma 4", 64, 128, 8, 16, mapped=False, targets=H100),
     aligned("Gemma 4", 64, 128, 8, 16, mapped=True),

@@ -1,4 +1,4 @@
-"""Measures how much of vLLM's fused_moe a run of its two engines executes, out of what a CPU can reach.
+"""Measures how much of vLLM's fused_moe a run of its engines executes, out of what a CPU can reach.
 
     python tools/vllm_coverage.py 0.32.0 --out results/vllm-coverage -k "not experts-ep5-beyond-512"
 
@@ -25,11 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
-from release_cache import Cache, Place, install_project, user_cache, write
+from release_cache import Place, install_project, site_packages, user_cache, write
+from release_servers import VLLM
 
 FUSED_MOE = Path("vllm") / "model_executor" / "layers" / "fused_moe"
 LIST = Path(__file__).with_name("vllm_unreachable.toml")
-ENGINES = ("vllm", "vllm-triton")
+ENGINES = ("vllm", "vllm-triton", "vllm-batched-triton")
 COVERAGE = "coverage==7.17.5"
 # Entries of this kind could be reached with the right configuration; their size is shown separately.
 NOT_ASKED_FOR = "quantised"
@@ -49,7 +50,7 @@ def main(version: str, out: Path, cache: Path | None, tier: str, keyword: str, a
     out = out.resolve()
     lines = out / "lines.json"
     if not again:
-        kept = Cache((cache or user_cache()).resolve())
+        kept = VLLM((cache or user_cache()).resolve())
         with kept.locked():
             _measure(kept.place(version), out, ["--tier", tier, *(["-k", keyword] if keyword else [])])
     elif not lines.exists():
@@ -214,11 +215,11 @@ def _package(place: Place) -> Path:
     """The folder that holds the release's vllm."""
     if place.overlay:
         return place.overlay
-    return next((place.python.parent.parent / "lib").glob("python3*")) / "site-packages"
+    return site_packages(place.python.parent.parent)
 
 
 def _measure(place: Place, out: Path, options: list[str]) -> None:
-    """Run both engines under coverage.py, in OUT; their processes too. Raises ClickException where one dies."""
+    """Run the engines under coverage.py, in OUT; their processes too. Raises ClickException where one dies."""
     folder, beside = _package(place) / FUSED_MOE, out / "packages"
     install_project(place.python, beside, COVERAGE)
     settings = out / "coverage.ini"
@@ -228,7 +229,7 @@ def _measure(place: Place, out: Path, options: list[str]) -> None:
     for left in out.glob("data*"):
         left.unlink()
     paths = [str(path) for path in (place.overlay, beside) if path]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths), **place.environment}
     # CI is unset because a run in process is refused there.
     environment.pop("CI", None)
     for engine in ENGINES:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_conformance.engine import (
     AlignInputs,
@@ -16,9 +18,12 @@ from moe_conformance.engine import (
     RouteInputs,
     Routing,
     ShardInputs,
+    SharedSpec,
 )
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.engines.mutants.permutation import FaultyIds
+from moe_conformance.reference_impl import layer as stage
+from moe_conformance.reference_impl.layer import Tensors
 
 
 def as_if_contiguous(tensor: Tensor) -> Tensor:
@@ -81,10 +86,37 @@ class ExpertStrideOfW2(Faulty):
 
     def layer(self, inputs: LayerInputs) -> Tensor:
         w2 = inputs.tensors["experts.w2"]
-        if inputs.padded_hidden or inputs.padded_intermediate or w2.numel() > 1 << 16:
+        if inputs.quant or inputs.padded_hidden or inputs.padded_intermediate or w2.numel() > 1 << 16:
             return super().layer(inputs)
         packed = as_if_strided(w2, (w2.shape[1] * w2.shape[2], *w2.stride()[1:]))
         return super().layer(replace(inputs, tensors={**inputs.tensors, "experts.w2": packed}))
+
+
+class MapTakenForContiguous(Faulty):
+    """torchtitan#3771: what is looked up by expert is read by pointer and number."""
+
+    def experts(self, inputs: ExpertsInputs) -> Tensor:
+        if inputs.expert_map is None:
+            return super().experts(inputs)
+        held = len(inputs.tensors["experts.w2"])
+        packed = as_if_contiguous(inputs.expert_map)
+        return super().experts(replace(inputs, expert_map=packed.where(packed < held, -1)))
+
+
+class GateReadsContiguousRows(Faulty):
+    """vllm#43190: the kernel of the shared expert's gate takes the row stride of x for its width."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        if inputs.spec.shared is None or not inputs.spec.shared.gate:
+            return super().layer(inputs)
+        real = stage.shared_output
+
+        def gated(x: Tensor, spec: SharedSpec, tensors: Tensors, weights: Tensor | None) -> Tensor:
+            open_ = F.linear(as_if_contiguous(x), tensors["shared.gate"]).sigmoid()
+            return real(x, replace(spec, gate=False), tensors, weights) * open_
+
+        with patch.object(stage, "shared_output", gated):
+            return super().layer(inputs)
 
 
 class NarrowIdsReadWide(Faulty):
@@ -136,6 +168,8 @@ MUTANTS = tuple(
         (StepBetweenColumnsIgnored, "the column stride of x is taken to be 1", "shard-x-sliced-tp2"),
         (ExpertStrideOfW2, "the expert stride of w2 is that of packed experts", "layer-arguments-transposed-shared"),
         (NarrowIdsReadWide, "int32 ids are read as int64", "experts-ids-int32-bf16"),
+        (MapTakenForContiguous, "an expert map is read as if contiguous", "experts-map-sliced-ep3"),
+        (GateReadsContiguousRows, "the shared gate reads x as if contiguous", "layer-arguments-shared-gate-shared"),
         (LogitsOfOneRow, "one row of logits is read as if contiguous", "route-renorm-e128-k8-t1-bf16-fine-sliced"),
         (StridesAreIgnored, "ids are read as if contiguous", "align-rows-apart"),
         (SequencesBehindTokens, "x is flattened as it lies in memory", "family-mixtral-x-swapped"),

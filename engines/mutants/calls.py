@@ -61,6 +61,16 @@ class NoKernelOfThisSize(Faulty):
         return Routing(torch.empty_like(ids), torch.empty_like(weights))
 
 
+class NoMemoryForScores(Faulty):
+    """TransformerEngine#2821: with so many experts a row's scores do not fit, and the launch fails without a word."""
+
+    def route(self, inputs: RouteInputs) -> Routing:
+        ids, weights = super().route(inputs)
+        if inputs.logits.shape[1] < 1024:
+            return Routing(ids, weights)
+        return Routing(torch.empty_like(ids), torch.empty_like(weights))
+
+
 class RowsOfOneBlock(Faulty):
     """mirage#764: the router visits the rows of one block, 16 for 128 experts."""
 
@@ -268,6 +278,7 @@ MUTANTS = tuple(
                 (TailOfOneToken, "one token's last columns are not written", "experts-written-one-token-fp16"),
                 (IdleRankUnwritten, "a rank without experts writes nothing", "shard-written-empty-rank"),
                 (NoKernelOfThisSize, "wide routers write nothing", "route-biased-e896-k22-t3-fp32-fine"),
+                (NoMemoryForScores, "1024 experts write nothing", "route-renorm-e1280-k8-t5-fp32-fine"),
                 (RowsOfOneBlock, "rows behind the first block are not written", "route-renorm-e128-k8-t17-fp32-fine"),
                 (PaddingIsLeftUnwritten, "padding is what the memory held", "align-written-unpicked"),
                 (CountOfNothing, "no pairs, no count", "align-written-idle"),

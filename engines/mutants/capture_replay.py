@@ -225,6 +225,21 @@ class OneBufferForAll(_WithParts):
         return session
 
 
+class DraftWritesToTheModels(_WithParts):
+    """vllm#48622: a draft model's router has the number of the model's first layer, and writes to its place."""
+
+    def __init__(self) -> None:
+        self.first: Capturer | None = None
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        session = Capturer(spec)
+        if self.first is None or self.first.spec.layers <= spec.layers:
+            self.first = session
+        else:
+            session.buffer = self.first.buffer[: spec.max_tokens]
+        return session
+
+
 # Stores -----------------------------------------------------------------------------------------------------------
 
 
@@ -398,6 +413,12 @@ MUTANTS = (
     ),
     _mutant(CopiesTooLate, "copies the ids when read, not when captured", "capture-ids-int32-contiguous", _STRIDES),
     _mutant(IgnoresStrides, "reads ids as if they were contiguous", "capture-ids-int64-transposed", _STRIDES),
+    _mutant(
+        DraftWritesToTheModels,
+        "a draft model's rows are written to the model's",
+        "capture-two-sessions-draft",
+        "sessions_share_no_state",
+    ),
     _mutant(
         OneBufferForAll,
         "has one buffer for all sessions",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_conformance.model.families.naming import Piece
-    from moe_conformance.reference_impl.checkpoint.places import Sizes
+    from moe_conformance.reference_impl.checkpoint.places import Places, Sizes
 
 
 class _Renamed(Faulty):
@@ -201,6 +201,21 @@ class RouterScaleDefaults(Faulty):
         return loaded
 
 
+class SelectionBiasDefaults(Faulty):
+    """TensorRT-LLM#15154: a checkpoint without a selection bias loads, and the parameter keeps what memory held."""
+
+    def load(self, folder: Path) -> Loaded:
+        real = loading._check
+
+        def check(places: Places, plan: loading.Plan) -> None:
+            wanted = {name: shape for name, shape in places.wanted.items() if not name.endswith(".selection_bias")}
+            with patch.object(places, "wanted", wanted):
+                real(places, plan)
+
+        with patch.object(loading, "_check", check):
+            return super().load(folder)
+
+
 class ExtraExpertIgnored(Faulty):
     def load(self, folder: Path) -> Loaded:
         from moe_conformance.reference_impl.checkpoint import loading
@@ -285,6 +300,54 @@ class FolderIsReadOnce(Faulty):
         return self._read[folder]
 
 
+class _Overwritten(Faulty):
+    """Loads the shards with some tensors in the places of others."""
+
+    def others(self, folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """By the name that they are taken for."""
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> Loaded:
+        from safetensors.torch import load_file, save_file
+
+        others = self.others(folder, json.loads((folder / "config.json").read_text()))
+        with tempfile.TemporaryDirectory() as copy:
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            for file in Path(copy).glob("model*.safetensors") if others else ():
+                held = load_file(file)
+                save_file({name: others.get(name, tensor) for name, tensor in held.items()}, file)
+            return super().load(Path(copy))
+
+
+class DraftIsTheLastLayer(_Overwritten):
+    """Layers are numbered anew, and the draft layer is the last."""
+
+    def others(self, folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        count = config.get("num_hidden_layers", 0)
+        drafts = re.compile(rf"model\.layers\.{count}\.|mtp\.layers\.0\.")
+        index = folder / "model.safetensors.index.json"
+        if not index.exists() or "eh_proj" not in index.read_text():
+            return {}
+        held = {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+        last = f"model.layers.{count - 1}."
+        return {drafts.sub(last, name): tensor for name, tensor in held.items() if drafts.match(name)}
+
+
+class ConsolidatedIsTaken(_Overwritten):
+    """Every safetensors file of the folder is read, the last one in the order of names last."""
+
+    def others(self, folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        file = folder / "consolidated.safetensors"
+        held = load_file(file) if file.exists() else {}
+        return {
+            f"model.{name.replace('.feed_forward.', '.block_sparse_moe.')}": tensor for name, tensor in held.items()
+        }
+
+
 class ModulesAreAnotherLayer(_Renamed):
     """Counts the layers of names as the modules have them from the first one with experts."""
 
@@ -292,6 +355,13 @@ class ModulesAreAnotherLayer(_Renamed):
         if not re.search(r"\.experts\.(gate_up_proj|down_proj)$", name):
             return target
         return re.sub(r"layers\.(\d+)\.", lambda found: f"layers.{int(found[1]) - 1}.", target)
+
+
+class MixtralUnderMlp(_Renamed):
+    """MoE-Infinity#109: the name that transformers 5 has for the block is not known."""
+
+    def rename(self, name: str, target: str) -> str:
+        return name if ".mlp.experts." in name else target
 
 
 class SharedExpertsAreRouted(_Renamed):
@@ -332,7 +402,7 @@ class SharedExpertsAreDealtOut(Faulty):
 
 
 def _mutant(engine: type[Faulty], fault: str, case: str, check: str, *also: str) -> Mutant:
-    bug_class = "weight-coverage" if check == "a_broken_checkpoint_is_refused" else "double-prefix"
+    bug_class = "weight-coverage" if check in (_BROKEN, _INCOMPLETE) else "double-prefix"
     return Mutant(engine, bug_class, fault, (case, check), frozenset(also))
 
 
@@ -347,10 +417,13 @@ _LOAD, _EACH, _BROKEN = (
     "a_broken_checkpoint_is_refused",
 )
 
+_INCOMPLETE = "a_tensor_that_only_its_family_has_is_missed"
 _FAMILY_LOAD, _FAMILY_NAMES = (
     "a_load_gives_every_tensor_of_every_family",
     "every_tensor_of_every_family_has_its_target",
 )
+
+_BESIDE = "a_load_takes_nothing_from_what_lies_beside_the_model"
 
 MUTANTS = (
     _mutant(
@@ -362,6 +435,7 @@ MUTANTS = (
     ),
     _mutant(SharedExpertsAreDealtOut, "deals out the shared experts' columns", "load-inkling-hub", _FAMILY_LOAD),
     _mutant(ModulesAreAnotherLayer, "counts layers of modules from another", "remap-qwen3-moe-modules", _FAMILY_NAMES),
+    _mutant(MixtralUnderMlp, "leaves names below .mlp as they are", "remap-mixtral-modules", _FAMILY_NAMES),
     _mutant(SharedExpertsAreRouted, "shared experts land on expert 0", "remap-deepseek-v3-hub", _FAMILY_NAMES),
     _mutant(PrefixTwice, "adds .moe to names that have it", "remap-gemma4-moe-weight", _REACHES),
     _mutant(PrefixTwicePacked, "adds .moe to packed names that have it", "remap-gemma4-moe-packed", _REACHES),
@@ -401,8 +475,16 @@ MUTANTS = (
     _mutant(SquareDownTransposed, "transposes w2 where F = H", "load-gemma4-plain-square-down", _LOAD),
     _mutant(FirstLoadStays, "keeps the first load's tensors", "load-gemma4-packed-twice", _EACH, "quantised-scales"),
     _mutant(FolderIsReadOnce, "reads a folder once", "load-gemma4-plain-twice", _EACH),
+    _mutant(DraftIsTheLastLayer, "takes a draft layer for the last", "load-deepseek-v3-beside-draft", _BESIDE),
+    _mutant(ConsolidatedIsTaken, "reads consolidated.safetensors, too", "load-mixtral-beside-consolidated", _BESIDE),
     _mutant(MissingExpertUnwritten, "leaves a missing expert unwritten", "load-gemma4-plain-missing-expert", _BROKEN),
     _mutant(RouterScaleDefaults, "fills in a router scale", "load-gemma4-packed-missing-router-scale", _BROKEN),
+    _mutant(
+        SelectionBiasDefaults,
+        "takes a checkpoint without its selection bias",
+        "load-deepseek-v3-without-router-selection-bias",
+        _INCOMPLETE,
+    ),
     _mutant(ExtraExpertIgnored, "ignores an expert that the config lacks", "load-gemma4-plain-extra-expert", _BROKEN),
     _mutant(UnknownTensorsSkipped, "skips what it has no place for", "load-gemma4-packed-unknown-tensor", _BROKEN),
     _mutant(ShapesUnchecked, "takes any shape", "load-gemma4-packed-fewer-experts", _BROKEN),

@@ -90,6 +90,27 @@ class RefusesWithoutNumbers(_SeesOtherRows):
         return ids, rows
 
 
+class WritesBeforeItRefuses(_SeesOtherRows):
+    """The rows are counted behind the loop that writes them."""
+
+    def capture_session(self, spec: CaptureSpec) -> CaptureSession:
+        return _Eager(spec, self)
+
+    def mislead(self, ids: Tensor, rows: Rows, spec: CaptureSpec) -> tuple[Tensor, Rows]:
+        return ids, rows
+
+
+class _Eager(_Misled):
+    def capture(self, layer_id: int, ids: Tensor, rows: Rows) -> None:
+        try:
+            super().capture(layer_id, ids, rows)
+        except InputError:
+            own = min(len(ids), rows.counts[self.spec.dp_rank])
+            if 0 <= layer_id < self.spec.layers:
+                self.buffer[:own, layer_id] = ids[:own].to(self.buffer.dtype)
+            raise
+
+
 class KeepsFirstStepsStart(_SeesOtherRows):
     def capture_session(self, spec: CaptureSpec) -> CaptureSession:
         self.start: int | None = None
@@ -262,6 +283,12 @@ MUTANTS = (
         _REFUSED,
     ),
     _mutant(
+        WritesBeforeItRefuses,
+        "writes the rows that it then refuses",
+        "capture-local-wrong-count-rank1",
+        _REFUSED,
+    ),
+    _mutant(
         PaddingMakesUpForRows,
         "takes padding rows for those that are missing",
         "capture-local-wrong-valid-count",
@@ -284,7 +311,7 @@ MUTANTS = (
     _mutant(
         RefusesWithoutNumbers,
         "refuses a row count without saying which",
-        "capture-concatenated-wrong-count-rank0",
+        "capture-concatenated-wrong-count-named",
         _REFUSED,
     ),
     _mutant(

@@ -138,7 +138,7 @@ def _mutant(
 
 
 MUTANTS = (
-    _mutant(GeluInItsOtherForm, "activation", "gelu is exact for tanh", "experts-tiny-gelu-tanh", FUNCTION),
+    _mutant(GeluInItsOtherForm, "activation", "gelu is exact for tanh", "experts-narrow-gelu-tanh", FUNCTION),
     _mutant(LimitDropped, "activation", "the limit of the clamp is dropped", "experts-narrow-swiglu-oai", FUNCTION),
     _mutant(DownBiasUnweighted, "combine-algebra", "b2 is added unweighted", "experts-scale-bias", SUM),
     _mutant(ScaleTwice, "combine-algebra", "the output scale is applied twice", "experts-scale", SUM),

@@ -78,6 +78,16 @@ class UninitialisedPadding(Faulty):
             return super().layer(inputs)
 
 
+class GeluTanhSumsThePadding(Faulty):
+    """aiter#5413: the kernel of one activation is not told of the padding, and sums what the padded columns hold."""
+
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        output, mlp = super().layer(inputs), inputs.spec.experts
+        if mlp.activation != "gelu_tanh" or (inputs.padded_intermediate or 0) <= mlp.width:
+            return output
+        return output + torch.empty_like(output)
+
+
 class CutsFromTheEnd(Faulty):
     """[:-n] with the number of padded columns, which is empty where there are none."""
 
@@ -152,6 +162,12 @@ MUTANTS = (
         also=frozenset({"unwritten-output"}),
     ),
     Mutant(
+        GeluTanhSumsThePadding,
+        "shape-mismatch",
+        "padded columns are summed where the activation is gelu in its tanh form",
+        ("layer-gelu-tanh-padded-hidden-padded-intermediate", _CHECK),
+    ),
+    Mutant(
         CutsFromTheEnd,
         "shape-mismatch",
         "a padded width that equals the true one cuts everything",
@@ -161,7 +177,7 @@ MUTANTS = (
         AccumulatorIsReturned,
         "shape-mismatch",
         "the output is float32 in a padded layer without shared expert",
-        ("layer-tiny-bf16-padded-hidden", _CHECK),
+        ("layer-sizes-t1-e24-k8-h72-f32-tile64-bf16-padded-hidden-padded-intermediate", _CHECK),
         frozenset({"unwritten-output"}),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""SGLang on a CPU, from 0.5.23 on: its real routers, expert layer, capturer, balancer, models and loaders.
+"""SGLang on a CPU, from 0.5.20 on: its real routers, expert layer, capturer, balancer, models and loaders.
 
 One file a stage. A release is never asked for its number: stages look at attributes and signatures, and one that
 cannot be imported is not offered, without harm to the others. This module imports neither sglang nor torch.

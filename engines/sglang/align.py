@@ -7,18 +7,17 @@ from importlib import import_module
 import torch
 
 from moe_conformance.engine import Aligned, AlignInputs
-from moe_conformance.engines.sglang import interpreted, runtime
+from moe_conformance.engines.sglang import expert_map, interpreted, runtime
 from moe_conformance.engines.sglang.refusing import refusals
 
 
 def align(inputs: AlignInputs) -> Aligned:
     """As its experts call it: ids that its dispatcher has made local, -1 for pairs of other ranks and of no expert."""
     runtime.start()
-    standard = import_module("sglang.srt.layers.moe.token_dispatcher.standard")
     module = import_module("sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size")
     ids, experts = inputs.ids.int(), inputs.experts
     if inputs.expert_map is not None:
-        ids = standard._map_topk_ids_to_local_experts(ids, inputs.expert_map.int())
+        ids = expert_map.local_ids(ids, inputs.expert_map.int())
         experts = max(1, int((inputs.expert_map >= 0).sum()))
     with interpreted.aligning(), refusals():
         slots, blocks, count = module.moe_align_block_size(ids.contiguous().to(torch.int32), inputs.block, experts)

@@ -110,8 +110,6 @@ class Session:
         if self._capturer is not None and rows.kind != self._kind:
             raise Unsupported("capture_session: the layout of rows is a setting of SGLang's server, for all its steps")
         self._kind = rows.kind
-        from sglang.srt.runtime_context import get_parallel
-
         spec, rec = self.spec, recorder()
         attention_dp = spec.dp_size > 1
         values = {
@@ -122,7 +120,7 @@ class Session:
             "attn_tp_group": _group(spec.tp_size, rows),
         }  # fmt: skip
         with contextlib.ExitStack() as stack:
-            stack.enter_context(get_parallel().override(**values))
+            stack.enter_context(runtime.placed(values))
             stack.enter_context(patch.object(rec, "is_dp_attention_enabled", lambda: attention_dp))
             scattered = rows.kind == "sequence_shard" or (attention_dp and rows.kind == "local")
             stack.enter_context(patch.object(rec, "_is_scattered_a2a_backend", lambda: scattered))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def replicate(inputs: ReplicateInputs) -> Replicated:
 def physical_ids(ids: Tensor, metadata: Any, tokens: int) -> tuple[Tensor, Tensor]:
     """Ids of physical experts, and those that the recorder is given."""
     topk = import_module("sglang.srt.layers.moe.topk")
+    layer = {"layer_id": 0} if "layer_id" in signature(topk.TopKConfig).parameters else {}
     dispatch = import_module("sglang.srt.eplb.expert_location_dispatch")
     info = dispatch.ExpertLocationDispatchInfo(
         ep_dispatch_algorithm="dynamic",
@@ -39,7 +41,7 @@ def physical_ids(ids: Tensor, metadata: Any, tokens: int) -> tuple[Tensor, Tenso
         found, _, recorded = topk._post_process_topk_ids(
             topk_ids=ids.clone(),
             topk_weights=torch.zeros(ids.shape, device=ids.device),
-            topk_config=topk.TopKConfig(top_k=ids.shape[-1], layer_id=0),
+            topk_config=topk.TopKConfig(top_k=ids.shape[-1], **layer),
             router_logits=torch.zeros(len(ids), metadata.num_logical_experts, device=ids.device),
             layer_id=0,
             num_token_non_padded=torch.tensor(tokens, dtype=torch.int32, device=ids.device),

@@ -39,3 +39,15 @@ def dispatcher_of(experts: int, rank: int, ranks: int) -> Any:
         )
         dispatcher.dispatch(torch.empty(0, 1, device=where), none)
     return dispatcher
+
+
+def local_ids(ids: Tensor, local: Tensor) -> Tensor:
+    """[T, K]: what a dispatcher with this map hands to its experts."""
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    dispatcher = dispatcher_of(len(local), 0, 1)
+    dispatcher.local_expert_mapping = local
+    rows, weights = ids.new_zeros(len(ids), 1, dtype=torch.float32), torch.zeros(ids.shape, device=ids.device)
+    with runtime.as_rank(), refusals():
+        found: Tensor = dispatcher.dispatch(rows, StandardTopKOutput(weights, ids, None)).topk_output.topk_ids
+    return found

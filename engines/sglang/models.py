@@ -239,8 +239,11 @@ def folder_of(config: Mapping[str, Any]) -> Iterator[Path]:
         yield Path(folder)
 
 
-def model_config(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """SGLang's real ModelConfig of a folder. Raises Unsupported, with its words, where it makes none."""
+def model_config(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
+    """SGLang's real ModelConfig of a folder. Raises Unsupported, with its words, where it makes none.
+
+    dtype: also "auto", as config.json says.
+    """
     from sglang.srt.configs.model_config import ModelConfig
 
     runtime.start()

@@ -13,6 +13,7 @@ from moe_conformance.engine import Unsupported
 _REFUSING = (
     "nsupported",
     "not supported",
+    "not yet supported",
     "is required for non-softmax routing",
     "Invalid scoring function",
     "only supports",

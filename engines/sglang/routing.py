@@ -113,9 +113,6 @@ def _fusing(inputs: RouteInputs, platform: Platform) -> Iterator[None]:
     if fused is None:
         yield
         return
-    from sglang.srt.configs.shared_experts import SharedExpertsConfig
-    from sglang.srt.runtime_context import get_model
-
     spec, scale = inputs.routing, inputs.routing.scale
     if platform == "native" and device.is_cpu():
         raise Unsupported("route: SGLang's models fuse shared experts into routing on GPUs alone")
@@ -124,6 +121,13 @@ def _fusing(inputs: RouteInputs, platform: Platform) -> Iterator[None]:
         raise Unsupported(f"route: SGLang gives one shared expert a weight of 1, or of 1 / the scale; got {fused}")
     if spec.identity_experts or spec.selector != "topk" or not (spec.groups > 1 or spec.selection_bias):
         raise Unsupported("route: no model of SGLang's fuses shared experts behind this router")
+    try:
+        from sglang.srt.configs.shared_experts import SharedExpertsConfig
+    except ImportError:
+        yield  # to 0.5.20 each router is told by its model
+        return
+    from sglang.srt.runtime_context import get_model
+
     with get_model().override(shared_experts=SharedExpertsConfig(num_fused_shared_experts=fused.count)):
         yield
 
@@ -140,7 +144,10 @@ def _router(spec: RoutingSpec, inputs: RouteInputs) -> Any:
     fused = inputs.fused_shared
     if fused is not None and fused.weight != 1.0:  # the sum is scaled afterwards, and no weight before
         offered["apply_routed_scaling_factor_on_output"] = False
-    return topk.TopK(spec.top_k, **{name: value for name, value in offered.items() if name in wanted})
+    top_k = spec.top_k
+    if fused is not None and "num_fused_shared_experts" in wanted:  # where routers are told, as a part of their top_k
+        offered["num_fused_shared_experts"], top_k = fused.count, top_k + fused.count
+    return topk.TopK(top_k, **{name: value for name, value in offered.items() if name in wanted})
 
 
 def arguments(spec: RoutingSpec, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -220,9 +227,12 @@ def _hash(spec: RoutingSpec, inputs: RouteInputs) -> Any:
     if spec != want or inputs.token_ids is None:
         raise Unsupported(f"route: no model of SGLang's routes by {spec}")
     table = inputs.tensors["router.table"].int()
+    # To 0.5.20 it is told of shared experts that are slots.
+    fused = {"num_fused_shared_experts": 0}
     router = HashTopK(
         spec.top_k, inputs.logits.shape[-1], vocab_size=len(table), layer_id=0, routed_scaling_factor=spec.scale,
         apply_routed_scaling_factor_on_output=spec.scale != 1,
+        **{name: count for name, count in fused.items() if name in inspect.signature(HashTopK).parameters},
     )  # fmt: skip
     router.tid2eid.data.copy_(table)
     native = import_module("sglang.kernels.ops.moe.dsv4")

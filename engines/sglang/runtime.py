@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ RANKS = (
     "attn_cp_rank", "attn_dp_rank", "attn_tp_rank", "moe_dp_rank", "moe_ep_rank", "moe_tp_rank", "pp_rank", "tp_rank",
 )  # fmt: skip
 GROUPS = (
-    "attn_cp_group", "attn_tp_group", "moe_ep_group", "moe_tp_group", "pp_group", "shared_experts_tp_group",
-    "tp_group", "world_group",
+    "attn_cp_group", "attn_tp_group", "moe_dp_group", "moe_ep_group", "moe_tp_group", "pp_group",
+    "shared_experts_tp_group", "tp_group", "world_group",
 )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def start() -> None:
     """
     stand_ins.install()
     try:
-        from sglang.srt.runtime_context import get_context, get_parallel
+        from sglang.srt.runtime_context import get_context
 
         torch.set_grad_enabled(False)
         get_context().override_server_args(device=device.kind()).install()
@@ -68,10 +69,41 @@ def start() -> None:
         raise Unavailable(f"sglang imports {error.name}, which is absent: pip install {error.name}") from error
     except Unsupported as error:  # a release that calls what has a stand-in, as soon as it is imported
         raise Unavailable(f"sglang {release()}: {error}") from error
-    parallel = get_parallel()
-    known = set(dir(parallel))
-    values: dict[str, Any] = {name: 0 for name in RANKS if name in known}
-    parallel.override_permanently(**values, **{name: GROUP for name in GROUPS if name in known})
+    _held().__enter__()
+
+
+@functools.cache
+def _held() -> contextlib.AbstractContextManager[None]:
+    """The place of one rank, which lasts as long as the process: nothing leaves it, and the cache keeps it."""
+    return placed({name: 0 for name in RANKS} | {name: GROUP for name in GROUPS})
+
+
+@contextlib.contextmanager
+def placed(values: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, this process has these ranks, sizes and groups; what a release does not know is not told."""
+    from sglang.srt import runtime_context
+
+    of_today = getattr(runtime_context, "_parallel_fields", None)
+    known = of_today() if of_today else runtime_context._PARALLEL_FIELDS
+    with contextlib.ExitStack() as stack:
+        told = {name: value for name, value in values.items() if name in known}
+        stack.enter_context(runtime_context.get_parallel().override(**told))
+        if of_today is None:  # to 0.5.20 some of it is read where the groups are made
+            for module, attribute, value in _where_made(values):
+                stack.enter_context(patch.object(module, attribute, value))
+        yield
+
+
+def _where_made(values: Mapping[str, Any]) -> Iterator[tuple[Any, str, Any]]:
+    """The variables of these groups, and of the place in attention-DP: _TP for tp_group, _ATTN_DP_RANK."""
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.layers import dp_attention
+
+    for name, value in values.items():
+        module = parallel_state if name.endswith("_group") else dp_attention
+        attribute = f"_{name.removesuffix('_group').upper()}"
+        if hasattr(module, attribute):
+            yield module, attribute, value
 
 
 @contextlib.contextmanager
@@ -93,8 +125,6 @@ def as_rank(ep: tuple[int, int] = (0, 1), tp: tuple[int, int] = (0, 1)) -> Itera
 
     Ranks of experts are outermost, as in SGLang's own groups.
     """
-    from sglang.srt.runtime_context import get_parallel
-
     start()
     (ep_rank, ep_size), (tp_rank, tp_size) = ep, tp
     rank, size = ep_rank * tp_size + tp_rank, ep_size * tp_size
@@ -105,5 +135,5 @@ def as_rank(ep: tuple[int, int] = (0, 1), tp: tuple[int, int] = (0, 1)) -> Itera
         "attn_tp_group": whole, "moe_ep_group": SimpleNamespace(**{**vars(GROUP), "world_size": ep_size}),
         "moe_tp_group": SimpleNamespace(**{**vars(GROUP), "world_size": tp_size}),
     }  # fmt: skip
-    with get_parallel().override(**values):
+    with placed(values):
         yield

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 from moe_conformance.errors import Unsupported
 
-# Compiled kernels (sgl_kernel, tvm_ffi), images, tokenizers and checkpoint formats.
-NAMES = ("gguf", "sentencepiece", "sgl_kernel", "torchvision", "tvm_ffi")
+# Compiled kernels (sgl_kernel, tvm_ffi), images, tokenizers, checkpoint formats and grammars (to 0.5.20).
+NAMES = ("gguf", "sentencepiece", "sgl_kernel", "torchvision", "tvm_ffi", "xgrammar")
 
 
 class _Inert(type):
@@ -31,11 +31,16 @@ class _Inert(type):
         raise Unsupported(f"SGLang calls {cls.__module__}, which is absent here: a stand-in is for import only")
 
 
+def _any(*_: Any) -> dict[str, str]:
+    """For pydantic, which asks the types of a model's fields: any value."""
+    return {"type": "any"}
+
+
 class _Package(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Inert(name, (), {"__module__": f"{self.__name__}.{name}"})
+        return _Inert(name, (), {"__module__": f"{self.__name__}.{name}", "__get_pydantic_core_schema__": _any})
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -48,10 +48,19 @@ def load(folder: Path) -> Mapping[str, Tensor]:
         roots += [f"{block.path}.{name}" for name in named]
     # Tensors outside the MoE layers need not be in the folder.
     report["missing_keys"] = set(report["missing_keys"]) & set(roots)
+    report["unexpected_keys"] = {key for key in report["unexpected_keys"] if not _is_draft(key, model.config)}
     faults = [f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind, keys in report.items() if keys]
     if faults:
         raise CheckpointError(f"{folder.name}: transformers loaded it in part; {'; '.join(faults)}")
     return found
+
+
+def _is_draft(name: str, config: Any) -> bool:
+    """Whether it is of a layer for multi-token prediction that the config counts; transformers has no such layers."""
+    text = config.get_text_config()
+    own, drafts = text.num_hidden_layers, getattr(text, "num_nextn_predict_layers", None) or 0
+    found = re.match(r"(?:\w+\.)*?layers\.([0-9]{1,6})\.", name)
+    return found is not None and own <= int(found[1]) < own + drafts
 
 
 def class_of_folder(folder: Path) -> Any:

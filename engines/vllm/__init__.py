@@ -30,6 +30,7 @@ from moe_conformance.engine import (
     Generated,
     GenerateInputs,
     LayerInputs,
+    MoESpec,
     Replicated,
     ReplicateInputs,
     Repro,
@@ -46,6 +47,9 @@ from moe_conformance.errors import Unsupported
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_conformance.engines.vllm.built import Kernel
+    from moe_conformance.engines.vllm.routing import Platform
+
 NAMING_STYLES = frozenset({"plain", "moe", "packed", "multimodal"})
 
 
@@ -54,9 +58,9 @@ class VLLM(Engine):
     _kernel = ""
 
     # Kernels of experts, the first that takes a call computes it; a subclass may judge the others.
-    kernels: tuple[Literal["native", "triton", "fused_experts"], ...] = ("native", "triton", "fused_experts")
+    kernels: tuple[Kernel, ...] = ("native", "triton", "fused_experts")
     # Whose routers are asked, in this order: the device's own, and on a CPU those of GPUs.
-    platforms: tuple[Literal["native", "gpu", "rocm"], ...] = ("native", "gpu", "rocm")
+    platforms: tuple[Platform, ...] = ("native", "gpu", "rocm")
 
     @classmethod
     def environment(cls) -> Mapping[str, str]:
@@ -90,6 +94,7 @@ class VLLM(Engine):
     @cached_property
     def _offered(self) -> Mapping[str, frozenset[str]]:
         probes: dict[str, Callable[[], frozenset[str]]] = {
+            "describe": _describe,
             "capture_shape": _capture_shape,
             "route": _route,
             "router_module": _router_module,
@@ -103,7 +108,7 @@ class VLLM(Engine):
             "replicate": _replicate,
             "shard": _shard,
             "remap": _checkpoints,
-            "load": _checkpoints,
+            "load": _load,
             "update": _update,
             "generate": _generate,
         }
@@ -125,6 +130,12 @@ class VLLM(Engine):
     def ran(self) -> str:
         ran, self._kernel = self._kernel, ""
         return ran
+
+    def describe(self, config: Any) -> MoESpec:
+        self._want("describe")
+        from moe_conformance.engines.vllm import describing as stage
+
+        return stage.describe(config)
 
     def capture_shape(self, config: Any, side: Literal["worker", "reader"]) -> CaptureShape:
         self._want("capture_shape")
@@ -245,6 +256,12 @@ class VLLM(Engine):
         return stage.generate(inputs)
 
 
+def _describe() -> frozenset[str]:
+    from moe_conformance.engines.vllm import describing as stage
+
+    return stage.features()
+
+
 def _capture_shape() -> frozenset[str]:
     from moe_conformance.engines.vllm import sizes as stage
 
@@ -262,8 +279,7 @@ def _capture_session() -> frozenset[str]:
 def _capture_store() -> frozenset[str]:
     from moe_conformance.engines.vllm import store as stage
 
-    stage.is_offered()
-    return frozenset()
+    return stage.features()
 
 
 def _gemma4() -> None:
@@ -350,6 +366,12 @@ def _checkpoints() -> frozenset[str]:
     except ImportError:
         return models.model_types()
     return models.model_types() | NAMING_STYLES
+
+
+def _load() -> frozenset[str]:
+    from moe_conformance.engines.vllm import quantised
+
+    return _checkpoints() | quantised.formats()
 
 
 class VLLMTriton(VLLM):

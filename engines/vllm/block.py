@@ -148,7 +148,7 @@ class Block:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with _as_on(self.platform, self.dtype), models.current(self.config, self.dtype):
+        with as_on(self.platform, self.dtype), models.current(self.config, self.dtype):
             yield
 
     def __call__(self, x: Tensor, token_ids: Tensor | None) -> Tensor:
@@ -187,7 +187,7 @@ def _built(key: Key) -> Block:
 
 
 @contextmanager
-def _as_on(platform: Platform, dtype: torch.dtype) -> Iterator[None]:
+def as_on(platform: Platform, dtype: torch.dtype) -> Iterator[None]:
     """Inside, blocks are made and run with the experts and routers that vLLM has there, as far as they run here."""
     if platform == "native":
         yield
@@ -207,7 +207,7 @@ def loaded(
     """
     gc.collect()
     record, values = models.as_published(config)
-    with _as_on(platform, dtype), models.folder_of(record, values) as folder:
+    with as_on(platform, dtype), models.folder_of(record, values) as folder:
         built = models.build(folder, dtype, runs)
     layer = next((layer for layer in built.moe_layers() if layer.number == number), None)
     if layer is None:

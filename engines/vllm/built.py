@@ -1,7 +1,8 @@
 """vLLM's expert layer with an expert kernel of its own inside: built by its factory, filled, made ready, run.
 
-kernel: "native", what vLLM selects on this device; "triton", its Triton experts, interpreted on a CPU ("fused_experts"
-is no layer: engines/vllm/experts.py). Where vLLM refuses a layer, its own words are the reason.
+kernel: "native", what vLLM selects on this device; "triton", its Triton experts, interpreted on a CPU;
+"batched_triton", those that take rows sorted by expert, as on an XPU ("fused_experts" is no layer:
+engines/vllm/experts.py). Where vLLM refuses a layer, its own words are the reason.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from moe_conformance.engines.vllm import device, interpreted, runtime
 from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 
-Kernel = Literal["native", "triton", "fused_experts"]
+Kernel = Literal["native", "triton", "batched_triton", "fused_experts"]
 
 _PREFIXES = (f"model.layers.0.experts_{i}" for i in itertools.count())
 # Columns that vLLM's compiled CPU kernel takes; its runner pads x to the layer's width, whatever x has.
@@ -50,6 +51,7 @@ class Layer:
     expert_map: [E] local ids, or None.
     tensor_parallel: rank and size; where it is given, tensors are of all experts at their full width, copies [P] says
     of which of them each physical expert is one, and vLLM's own loader cuts out what the rank holds.
+    tokens: the most that come at once; kernels that take rows sorted by expert have room for so many of each.
     """
 
     mlp: MLPSpec
@@ -63,6 +65,7 @@ class Layer:
     expert_map: Tensor | None = None
     copies: Tensor | None = None
     tensor_parallel: tuple[int, int] | None = None
+    tokens: int = runtime.MAX_TOKENS
 
     @property
     def experts(self) -> int:
@@ -134,7 +137,7 @@ class Built:
 
     def __init__(self, layer: Layer, kernel: Kernel) -> None:
         runtime.start()
-        if kernel == "triton":
+        if kernel != "native":
             interpreted.require(layer.dtype)
         self.layer, self.kernel = layer, kernel
         self._config = vllm_config(layer.dtype)
@@ -158,6 +161,8 @@ class Built:
             method, "cpu_fused_moe", method
         )
         name = type(kernel).__name__
+        if self.kernel == "batched_triton":
+            return f"{name}, interpreted"
         return interpreted.said(name) if self.kernel == "triton" else name
 
     def run(self, x: Tensor, logits: Tensor, token_ids: Tensor | None = None) -> Tensor:
@@ -177,9 +182,11 @@ class Built:
     def inside(self) -> Iterator[None]:
         """Inside, vLLM is set up for this layer."""
         with contextlib.ExitStack() as stack:
+            room: Any = patch.object(self._config.scheduler_config, "max_num_batched_tokens", self.layer.tokens)
+            stack.enter_context(room)
             stack.enter_context(runtime.building(self._config, self.layer.dtype, any_width=False))
             stack.enter_context(experts_of(self.kernel))
-            if self.kernel == "triton":
+            if self.kernel != "native":
                 stack.enter_context(scratch())
                 stack.enter_context(interpreted.activations_of(self.layer.mlp.width))
             yield
@@ -308,6 +315,17 @@ def experts_of(kernel: Kernel) -> Iterator[None]:
         return
     from vllm.model_executor.layers.fused_moe.oracle import unquantized
 
+    if kernel == "batched_triton":
+
+        def asked_for(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return select(*args, **kwargs)
+            except ValueError as error:
+                raise Unsupported(f"vLLM: {error}") from error
+
+        with interpreted.batched(), patch.object(method, "select_unquantized_moe_backend", asked_for):
+            yield
+        return
     backend = getattr(unquantized.UnquantizedMoeBackend, "CPU" if kernel == "native" else kernel.upper())
     try:
         found = unquantized.backend_to_kernel_cls(backend)

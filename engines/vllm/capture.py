@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from types import CodeType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -30,7 +29,7 @@ def row_kinds() -> frozenset[str]:
     """
     from vllm.forward_context import DPMetadata
 
-    kinds = {"local", "padding_rows"}
+    kinds = {"local", "padding_rows", "counted_padding"}
     words = _words_of_capturers()
     if "num_tokens_across_dp_cpu" in words:
         kinds.add("concatenated")
@@ -88,20 +87,9 @@ class Session:
         if rows.kind.startswith("sequence") and self.spec.dp_size == 1:
             raise Unsupported("vLLM splits rows among tensor-parallel ranks with two data-parallel ranks or more only")
         if rows.valid_rows is not None:
-            rows = self._with_padding_counted(rows, len(ids))
+            raise Unsupported("vLLM's ranks count their padding among their tokens: no row lies behind all of them")
         with self._begun_step(), self._forward(rows):
             _captured(lambda given: self._capturer.real.capture(layer_id, given), ids)
-
-    def _with_padding_counted(self, rows: Rows, given: int) -> Rows:
-        """Rows as the runner says them: what pads a rank's batch to the size of a graph counts among its tokens."""
-        own = self.spec.dp_rank
-        if self.spec.dp_size > 1 and rows.kind != "local":
-            raise Unsupported(
-                "vLLM's ranks each count their padding among their tokens: no row lies behind all of them"
-            )
-        if rows.valid_rows != rows.counts[own]:
-            raise Unsupported("vLLM has one number for a rank's tokens and their padding, and none for either")
-        return replace(rows, counts=(*rows.counts[:own], given, *rows.counts[own + 1 :]), valid_rows=None)
 
     @contextlib.contextmanager
     def _begun_step(self) -> Iterator[None]:
@@ -135,7 +123,7 @@ class Session:
                     stack.enter_context(sizes_of(self.spec.tp_size if split else 1))
             if hasattr(self.rec, "get_tp_group"):
                 stack.enter_context(patch.object(self.rec, "get_tp_group", lambda: _group(rows)))
-            stack.enter_context(override_forward_context(SimpleNamespace(dp_metadata=metadata)))
+            stack.enter_context(override_forward_context(context(metadata, rows.counts[self.spec.dp_rank])))
             yield
 
     def read(self, num_tokens: int) -> Tensor:
@@ -164,6 +152,11 @@ def _captured(call: Callable[[Tensor], None], ids: Tensor) -> None:
         call(given)
     given.copy_(ids)
     graph.replay()
+
+
+def context(dp_metadata: Any, num_tokens: int) -> SimpleNamespace:
+    """What a capturer reads of a forward context. num_tokens: of this rank, with its padding, before they are split."""
+    return SimpleNamespace(dp_metadata=dp_metadata, batch_descriptor=SimpleNamespace(num_tokens=num_tokens))
 
 
 def _dp_metadata(counts: tuple[int, ...]) -> Any:

@@ -76,8 +76,9 @@ def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]
         arguments |= {"routed_scaling_factor": inputs.output_scale}
         arguments |= {} if inputs.identity_experts else {"apply_routed_scale_to_output": True}
     layer = built.Layer(
-        inputs.mlp, inputs.x.shape[-1], ids.shape[-1], inputs.x.dtype, inputs.tensors, arguments, expert_map=expert_map
-    )
+        inputs.mlp, inputs.x.shape[-1], ids.shape[-1], inputs.x.dtype, inputs.tensors, arguments, expert_map=expert_map,
+        tokens=max(runtime.MAX_TOKENS, len(inputs.x)),
+    )  # fmt: skip
     logits = inputs.x.new_zeros(len(inputs.x), inputs.experts + inputs.identity_experts)
     with _routing_of_zero_experts(weights, ids) if inputs.identity_experts else contextlib.nullcontext():
         made = built.Built(layer, kernel)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moe_conformance.engine import called_by_engine
 from moe_conformance.engines.vllm import device
+from moe_conformance.engines.vllm.refusing import refusals
 from moe_conformance.errors import Unsupported
 
 
@@ -98,13 +99,37 @@ class _AsGPU:
         return getattr(self._real, name)
 
 
+class _AsXPU(_AsGPU):
+    def is_cuda(self) -> bool:
+        return False
+
+    def is_cuda_alike(self) -> bool:
+        return False
+
+    def is_xpu(self) -> bool:
+        return True
+
+
 @contextlib.contextmanager
-def as_gpu(*modules: ModuleType) -> Iterator[None]:
+def as_gpu(*modules: ModuleType, kind: type[_AsGPU] = _AsGPU) -> Iterator[None]:
     """Inside, these modules take the platform for a GPU."""
     with contextlib.ExitStack() as stack:
         for module in modules if device.is_cpu() else ():
             if hasattr(module, "current_platform"):
-                stack.enter_context(patch.object(module, "current_platform", _AsGPU(module.current_platform)))
+                stack.enter_context(patch.object(module, "current_platform", kind(module.current_platform)))
+        yield
+
+
+@contextlib.contextmanager
+def batched() -> Iterator[None]:
+    """Inside, vLLM takes the platform for an XPU, where its layers sort rows by expert in one process."""
+    parts = ("oracle.unquantized", "all2all_utils", "experts.fused_batched_moe", "modular_kernel", "config")
+    with refusals():  # a release without such experts
+        modules = [importlib.import_module(f"vllm.model_executor.layers.fused_moe.{name}") for name in parts]
+    with as_gpu(*modules, kind=_AsXPU), contextlib.ExitStack() as stack:
+        # Whether a stream of the device is being captured.
+        stack.enter_context(patch.object(modules[2], "_is_capturing_or_compiling", lambda: False, create=True))
+        stack.enter_context(patch.object(torch.accelerator, "empty_cache", lambda: None))
         yield
 
 
@@ -240,8 +265,9 @@ def fp8_activations() -> Iterator[None]:
         return QuantFP8(static=scale is not None, group_shape=shape).forward_native(x, scale)
 
     @called_by_engine
-    def by_group(x: Tensor, group_size: int) -> Any:
-        return QuantFP8(static=False, group_shape=GroupShape(1, group_size)).forward_native(x)
+    def by_group(x: Tensor, group_size: int, column_major_scales: bool = False) -> Any:
+        shape = GroupShape(1, group_size)
+        return QuantFP8(static=False, group_shape=shape, column_major_scales=column_major_scales).forward_native(x)
 
     with contextlib.ExitStack() as stack:
         if device.is_cpu():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_conformance.engine import CheckpointName, Target
 from moe_conformance.engines import published, servers
-from moe_conformance.engines.vllm import models, runtime
+from moe_conformance.engines.vllm import models, quantised, runtime
 from moe_conformance.errors import CheckpointError
 
 # By what follows the layer's number, the canonical tensors that vLLM's files alone name so.
@@ -48,16 +48,49 @@ def load(folder: Path) -> Mapping[str, Tensor]:
             if file.name != "config.json":
                 (own / file.name).symlink_to(file.resolve())
         (own / "config.json").write_text(json.dumps(published.written(record, values)))
-        built = models.build(own, torch.float32, runs=False)
+        method, tile = _stored(own, values)
+        # None of its quantised methods takes activations in float32.
+        dtype = torch.bfloat16 if method else torch.float32
+        with quantised.any_kernel(method):
+            built = models.build(own, dtype, runs=False)
         named = dict(_of_layers(built, record.model_type))
-        with models.current(built.config, torch.float32):
+        with models.current(built.config, dtype):
             _excuse(built.model, set(dict(built.model.named_parameters())) - named.keys())
             loader = DefaultModelLoader(LoadConfig(load_format="safetensors", use_tqdm_on_load=False))
             loader.load_weights(built.model, built.config.model_config)
+    if method:
+        return _numbers(built, named, tile)
     parameters = dict(built.model.named_parameters(remove_duplicate=False))
     if left := [name for name in named if servers.unwritten(parameters[name]).any()]:
         raise CheckpointError(f"load: got NaN in {', '.join(left)}, want every parameter written")
     return {key: _canonical(parameters[name], built, name).detach().clone() for name, key in named.items()}
+
+
+def _stored(folder: Path, values: Mapping[str, Any]) -> tuple[str, tuple[int, int] | None]:
+    """The quant_method of a checkpoint, "" for plain weights; and the tile that has a scale, where it says one."""
+    said = values.get("quantization_config") or {}
+    if not said and (folder / "hf_quant_config.json").exists():
+        said = {"quant_method": "modelopt"}
+    tile = said.get("weight_block_size")
+    return str(said.get("quant_method", "")), (tile[0], tile[1]) if tile else None
+
+
+def _numbers(built: models.Built, named: Mapping[str, str], tile: tuple[int, int] | None) -> Mapping[str, Tensor]:
+    """As `load` gives them, of a model whose experts lie as codes and scales, and perhaps wider than they are."""
+    parameters = dict(built.model.named_parameters(remove_duplicate=False))
+    found = {}
+    for name, key in named.items():
+        end = key.rpartition(".experts.")[2]
+        if end not in ("w1", "w13", "w2"):
+            rows = quantised.rows_of(_experts_of(built, name)) if end in ("b13", "b2") else {}
+            found[key] = _canonical(parameters[name][:, : rows[end]] if rows else parameters[name], built, name).clone()
+    for layer in built.moe_layers():
+        inner = f"{layer.path}.{layer.inner}.routed_experts"
+        for matrix, numbers in quantised.matrices(layer.experts, tile).items():
+            found[f"layers.{layer.number}.experts.{matrix}"] = _canonical(numbers, built, f"{inner}.{matrix}_weight")
+    if left := [key for key, value in found.items() if value.isnan().any()]:
+        raise CheckpointError(f"load: got NaN in {', '.join(left)}, want every parameter written")
+    return found
 
 
 def _excuse(model: nn.Module, names: set[str]) -> None:
@@ -81,12 +114,16 @@ def _is_gated(experts: Any) -> bool:
     return bool(getattr(config, "is_act_and_mul", True))
 
 
+def _experts_of(built: models.Built, name: str) -> Any:
+    """The expert layer that a parameter is of."""
+    return next(la.experts for la in built.moe_layers() if name.startswith(f"{la.path}.{la.inner}."))
+
+
 def _canonical(parameter: Tensor, built: models.Built, name: str) -> Tensor:
     """Gate above up: of the parameters, only those of gpt-oss's activation have their rows in turns."""
     end = name.rpartition(".")[2]
     if end in ("w13_weight", "w13_bias"):
-        layer = next(layer for layer in built.moe_layers() if name.startswith(f"{layer.path}.{layer.inner}."))
-        activation = getattr(layer.experts, "activation", None)
+        activation = getattr(_experts_of(built, name), "activation", None)
         if getattr(activation, "value", activation) == "swigluoai":
             return torch.cat((parameter[:, 0::2], parameter[:, 1::2]), dim=1)
     return parameter

@@ -109,15 +109,17 @@ def _on_device() -> AbstractContextManager[Any]:
     return contextlib.nullcontext() if device.is_cpu() else torch.device(device.kind())
 
 
-def build(folder: Path, dtype: torch.dtype, runs: bool = True) -> Built:
+def build(folder: Path, dtype: torch.dtype, runs: bool = True, where: str = "") -> Built:
     """The model of a folder's config.json, every parameter NaN. Raises Unsupported where vLLM cannot on this machine.
 
-    runs: whether its experts will be computed; if not, no kernel need take their width.
+    runs: whether its experts will be computed; if not, no kernel need take their width. where: the device of its
+    parameters, if it is not this machine's; "meta" for shapes alone.
     """
     from vllm.model_executor.model_loader.utils import initialize_model
 
     config = engine_config(folder, str(dtype).removeprefix("torch."))
-    with (current if runs else runtime.building)(config, dtype), torch.device(device.kind()), _beside_experts():
+    place = torch.device(where or device.kind())
+    with (current if runs else runtime.building)(config, dtype), place, _beside_experts():
         try:
             model = initialize_model(config)
         except Exception as error:

@@ -48,6 +48,9 @@ def start() -> None:
 
     if device.is_cpu():
         _define_missing_ops()
+        # Linux kills what uses AMX unasked. vLLM's experts do not ask: in a server other products have done so before
+        # (findings/vllm_cpu_bfloat16.py).
+        torch.cpu._init_amx()
     backend = "gloo" if device.is_cpu() else "nccl"
     with tempfile.TemporaryDirectory() as folder, gemma4_config({}) as config, set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, backend)

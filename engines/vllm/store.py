@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_conformance.engine import CaptureReader, CaptureSpec, CaptureStore
 from moe_conformance.engines.vllm import capture, runtime, sizes
-from moe_conformance.errors import InputError, Unsupported
+from moe_conformance.errors import Unsupported
 
 
 def open_store(spec: CaptureSpec) -> CaptureStore:
@@ -47,10 +47,10 @@ def _class() -> Any:
     return Blocks
 
 
-def is_offered() -> None:
-    """Raise ImportError where this release keeps rows otherwise."""
+def features() -> frozenset[str]:
+    """Only a store with keys tells what was written. Raises ImportError where this release keeps rows otherwise."""
     try:
-        _class()
+        return frozenset({"unwritten"}) if _class() is Blocks else frozenset()
     except Unsupported as refusal:
         raise ImportError(str(refusal)) from refusal
 
@@ -71,7 +71,7 @@ class _Captured:
         """rows: [n, L, K], of one step."""
         from vllm.forward_context import override_forward_context
 
-        with override_forward_context(SimpleNamespace(dp_metadata=None)):
+        with override_forward_context(capture.context(None, len(rows))):
             for layer in range(self.layers):
                 self.real.capture(layer, rows[:, layer])
 
@@ -158,7 +158,11 @@ class Manager(_InProcess):
 
 
 class Blocks(_InProcess):
-    """Rows are captured, staged by request, and published under keys; they are read by their keys."""
+    """Rows are captured, staged by request, and published under keys; they are read by their keys.
+
+    A write is a request whose positions are the slots, one to a block. The store answers for what has no block, too: a
+    slot that nobody wrote is asked for by the key that its block would have.
+    """
 
     def __init__(self, spec: CaptureSpec) -> None:
         from vllm.distributed.aux_output_connector import routed_experts, store
@@ -172,35 +176,49 @@ class Blocks(_InProcess):
             store.BlockObjectStore(max_bytes=spec.max_tokens * row, object_nbytes=row), max_pending_batches=4
         )
         self._staged = routed_experts.RoutedExpertsBuffer(self._dtype, self._shape, 1, 4, spec.max_tokens, 2)
-        self._keys: dict[int, str] = {}
-        self._writes = itertools.count()
+        self._last_write: dict[int, int] = {}
+        self._writes = itertools.count(1)
 
     def write(self, slots: Sequence[int], rows: Tensor) -> None:
-        self._within(slots)
         if not slots:
             return
         self._captured.capture(rows)
         captured = self._captured.real.snapshot_routing_data(len(slots)).numpy()
         write = next(self._writes)
+        keys = self._keys(write, range(self._slots))
+        blocks = [
+            block
+            for slot, row in zip(slots, captured, strict=True)
+            for block in self._staged.capture(f"request-{write}", slot, row[None])
+        ]
+        self._module.publish_routed_experts(
+            self._store,
+            batches=[(keys, blocks)],
+            block_size=1,
+            retain_keys=[key for slot in slots for key in keys[slot : slot + 1]],
+            release_keys=self._keys_of(slot for slot in slots if slot in self._last_write),
+        )
+        self._last_write |= dict.fromkeys(slots, write)
+
+    def _keys_of(self, slots: Iterable[int]) -> list[str]:
+        """Of each slot's last write, or of a write that never was."""
+        return [key for slot in slots for key in self._keys(self._last_write.get(slot, 0), [slot])]
+
+    def _keys(self, write: int, slots: Iterable[int]) -> list[str]:
+        """Of the hashes that the blocks of a write have, of which none is another's."""
         hashes = [f"{write}/{slot}".encode() for slot in slots]
-        keys = self._module.routed_experts_keys(hashes, "conformance")
-        blocks = self._staged.capture(f"request-{write}", 0, captured)
-        self._module.publish_routed_experts(self._store, batches=[(keys, blocks)], block_size=1)
-        self._keys |= dict(zip(slots, keys, strict=True))
+        keys: list[str] = self._module.routed_experts_keys(hashes, "conformance")
+        return keys
+
+    def reader(self) -> Any:
+        """Whatever is read of a closed store, the store itself refuses."""
+        return SimpleNamespace(read=self.read, close=lambda: None)
 
     def read(self, slots: Sequence[int]) -> Tensor:
-        self._within(slots)
-        if left := [slot for slot in slots if slot not in self._keys]:
-            raise InputError(f"slots: got {left}, which nobody wrote, want those that have a block")
-        keys = [self._keys[slot] for slot in slots]
         found = self._module.materialize_routed_experts(
-            self._store, keys, shape_per_token=self._shape, dtype=self._dtype
+            self._store, self._keys_of(slots), shape_per_token=self._shape, dtype=self._dtype
         )
         return torch.from_numpy(found.astype(np.int64))
-
-    def _within(self, slots: Sequence[int]) -> None:
-        if any(not 0 <= slot < self._slots for slot in slots):
-            raise Unsupported("capture_store: this release's store has keys, and no slots that one could be past")
 
     def close(self) -> None:
         super().close()

@@ -67,12 +67,13 @@ def _output(running: block.Block, inputs: UpdateInputs) -> Tensor:
 
 
 def _load(running: block.Block, buckets: Sequence[Tensors]) -> None:
+    """A session of the block alone: the rest of the model was never loaded, and cannot be laid out."""
     model: Any = running.model
     session = _reload()
     with running.running():
         if session is not None:
-            session.initialize_layerwise_reload(model)
+            session.initialize_layerwise_reload(running.root)
         for named in buckets:
             model.load_weights(iter(named.items()))
         if session is not None:
-            session.finalize_layerwise_reload(model, running.config.model_config)
+            session.finalize_layerwise_reload(running.root, running.config.model_config)

@@ -16,8 +16,70 @@ from moe_conformance.errors import UsageError
 # Names up to which a message lists all that there are.
 LISTED = 40
 
+# Cases that varied one size, dtype or part at a time -> those in which each two values meet.
+_SIZES: Mapping[str, str] = {
+    "align-1-tokens": "align-sizes-t1-e60-k22-block64-int64",
+    "align-7-tokens": "align-sizes-t7-e60-k5-block128-int64",
+    "align-131-tokens": "align-sizes-t131-e60-k8-block8-int32",
+    "align-block-8": "align-sizes-t131-e60-k8-block8-int32",
+    "align-block-64": "align-sizes-t1-e60-k22-block64-int64",
+    "align-block-128": "align-sizes-t7-e60-k5-block128-int64",
+    "align-e5-k2": "align-sizes-t131-e5-k5-block1-int64",
+    "align-e5-k5-int64": "align-sizes-t131-e5-k5-block1-int64",
+    "align-e60-k22-int64": "align-sizes-t1-e60-k22-block64-int64",
+    "align-e60-k8-1048-pairs": "align-sizes-t131-e60-k8-block8-int32",
+    "align-e128-k8-int64": "align-sizes-t131-e896-k8-block128-int64",
+    "align-e257-k22": "align-sizes-t131-e257-k22-block128-int32",
+    "align-e257-k22-7-tokens-block-64": "align-sizes-t7-e257-k22-block1-int32",
+    "align-e896-k16": "align-sizes-t131-e896-k8-block128-int64",
+    "align-e896-k22-int64-7-tokens": "align-sizes-t7-e896-k22-block8-int64",
+    "experts-1-tokens": "experts-sizes-t1-e24-k2-d72-f32-fp32-silu",
+    "experts-2-tokens": "experts-sizes-t520-e24-k10-d64-f32-bf16-silu",
+    "experts-131-tokens-bias-not-gated-bf16": "experts-sizes-t17-e5-k1-d20-f7-bf16-relu2-not-gated",
+    "experts-70-tokens-k10": "experts-sizes-t70-e24-k10-d72-f36-fp16-relu2-not-gated",
+    "experts-hot-fp16": "experts-sizes-t520-e24-k22-d20-f36-fp16-swiglu-oai",
+    "experts-hundreds": "experts-sizes-t17-e256-k10-d20-f36-fp32-silu",
+    "experts-hundreds-bias": "experts-sizes-t1-e256-k10-d64-f7-fp16-silu-bias",
+    "experts-hundreds-one-token": "experts-sizes-t1-e256-k22-d64-f36-bf16-relu2-not-gated",
+    "experts-silu-bf16": "experts-sizes-t520-e24-k10-d64-f32-bf16-silu",
+    "experts-silu-fp16": "experts-sizes-t70-e24-k1-d20-f7-fp16-silu",
+    "experts-relu2-not-gated-bf16": "experts-sizes-t17-e5-k1-d20-f7-bf16-relu2-not-gated",
+    "experts-relu2-not-gated-fp16": "experts-sizes-t70-e24-k10-d72-f36-fp16-relu2-not-gated",
+    **{f"experts-gelu-tanh-{dtype}": "experts-narrow-gelu-tanh" for dtype in ("bf16", "fp16")},
+    **{
+        f"experts-tiny-{name}": f"experts-narrow-{name}"
+        for name in (
+            *("clamp-after", "clamp-before", "gelu", "gelu-not-gated", "gelu-tanh", "output-norm", "relu", "relu2"),
+            *("relu2-not-gated", "relu2-not-gated-bias", "silu-bias", "silu-not-gated", "softcap", "weight-on-input"),
+            "weight-on-w2-input",
+        )
+    },
+    "layer-hundreds-plain": "layer-sizes-t9-e256-k10-h20-f7-tile64-bf16-padded-hidden-padded-intermediate",
+    "layer-hundreds-shared-padded-hidden-padded-intermediate": (
+        "layer-sizes-t1-e256-k8-h72-f7-tile8-fp16-shared-padded-hidden-padded-intermediate"
+    ),
+    "layer-many-tokens-plain": "layer-sizes-t70-e24-k8-h64-f7-tile0-fp32-plain",
+    "layer-many-tokens-shared": "layer-sizes-t70-e256-k2-h72-f36-tile0-fp32-shared",
+    **{
+        f"layer-equal-{parts}{padded}": f"layer-tiny-{parts}{padded}"
+        for parts in ("shared", "latent", "shared-latent")
+        for padded in ("", "-padded-hidden")
+    },
+    "layer-equal-plain": "layer-tiny-plain",
+    "layer-equal-padded-hidden": "layer-tiny-padded-hidden",
+    **{f"layer-tiny-bf16-{parts}": "layer-tiny-bf16-plain" for parts in ("latent", "shared", "shared-latent")},
+    **{
+        f"layer-tiny-bf16-{parts}padded-hidden": "layer-tiny-bf16-shared-latent-padded-hidden"
+        for parts in ("", "latent-", "shared-")
+    },
+    **{f"layer-tiny-fp16-{parts}": "layer-tiny-fp16-shared" for parts in ("plain", "latent", "shared-latent")},
+    **{
+        f"layer-tiny-fp16-{parts}padded-hidden": "layer-tiny-fp16-latent-padded-hidden"
+        for parts in ("", "shared-", "shared-latent-")
+    },
+}
 # Case ids are permanent; one that had to change stands here for good.
-CASES: Mapping[str, str] = {"config-vitpose-one-expert": "config-vitpose-backbone-one-expert"}
+CASES: Mapping[str, str] = {"config-vitpose-one-expert": "config-vitpose-backbone-one-expert", **_SIZES}
 CLASSES: Mapping[str, str] = {}
 # A clause begins with its stage, or with the subject that two stages share (capture, config, routing).
 CLAUSES: Mapping[str, str] = {

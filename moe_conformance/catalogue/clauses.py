@@ -74,7 +74,7 @@ CLAUSES: dict[str, Clause] = {
         "Every naming style and suffix of one checkpoint tensor must map to one and the same parameter, and two "
         "tensors to the same only as parts of a fused one: gate and up of an expert or of all, or one part of all "
         "experts.",
-        ("vllm#41206", "mobius#239", "vllm#31261"),
+        ("vllm#41206", "mobius#239", "vllm#31261", "MoE-Infinity#109"),
     ),
     "remap.idempotent": Clause(
         "double-prefix",
@@ -84,7 +84,7 @@ CLAUSES: dict[str, Clause] = {
     "load.whole": Clause(
         "double-prefix",
         "A load must write every parameter with the checkpoint's values and consume every key, or say which not.",
-        ("vllm#41206", "sglang#29659", "Megatron-Bridge#4706"),
+        ("vllm#41206", "sglang#29659", "Megatron-Bridge#4706", "Megatron-LM#5844", "vllm#57484"),
     ),
     "load.stored": Clause(
         "quantised-scales",
@@ -94,7 +94,8 @@ CLAUSES: dict[str, Clause] = {
     ),
     "load.refuse-broken": Clause(
         "weight-coverage",
-        "A truncated, mistyped or hostile checkpoint must be refused whole, with nothing half-loaded.",
+        "A truncated, mistyped, incomplete or hostile checkpoint must be refused whole, with nothing half-loaded.",
+        ("TensorRT-LLM#15154", "imp#1192"),
         origin="tools/fuzz.py, and what mutated files did to the first loaders",
     ),
     "capture.own-rows": Clause(
@@ -105,18 +106,36 @@ CLAUSES: dict[str, Clause] = {
     ),
     "capture.refuse-count": Clause(
         "dp-assertions",
-        "A row count that fits no layout must raise and name what came and what was expected.",
+        "A row count that fits no layout must raise, and leave the record as it was.",
         ("vllm#37879",),
+    ),
+    "capture.name-counts": Clause(
+        "dp-assertions",
+        "The error for a row count that fits no layout should name what came and what was expected.",
+        ("vllm#37879",),
+        "SHOULD",
     ),
     "capture.only-real-rows": Clause(
         "capture-replay",
         "Padding rows, another rank's rows and rows of an earlier step must never be readable.",
-        ("SkyRL#1908", "sglang#23885"),
+        ("SkyRL#1908", "sglang#23885", "vllm#48622"),
     ),
     "capture.layers": Clause(
         "capture-replay",
         "Each layer's ids must be read at that layer, whichever other layers of the model route nothing.",
         origin="models whose dense and draft layers lie between those with experts",
+    ),
+    "capture.draft": Clause(
+        "capture-replay",
+        "What a draft model's router captures must leave the target's record as it is, whatever layer ids both have, "
+        "however often the draft runs in a step, and whichever capturer was made or closed first.",
+        ("vllm#48622", "sglang#26980"),
+    ),
+    "capture.logical": Clause(
+        "eplb",
+        "Where experts have copies or have moved, the ids that are recorded must be those of experts, by the table "
+        "that this layer has at this step.",
+        ("vllm#33013", "vllm-ascend#13882", "sglang#25285"),
     ),
     "capture.bounds": Clause(
         "capture-replay",
@@ -137,13 +156,19 @@ CLAUSES: dict[str, Clause] = {
         "shape-mismatch",
         "A padded hidden or intermediate dim must be cut before anything of the unpadded width is added or "
         "projected, and nothing in the padding may reach the result.",
-        ("vllm#40794", "vllm#40865", "tokenspeed#1322"),
+        ("vllm#40794", "vllm#40865", "tokenspeed#1322", "aiter#5413"),
     ),
     "layer.sum": Clause(
         "combine-algebra",
         "Routed sum, output scale, latent projections and shared experts must each enter a layer's output once, in "
         "their place, and the shared experts must read the layer's own input.",
         ("vllm#28939", "sglang#35152", "vllm#24119"),
+    ),
+    "layer.stored-experts": Clause(
+        "combine-algebra",
+        "What stands around experts must be the same whatever form their weights are stored in: router, limits, scale, "
+        "latent projections, padding, shared experts.",
+        ("FastDeploy#4449", "vllm#32437", "tokenspeed#1630"),
     ),
     "layer.traceable": Clause(
         "shape-mismatch",
@@ -217,23 +242,51 @@ CLAUSES: dict[str, Clause] = {
         "Where an engine checks ids: one out of range must raise or contribute zero; it must never wrap to an expert.",
         ("vllm#46408", "flashinfer#1469"),
     ),
+    "exchange.own-tokens": Clause(
+        "expert-map",
+        "Every rank must get the routed sums of its own tokens, in their order, by its own ids and weights, wherever "
+        "the experts lie and whichever are chosen.",
+        ("vllm#52639", "torchtitan#1237"),
+    ),
+    "exchange.counts": Clause(
+        "dp-assertions",
+        "Ranks that compute together may have any numbers of tokens, none included: each must get its own rows, and "
+        "serve the others' whether it has any or not.",
+        ("Megatron-LM#1877", "vllm#38999", "vllm#51984", "sgl-kernel-npu#69"),
+    ),
+    "exchange.no-expert": Clause(
+        "expert-map",
+        "A pair whose id is -1 must be sent to no expert and add exactly nothing, whatever its weight.",
+        ("vllm#46408", "vllm#48371"),
+    ),
+    "exchange.arrivals": Clause(
+        "permutation",
+        "What a rank's experts are given must be the rows of the tokens that chose them, of all ranks and bit for bit, "
+        "each once under that expert's local id, and nothing else.",
+        ("torchtitan#1237", "vllm#52639"),
+    ),
+    "exchange.shared": Clause(
+        "shared-experts",
+        "The shared expert's output must be in each token's row once, however many ranks compute it.",
+        ("sglang#35535", "sglang#9101"),
+    ),
     "experts.function": Clause(
         "activation",
         "Experts must compute the activation, clamps, biases, norm and layout of gate and up that their spec names, "
         "whatever the proportions of their matrices.",
-        ("vllm#42855", "sglang#39939", "vllm#51125", "vllm#49096"),
+        ("vllm#42855", "sglang#39939", "vllm#51125", "vllm#49096", "sglang#40438", "vllm#14024"),
     ),
     "experts.combine": Clause(
         "combine-algebra",
         "A token's output must be the sum of its experts' outputs, each times its own weight, times the output scale, "
         "each applied once.",
-        ("vllm#24119", "vllm#45037", "Automodel#2591"),
+        ("vllm#24119", "vllm#45037", "Automodel#2591", "sglang#12998", "vllm#43694"),
     ),
     "experts.no-expert": Clause(
         "expert-map",
         "A pair whose id is -1, or whose expert another rank has, must add exactly nothing, whatever its weight and "
         "its token hold.",
-        ("vllm#46408", "vllm#48371", "sglang#30387", "vllm-gaudi#1796"),
+        ("vllm#46408", "vllm#48371", "sglang#30387", "vllm-gaudi#1796", "vllm#57946"),
     ),
     "experts.stored-weights": Clause(
         "quantised-scales",
@@ -263,7 +316,7 @@ CLAUSES: dict[str, Clause] = {
         "dtype-stride-arguments",
         "Whatever strides and offset a tensor has must be honoured or refused: columns of wider rows, a transpose, "
         "rows of stride 0, memory that begins elsewhere.",
-        ("Liger-Kernel#1377", "vllm#28841"),
+        ("Liger-Kernel#1377", "vllm#28841", "torchtitan#3771", "vllm#43190"),
     ),
     "inputs.dtypes": Clause(
         "dtype-stride-arguments",
@@ -302,19 +355,19 @@ CLAUSES: dict[str, Clause] = {
     "inputs.beyond-int32": Clause(
         "index-width",
         "Elements further apart than 2^31 must be addressed as they lie.",
-        ("flashinfer#2642", "flashinfer#2853", "vllm#6029"),
+        ("flashinfer#2642", "flashinfer#2853", "vllm#6029", "TensorRT-LLM#15887"),
     ),
     "batches.any-size": Clause(
         "chunking",
         "However many tokens there are, and pairs of one expert, and however they are cut into chunks and tiles: each "
         "token's result must be its own.",
-        ("vllm#20392", "sglang#3679", "vllm#21963"),
+        ("vllm#20392", "sglang#3679", "vllm#21963", "Megatron-LM#4481"),
     ),
     "outputs.written": Clause(
         "unwritten-output",
         "Every element of every output must be written, whatever fresh memory holds: rows without an expert, ranks and "
         "experts without a token, ends that fill no tile, no tokens at all.",
-        ("vllm#39510", "flashinfer#3840", "FastDeploy#4102"),
+        ("vllm#39510", "flashinfer#3840", "FastDeploy#4102", "sglang#40187", "TransformerEngine#2821"),
     ),
     "calls.same-result": Clause(
         "determinism-state",
@@ -358,7 +411,7 @@ CLAUSES: dict[str, Clause] = {
         "routing-semantics",
         "Every family's router must choose by its own scores, bias and groups, and weigh by its own normalisation and "
         "scale; a selection bias must never enter a weight.",
-        ("transformers#39581", "PaddleFormers#3452"),
+        ("transformers#39581", "PaddleFormers#3452", "vllm#58076"),
     ),
     "block.combine": Clause(
         "combine-algebra",

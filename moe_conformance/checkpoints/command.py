@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe_conformance.checkpoints.engines import unheard_of
@@ -15,8 +16,16 @@ from moe_conformance.checkpoints.whole import judge
 from moe_conformance.quote import plainly
 
 
-def judged(path: Path, values: bool = False, transformers: bool = False) -> Judgement:
-    """Raises CheckpointError where there is nothing to judge, and DenseModelError for a model without experts."""
+def judged(path: Path, values: bool = False, engines: Sequence[str] = ()) -> Judgement:
+    """engines: against whose own loaders names are held, of transformers, vllm and sglang.
+
+    Raises CheckpointError where there is nothing to judge, DenseModelError for a model without experts, and UsageError
+    for an engine that is not installed.
+    """
+    if engines:
+        from moe_conformance.checkpoints import mapped
+
+        mapped.ask(engines)
     findings = Findings()
     # Half a million small tuples, none in a cycle: garbage collection would take as long as reading.
     collects = gc.isenabled()
@@ -42,10 +51,8 @@ def judged(path: Path, values: bool = False, transformers: bool = False) -> Judg
             level="note",
         )
     unheard_of(folder.config, findings)
-    if transformers:
-        from moe_conformance.checkpoints.mapped import hold_against_transformers
-
-        hold_against_transformers(folder, findings)
+    for engine in dict.fromkeys(engines):
+        mapped.hold_against(engine, folder, findings)
     return Judgement(
         str(path),
         _said(model),

@@ -19,6 +19,12 @@ from moe_conformance.reference_impl.checkpoint.places import Layer, Places, Size
 # What quantisers call the projections of an expert that they split off a packed tensor.
 SPLIT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("w1", "v1", "w2"))
 _NUMBERED = re.compile(r"(experts\.(?:mlp\.)?(?:expert_)?)([0-9]+)(?=\.)")
+TORCHAO = {
+    "qdata": "weight",
+    "zero_point": "weight_zero_point",
+    "act_quant_scale": "input_scale",
+    "scale": "weight_scale",
+}
 # At most six digits: a longer number is not an index but an attack on int().
 NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 # The numbers in a name.
@@ -166,6 +172,12 @@ class Layout:
 
 def ends(name: str) -> Iterator[tuple[str, str]]:
     """The stems that a name may have, each with the end that says which tensor of a matrix it is."""
+    module, _, own = name.rpartition(".")
+    if own.startswith("_"):
+        # torchao's: module._weight_qdata, of module.weight.
+        for end, meant in TORCHAO.items():
+            if own.endswith(f"_{end}"):
+                yield f"{module}.{own[1 : -len(end) - 1]}".removesuffix(".weight"), meant
     for end in ENDS:
         if name.endswith(end) and name[-len(end) - 1 : -len(end)] in (".", "_"):
             stem = name[: -len(end) - 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moe_conformance.model.families.bounds import DEEPEST, MOST_WIDTH
@@ -97,20 +97,72 @@ def _read(given: Mapping[str, Any]) -> Scheme:
             return Scheme(method, frozenset(("mxfp4",)), groups=frozenset((32,)), left=left)
         case "compressed-tensors":
             return _compressed(given, left)
-        case "modelopt" | "modelopt_fp4":
+        case "modelopt" | "modelopt_fp4" | "modelopt_mxfp8" | "modelopt_mixed":
             return _modelopt(given)
         case "gptq" | "awq" | "gptq_marlin" | "awq_marlin":
             return _integers(method, "gptq" if method.startswith("gptq") else "awq", given, left)
         case "auto-round" | "intel/auto-round":
-            packing = str(given.get("packing_format", ""))
-            if "awq" in packing or "gptq" in packing:
-                return _integers(method, "awq" if "awq" in packing else "gptq", given, left)
-            return Scheme(method, left=left, known=False)
+            return _auto_round(method, given, left)
+        case "torchao":
+            return _torchao(given)
         case "bitsandbytes":
             four, eight = given.get("load_in_4bit"), given.get("load_in_8bit")
             kinds = {"bnb4"} if four else {"bnb8"} if eight else {"bnb4", "bnb8"}
             return Scheme(method, frozenset(kinds), left=left)  # type: ignore[arg-type]
     return Scheme(method or "of an unnamed method", left=left, known=False)
+
+
+def _auto_round(method: str, given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
+    """AutoRound writes the forms of others. extra_config: modules, by name or expression, that are otherwise."""
+    packing, data, bits = (given.get(key) for key in ("packing_format", "data_type", "bits"))
+    packing = packing if isinstance(packing, str) else "auto_round:auto_gptq"
+    extra = given.get("extra_config")
+    other: set[int] = set()
+    for module, said in extra.items() if isinstance(extra, Mapping) else ():
+        own = said.get("bits") if isinstance(said, Mapping) else None
+        if isinstance(own, int) and own >= 16:
+            left += (f"re:{module}" if re.search(r"[*\\]", module) else module,)
+        elif isinstance(own, int):
+            other.add(_whole("bits", own, 2))
+    if data == "int" or data is None:
+        if "llm_compressor" in packing:
+            return Scheme(method, left=left, known=False)
+        found = _integers(method, "awq" if "awq" in packing else "gptq", given, left)
+        return replace(found, bits=found.bits | other)
+    kinds: Mapping[Any, Kind] = {("mx_fp", 4): "mxfp4", ("mx_fp", 8): "mxfp8", ("nv_fp", 4): "nvfp4", ("fp", 8): "fp8"}
+    kind = kinds.get((data, bits)) if isinstance(bits, int) and isinstance(data, str) and not other else None
+    if kind is None:
+        return Scheme(method, left=left, known=False)
+    block = _block(given.get("weight_block_size"))
+    return Scheme(
+        method, frozenset((kind,)), block, static=given.get("act_dynamic") is False and kind == "fp8", left=left
+    )
+
+
+# Of torchao's configs, those whose tensors are codes, scales and zero points of the matrix' own shape.
+_TORCHAO: Mapping[str, Kind] = {
+    "Float8WeightOnlyConfig": "fp8",
+    "Float8DynamicActivationFloat8WeightConfig": "fp8",
+    "Int8WeightOnlyConfig": "int8",
+    "Int8DynamicActivationInt8WeightConfig": "int8",
+}
+
+
+def _torchao(given: Mapping[str, Any]) -> Scheme:
+    """The names of the modules are expressions in the config's own language: whatever is left as it was may be."""
+    said = frozenset(_configs(given.get("quant_type")))
+    kinds = frozenset(_TORCHAO[name] for name in said if name in _TORCHAO)
+    return Scheme("torchao", kinds, left=("*",), known=bool(said) and said <= _TORCHAO.keys())
+
+
+def _configs(said: Any, depth: int = 0) -> Iterator[str]:
+    """The types of the configs of weights in torchao's own words."""
+    if isinstance(said, Mapping) and depth < 3 * DEEPEST:
+        name = said.get("_type")
+        if isinstance(name, str) and name.endswith("Config") and name not in ("FqnToConfig", "ModuleFqnToConfig"):
+            yield plainly(name)
+        for value in said.values():
+            yield from _configs(value, depth + 1)
 
 
 def _left(given: Mapping[str, Any]) -> tuple[str, ...]:
@@ -138,13 +190,23 @@ def _whole(key: str, value: Any, least: int = 1) -> int:
 
 
 def _integers(method: str, kind: Kind, given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
-    """GPTQ and AWQ, whose zero points are stored where they are all the same, too."""
+    """GPTQ and AWQ, whose zero points are stored where they are all the same, too.
+
+    dynamic: GPTQModel's, by expressions of modules: those that are left as they were (-:), and other widths (+:).
+    """
+    dynamic = given.get("dynamic")
+    own: list[Any] = []
+    for module, said in dynamic.items() if isinstance(dynamic, Mapping) else ():
+        if module.startswith("-:"):
+            left += (f"re:{module[2:]}",)
+        elif isinstance(said, Mapping):
+            own.append(said)
     bits, group = given.get("bits", given.get("w_bit", 4)), given.get("group_size", given.get("q_group_size", 128))
     return Scheme(
         method,
         frozenset((kind,)),
-        bits=frozenset((_whole("bits", bits, 2),)),
-        groups=frozenset((max(_whole("group_size", group, -1), 0),)),
+        bits=frozenset(_whole("bits", one.get("bits", bits), 2) for one in ({}, *own)),
+        groups=frozenset(max(_whole("group_size", one.get("group_size", group), -1), 0) for one in ({}, *own)),
         left=left,
     )
 
@@ -220,16 +282,24 @@ def _modelopt(given: Mapping[str, Any]) -> Scheme:
     kinds: Mapping[str, Kind] = {
         "FP8": "fp8",
         "FP8_PB_WO": "fp8",
+        "FP8_BLOCK_SCALES": "fp8",
         "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
         "NVFP4": "nvfp4",
         "NVFP4_AWQ": "nvfp4",
         "W4A16_NVFP4": "nvfp4",
+        "W4A8_NVFP4_FP8": "nvfp4",
         "MXFP4": "mxfp4",
         "W4A8_MXFP4_FP8": "mxfp4",
         "MXFP8": "mxfp8",
     }
-    kind = kinds.get(algorithm)
-    return Scheme("modelopt", frozenset((kind,)) if kind else frozenset(), left=left)
+    names = [algorithm]
+    layers = found.get("quantized_layers")
+    if algorithm == "MIXED_PRECISION":  # each layer has its own
+        layers = layers if isinstance(layers, Mapping) else {}
+        own = [layer.get("quant_algo") for layer in layers.values() if isinstance(layer, Mapping)]
+        names, left = [str(name or "").upper() for name in own], ("*",)
+    known = not any(name and name not in kinds for name in names)
+    return Scheme("modelopt", frozenset(kinds[name] for name in names if name in kinds), left=left, known=known)
 
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.*\-]*")

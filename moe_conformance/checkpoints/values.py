@@ -45,6 +45,9 @@ SCALES = frozenset(
         *("scale", "scales", "input_scale", "input_global_scale"),
     )
 )
+# Forms of integers, whose own scales may be negative: AutoRound gives -8, which +7 does not match, to the larger side.
+INTEGER = ("packed", "gptq", "awq", "int8")
+SIGNED = frozenset(("weight_scale", "scales"))
 # For these, zero is not a fault: what they scale may be all zero.
 MAXIMA = frozenset(("absmax", "nested_absmax", "SCB"))
 # What gate and up of an expert share in an engine, for they are one matrix there; and what all experts share.
@@ -59,7 +62,8 @@ class Look(NamedTuple):
     """One tensor to look at.
 
     slices: experts that lie one behind the other in it, 0 for what is not compared. inside: of an MoE layer. want:
-    shapes of its matrix as floats. bound: that its indices are below, 0 for what has none.
+    shapes of its matrix as floats. bound: that its indices are below, 0 for what has none. signed: a scale that may be
+    negative.
     """
 
     entry: Stored
@@ -68,6 +72,7 @@ class Look(NamedTuple):
     inside: bool
     want: tuple[Shape, ...] = ()
     bound: int = 0
+    signed: bool = False
 
 
 class Files:
@@ -144,8 +149,8 @@ def _looks(folder: Folder, layout: Layout | None, held: Sorted) -> Iterator[Look
         for number, matrix in group.experts.items():
             piece = group.spelling.pieces[0]
             routed = ".experts.w" in f".{piece.target}" and piece.experts != "identity" and layer is not None
-            slices = 0
-            if routed and layer is not None and kind_of(matrix.members) not in ("bnb4",):
+            slices, kind = 0, kind_of(matrix.members)
+            if routed and layer is not None and kind != "bnb4":
                 slices = 1 if number is not None else layer.sizes.experts
             want = _shapes(piece, layer, number is not None) if layer is not None else ()
             for end, entry in matrix.stored.items():
@@ -154,12 +159,12 @@ def _looks(folder: Folder, layout: Layout | None, held: Sorted) -> Iterator[Look
                     bound = _groups(matrix)
                 elif layer is not None and piece.target.endswith("router.table"):
                     bound = layer.sizes.experts
-                yield Look(entry, end, slices if end in CARRIERS else 0, True, want, bound)
+                yield Look(entry, end, slices if end in CARRIERS else 0, True, want, bound, kind in INTEGER)
     for stored in held.outside.values():
         # What is called a scale and belongs to no quantised weights, as a norm's, is a weight.
         kind = kind_of(Matrix(stored).members)
         for end, entry in stored.items():
-            yield Look(entry, end if kind else "weight", 0, False)
+            yield Look(entry, end if kind else "weight", 0, False, signed=kind in INTEGER)
 
 
 def _shapes(piece: Piece, layer: Layer, by_expert: bool) -> tuple[Shape, ...]:
@@ -240,7 +245,8 @@ class _Values:
             counts["NaN"] += int(nan.sum())
             counts["infinite"] += int((magnitude == infinity).sum()) if infinity >= top else 0
             counts["zero"] += int((magnitude == 0).sum()) if one.end not in MAXIMA else 0
-            counts["negative"] += int(((codes > sign) & (magnitude < top)).sum())
+            if not (one.signed and one.end in SIGNED):
+                counts["negative"] += int(((codes > sign) & (magnitude < top)).sum())
         self._bad(one, counts, total)
         if total == 1 and len(raw):
             self._single[entry.name] = _value(entry.dtype, raw)

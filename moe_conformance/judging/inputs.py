@@ -1,7 +1,7 @@
 """Inputs from an integer hash: the same bits on every machine, torch version and dtype.
 
 Values are small integers times a power of two, so they are exact in bfloat16, float16, float32 and float64:
-an oracle in float64 sees exactly what the engine sees.
+an oracle in float64 sees exactly what the engine sees. Those of `fine` are exact in their own dtype alone.
 """
 
 from __future__ import annotations
@@ -58,6 +58,18 @@ def normal(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32, 
     return found
 
 
+def fine(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
+    """As `normal`, and in float32 with bits that two bytes cannot hold, so that a narrower copy on the way shows."""
+    if dtype != torch.float32:
+        return normal(shape, seed, dtype, std)
+    drawn = bits(shape, seed)
+    total = sum((drawn >> 6 * i & 63 for i in range(4)), start=torch.zeros((), dtype=torch.int64)) - 126
+    # Seven bits before the point, sixteen other ones behind it: 23 of float32's 24.
+    found = ((total.double() + (drawn >> 24 & 0xFFFF) * 2.0**-16) * (std / 32)).to(dtype)
+    note("fine", tuple(shape), seed + salt(), dtype, std, drawn=found)
+    return found
+
+
 def distinct_logits(tokens: int, experts: int, seed: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """[T, E] logits without ties within a row, both signs, spaced at least 1/16 apart near zero.
 
@@ -100,7 +112,7 @@ def poisoned_allocations() -> Iterator[None]:
 
 
 def windows(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
-    """As `normal`, for weights of real models: rows are overlapping windows of one hashed stretch, which is cheap.
+    """As `fine`, for weights of real models: rows are overlapping windows of one hashed stretch, which is cheap.
 
     No two rows are equal, nor are two matrices of a stack.
     """
@@ -108,14 +120,14 @@ def windows(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32,
     for _ in shape[:-2]:
         strides.insert(0, 1009 * strides[0])
     length = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
-    found = normal((length,), seed, dtype, std).as_strided(tuple(shape), tuple(strides)).contiguous()
+    found = fine((length,), seed, dtype, std).as_strided(tuple(shape), tuple(strides)).contiguous()
     note("windows", tuple(shape), seed + salt(), dtype, std, drawn=found)
     return found
 
 
 def matrix(shape: Sequence[int], seed: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weights [.., out, in] of about 1 / sqrt(in), so that no part of a layer hides in another's rounding."""
-    values = windows if shape[-1] > 256 else normal
+    values = windows if shape[-1] > 256 else fine
     return values(shape, seed, dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
 
 

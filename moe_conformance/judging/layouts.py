@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from moe_conformance.errors import Nonconformance, Unsupported
+from moe_conformance.errors import Broken, Nonconformance, Undecided, Unsupported
 from moe_conformance.judging.inputs import poison_
 
 T = TypeVar("T")
@@ -58,16 +58,22 @@ def given_as(arguments: Mapping[str, str], given: Collection[str] | None, name: 
 def assert_holds(stage: str, what: str, judge: Callable[[bool], None]) -> None:
     """The stage is right with something special, of which its clause is about: judge(True), otherwise judge(False).
 
-    Raises Unsupported where it is wrong otherwise, too, which is for the checks of other classes.
+    Raises Unsupported where it is wrong or raises otherwise, too, which is for the checks of other classes.
     """
     try:
         judge(True)
-    except Nonconformance as error:
+    except (Unsupported, Undecided, Broken):
+        raise
+    except Exception as error:
         try:
             judge(False)
-        except Nonconformance:
+        except Unsupported:
+            raise error from None
+        except Exception:
             raise Unsupported(f"{stage}: not judged with {what}, for it is wrong otherwise, too") from error
-        raise Nonconformance(f"with {what}, and right otherwise: {error}") from error
+        if isinstance(error, Nonconformance):
+            raise Nonconformance(f"with {what}, and right otherwise: {error}") from error
+        raise
 
 
 def assert_honoured(stage: str, arguments: Mapping[str, str], judge: Callable[[Collection[str]], None]) -> None:

@@ -60,7 +60,7 @@ class RoutingSpec:
     select_on: what is compared, scores or logits; with selection_bias a bias [E] is added to it, which the weights
     never see.
     groups, top_groups, group_score, group_mask: only the experts of the best groups compete, the others count as
-    group_mask. "top2_sum": of the two best compared values of a group.
+    group_mask. "top2_sum": of the two best compared values of a group, which has at least two.
     renormalize: "sum", divided by max(sum + epsilon, floor); "norm", divided by the norm of order norm_order.
     scale: then multiplied in. per_expert_scale: then each weight by its expert's own.
     identity_experts: that many last ids have no weights and pass x on. skip_expert: the last class means no expert,

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moe_conformance.errors import InputError
 from moe_conformance.model.specs import LayerSpec, SharedSpec
+from moe_conformance.model.storage import QuantSpec
 from moe_conformance.oracle.bounds import Bound
 from moe_conformance.oracle.choice import Choice, choose, without_expert
 from moe_conformance.oracle.experts import experts_value, linear, mlp_value, scaled, shared_slices
 from moe_conformance.oracle.logits import logits_value
 from moe_conformance.oracle.precision import wide
+from moe_conformance.oracle.quantised import plain_weights
 from moe_conformance.oracle.storage import Storage
 from moe_conformance.oracle.value import Value
 from moe_conformance.oracle.weights import weights_value
@@ -31,12 +32,11 @@ def expected_layer(inputs: LayerInputs) -> tuple[Tensor, Bound]:
     """The exact output [T, H] in float64, and the largest error of a correct engine that stores in x's dtype.
 
     From the layer's logits, by the oracle's own choice of experts; padded widths change nothing. Raises ValueError if
-    rounding could change an expert: the case then needs other inputs. Raises InputError for quantised experts.
+    rounding could change an expert: the case then needs other inputs.
     """
-    if inputs.quant is not None:
-        raise InputError("layer: got quant, want none; the oracle computes plain weights")
     routed = RouteInputs(inputs.logits, inputs.spec.routing, inputs.tensors, inputs.token_ids)
-    return _expected(inputs.x, inputs.spec, inputs.tensors, choose(routed, None, inputs.x.dtype))
+    choice = choose(routed, None, inputs.x.dtype)
+    return _expected(inputs.x, inputs.spec, inputs.tensors, choice, inputs.quant)
 
 
 def expected_block(inputs: BlockInputs, spec: LayerSpec, routing: Routing | None = None) -> tuple[Tensor, Bound]:
@@ -74,9 +74,11 @@ def block_routing(inputs: BlockInputs, spec: LayerSpec) -> RouteInputs:
     return RouteInputs(logits, spec.routing, inputs.tensors, token_ids, sequences=inputs.x.shape[0])
 
 
-def _expected(x: Tensor, spec: LayerSpec, tensors: Tensors, choice: Choice) -> tuple[Tensor, Bound]:
+def _expected(
+    x: Tensor, spec: LayerSpec, tensors: Tensors, choice: Choice, quant: QuantSpec | None = None
+) -> tuple[Tensor, Bound]:
     storage = Storage.stored(x.dtype)
-    value = layer_value(x, spec, tensors, choice.ids, choice.weights, storage, choice.shared)
+    value = layer_value(x, spec, tensors, choice.ids, choice.weights, storage, choice.shared, quant)
     return value.exact, value.bound(storage.origin("layer"))
 
 
@@ -102,15 +104,16 @@ def layer_value(
     weights: Tensor | Value,
     storage: Storage,
     shared_weights: Tensor | Value | None = None,
+    quant: QuantSpec | None = None,
 ) -> Value:
     """The exact output [T, H] of the layer at this routing, with its spread under the storage.
 
     x: [T, H], as the router sees it; tensors: as `LayerSpec.tensors` names them; ids: [T, K] integer, -1 and any other
     that names no expert adds 0; weights: [T, K], a Value where the engine's own may differ from them; shared_weights:
-    [T, n], for SharedSpec.weighted.
+    [T, n], for SharedSpec.weighted. quant: how the experts' matrices are stored.
     """
     whole, compute, store = Value.of(x), storage.compute, storage.result
-    output = _routed(whole, spec, tensors, ids, _value(weights).stored(storage.weights), storage)
+    output = _routed(whole, spec, tensors, ids, _value(weights).stored(storage.weights), storage, quant)
     if spec.shared is not None:
         also = _shared(whole, spec.shared, _under(tensors, "shared"), shared_weights, storage)
         output = (output + also).stored(wide(store) if spec.combine_dtype == "float32" else store)
@@ -133,7 +136,15 @@ def _under(tensors: Tensors, part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
 
 
-def _routed(x: Value, spec: LayerSpec, tensors: Tensors, ids: Tensor, weights: Value, storage: Storage) -> Value:
+def _routed(
+    x: Value,
+    spec: LayerSpec,
+    tensors: Tensors,
+    ids: Tensor,
+    weights: Value,
+    storage: Storage,
+    quant: QuantSpec | None,
+) -> Value:
     """norm, project in, experts, scale, project out, norm; each where the model has it."""
     compute, store = storage.compute, storage.result
     norm_eps = spec.dense.norm_eps if spec.dense else 0.0
@@ -144,8 +155,18 @@ def _routed(x: Value, spec: LayerSpec, tensors: Tensors, ids: Tensor, weights: V
         x = linear(x, latent["in"], latent.get("in_bias"), storage, storage.x)  # [T, D]
         if spec.latent.norm_eps:
             x = x.rms_norm(1 + latent["norm"].double(), spec.latent.norm_eps, compute, storage.x)
-    identity = spec.routing.identity_experts
-    output = experts_value(x, spec.experts, tensors, ids, weights, storage, identity_experts=identity).stored(store)
+    plain = tensors if quant is None else plain_weights(quant, spec.experts, tensors, x.exact.shape[-1])
+    output = experts_value(
+        x,
+        spec.experts,
+        plain,
+        ids,
+        weights,
+        storage,
+        identity_experts=spec.routing.identity_experts,
+        quant=quant,
+        stored=tensors,
+    ).stored(store)
     output = scaled(output, spec.output_scale, storage)
     if spec.latent is not None:
         output = linear(output, latent["out"], latent.get("out_bias"), storage, store)  # [T, H]

@@ -24,12 +24,15 @@ class Rows:
     rank's slice along dim 0 in rank order.
     valid_rows: how many leading rows of ids belong to the layout; the rest are padding with arbitrary ids (a batch
     padded to the size of a CUDA graph). None: all rows.
+    physical_to_logical: [P] integer, the expert that each physical one is a copy of, at this layer and now, where ids
+    come as physical ones (EPLB); what is recorded is the expert. None: ids are those of experts.
     """
 
     kind: RowKind
     counts: tuple[int, ...]
     gather: Callable[[Tensor], Tensor] | None = None
     valid_rows: int | None = None
+    physical_to_logical: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from moe_conformance.model.description import CaptureShape, MoESpec
 from moe_conformance.protocol.align import Aligned, AlignInputs
 from moe_conformance.protocol.capture import CaptureReader, CaptureSession, CaptureSpec, CaptureStore
 from moe_conformance.protocol.checkpoint import CheckpointName, Target
+from moe_conformance.protocol.exchange import Exchanged, ExchangeInputs
 from moe_conformance.protocol.experts import ExpertsInputs
 from moe_conformance.protocol.generate import Generated, GenerateInputs
 from moe_conformance.protocol.layer import BlockInputs, BlockOutput, LayerInputs
@@ -193,6 +194,14 @@ class Engine:
     def shard(self, inputs: ShardInputs) -> Tensor:
         """Return this rank's part [T, D], in x's dtype: summed over all ranks it is the layer's output."""
         raise _not_offered("shard")
+
+    def exchange(self, ranks: Sequence[ExchangeInputs]) -> Sequence[Exchanged]:
+        """Dispatch, compute and combine on the ranks that this process plays: all of them, or one.
+
+        One of several is the rank of that number of torch.distributed's default group, which is initialised; the other
+        ranks call at the same time, each in a process of its own. Calls with the same ranks may follow each other.
+        """
+        raise _not_offered("exchange")
 
     def remap(self, config: Any, names: Sequence[CheckpointName]) -> Mapping[str, tuple[str | Target, ...]]:
         """The engine's own name, or names, for each checkpoint tensor of a model with this config (a plain dict).

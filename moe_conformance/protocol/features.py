@@ -6,7 +6,7 @@ be declined here. `needs` computes from a case's recipe which features it takes;
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -84,7 +84,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(("align", "experts"), "expert_map", "experts of other ranks, by a map of ids", "such calls"),
     Feature(
-        ("align", "experts", "block", "replicate", "shard"),
+        ("align", "experts", "block", "replicate", "shard", "exchange"),
         "dropped_ids",
         "pairs without an expert",
         "batches with such pairs",
@@ -95,6 +95,13 @@ FEATURES: tuple[Feature, ...] = (
         "ids that name no expert are checked, and refused or ignored; an engine may trust its own router instead",
         "ids outside [0, E)",
     ),
+    Feature(("exchange",), "one_process", "one process may play all ranks", "ranks in one process"),
+    Feature(("exchange",), "processes", "each rank may be a process of its own", "ranks in processes"),
+    Feature(("exchange",), "uneven_counts", "ranks may have different numbers of tokens, also none", "such batches"),
+    Feature(
+        ("exchange",), "any_placement", "experts lie on any rank; otherwise in equal runs, in rank order", "other maps"
+    ),
+    Feature(("exchange",), "arrivals", "the rows that came to a rank are returned", "what travels"),
     *(
         Feature(_EXPERTS, word, f"experts compute {meaning}", "such experts")
         for word, meaning in (
@@ -136,7 +143,7 @@ FEATURES: tuple[Feature, ...] = (
         "a row has the same bits whatever rows are beside it; most engines choose a kernel by the number of rows",
         "bits of a row in other batches",
     ),
-    Feature(("layer", "shard"), "shared", "a shared expert", "layers that have one"),
+    Feature(("layer", "shard", "exchange"), "shared", "a shared expert", "layers that have one"),
     Feature(
         ("layer",), "shared_gate", "a gate multiplies the shared expert's output (Qwen2-MoE)", "layers that have one"
     ),
@@ -159,16 +166,23 @@ FEATURES: tuple[Feature, ...] = (
             ("sequence_gathered", "every rank's slices with their padding"),
         )
     ),
+    Feature(("capture_session",), "physical_ids", "ids come as those of copies (EPLB) with a table", "such ids"),
     Feature(("capture_session",), "padding_rows", "rows behind the valid ones are padding", "such batches"),
+    Feature(
+        ("capture_session",),
+        "counted_padding",
+        "padding rows lie behind each rank's own and count among its tokens; fewer are read than were counted",
+        "batches padded rank by rank; those with all padding behind all valid rows are judged instead",
+    ),
     Feature(
         ("capture_session", "capture_store"),
         "unwritten",
-        "what a step did not capture reads as -1; rows beyond it may raise instead",
+        "what was not captured reads as -1, or as that in unsigned bits where no expert has that id, or raises",
         "what is read there",
     ),
     Feature(("expert_map",), "contiguous", "each rank has a run of ids", "this placement"),
     Feature(("expert_map",), "round_robin", "rank r has the ids that are r modulo the ranks", "this placement"),
-    Feature(("expert_map", "shard"), "idle_ranks", "a rank may have no expert", "such ranks"),
+    Feature(("expert_map", "shard", "exchange"), "idle_ranks", "a rank may have no expert", "such ranks"),
     Feature(("shard",), "tensor_parallel", "ranks divide the experts' width", "such ranks"),
     Feature(("update",), "parts", "a push may hold some of a block's tensors", "such pushes"),
     Feature(("update",), "other_dtype", "a push may come in another dtype than the block's", "such pushes"),
@@ -369,6 +383,18 @@ def _if(word: str) -> Any:
     return lambda value: {word} if value else set()
 
 
+def _of_owners(owners: Sequence[int]) -> set[str]:
+    """The features that experts on these ranks take; ranks between may have none."""
+    ranks = max(owners) + 1
+    in_runs = [expert * ranks // len(owners) for expert in range(len(owners))]
+    found = {"expert_map"}
+    if len(set(owners)) < ranks:
+        found.add("idle_ranks")
+    if list(owners) != in_runs or len(owners) % ranks:
+        found.add("any_placement")
+    return found
+
+
 # What every case of a stage takes, or every one of a clause of it.
 _OF_EVERY: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("block", "block.dropped"): ("dropped_ids",),
@@ -376,6 +402,7 @@ _OF_EVERY: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("capture_shape", ""): ("worker", "reader"),
     ("describe", "config.say-what-is-missing"): ("refusals",),
     ("describe", "describe.layers"): ("layers",),
+    ("exchange", "exchange.arrivals"): ("arrivals",),
     ("layer", "layer.fake-dtypes"): ("traceable",),
     ("layer", "layer.traceable"): ("traceable",),
     ("shard", "shard.out-of-range"): ("dropped_ids",),
@@ -408,9 +435,11 @@ _SWITCHES: dict[str, Any] = {
     "ranks": lambda value: {"ranks"} if value > 1 else set(),
     "tp": lambda value: {"tensor_parallel"} if value > 1 else set(),
     "copies": _if("replicas"),
+    "tables": _if("physical_ids"),
     "change": lambda value: {"from_meta"} if value == "from-meta" else set(),
-    # The rank of each expert; ranks between may have none.
-    "owners": lambda value: {"expert_map", *(("idle_ranks",) * (len(set(value)) <= max(value)))} if value else set(),
+    "counts": lambda value: {"uneven_counts"} if len(set(value)) > 1 or not all(value) else set(),
+    "processes": lambda value: {"processes" if value else "one_process"},
+    "owners": lambda value: _of_owners(value) if value else set(),
 }
 # Keys whose values are features, or are made of them.
 _SPELLED: dict[str, Any] = {

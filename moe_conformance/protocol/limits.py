@@ -18,6 +18,7 @@ EXTENTS: Mapping[str, tuple[str, ...]] = {
     "align": ("tokens", "top_k", "pairs", "experts"),
     "experts": ("dtype", "tokens", "top_k", "pairs", "experts", "D", "F"),
     "shard": ("dtype", "tokens", "top_k", "pairs", "experts", "D", "F"),
+    "exchange": ("dtype", "tokens", "top_k", "pairs", "experts", "D", "F"),
     "layer": ("dtype", "tokens", "top_k", "pairs", "experts", "H", "D", "F"),
     "block": ("dtype", "tokens", "H"),
     "replicate": ("tokens", "top_k", "pairs", "experts"),
@@ -103,6 +104,7 @@ def extent_of(inputs: Any) -> dict[str, Any]:
     """dtype, tokens, top_k, pairs, experts and widths of a stage's inputs, as far as they have them."""
     from moe_conformance.protocol.align import AlignInputs
     from moe_conformance.protocol.capture import CaptureSpec
+    from moe_conformance.protocol.exchange import ExchangeInputs
     from moe_conformance.protocol.experts import ExpertsInputs
     from moe_conformance.protocol.layer import BlockInputs, LayerInputs
     from moe_conformance.protocol.ranks import ExpertMapSpec, ReplicateInputs, ShardInputs
@@ -124,6 +126,9 @@ def extent_of(inputs: Any) -> dict[str, Any]:
             found["F"] = inputs.mlp.width
         case ShardInputs():
             return extent_of(inputs.whole)
+        case (ExchangeInputs() as first, *_):
+            found = _of(first.x, top_k=first.ids.shape[-1], experts=first.maps.shape[-1], D=first.x.shape[-1])
+            found |= {"F": first.mlp.width, "tokens": max(len(rank.x) for rank in inputs)}
         case LayerInputs():
             spec = inputs.spec
             found = _of(inputs.x, top_k=spec.routing.top_k, experts=spec.num_experts, H=spec.hidden_size)

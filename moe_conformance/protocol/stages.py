@@ -19,6 +19,7 @@ STAGES = (
     "expert_map",
     "replicate",
     "shard",
+    "exchange",
     "remap",
     "load",
     "update",

@@ -24,7 +24,7 @@ from moe_conformance.judging.verdict import Verdict
 from moe_conformance.reporting.explain import spelled
 from moe_conformance.reporting.faults import Fault, command, faults, own_words, told
 from moe_conformance.reporting.runs import Column, Run, columns, in_short
-from moe_conformance.reporting.tables import KINDS, as_text, cells, kind
+from moe_conformance.reporting.tables import KINDS, as_markdown, as_text, cells, kind
 from moe_conformance.reporting.threads import address
 from moe_conformance.repro import STAGES
 
@@ -38,9 +38,9 @@ _MOST_CHARACTERS = 32_000_000
 _MARKS = {Verdict.PASS: "✓", Verdict.BROKEN_SHOULD: "~", Verdict.KNOWN_FAILURE: "≈", Verdict.UNSUPPORTED: "○"}
 
 
-def write(runs: Sequence[Run], page: Path | None, image: Path | None) -> Iterator[str]:
+def write(runs: Sequence[Run], page: Path | None, text_page: Path | None, image: Path | None) -> Iterator[str]:
     """Write what is asked for; returns a line for each file. Raises UsageError if a file cannot be written."""
-    for file, make in ((page, html), (image, badge)):
+    for file, make in ((page, html), (text_page, markdown), (image, badge)):
         if file is None:
             continue
         text = make(runs)
@@ -70,6 +70,11 @@ def html(runs: Sequence[Run]) -> str:
         style=(_TEMPLATES / "report.css").read_text(encoding="utf-8"),
         data=_packed(runs, shown, found),
     )
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """The tables of all runs."""
+    return "\n".join(as_markdown({column.label: column.results for column in columns(runs)}))
 
 
 def badge(runs: Sequence[Run]) -> str:

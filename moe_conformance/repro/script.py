@@ -136,8 +136,8 @@ class _Tensors:
         found = ["from math import inf, nan\n"]
         if "unpacked" in self.used:
             found.append(_UNPACKED)
-        if drawn := self.used & {"normal", "windows", "distinct_logits"}:
-            names = ["_mix", "hashed", "normal", *(drawn - {"normal"})]
+        if drawn := self.used & {"normal", "fine", "windows", "distinct_logits"}:
+            names = ["_mix", "hashed", "normal", "fine", *(drawn - {"normal", "fine"})]
             sources = [inspect.getsource(getattr(drawing, name)) for name in names]
             text = "\n\n".join(re.sub(r"\n    note\(.*\n", "\n", source) for source in sources)
             text = text.replace("bits(", "hashed(").replace("Tensor", "torch.Tensor").replace("Sequence[int]", "tuple")

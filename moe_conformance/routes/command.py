@@ -33,11 +33,6 @@ REQUESTS_TOGETHER = 512  # each has a thread
 def judged(path: Path, record: Path, tokens: Path | None = None, dtype: str | None = None) -> Judgement:
     """Raises CheckpointError, ConfigError, RecordError and Unsupported where there is nothing to judge."""
     folder = read_folder(path, Findings())
-    if folder.config.get("quantization_config") or folder.modelopt:
-        raise Unsupported(
-            f"{path}: is quantised; want weights in bfloat16, float16 or float32, for transformers takes few others on "
-            "a CPU: save it dequantised, or give the folder that it was quantised from"
-        )
     spec = _spec(folder.config)
     requests = read_record(record, tokens)
     columns = _columns(record, requests, spec)

@@ -11,6 +11,7 @@ time. So the model's own forward makes masks, positions and whatever layers hand
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from moe_conformance.engines.transformers.skeleton import built, rules, sources
 from moe_conformance.errors import CheckpointError, MoEConformanceError, Unsupported
 from moe_conformance.oracle.precision import wide
 from moe_conformance.quote import few
+from moe_conformance.routes.weights import Files, parts
 
 ROUTER = "router."
 
@@ -51,7 +53,7 @@ class Model:
         self, folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored], dtype: torch.dtype, wider: bool
     ) -> None:
         self.dtype, self.compute = dtype, _wider(dtype) if wider else dtype
-        self.shelf = _Shelf(folder, stored, built(folder, config, self.compute), dtype)
+        self.shelf = _Shelf(folder, config, stored, built(folder, config, self.compute), dtype)
         self.model = self.shelf.model
         self.blocks: dict[int, LoadedBlock] = {}
         every = [block for block in blocks(self.model) if ".vision." not in block.prefix]
@@ -84,14 +86,18 @@ def _wider(dtype: torch.dtype) -> torch.dtype:
 class _Shelf:
     """Loads and drops parts of a model."""
 
-    def __init__(self, folder: Path, stored: Mapping[str, Stored], model: Any, dtype: torch.dtype) -> None:
-        self.folder, self.stored, self.model, self.dtype = folder, stored, model, dtype
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored], model: Any, dtype: torch.dtype
+    ) -> None:
+        self.folder, self.model, self.dtype = folder, model, dtype
         self.empty = dict(model.named_parameters())
         self.plan = model._get_dtype_plan(dtype)
-        self.sources = sources(model, stored)
+        self.parts = parts(folder, config, stored, model)
+        self.sources = sources(model, self.parts)
 
     def load(self, prefix: str, deep: bool = True) -> None:
         """The tensors of the module of this name. deep: of those inside it, too."""
+        from safetensors import safe_open
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
@@ -103,8 +109,8 @@ class _Shelf:
             for name in names
         ]
         with contextlib.ExitStack() as stack:
-            files: dict[str, Any] = {}
-            slices = {name: self._slice(stack, files, name) for name in wanted}
+            files = functools.cache(lambda file: stack.enter_context(safe_open(self.folder / file, "pt")))
+            slices = {name: self._slice(files, name) for name in wanted}
             how = LoadStateDictConfig(
                 device_map={"": "cpu"}, dtype=self.dtype, dtype_plan=self.plan, weight_mapping=rules(self.model)
             )
@@ -121,13 +127,8 @@ class _Shelf:
                 f"{self.folder}: transformers finds no whole {few(faults)}; see what `moe-conformance checkpoint` says"
             )
 
-    def _slice(self, stack: contextlib.ExitStack, files: dict[str, Any], name: str) -> Any:
-        from safetensors import safe_open
-
-        file = self.stored[name].file
-        if file not in files:
-            files[file] = stack.enter_context(safe_open(self.folder / file, "pt"))
-        return _Rounded(files[file].get_slice(name), None if self._is_kept(name) else self.dtype)
+    def _slice(self, files: Files, name: str) -> Any:
+        return _Rounded(self.parts[name].open(files), None if self._is_kept(name) else self.dtype)
 
     def _is_kept(self, name: str) -> bool:
         return any(part in name for part in self.plan)
@@ -269,7 +270,10 @@ class _Walks:
             self.handles.append(layer.register_forward_pre_hook(self._before(index)))
         self.handles.append(self.model.stack[max(self.model.blocks)].register_forward_hook(_leave))
         inside = f"{self.model.stack_name}."
+        embeddings = self.model.model.get_input_embeddings()
         for name, module in self.model.model.named_modules():
+            if module is embeddings:  # before they are called, a model may ask where they are (Llama 4)
+                self._load(name)
             if not name.startswith(inside) and any(part is not None for part in module._parameters.values()):
                 self.handles.append(module.register_forward_pre_hook(self._around(name)))
 
@@ -283,11 +287,16 @@ class _Walks:
 
     def _around(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            if name not in self.ready:
-                self.shelf.load(name, deep=False)
-                self.ready.add(name)
+            if any(isinstance(value, Tensor) and value.is_meta for value in args):
+                raise Unsupported(f"routes: {type(self.model.model).__name__} sends what {name} reads to its weights")
+            self._load(name)
 
         return hook
+
+    def _load(self, name: str) -> None:
+        if name not in self.ready:
+            self.shelf.load(name, deep=False)
+            self.ready.add(name)
 
     def end(self) -> None:
         for handle in self.handles:

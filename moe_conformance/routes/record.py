@@ -34,7 +34,7 @@ MOST_LINE = 2**28
 # What an array of ids may be stored as, by safetensors' word; vLLM returns uint8 up to 256 experts and uint16 beyond,
 # SGLang int32.
 INTEGERS = {"U8": "u1", "I8": "i1", "U16": "u2", "I16": "i2", "U32": "u4", "I32": "i4", "U64": "u8", "I64": "i8"}
-_TENSOR = re.compile(r"(tokens|routed_experts|positions|rank)\.([0-9]{1,9})")
+_TENSOR = re.compile(r"(tokens|routed_experts|positions|rank)\.(0|[1-9][0-9]{0,8})")
 _WANT = "tokens.N [tokens] and routed_experts.N [rows, layers, k] for each request N, perhaps positions.N and rank.N"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.model.storage import Format, QuantSpec
-from moe_conformance.reference_impl.checkpoint.forms import Form, group_of, layout
+from moe_conformance.reference_impl.checkpoint.forms import Form, bits_of, group_of, layout, version_of
 from moe_conformance.reference_impl.quantised.gptq import AWQ_ORDER
 from moe_conformance.reference_impl.quantised.integers import unpack
 from moe_conformance.reference_impl.quantised.tiles import scale_values
@@ -131,8 +131,10 @@ def _integers(form: Form, experts: int) -> Packed | None:
     in_order = torch.arange(columns) // group
     if index is not None and bool((index >= 0).all()) and not bool((index == in_order).all()):
         return None
-    codes, zeros = _unpacked(form, experts, rows, columns)
-    bits = 4 if int(codes.max()) < 16 and _words(form, columns, rows) == 4 else 8
+    bits = _bits(form, columns)
+    if bits not in (4, 8):
+        return None
+    codes, zeros = _unpacked(form, experts, rows, columns, bits)
     quant = QuantSpec("int4" if bits == 4 else "int8", "group", group=group, zero_points=zeros is not None)
     if scale.shape[-1] == 1:
         quant, scale = replace(quant, granularity="channel", group=0), scale[..., 0]
@@ -145,26 +147,25 @@ def _integers(form: Form, experts: int) -> Packed | None:
     return Packed(quant, stored)
 
 
-def _words(form: Form, columns: int, rows: int) -> int:
+def _bits(form: Form, columns: int) -> int:
     """Bits of a code."""
     if form.kind == "awq":
         return 4
     if form.kind == "gptq":
         return form.tensors["qweight"].shape[-2] * 32 // columns
-    words = form.tensors["weight_packed"].shape[-1]
-    return next(bits for bits in (4, 8, 2) if words == -(-columns * bits // 32))
+    return bits_of(form, form.tensors["weight_packed"].shape[-1], columns)
 
 
-def _unpacked(form: Form, experts: int, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+def _unpacked(form: Form, experts: int, rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor | None]:
     """int64 codes [E, rows, columns], and zero points [E, rows, groups], None where all are the middle."""
-    bits, t = _words(form, columns, rows), form.tensors
+    t = form.tensors
     if form.kind == "packed":
         zeros = t.get("weight_zero_point")
         codes = unpack(form.stacked(t["weight_packed"]), 2, bits)[..., :columns]
         return codes, None if zeros is None else unpack(form.stacked(zeros), 1, bits)[:, :rows]
     words, zero_words = form.stacked(t["qweight"]), form.stacked(t["qzeros"])
     if form.kind == "gptq":
-        less = 1 if (form.said.get("checkpoint_format") or "gptq") == "gptq" else 0
+        less = int(version_of(form) == "gptq")
         return unpack(words, 1, bits).mT, unpack(zero_words, 2, bits).mT + less
     order = [AWQ_ORDER.index(column) for column in range(8)]
     codes, zeros = (unpack(each, 2).unflatten(-1, (-1, 8))[..., order].flatten(-2).mT for each in (words, zero_words))

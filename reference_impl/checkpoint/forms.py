@@ -138,10 +138,10 @@ def read_nvfp4(form: Form) -> Tensor:
 
 
 def read_packed(form: Form) -> Tensor:
-    """compressed-tensors' pack-quantized: codes of 4 or 8 bits, the middle added to them."""
+    """compressed-tensors' pack-quantized: codes of 2 to 8 bits, the middle added to them."""
     experts, rows, columns = _rows_columns(form)
     words = form.stacked(form.tensors["weight_packed"])
-    bits = next(bits for bits in (4, 8, 2) if words.shape[-1] == -(-columns * bits // 32))
+    bits = bits_of(form, words.shape[-1], columns)
     scale = form.tensors["weight_scale"]
     scale = scale.expand(experts, rows, 1) if scale.numel() == 1 else scale.reshape(experts, rows, -1)
     zeros = torch.full(scale.shape, 2 ** (bits - 1))
@@ -154,6 +154,12 @@ def read_packed(form: Form) -> Tensor:
     return dequantise_groups(unpack(words, 2, bits)[..., :columns], zeros, scale, index, torch.float64)
 
 
+def bits_of(form: Form, words: int, columns: int) -> int:
+    """Of a code of compressed-tensors, of which so many words hold a row."""
+    fitting = [bits for bits in (4, 8, 2, 3, 5, 6, 7) if words == -(-columns * bits // 32)]
+    return next((bits for bits in fitting if bits in form.scheme.bits), fitting[0])
+
+
 def group_of(form: Form, columns: int, count: int) -> int:
     """How many columns a group has, of which there are so many."""
     said = (size for size in sorted(form.scheme.groups) if size and -(-columns // size) == count)
@@ -164,19 +170,25 @@ def read_gptq(form: Form) -> Tensor:
     columns = form.shape[-1]
     qweight, scales = form.stacked(form.tensors["qweight"]), form.stacked(form.tensors["scales"])
     index = form.tensors.get("g_idx")
-    # AutoGPTQ's files of old say nothing.
-    version: Any = form.said.get("checkpoint_format") or "gptq"
     return dequantise_gptq(
         qweight,
         scales,
         qzeros=form.stacked(form.tensors["qzeros"]),
         group=-1 if scales.shape[1] == 1 else group_of(form, columns, scales.shape[1]),
-        checkpoint_format=version,
+        checkpoint_format=version_of(form),
         desc_act=bool(form.said.get("desc_act")),
         g_idx=None if index is None else index.expand(len(qweight), columns),
         bits=qweight.shape[1] * 32 // columns,
         dtype=torch.float64,
     )
+
+
+def version_of(form: Form) -> Any:
+    """Whether stored zero points lack one. AutoGPTQ's files of old say nothing; AutoRound's say how they are packed."""
+    packing = form.said.get("packing_format")
+    if isinstance(packing, str):
+        return "gptq_v2" if packing in ("auto_round", "auto_round:gptqmodel") else "gptq"
+    return form.said.get("checkpoint_format") or "gptq"
 
 
 def read_awq(form: Form) -> Tensor:

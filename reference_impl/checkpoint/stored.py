@@ -23,7 +23,7 @@ from moe_conformance.checkpoints.layout import Layout, Spelling, stored_shape
 from moe_conformance.checkpoints.matrices import piece_of
 from moe_conformance.checkpoints.model import model_of
 from moe_conformance.checkpoints.scheme import HF_QUANT, KEYS, Kind, Scheme
-from moe_conformance.checkpoints.sorting import Matrix
+from moe_conformance.checkpoints.sorting import Matrix, Sorted
 from moe_conformance.checkpoints.whole import judge
 from moe_conformance.errors import CheckpointError, ConfigError
 from moe_conformance.model.families.naming import Piece
@@ -49,31 +49,38 @@ class Loaded(dict[str, Tensor]):
 
 
 class Placed(NamedTuple):
-    """One matrix of a layer, of one expert or of all. kind: None for floats. usual: the ends of all names."""
+    """One matrix of a layer, of one expert or of all. kind: None for floats. tail: what ends the name of floats."""
 
     layer: Layer
     piece: Piece
     expert: int | None
     matrix: Matrix
     kind: Kind | None
+    tail: str
 
 
 def is_stored(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether config.json, at the top or in its text part, or ModelOpt's own file says that weights are quantised."""
-    return (path / HF_QUANT).exists() or any(_said_of(config))
+    return (path / HF_QUANT).exists() or any(said_of(config))
 
 
-def _said_of(config: Mapping[str, Any]) -> Iterator[Any]:
+def said_of(config: Mapping[str, Any]) -> Iterator[Any]:
     """Each quantization_config, at the top or in the text part."""
     levels = (config, config.get("text_config"))
     return (value for level in levels if isinstance(level, Mapping) for key in KEYS if (value := level.get(key)))
 
 
-def load_stored(path: Path) -> Loaded:
-    """As `loading.load`: stored weights in float32, each rounded once, others as they are; scales are not given on.
+class Whole(NamedTuple):
+    """A quantised folder without defects, by its config and headers. held: every tensor in its place."""
 
-    Raises CheckpointError for the first defects that `moe-conformance checkpoint` would list.
-    """
+    folder: Folder
+    layout: Layout
+    scheme: Scheme
+    held: Sorted
+
+
+def whole(path: Path) -> Whole:
+    """Raises CheckpointError for the first defects that `moe-conformance checkpoint` would list."""
     findings = Findings()
     folder = read_folder(path, findings)
     try:
@@ -89,9 +96,17 @@ def load_stored(path: Path) -> Loaded:
     scheme = model.scheme or Scheme("")
     if not scheme.known:
         raise CheckpointError(f"quantization_config: got {plainly(scheme.method)}, want a method whose form is known")
-    places = list(_placed(model.layout, held.groups, scheme, held.ends))
+    return Whole(folder, model.layout, scheme, held)
+
+
+def load_stored(path: Path) -> Loaded:
+    """As `loading.load`: stored weights in float32, each rounded once, others as they are; scales are not given on.
+
+    Raises CheckpointError as `whole` does.
+    """
+    found = whole(path)
     try:
-        return _read(folder, model.layout, places, scheme)
+        return _read(found, list(placed(found)))
     except (SafetensorError, OSError) as error:
         trouble = plainly(str(error))
         raise CheckpointError(f"{path}: a shard changed while it was read ({trouble}); download it again") from error
@@ -104,24 +119,26 @@ def _said(findings: list[Finding] | tuple[Finding, ...]) -> str:
     return f"{where} in {plainly(first.files[0])}: got {first.got}, want {first.want}; {first.do}{more}"
 
 
-def _placed(layout: Layout, groups: Mapping[Any, Any], scheme: Scheme, usual: frozenset[str]) -> Iterator[Placed]:
-    for (stack, index, _), group in groups.items():
-        layer, is_draft = layout.layer(stack, index)
+def placed(found: Whole) -> Iterator[Placed]:
+    """The matrices of the model's own MoE layers, in the order of their names."""
+    for (stack, index, _), group in found.held.groups.items():
+        layer, is_draft = found.layout.layer(stack, index)
         if layer is None or is_draft:
             continue
         spelling: Spelling = group.spelling
         pieces = [piece for piece in spelling.pieces if piece.target in layer.tensors]
         for number, matrix in group.experts.items():
-            kind = kind_of(matrix.members, scheme, usual)
+            kind = kind_of(matrix.members, found.scheme, found.held.ends)
             if number is None:
                 for piece in pieces:
-                    yield Placed(layer, piece, None, matrix, kind)
+                    yield Placed(layer, piece, None, matrix, kind, spelling.tail)
             elif (at := piece_of(pieces, number, layer)) is not None and pieces[at].experts != "identity":
-                yield Placed(layer, pieces[at], number % layer.sizes.experts, matrix, kind)
+                yield Placed(layer, pieces[at], number % layer.sizes.experts, matrix, kind, spelling.tail)
 
 
-def _read(folder: Folder, layout: Layout, places: list[Placed], scheme: Scheme) -> Loaded:
-    said: Mapping[str, Any] = next(_said_of(folder.config), {})
+def _read(found: Whole, places: list[Placed]) -> Loaded:
+    folder, layout, scheme, _ = found
+    said: Mapping[str, Any] = next(said_of(folder.config), {})
     out = Loaded()
     forms: dict[str, dict[Named, dict[Place, Packed | None]]] = {}
     quantised = {placed.layer.prefix + placed.piece.target for placed in places if placed.kind}
@@ -131,15 +148,15 @@ def _read(folder: Folder, layout: Layout, places: list[Placed], scheme: Scheme) 
         def tensor(entry: Stored) -> Tensor:
             if entry.file not in files:
                 files[entry.file] = stack.enter_context(safe_open(folder.path / entry.file, framework="pt"))
-            found: Tensor = files[entry.file].get_tensor(entry.name)
-            return found
+            value: Tensor = files[entry.file].get_tensor(entry.name)
+            return value
 
-        for layer, piece, expert, matrix, kind in places:
+        for layer, piece, expert, matrix, kind, _ in places:
             name = layer.prefix + piece.target
             tensors = {end: tensor(entry) for end, entry in matrix.stored.items() if end != "bias"}
             if "bias" in matrix.stored and set(matrix.stored) == {"bias"}:
                 continue
-            shape, piece = _as_stored(layout, layer, piece, expert, matrix, kind)
+            shape, piece = as_stored(layout, layer, piece, expert, matrix, kind)
             one = None
             if kind is None:
                 values = tensors["weight"].reshape(shape)
@@ -157,13 +174,13 @@ def _read(folder: Folder, layout: Layout, places: list[Placed], scheme: Scheme) 
             row = values.chunk(piece.rows)[piece.row]
             part(out[name], piece, expert).copy_(to_canonical(row, piece, layer.sizes))
     experts = {layer.prefix: layer.sizes.experts for layer, *_ in places}
-    for prefix, found in forms.items():
-        if whole := of_layer(found, experts[prefix]):
-            out.stored[prefix] = whole
+    for prefix, held in forms.items():
+        if stored := of_layer(held, experts[prefix]):
+            out.stored[prefix] = stored
     return out
 
 
-def _as_stored(
+def as_stored(
     layout: Layout, layer: Layer, piece: Piece, expert: int | None, matrix: Matrix, kind: Kind | None
 ) -> tuple[tuple[int, ...], Piece]:
     """The shape of the numbers in the file, and the piece as it lies there.

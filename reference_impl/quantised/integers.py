@@ -1,4 +1,4 @@
-"""Integer weights: int8 by channel, and 4 (or 2, 8) bits in int32 words as compressed-tensors packs them.
+"""Integer weights: int8 by channel, and codes of 2 to 8 bits in int32 words as compressed-tensors packs them.
 
 w = (code - zero) * scale, zero and scale of the row and the column's group. rows are outputs and cols inputs.
 """
@@ -27,31 +27,38 @@ SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def unpack(words: Tensor, dim: int, bits: int = 4) -> Tensor:
-    """int32 words -> int64 codes in [0, 2^bits), 32 / bits times as many along `dim`, lowest bits first."""
-    codes: Tensor = words.long().unsqueeze(-1) >> _shifts(bits, words.device) & 2**bits - 1
-    return codes.movedim(-1, dim + 1).flatten(dim, dim + 1)
+    """int32 words -> int64 codes in [0, 2^bits), 32 / bits times as many along `dim`, lowest bits first.
+
+    Codes of 3, 5, 6 or 7 bits reach over the end of a word.
+    """
+    line = words.long().movedim(dim, -1) & 2**32 - 1
+    word, shift = _starts(line.shape[-1] * 32 // check_bits(bits), bits, words.device)
+    beyond = line[..., (word + 1).clamp(max=line.shape[-1] - 1)]
+    codes: Tensor = (line[..., word] >> shift | beyond << 32 - shift) & 2**bits - 1
+    return codes.movedim(-1, dim)
 
 
 def pack(codes: Tensor, dim: int, bits: int = 4) -> Tensor:
     """The inverse of `unpack`; the last word is filled up with zeros."""
-    per_word = 32 // bits
-    last = codes.long().movedim(dim, -1)
-    filled: Tensor = torch.nn.functional.pad(last, (0, -last.shape[-1] % per_word)).unflatten(-1, (-1, per_word))
-    words = (filled << _shifts(bits, codes.device)).sum(-1)
-    return words.to(torch.int32).movedim(-1, dim).contiguous()
+    line = codes.long().movedim(dim, -1)
+    word, shift = _starts(line.shape[-1], check_bits(bits), codes.device)
+    count = -(-line.shape[-1] * bits // 32)
+    words = line.new_zeros((*line.shape[:-1], count + 1))
+    words.index_add_(-1, word, line << shift & 2**32 - 1)
+    words.index_add_(-1, word + 1, line >> 32 - shift)
+    return words[..., :count].to(torch.int32).movedim(-1, dim).contiguous()
 
 
-def _shifts(bits: int, device: torch.device) -> Tensor:
-    """Where each code of a word begins."""
-    return torch.arange(0, 32, check_bits(bits), device=device)
+def _starts(count: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """In which word each code begins, and at which bit."""
+    start = torch.arange(count, device=device) * bits
+    return start // 32, start % 32
 
 
 def check_bits(bits: int) -> int:
-    """bits itself. Raises InputError for a width whose codes reach over the end of a word."""
-    if bits not in (2, 4, 8):
-        raise InputError(
-            f"bits: got {quoted(bits)}, want 2, 4 or 8; codes of other widths reach over the end of a word"
-        )
+    """bits itself. Raises InputError for a width that no format has."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise InputError(f"bits: got {quoted(bits)}, want 2 to 8")
     return bits
 
 

@@ -22,7 +22,7 @@ def _align(name: str, clause: str = "align.whole-blocks", tier: str = "core", **
     hot: everybody's first. unpicked: nobody's. turns: pairs name the experts in turn, so that all counts are equal.
     dropped: of 20 ids, so many are -1. held: global ids of this rank's experts in local order; None is no map.
     layout: of ids in memory, with poison between them: "rows" are further apart than they are long, "both" steps are
-    larger than one, "transposed".
+    larger than one, "transposed". "map": of the map alone, every other one of whose values is poison.
     """
     recipe = {
         "T": 63,
@@ -41,27 +41,49 @@ def _align(name: str, clause: str = "align.whole-blocks", tier: str = "core", **
     return Case(f"align-{name}", stage="align", clause=clause, recipe=recipe, tier=tier)
 
 
+def _sizes(row: str) -> Case:
+    """A row is: T, E, K, block, dtype."""
+    *sizes, dtype = row.split()
+    T, E, K, block = map(int, sizes)
+    return _align(f"sizes-t{T}-e{E}-k{K}-block{block}-{dtype}", T=T, E=E, K=K, block=block, dtype=dtype)
+
+
+# Each two values of any two columns meet in a row, but for a K beyond E. Some engines have another kernel from 1024
+# pairs on; beyond 512 experts E K is more than a block of threads counts.
+SIZES = tuple(
+    _sizes(row)
+    for row in (
+        "  1   5  1 128 int32",
+        "  1   5  5   8 int64",
+        "  1  60 22  64 int64",
+        "  1 257  5   8 int64",
+        "  1 896  8   1 int64",
+        "  7   5  1  64 int64",
+        "  7  60  1   1 int64",
+        "  7  60  5 128 int64",
+        "  7 257  8  64 int64",
+        "  7 257 22   1 int32",
+        "  7 896  1  64 int64",
+        "  7 896 22   8 int64",
+        "131   5  5   1 int64",
+        "131  60  8   8 int32",
+        "131 257  1   8 int64",
+        "131 257 22 128 int32",
+        "131 896  5  64 int32",
+        "131 896  8 128 int64",
+    )
+)
+
 # Neither T K nor the pairs of an expert fill whole blocks, unless a case says so.
 WHOLE_BLOCKS = (
     _align("e60-k6", tier="smoke"),
-    *(_align(f"{T}-tokens", T=T) for T in (0, 1, 7, 131)),
+    *SIZES,
+    _align("0-tokens", T=0),
     # 315 pairs fill no histogram block of any kernel, and without padding every slot too many shows.
     _align("block-1", K=5, block=1),
-    *(_align(f"block-{block}", block=block) for block in (8, 64, 128)),
     _align("e1-k1", E=1, K=1),
     _align("e1-k1-1-token", E=1, K=1, T=1),
-    _align("e5-k2", E=5, K=2, T=131),
-    _align("e5-k5-int64", E=5, K=5, dtype="int64"),
-    _align("e128-k8-int64", E=128, K=8, T=131, dtype="int64"),
-    _align("e257-k22", E=257, K=22, T=131),
-    _align("e257-k22-7-tokens-block-64", E=257, K=22, T=7, block=64),
-    # More than 512 experts, as the largest models have: E K is beyond what one block of threads counts.
-    _align("e896-k16", E=896, K=16, T=131),
-    _align("e896-k22-int64-7-tokens", E=896, K=22, T=7, dtype="int64", block=8),
     _align("e896-k16-1024-tokens", E=896, K=16, T=1024, tier="full"),
-    _align("e60-k22-int64", K=22, block=8, dtype="int64"),
-    # Some engines have another kernel from 1024 pairs on.
-    _align("e60-k8-1048-pairs", K=8, T=131, block=64),
     _align("all-on-one", E=5, K=1, T=131, hot=3),
     _align("all-on-last-of-257", E=257, K=1, T=131, hot=256, block=8),
     _align("all-on-last-of-896", E=896, K=1, T=131, hot=895, block=8),
@@ -156,6 +178,7 @@ ARGUMENTS = (
     _align("both-apart-int64", "inputs.strides", layout="both", dtype="int64", T=131, E=257, K=8),
     _align("transposed", "inputs.strides", layout="transposed"),
     _align("dropped-both-apart", "inputs.strides", dropped=7, layout="both"),
+    _align("map-apart", "inputs.strides", held=MAPS["scattered"], layout="map"),
     _align("map-reversed-dropped-both-apart", "inputs.strides", held=MAPS["reversed"], dropped=7, layout="both"),
 )
 

@@ -13,6 +13,8 @@ from moe_conformance.engine import AlignInputs, Engine
 from moe_conformance.errors import Nonconformance, Unsupported
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import bits, distinct_logits, integers, poison_, poisoned_allocations
+from moe_conformance.judging.layouts import laid_out
+from moe_conformance.protocol.moving import to_device
 from moe_conformance.suites.align.cases import (
     EARLIER_CALLS,
     NO_EXPERT,
@@ -65,7 +67,7 @@ def inputs_of(case: Case, engine: Engine, ids: Tensor | None = None) -> AlignInp
     if case["held"] is not None:
         expert_map = torch.full((case["E"],), -1, dtype=torch.int32)
         expert_map[list(case["held"])] = torch.arange(len(case["held"]), dtype=torch.int32)
-        expert_map = expert_map.to(device)
+        expert_map = to_device(laid_out(expert_map, "sliced") if case["layout"] == "map" else expert_map, device)
     view, _ = _laid_out(_ids(case) if ids is None else ids, case["layout"], device)
     return AlignInputs(view, case["E"], case["block"], expert_map)
 

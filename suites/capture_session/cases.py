@@ -127,13 +127,22 @@ CHANGING_COUNTS = tuple(
 )
 
 # Rows behind the valid ones, as a batch has that is padded to the size of a CUDA graph. padding_id: their ids; None:
-# legal ones that look like any other. No layout has room for them.
+# legal ones that look like any other. No layout has room for them, but for an engine with "counted_padding": there
+# each rank has so many behind its own.
+_TAKES_PADDING = {"needs": ("padding_rows",)}
 PADDING_ROWS = tuple(
     Case(
         f"capture-{kind.replace('_', '-')}-padding-rows-{name}",
         stage="capture_session",
         clause="capture.own-rows",
-        recipe={"kind": kind, "counts": counts, "tp": 2, "padding_rows": rows, "padding_id": padding_id},
+        recipe={
+            "kind": kind,
+            "counts": counts,
+            "tp": 2,
+            "padding_rows": rows,
+            "padding_id": padding_id,
+            **_TAKES_PADDING,
+        },
         tier="smoke" if (kind, name) == ("local", "legal") else "core",
     )
     for kind in (*WHOLE, *SPLIT)
@@ -144,6 +153,7 @@ PADDING_ROWS = tuple(
         ("out-of-range", (4, 4), 1, 2**31 - 1),
         ("none-first", (0, 5), 2, None),
         ("none-valid", (0, 0), 8, None),
+        ("none-behind", (5, 3), 0, -1),
     )
 )
 
@@ -226,6 +236,17 @@ WRONG_VALID_COUNT = tuple(
         },
     )
     for kind, fitting in _FITTING.items()
+)
+
+# Whether the error says what came and what fits: two numbers each, of which no message has both by chance.
+NAMED_COUNT = tuple(
+    Case(
+        f"capture-{kind.replace('_', '-')}-wrong-count-named",
+        stage="capture_session",
+        clause="capture.name-counts",
+        recipe={"kind": kind, "counts": _COUNTS, "tp": _TP, "rank": 0, "fits": rows, "wrong": (233, 407)},
+    )
+    for kind, (rows, _) in _FITTING.items()
 )
 
 # What is readable -------------------------------------------------------------------------------------------------
@@ -356,7 +377,54 @@ TWO_SESSIONS = (
         "capture-two-sessions",
         stage="capture_session",
         clause="capture.only-real-rows",
+        recipe={"layers": 3},
     ),
+    # A draft model of one layer beside the model, as speculative decoding has it.
+    Case(
+        "capture-two-sessions-draft",
+        stage="capture_session",
+        clause="capture.only-real-rows",
+        recipe={"layers": 1},
+    ),
+)
+
+# A draft model beside the target, with a capturer of its own: one layer of number 0, and its own K. It captures behind
+# the target's layers, once or in several passes of fewer rows; or its capturer is made after the target's first layer,
+# or closed before the target is read.
+DRAFT = tuple(
+    Case(
+        f"capture-draft-{name}",
+        stage="capture_session",
+        clause="capture.draft",
+        recipe={"draft": name, "steps": steps},
+    )
+    for name, steps in (
+        ("behind", (4, 9)),
+        ("several-passes", (7, 3)),
+        ("made-later", (5, 5)),
+        ("closed-first", (9, 2)),
+    )
+)
+
+# The logical expert of each of 15 physical ones, and of 288 of which 38 are copies: beyond what a byte holds.
+_COPIES = ((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 3, 7, 3, 3), (3, 9, 0, 3, 7, 1, 10, 3, 3, 5, 7, 2, 8, 6, 4))
+_MOVED = (4, 10, 1, 5, 5, 0, 9, 5, 2, 3, 8, 5, 7, 6, 9)
+_MANY = tuple(slot * 7 % 250 for slot in range(288))
+LOGICAL = tuple(
+    Case(
+        f"capture-logical-{name}",
+        stage="capture_session",
+        clause="capture.logical",
+        recipe={"tables": tables, "experts": experts, "counts": counts},
+        tier="smoke" if name == "layers-differ" else "core",
+    )
+    for name, experts, counts, tables in (
+        ("one-table", 11, (6,), ((_COPIES[0],) * 3,)),
+        ("layers-differ", 11, (6,), ((*_COPIES, _MOVED),)),
+        ("moved-between-steps", 11, (6,), ((_COPIES[0],) * 3, (_COPIES[1], _MOVED, _COPIES[0]))),
+        ("beyond-a-byte", 250, (9,), ((_MANY,) * 3,)),
+        ("second-of-two-ranks", 11, (3, 5), ((*_COPIES, _MOVED),)),
+    )
 )
 
 CASES = (
@@ -370,6 +438,7 @@ CASES = (
     *PADDING_UNREADABLE,
     *WRONG_COUNT,
     *NO_TOKENS_WRONG_COUNT,
+    *NAMED_COUNT,
     *WRONG_VALID_COUNT,
     *SMALLER_STEP,
     *UNWRITTEN,
@@ -380,4 +449,6 @@ CASES = (
     *MANY_EXPERTS,
     *IDS_AS_THEY_COME,
     *TWO_SESSIONS,
+    *DRAFT,
+    *LOGICAL,
 )

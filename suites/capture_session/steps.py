@@ -56,17 +56,24 @@ class OnlyRank:
         self.session.close()
 
 
-def unreadable(what: str, read: Any, of: tuple[slice | int, ...]) -> None:
-    """`read` must raise, or give negative ids at `of`: 0 and every other legal id would be taken for a record."""
+def unreadable(what: str, read: Any, of: tuple[slice | int, ...], experts: int = EXPERTS) -> None:
+    """`read` must raise, or give at `of` negative ids, or one number that names no expert.
+
+    The latter is what stands for -1 where ids are stored unsigned: all bits set. 0 and every other legal id would be
+    taken for a record, and several numbers are what memory held before.
+    """
     try:
         got = read()
     except Unsupported:
         raise
     except Exception:
         return
-    shown = got[of]
-    if (shown >= 0).any():
-        raise Nonconformance(f"{what}: got ids {shown.flatten().tolist()[:8]}, want -1 or an error")
+    shown = got[of].flatten().long()
+    says_none = (shown < 0).all() or ((shown >= experts).all() and len(shown.unique()) == 1)
+    if not says_none:
+        raise Nonconformance(
+            f"{what}: got ids {shown.tolist()[:8]}, want -1, one number that names no expert, or an error"
+        )
 
 
 def ids_at_the_edges(experts: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import closing
 
@@ -15,6 +16,7 @@ from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import poison_
 from moe_conformance.suites.capture_session.cases import (
     DENSE_BETWEEN,
+    DRAFT,
     EXPERT_BOUNDS,
     IDS_AS_THEY_COME,
     LAYER_BOUNDS,
@@ -158,9 +160,40 @@ def laid_out(ids: Tensor, layout: str) -> Tensor:
 
 @check(TWO_SESSIONS)
 def test_sessions_share_no_state(engine: Engine, case: Case) -> None:
-    with closing(OnlyRank(engine, spec_of(9))) as one, closing(OnlyRank(engine, spec_of(5))) as other:
+    """Of a model, and of one of so many layers beside it, layer by layer in turn."""
+    layers = case["layers"]
+    with closing(OnlyRank(engine, spec_of(9))) as one, closing(OnlyRank(engine, spec_of(5, layers=layers))) as other:
         for layer in range(LAYERS):
             one.capture(layer, ids_of(0, 9, layer))
-            other.capture(layer, ids_of(1, 4, layer))
+            if layer < layers:
+                other.capture(layer, ids_of(1, 4, layer))
         compare.equal("record of the first session", one.read(9), record_of(0, 9))
-        compare.equal("record of the second session", other.read(4), record_of(1, 4))
+        compare.equal("record of the second session", other.read(4), record_of(1, 4, layers))
+
+
+@check(DRAFT)
+def test_a_draft_model_leaves_the_target_alone(engine: Engine, case: Case) -> None:
+    """Both number their layers from 0. The draft's ids are other ones than the target's, and it has two a row."""
+    where = case["draft"]
+    with contextlib.ExitStack() as stack:
+        target = stack.enter_context(closing(OnlyRank(engine, spec_of(9))))
+        draft = None if where == "made-later" else OnlyRank(engine, spec_of(9, layers=1, top_k=2))
+
+        def drafted(step: int, tokens: int) -> None:
+            assert draft is not None
+            draft.capture(0, ids_of(step + 2, tokens, 1)[:, :2].contiguous())
+
+        for step, tokens in enumerate(case["steps"]):
+            for layer in range(LAYERS):
+                target.capture(layer, ids_of(step, tokens, layer))
+                if draft is None:
+                    draft = OnlyRank(engine, spec_of(9, layers=1, top_k=2))
+            assert draft is not None
+            drafted(step, tokens)
+            for rows in (2, 1, 2) if where == "several-passes" else ():
+                drafted(step, rows)
+            if where == "closed-first" and step == len(case["steps"]) - 1:
+                draft.close()
+            compare.equal(f"the target's record of step {step}", target.read(tokens), record_of(step, tokens))
+        if draft is not None and where != "closed-first":
+            draft.close()

@@ -15,6 +15,7 @@ from moe_conformance.suites.capture_session.cases import (
     CHANGING_COUNTS,
     CHANGING_LAYOUT,
     MARKED_PADDING,
+    NAMED_COUNT,
     NO_TOKENS_WRONG_COUNT,
     ONE_EXPERT,
     OWN_ROWS,
@@ -31,19 +32,25 @@ from moe_conformance.suites.capture_session.steps import unreadable
 
 @check(OWN_ROWS + MARKED_PADDING + ONE_EXPERT + PADDING_ROWS)
 def test_every_rank_records_its_own_rows(engine: Engine, case: Case) -> None:
-    step = _step(case)
+    step = _step(case, _counts_padding(engine))
     for dp_rank, count in enumerate(step.counts):
-        for tp_rank in tp_ranks_judged(case["kind"], count, step.tp):
+        for tp_rank in tp_ranks_judged(case["kind"], step.told[dp_rank], step.tp):
             with closing(engine.capture_session(step.spec(dp_rank, tp_rank))) as session:
                 capture_step(session, step, case["kind"], dp_rank, tp_rank)
                 got = session.read(count)
             compare.equal(f"record of rank dp{dp_rank} tp{tp_rank}", got, step.want(dp_rank))
 
 
-def _step(case: Case) -> SimulatedStep:
+def _counts_padding(engine: Engine) -> bool:
+    return "counted_padding" in engine.capabilities()["capture_session"]
+
+
+def _step(case: Case, counted: bool = False) -> SimulatedStep:
+    """counted: padding of a batch counts among its rank's tokens, where engines differ."""
     recipe = case.recipe
     behind = recipe.get("padding_rows", 0), recipe.get("padding_id")
-    return SimulatedStep(case["counts"], case["tp"], recipe.get("padding"), recipe.get("top_k", TOP_K), behind)
+    counted = counted and "padding_rows" in recipe
+    return SimulatedStep(case["counts"], case["tp"], recipe.get("padding"), recipe.get("top_k", TOP_K), behind, counted)
 
 
 @check(PADDING_UNREADABLE)
@@ -90,24 +97,29 @@ def test_counts_may_change_between_steps(engine: Engine, case: Case) -> None:
         compare.equal(f"record of rank dp{dp_rank} after the second step", got, second.want(dp_rank))
 
 
-@check(WRONG_COUNT + NO_TOKENS_WRONG_COUNT + WRONG_VALID_COUNT)
+@check(WRONG_COUNT + NO_TOKENS_WRONG_COUNT + WRONG_VALID_COUNT + NAMED_COUNT)
 def test_wrong_row_counts_are_refused_by_number(engine: Engine, case: Case) -> None:
-    """wrong: rows that are no padding; behind them may lie padding, as many rows as would make up for any."""
+    """wrong: rows that are no padding; behind them may lie padding, as many rows as would make up for any.
+
+    Where padding counts among a rank's tokens, those rows are as many too many, or too few.
+    """
     padding = case.recipe.get("padding_rows", 0)
-    step = SimulatedStep(case["counts"], case["tp"])
+    counted = _counts_padding(engine) and padding > 0
+    step = SimulatedStep(case["counts"], case["tp"], behind=(padding if counted else 0, None), counted=counted)
     dp_rank, tp_rank = case["rank"], step.tp - 1
     want = step.want(dp_rank)
     with closing(engine.capture_session(step.spec(dp_rank, tp_rank))) as session:
         capture_step(session, step, case["kind"], dp_rank, tp_rank)
-        for wrong in case["wrong"]:
-            ids = torch.arange((wrong + padding) * step.top_k).reshape(-1, step.top_k) % 7
-            valid_rows = wrong if padding else None
-            rows = Rows(case["kind"], step.counts, lambda ids: torch.cat([ids] * step.tp), valid_rows)
+        fits = len(step.rows(case["kind"], dp_rank, tp_rank, 0)[0])
+        for valid in case["wrong"]:
+            wrong = valid + fits - case["fits"]
+            ids = torch.arange((wrong + (0 if counted else padding)) * step.top_k).reshape(-1, step.top_k) % 7
+            valid_rows = wrong if padding and not counted else None
+            rows = Rows(case["kind"], step.told, lambda ids: torch.cat([ids] * step.tp), valid_rows)
             compare.refused(
-                f"{wrong} rows on rank dp{dp_rank} tp{tp_rank}, where {case['fits']} fit",
+                f"{wrong} rows on rank dp{dp_rank} tp{tp_rank}, where {fits} fit",
                 partial(session.capture, LAYERS - 1, ids, rows),
-                # One digit stands in any message.
-                mentions=[str(number) for number in (wrong, case["fits"]) if number > 9],
+                mentions=[str(wrong), str(fits)] if case.clause == "capture.name-counts" else (),
             )
             got = session.read(step.counts[dp_rank])
             compare.equal(f"record after {wrong} rows were refused", got, want)

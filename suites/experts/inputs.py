@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.catalogue.case import Case
-from moe_conformance.judging.inputs import bits, integers, matrix, normal
+from moe_conformance.judging.inputs import bits, fine, integers, matrix, normal
 from moe_conformance.judging.layouts import given_as
 from moe_conformance.protocol.experts import ExpertsInputs
 from moe_conformance.suites.experts.stored_inputs import adapters, stored_tensors
@@ -19,9 +19,9 @@ from moe_conformance.suites.experts.stored_inputs import adapters, stored_tensor
 def tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     part = name.rpartition(".")[2]
     if part.startswith("b"):
-        return normal(shape, name, dtype)
+        return fine(shape, name, dtype)
     if "norm" in part:
-        return normal(shape, name, dtype, 0.25)
+        return fine(shape, name, dtype, 0.25)
     return matrix(shape, name, dtype)
 
 
@@ -71,13 +71,13 @@ def inputs_of(case: Case, given: Collection[str] | None = None) -> ExpertsInputs
             lora = replace(lora, tensors={name: t[:, order].contiguous() for name, t in lora.tensors.items()})
     shape = (case["T"], case["K"])
     return ExpertsInputs(
-        x=as_given("x", normal((case["T"], case["D"]), "experts-x", dtype)),
+        x=as_given("x", fine((case["T"], case["D"]), "experts-x", dtype)),
         mlp=mlp,
         tensors={name: as_given("tensors", tensor) for name, tensor in tensors.items()},
         ids=as_given("ids", chosen(case)),
         # Of both signs, and a sum of anything but 1.
-        weights=as_given("weights", normal(shape, "experts-weights") + 0.375),
-        expert_map=here,
+        weights=as_given("weights", (fine if dtype == torch.float32 else normal)(shape, "experts-weights") + 0.375),
+        expert_map=None if here is None else as_given("expert_map", here),
         output_scale=case["output_scale"],
         identity_experts=case["identity_experts"],
         quant=quant,

@@ -52,6 +52,11 @@ FUNCTIONS: dict[str, MLPSpec] = {
     "bias": replace(_SILU, bias=True),
     # gpt-oss
     "swiglu-oai": replace(_SILU, clamp="before", limit=0.75, alpha=1.75, up_offset=1.0, bias=True),
+    # DeepSeek-V4, Gemma 4, Nemotron-H, Llama 4.
+    "clamp-before": replace(_SILU, clamp="before", limit=0.75),
+    "gelu-tanh": replace(_SILU, activation="gelu_tanh"),
+    "relu2-not-gated": replace(_SILU, activation="relu2", gated=False),
+    "weight-on-input": replace(_SILU, weight_on="input"),
 }
 
 
@@ -125,6 +130,28 @@ ACTIVATION_CASES = (
     *(_stored(form, "ep-dropped", tier="full", owners=_SCATTERED, rank=0, dropped=6) for form in _OTHERS),
 )
 
+# A format has kernels of its own, and each is told by itself of everything else that a call has.
+_BESIDE = ("fp8-block", "fp8-channel-token", "int8-channel-token", "int4-group", "mxfp4", "nvfp4")
+
+
+def _beside(what: str, clause: str, dims: dict[str, int] = WHOLE, function: str = "silu", **recipe: Any) -> list[Case]:
+    return [
+        _case(f"stored-{form}-beside-{what}", clause, dims, "core", function, quant=FORMS[form], **recipe)
+        for form in _BESIDE
+    ]
+
+
+STORED_FUNCTION_CASES = (
+    *_beside("clamp", "experts.function", function="clamp-before"),
+    *_beside("gelu-tanh-one-token", "experts.function", {**WHOLE, "T": 1}, "gelu-tanh"),
+    *_beside("relu2-not-gated", "experts.function", function="relu2-not-gated"),
+)
+STORED_SUM_CASES = (
+    *_beside("scale", "experts.combine", output_scale=2.5),
+    *_beside("weight-on-input", "experts.combine", {**WHOLE, "K": 1}, "weight-on-input"),
+)
+STORED_NO_EXPERT_CASES = tuple(_beside("no-expert", "experts.no-expert", dropped=6))
+
 _LORA = LoraSpec(adapters=3, rank=4, alpha=6.0)
 TINY = {"T": 35, "E": 5, "K": 2, "D": 20, "F": 12}
 
@@ -158,4 +185,11 @@ LORA_CASES = (
     _adapted("stored-int4", WHOLE, "full", quant=FORMS["int4-group-zero"]),
 )
 
-CASES = (*WEIGHT_CASES, *ACTIVATION_CASES, *LORA_CASES)
+CASES = (
+    *WEIGHT_CASES,
+    *ACTIVATION_CASES,
+    *STORED_FUNCTION_CASES,
+    *STORED_SUM_CASES,
+    *STORED_NO_EXPERT_CASES,
+    *LORA_CASES,
+)

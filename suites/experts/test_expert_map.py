@@ -14,7 +14,8 @@ from moe_conformance.judging.repeats import assert_repeats
 from moe_conformance.oracle.experts import expected_experts
 from moe_conformance.suites.experts.cases import NO_EXPERT_CASES, OUTSIDE_CASES
 from moe_conformance.suites.experts.inputs import held_pairs, inputs_of
-from moe_conformance.suites.experts.judging import answer, assert_sum
+from moe_conformance.suites.experts.judging import answer, assert_beside_stored, assert_sum
+from moe_conformance.suites.experts.stored import STORED_NO_EXPERT_CASES
 
 
 @check(NO_EXPERT_CASES)
@@ -35,6 +36,13 @@ def test_pairs_of_no_expert_here_add_nothing(engine: Any, case: Case) -> None:
     assert_repeats(what, engine, "experts", second, first, expected_experts(inputs)[1])
     idle = second.cpu()[~held.any(-1)]
     compare.equal("routed sum of tokens without an expert here", idle, torch.zeros_like(idle))
+
+
+@check(STORED_NO_EXPERT_CASES)
+@torch.no_grad()
+def test_pairs_of_no_expert_add_nothing_to_stored_experts(engine: Any, case: Case) -> None:
+    """With stored weights, too: a kernel of a format may have its own way with ids of -1, or none."""
+    assert_beside_stored(engine, case, "pairs without an expert")
 
 
 @check(OUTSIDE_CASES)

@@ -22,7 +22,8 @@ FEW = 16
 def test_any_number_of_tokens_is_computed(engine: Any, case: Case) -> None:
     """The output is the exact one, as it is of the first few tokens."""
     inputs = inputs_of(case)
-    few = replace(inputs, x=inputs.x[:FEW], logits=inputs.logits[:FEW])
+    token_ids = None if inputs.token_ids is None else inputs.token_ids[:FEW]
+    few = replace(inputs, x=inputs.x[:FEW], logits=inputs.logits[:FEW], token_ids=token_ids)
 
     def judge(many: bool) -> None:
         assert_output(engine, inputs if many else few)

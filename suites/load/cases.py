@@ -6,6 +6,7 @@ Styles are those of `remap`.
 from __future__ import annotations
 
 from moe_conformance.catalogue.case import Case
+from moe_conformance.model.families.families import BY_SLUG, RECORDS
 from moe_conformance.suites.load.forms import FORMS
 from moe_conformance.suites.of_families import of_families
 
@@ -84,10 +85,48 @@ BROKEN = (
     _broken("plain", "truncated-shard"),
 )
 
+# What only some families have is missing, in every layer: nothing else says that it belongs there.
+INCOMPLETE = tuple(
+    Case(
+        f"load-{family.replace('_', '-')}-without-{missing.replace('.', '-').replace('_', '-')}",
+        "load",
+        "load.refuse-broken",
+        {"family": family.replace("_", "-"), "model_type": family, "missing": missing},
+    )
+    for family, missing in (
+        ("deepseek_v3", "router.selection_bias"),
+        ("deepseek_v3", "shared.w2"),
+        ("gpt_oss", "experts.b2"),
+        ("gpt_oss", "router.bias"),
+        ("qwen2_moe", "shared.gate"),
+        ("mixtral", "experts.w2"),
+    )
+    if family in RECORDS
+)
+
 OF_FAMILIES = of_families("load", "load.whole")
 
 
-def _stored(form: str, family: str, layout: str, tier: str = "full", left: tuple[str, ...] = ()) -> Case:
+def _beside(slug: str, beside: str, tier: str) -> Case:
+    """beside: what the folder has that is of no layer of the model: a draft layer, or the same in another form."""
+    model_type = slug.replace("-", "_")
+    recipe = {"family": slug, "model_type": model_type, "form": "hub", "beside": beside}
+    return Case(f"load-{slug}-beside-{beside}", "load", "load.whole", recipe, tier)
+
+
+BESIDE = tuple(
+    _beside(slug, beside, tier)
+    for slug, beside, tier in (
+        ("deepseek-v3", "draft", "core"),
+        ("glm4-moe", "draft", "full"),
+        ("qwen3-next", "draft-apart", "full"),
+        ("mixtral", "consolidated", "core"),
+    )
+    if slug in BY_SLUG
+)
+
+
+def _stored(form: str, family: str, layout: str, tier: str, left: tuple[str, ...]) -> Case:
     """left: which experts or projections were left as floats."""
     recipe = {"stored": form, "codes": FORMS[form][0], "model_type": family, "layout": layout, "left": left}
     place = "mixed" if left else layout
@@ -101,19 +140,22 @@ def _stored(form: str, family: str, layout: str, tier: str = "full", left: tuple
 SPLITS = ("compressed-tensors", "modelopt")
 # What each form looks like by expert is judged in every run, one of its kind.
 _CORE = ("fp8-block", "int4-packed-zero", "gptq", "nvfp4", "nvfp4-modelopt")
-STORED = (
-    _stored("mxfp4-blocks", "gpt_oss", "packed", "core"),
-    *(
-        _stored(form, "qwen3_moe", "by-expert", "core" if form in _CORE else "full")
-        for form in FORMS
-        if form != "mxfp4-blocks"
-    ),
-    *(_stored(form, "granitemoe", "packed") for form in FORMS if form != "mxfp4-blocks"),
-    *(_stored(form, "granitemoe", "split") for form in FORMS if form != "mxfp4-blocks"),
-    _stored("fp8-channel", "qwen3_moe", "by-expert", "core", ("experts.1.",)),
-    _stored("fp8-channel", "qwen3_moe", "by-expert", "full", ("down_proj",)),
-    _stored("int4-packed", "qwen3_moe", "by-expert", "full", ("experts.3.",)),
-    _stored("nvfp4", "qwen3_moe", "by-expert", "full", ("experts.0.", "experts.2.")),
+STORED = tuple(
+    _stored(form, family, layout, tier, left)
+    for form, family, layout, tier, left in (
+        ("mxfp4-blocks", "gpt_oss", "packed", "core", ()),
+        *(
+            (form, family, layout, "core" if layout == "by-expert" and form in _CORE else "full", ())
+            for family, layout in (("qwen3_moe", "by-expert"), ("granitemoe", "packed"), ("granitemoe", "split"))
+            for form in FORMS
+            if form != "mxfp4-blocks"
+        ),
+        ("fp8-channel", "qwen3_moe", "by-expert", "core", ("experts.1.",)),
+        ("fp8-channel", "qwen3_moe", "by-expert", "full", ("down_proj",)),
+        ("int4-packed", "qwen3_moe", "by-expert", "full", ("experts.3.",)),
+        ("nvfp4", "qwen3_moe", "by-expert", "full", ("experts.0.", "experts.2.")),
+    )
+    if family in RECORDS
 )
 
-CASES = (*LOAD, *LOAD_TWICE, *BROKEN, *OF_FAMILIES, *STORED)
+CASES = (*LOAD, *LOAD_TWICE, *BROKEN, *INCOMPLETE, *OF_FAMILIES, *BESIDE, *STORED)

@@ -7,9 +7,11 @@ values: engines keep some routers in float32 whatever the model's dtype is.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_conformance.errors import Broken, Unsupported
@@ -56,11 +58,58 @@ def _values(layer: Layer, name: str, shape: tuple[int, ...], seed: str) -> Tenso
     return found
 
 
-def write(folder: Path, slug: str, form: Form, seed: str = "checkpoint") -> dict[str, Tensor]:
-    """Write the folder, and return what a load of it must give."""
+def write(
+    folder: Path, slug: str, form: Form, seed: str = "checkpoint", missing: str = "", beside: str = ""
+) -> dict[str, Tensor]:
+    """Write the folder, and return what a load of it must give.
+
+    missing: what of every layer is left out. beside: a key of BESIDE.
+    """
     record = BY_SLUG[slug]
     config = config_of(record)
     want = canonical(record, config, seed)
+    named = {
+        entry.name: tensor_of(entry, want)
+        for entry in entries(record, config, form)
+        if not (missing and any(part.tensor.endswith(f".{missing}") for part in entry.parts))
+    }
+    if beside:
+        BESIDE[beside](folder, config, named)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save(folder, {entry.name: tensor_of(entry, want) for entry in entries(record, config, form)}, shards=2)
+    save(folder, named, shards=2)
     return want
+
+
+def _draft(config: dict[str, Any], named: dict[str, Tensor], before: str) -> None:
+    """A layer for multi-token prediction like the last one, with other values."""
+    last = f"model.layers.{config['num_hidden_layers'] - 1}."
+    inside = {name.removeprefix(last): tensor for name, tensor in named.items() if name.startswith(last)}
+    named |= {f"{before}{name}": -tensor for name, tensor in inside.items()}
+    hidden = config["hidden_size"]
+    named[f"{before}eh_proj.weight"] = normal((hidden, 2 * hidden), before, std=0.125)
+
+
+def _draft_behind(folder: Path, config: dict[str, Any], named: dict[str, Tensor]) -> None:
+    config["num_nextn_predict_layers"] = 1
+    _draft(config, named, f"model.layers.{config['num_hidden_layers']}.")
+
+
+def _draft_apart(folder: Path, config: dict[str, Any], named: dict[str, Tensor]) -> None:
+    _draft(config, named, "mtp.layers.0.")
+
+
+def _consolidated(folder: Path, config: dict[str, Any], named: dict[str, Tensor]) -> None:
+    """Mistral's own file of the same model, which the index does not name; here with other values."""
+    own = {
+        name.removeprefix("model.").replace(".block_sparse_moe.", ".feed_forward."): -tensor
+        for name, tensor in named.items()
+    }
+    save_file(own, folder / "consolidated.safetensors")
+
+
+# What releases have beside the model's own tensors.
+BESIDE: Mapping[str, Callable[[Path, dict[str, Any], dict[str, Tensor]], None]] = {
+    "draft": _draft_behind,
+    "draft-apart": _draft_apart,
+    "consolidated": _consolidated,
+}

@@ -96,6 +96,11 @@ def _compressed(kind: str, bits: int, number: str, strategy: str, **more: Any) -
     return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}}
 
 
+def _torchao(kind: str) -> dict[str, Any]:
+    config = {"_data": {"fqn_to_config": {r"re:.*experts.*": {"_data": {}, "_type": kind}}}, "_type": "FqnToConfig"}
+    return {"quant_method": "torchao", "quant_type": {"default": config}}
+
+
 _TILES = {"quant_method": "fp8", "weight_block_size": [16, 16]}
 _GROUPS = {"group_size": 8}
 _OLD = {"bits": 4, "group_size": 8}
@@ -113,6 +118,9 @@ FORMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gptq": ("int4", {"quant_method": "gptq", **_OLD, "desc_act": True, "sym": False, "checkpoint_format": "gptq"}),
     "gptq-v2": ("int4", {"quant_method": "gptq", **_OLD, "desc_act": True, "checkpoint_format": "gptq_v2"}),
     "awq": ("int4", {"quant_method": "awq", **_OLD, "version": "gemm", "zero_point": True}),
+    "auto-round": ("int4", {"quant_method": "auto-round", **_OLD, "data_type": "int"}),
+    "torchao-int8": ("int8", _torchao("Int8WeightOnlyConfig")),
+    "torchao-fp8": ("fp8_e4m3", _torchao("Float8WeightOnlyConfig")),
     "mxfp4": ("mxfp4", _compressed("mxfp4-pack-quantized", 4, "float", "group", group_size=32)),
     "mxfp4-blocks": ("mxfp4", {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}),
     "nvfp4": ("nvfp4", _compressed("nvfp4-pack-quantized", 4, "float", "tensor_group", group_size=16)),

@@ -106,6 +106,28 @@ def int8_channel(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
     return {"weight": codes, "weight_scale": scale}, codes.double() * scale.double()
 
 
+def torchao(shape: Shape, seed: str, kind: str) -> tuple[Parts, Tensor]:
+    """A tensor's parts by name, as torchao flattens them for safetensors."""
+    if kind == "fp8":
+        weight, scale, numbers = fp8(shape, seed, (*shape[:-1], 1), 1, shape[-1], torch.float32)
+        return {"_weight_qdata": weight, "_weight_scale": scale}, numbers
+    parts, _ = int8_channel(shape, seed)
+    codes, scale = parts["weight"], parts["weight_scale"]
+    zeros = integers(scale.shape, f"{seed} zero", 8, -8).to(torch.int8)
+    stored = {"_weight_qdata": codes, "_weight_scale": scale, "_weight_zero_point": zeros}
+    return stored, (codes.double() - zeros.double()) * scale.double()
+
+
+def auto_round(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    """AutoRound's, in GPTQ's words; a group's scale is negative where its largest weight is positive."""
+    codes, zeros, scale = grouped(shape, seed, 4, GROUP)
+    scale = torch.where(bits(scale.shape, f"{seed} sign") % 2 == 0, scale, -scale)
+    zeros = torch.full_like(zeros, 8)
+    numbers = (codes - spread(zeros, shape, 1, GROUP)) * spread(scale, shape, 1, GROUP)
+    stored = {"qweight": words(codes.mT, -2, 4), "qzeros": words((zeros - 1).mT, -1, 4)}
+    return {**stored, "scales": scale.mT.contiguous()}, numbers
+
+
 def grouped(shape: Shape, seed: str, size: int, wide: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, zero points and scales of groups of columns, [.., rows, groups]."""
     count = (*shape[:-1], -(-shape[-1] // wide))
@@ -212,6 +234,9 @@ ENCODED: Mapping[str, Callable[[Shape, str], tuple[Parts, Tensor]]] = {
     "gptq": gptq,
     "gptq-v2": lambda shape, seed: gptq(shape, seed, 0),
     "awq": awq,
+    "auto-round": auto_round,
+    "torchao-int8": lambda shape, seed: torchao(shape, seed, "int8"),
+    "torchao-fp8": lambda shape, seed: torchao(shape, seed, "fp8"),
     "mxfp4": mxfp4,
     "mxfp4-blocks": mxfp4_blocks,
     "nvfp4": lambda shape, seed: nvfp4(shape, seed, False),

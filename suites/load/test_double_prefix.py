@@ -9,7 +9,7 @@ from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import Engine
 from moe_conformance.errors import Unsupported
 from moe_conformance.suites.load import checkpoint, families
-from moe_conformance.suites.load.cases import LOAD, LOAD_TWICE, OF_FAMILIES
+from moe_conformance.suites.load.cases import BESIDE, LOAD, LOAD_TWICE, OF_FAMILIES
 from moe_conformance.suites.load.loaded import loads_whole
 
 
@@ -45,3 +45,11 @@ def test_a_load_gives_every_tensor_of_every_family(engine: Engine, case: Case) -
                 raise Unsupported(f"the same tensors under the hub's names do not load: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
         loads_whole(engine, Path(folder), families.write(Path(folder), case["family"], case["form"]))
+
+
+@check(BESIDE)
+def test_a_load_takes_nothing_from_what_lies_beside_the_model(engine: Engine, case: Case) -> None:
+    """Neither from a draft layer nor from a file that the index does not name."""
+    with tempfile.TemporaryDirectory() as folder:
+        want = families.write(Path(folder), case["family"], case["form"], beside=case["beside"])
+        loads_whole(engine, Path(folder), want)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -95,16 +96,24 @@ def _owner(part: Part) -> str:
 
 
 def reaches_the_same(found: list[Placed], want: list[Placed]) -> None:
-    """Each part where the other spelling of it is; an engine that unpacks must reach the names of single experts."""
+    """Each part where the other spelling of it is; an engine that unpacks must reach the names of single experts.
+
+    One that does not has packed parameters, which its names of single experts are parts of.
+    """
     held = [(part, slots(tensor.targets)) for tensor in want for part in tensor.entry.parts]
     for tensor in found:
         got = slots(tensor.targets)
         for part in tensor.entry.parts:
             there = set().union(*(targets for other, targets in held if _overlap(part, other)))
-            if (len(got) > 1 and there - got) or (len(got) == len(there) == 1 and got != there):
+            elsewhere = not _parameters(got) & _parameters(there)
+            if elsewhere or (len(got) > 1 and there - got) or (len(got) == len(there) == 1 and got != there):
                 raise Nonconformance(
                     f"{tensor.entry.name}: got {sorted(map(str, got))[:3]}, want {sorted(map(str, there))[:3]}"
                 )
+
+
+def _parameters(targets: Iterable[str | Target]) -> set[str]:
+    return {target if isinstance(target, str) else target.parameter for target in targets}
 
 
 def _overlap(part: Part, other: Part) -> bool:

@@ -38,6 +38,8 @@ def _case(clause: str, row: str, lenient: str = "", **more: Any) -> Case:
     )
 
 
+MANY = "of published models only Switch-C has more than 896 experts"
+
 # Mixtral (8, 2), Qwen1.5-MoE (60, 4); 7, 5 and 1, 1 and K = E are the awkward ones.
 SOFTMAX_CASES = tuple(
     _case("routing.method", row)
@@ -339,22 +341,30 @@ CHUNK_CASES = tuple(
     for T in tokens
 )
 
-WRITTEN_CASES = tuple(
-    _case("outputs.written", row)
-    for row in (
-        "renorm        7  7   1 fp32 fine   contiguous smoke",
-        "plain         1  1   3 bf16 fine   contiguous core",
-        "renorm      100  3   5 fp16 fine   contiguous core",
-        "deepseek-v3  72 22   5 bf16 fine   contiguous core",
-        "gemma4      128 22   1 bf16 fine   contiguous core",
-        "biased      896 22   3 fp32 fine   contiguous core",
-        "llama4       17  1   5 fp32 fine   contiguous core",
-        "renorm      128  8   0 bf16 normal contiguous core",
-        # More rows than one block has.
-        "renorm      128  8  17 fp32 fine   contiguous core",
-        "deepseek-v3  72  6  65 fp32 fine   contiguous core",
-        "gemma4       60  4 131 bf16 fine   contiguous core",
-    )
+WRITTEN_CASES = (
+    *(
+        _case("outputs.written", row)
+        for row in (
+            "renorm        7  7   1 fp32 fine   contiguous smoke",
+            "plain         1  1   3 bf16 fine   contiguous core",
+            "renorm      100  3   5 fp16 fine   contiguous core",
+            "deepseek-v3  72 22   5 bf16 fine   contiguous core",
+            "gemma4      128 22   1 bf16 fine   contiguous core",
+            "biased      896 22   3 fp32 fine   contiguous core",
+            "llama4       17  1   5 fp32 fine   contiguous core",
+            # Switch-C: more experts than a block has threads, and scores than it has memory for.
+            "switch     2048  1   5 fp32 fine   contiguous full",
+            "renorm      128  8   0 bf16 normal contiguous core",
+            # More rows than one block has.
+            "renorm      128  8  17 fp32 fine   contiguous core",
+            "deepseek-v3  72  6  65 fp32 fine   contiguous core",
+            "gemma4       60  4 131 bf16 fine   contiguous core",
+        )
+    ),
+    *(
+        _case("outputs.written", f"{name} 1280 {K} 5 fp32 fine contiguous core", MANY)
+        for name, K in (("renorm", 8), ("deepseek-v3", 6))
+    ),
 )
 
 # Between two calls: another router of the same shape, and others.

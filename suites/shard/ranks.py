@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_conformance.catalogue.case import Case
 from moe_conformance.engine import Engine, ExpertsInputs, ShardInputs
 from moe_conformance.judging import compare
-from moe_conformance.judging.inputs import distinct_logits, integers, normal, poisoned_allocations
+from moe_conformance.judging.inputs import distinct_logits, fine, integers, normal, poisoned_allocations
 from moe_conformance.judging.layouts import given_as
 from moe_conformance.judging.repeats import assert_repeats
 from moe_conformance.model.specs import MLPSpec
@@ -22,14 +22,23 @@ from moe_conformance.oracle.experts import expected_parts
 from moe_conformance.protocol.moving import to_device
 
 
-def chosen(tokens: int, experts: int, top_k: int, dropped: int, seed: str, hot: int | None = None) -> Tensor:
-    """ids [T, K] int64, distinct in a row. hot: an expert that is everybody's first.
+def chosen(
+    tokens: int,
+    experts: int,
+    top_k: int,
+    dropped: int,
+    seed: str,
+    hot: int | None = None,
+    unpicked: Sequence[int] = (),
+) -> Tensor:
+    """ids [T, K] int64, distinct in a row. hot: an expert that is everybody's first. unpicked: nobody's.
 
     dropped: of 20 ids so many are -1; but of every five rows the first is whole and the last wholly -1.
     """
     logits = distinct_logits(tokens, experts, seed)
     if hot is not None:
         logits[:, hot] = float(experts)
+    logits[:, list(unpicked)] = -float("inf")
     ids = logits.topk(top_k).indices
     gone = integers(ids.shape, f"{seed}-dropped", 20) < dropped
     if dropped:
@@ -45,22 +54,22 @@ def unsharded(case: Case, given: Collection[str] | None = None) -> ShardInputs:
 
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
         if ".b" in name:
-            return normal(shape, f"parallel-{name}", dtype)
+            return fine(shape, f"parallel-{name}", dtype)
         # About 1 over the root of what is summed over, so that no part hides in another's rounding.
-        return normal(shape, f"parallel-{name}", dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
+        return fine(shape, f"parallel-{name}", dtype, 2.0 ** round(-0.5 * (shape[-1] - 1).bit_length()))
 
     def tensors(mlp: MLPSpec, prefix: str, lead: tuple[int, ...] = ()) -> dict[str, Tensor]:
         return {name: as_given("tensors", tensor(name, shape)) for name, shape in mlp.tensors(prefix, D, lead).items()}
 
     return ShardInputs(
         whole=ExpertsInputs(
-            x=as_given("x", normal((T, D), "parallel-x", dtype)),
+            x=as_given("x", fine((T, D), "parallel-x", dtype)),
             mlp=case["mlp"],
             tensors=tensors(case["mlp"], "experts", (E,)),
             ids=as_given(
                 "ids", chosen(T, E + case["identity_experts"], K, case["dropped"], "parallel-logits", case["hot"])
             ),
-            weights=as_given("weights", 2.5 * normal((T, K), "parallel-weights")),
+            weights=as_given("weights", 2.5 * (fine if dtype == torch.float32 else normal)((T, K), "parallel-weights")),
             output_scale=case["output_scale"],
             identity_experts=case["identity_experts"],
         ),
