@@ -1,8 +1,9 @@
 """SGLang's experts on a CPU without AMX, without our suite: run beside 0.5.23.
 
 moe_forward_native raises for an id of -1, which its dispatcher writes for experts of other ranks, its routers for
-rows of padding and LongCat for its identity experts, and for a batch of no tokens. It ignores the limits that DeepSeek-V4 and Step-3.5 hand to experts. By
-"gelu" it computes the approximation by tanh, where a GPU's code computes the exact function.
+rows of padding and LongCat for its identity experts, and for a batch of no tokens. It ignores the limits that
+DeepSeek-V4 and Step-3.5 hand to experts. By "gelu" it computes the approximation by tanh, where a GPU's code computes
+the exact function.
 """
 
 import sglang_without_gpu  # noqa: F401

@@ -49,7 +49,7 @@ def features() -> frozenset[str]:
 def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
     """The answer, its routing as SGLang's router hands it to the experts; and the names of what ran.
 
-    A block that a CPU's experts refuse is computed by a GPU's, interpreted. Raises Unsupported with the reasons of both.
+    A block that a CPU's experts refuse is computed by a GPU's, interpreted. Unsupported has the reasons of both.
     """
     runtime.start()
     config = json.dumps(dict(inputs.config))

@@ -40,13 +40,13 @@ FORMATS: Mapping[str, str] = {
 WRAPPED = ("llama4_text",)
 
 
-
 def _sparse(level: Mapping[str, Any]) -> list[int]:
     """The layers that have experts."""
     kinds = level.get("mlp_layer_types") or ["sparse"] * level["num_hidden_layers"]
     return [number for number, kind in enumerate(kinds) if kind != "dense"]
 
 
+_ROPE = {"rope_type": "default", "rope_theta": 1e7}
 _YARN = {
     "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
     "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 10000.0,
@@ -82,7 +82,7 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
         },
         "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16, "head_dim": 16,
     },
-    "longcat_flash": dict.fromkeys(("rope_parameters", "rope_scaling"), {"rope_type": "default", "rope_theta": 1e7}),
+    "longcat_flash": {"rope_parameters": _ROPE, "rope_scaling": _ROPE},
     "mimo_v2_flash": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
     "nemotron_h": {"n_groups": lambda level: level.get("mamba_n_groups", 1)},
     "qwen3_next": {
