@@ -54,7 +54,7 @@ def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
     runtime.start()
     config = json.dumps(dict(inputs.config))
     key = Key(config, inputs.layer, inputs.x.dtype, inputs.tensors, "native")
-    found = _CACHED.pop(key, None) or _ready(key)
+    found = _take(key)
     try:
         return _run(inputs, key, found)
     except Unsupported as refusal:
@@ -62,13 +62,13 @@ def block(inputs: BlockInputs) -> tuple[BlockOutput, str]:
             raise
         try:
             key = Key(config, inputs.layer, inputs.x.dtype, inputs.tensors, "triton")
-            return _run(inputs, key, _CACHED.pop(key, None) or _ready(key))
+            return _run(inputs, key, _take(key))
         except Unsupported as second:
             raise Unsupported("; ".join(dict.fromkeys((str(refusal), str(second))))) from refusal
 
 
 def _run(inputs: BlockInputs, key: Key, found: Block) -> tuple[BlockOutput, str]:
-    if inputs.routing is not None and getattr(found.root, "zero_expert_num", 0):
+    if inputs.routing is not None and getattr(found.root, "zero_expert_num", None):
         raise Unsupported(f"block: {found.name} adds its identity experts between the router and FusedMoE")
     x = inputs.x.flatten(0, -2).clone()  # a real step's activations are the block's to overwrite
     ids = None if inputs.token_ids is None else inputs.token_ids.flatten()
@@ -157,6 +157,10 @@ def layer_step() -> dict[str, Any]:
 # Two: a block with its own tensors and with others.
 _CACHED: dict[Key, Block] = {}
 _KEPT = 2
+
+
+def _take(key: Key) -> Block:
+    return _CACHED.pop(key) if key in _CACHED else _ready(key)
 
 
 def _ready(key: Key) -> Block:
