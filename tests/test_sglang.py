@@ -83,8 +83,9 @@ def test_what_is_missing_is_said_with_a_line_for_pip(monkeypatch: pytest.MonkeyP
     assert SGLang.missing() is None
 
 
-def test_three_engines_ask_three_kernels() -> None:
-    assert [engine.kernel for engine in (SGLang, SGLangCompiled, SGLangTriton)] == ["native", "compiled", "triton"]
+def test_a_cpus_experts_come_before_those_of_a_gpu_and_the_other_engines_have_one_kernel() -> None:
+    assert SGLang.kernels == ("native", "triton")
+    assert (SGLangCompiled.kernels, SGLangTriton.kernels) == (("compiled",), ("triton",))
     assert SGLangCompiled.stages == {"experts"}
 
 
