@@ -25,6 +25,7 @@ from moe_conformance.engine import (
     EngineInfo,
     ExpertMapSpec,
     ExpertsInputs,
+    MoESpec,
     Replicated,
     ReplicateInputs,
     RouteInputs,
@@ -103,6 +104,7 @@ class SGLang(Engine):
     @cached_property
     def _offered(self) -> Mapping[str, frozenset[str]]:
         probes: dict[str, Callable[[], frozenset[str]]] = {
+            "describe": _describe,
             "route": _route,
             "experts": _experts,
             "align": _align,
@@ -140,6 +142,12 @@ class SGLang(Engine):
     def ran(self) -> str:
         ran, self._kernel = self._kernel, ""
         return ran
+
+    def describe(self, config: Any) -> MoESpec:
+        self._want("describe")
+        from moe_conformance.engines.sglang import describing as stage
+
+        return stage.describe(config)
 
     def route(self, inputs: RouteInputs) -> Routing:
         self._want("route")
@@ -228,6 +236,12 @@ class SGLang(Engine):
 
         self._kernel = stage.NAMES
         return stage.replicate(inputs)
+
+
+def _describe() -> frozenset[str]:
+    from moe_conformance.engines.sglang import describing as stage
+
+    return stage.features()
 
 
 def _capture_shape() -> frozenset[str]:

@@ -256,13 +256,16 @@ def model_config(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
         raise Unsupported(f"SGLang makes no ModelConfig of this: {type(error).__name__}: {said(error)}") from error
 
 
-def build(folder: Path, dtype: torch.dtype) -> Built:
-    """The model of a folder's config.json, every parameter NaN. Raises Unsupported where SGLang cannot here."""
+def build(folder: Path, dtype: torch.dtype, where: str | None = None) -> Built:
+    """The model of a folder's config.json, every parameter NaN. Raises Unsupported where SGLang cannot here.
+
+    where: the device of its parameters, where it is another than the one that it computes on: "meta", without memory.
+    """
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader import loader
 
     config = model_config(folder, dtype)
-    with runtime.building(dtype):
+    with runtime.building(dtype), torch.device(where) if where else contextlib.nullcontext():
         try:
             model = loader._initialize_model(config, LoadConfig())
         except Exception as error:

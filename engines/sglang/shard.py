@@ -35,15 +35,16 @@ def _shard(inputs: ShardInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
         raise Unsupported("shard: SGLang's blocks scale the sum, and add what identity experts pass on, themselves")
     ep, tp = (inputs.ep_rank, inputs.ep_size), (inputs.tp_rank, inputs.tp_size)
     copies, ids = inputs.physical_to_logical, whole.ids.int()
-    if copies is not None:
+    if copies is None and not _in_runs(inputs):
+        copies = _placement(inputs)
+        # Pairs without an expert have no copies; SGLang takes rows of padding out behind this choice.
+        ids = torch.where(ids < 0, ids, _physical(ids.clamp(min=0), copies, whole.experts))
+    elif not _in_runs(inputs):
+        raise Unsupported("shard: SGLang gives each rank a run of physical ids, in order of ranks")
+    elif copies is not None:
         if (ids < 0).any():
             raise Unsupported("shard: no router of SGLang's leaves a pair without an expert before copies are chosen")
-        metadata = eplb.metadata_of(copies, whole.experts)
-        ids = eplb.physical_ids(ids, metadata, len(ids))[0]
-    count = whole.experts if copies is None else len(copies)
-    own = expert_map.dispatcher_of(count, *ep).local_expert_mapping
-    if own is not None and not torch.equal(own.long(), inputs.expert_map.long()):
-        raise Unsupported("shard: SGLang gives each rank a run of ids, in order of ranks")
+        ids = _physical(ids, copies, whole.experts)
     layer = built.Layer(
         whole.mlp, whole.x.shape[-1], ids.shape[-1], whole.x.dtype, whole.tensors, ep=ep, tp=tp, copies=copies
     )
@@ -52,6 +53,35 @@ def _shard(inputs: ShardInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
     if inputs.shared is not None:
         found = found + _shared(inputs, inputs.shared)
     return found, made.name
+
+
+def _physical(ids: Tensor, copies: Tensor, experts: int) -> Tensor:
+    return eplb.physical_ids(ids, eplb.metadata_of(copies, experts), len(ids))[0]
+
+
+def _in_runs(inputs: ShardInputs) -> bool:
+    """Whether this rank holds what SGLang gives it unasked: as many as the others, in order of ids."""
+    if len(inputs.expert_map) % inputs.ep_size:
+        return False
+    own = expert_map.dispatcher_of(len(inputs.expert_map), inputs.ep_rank, inputs.ep_size).local_expert_mapping
+    return own is None or torch.equal(own.long(), inputs.expert_map.long())
+
+
+def _placement(inputs: ShardInputs) -> Tensor:
+    """[P]: a physical_to_logical_map that SGLang can be started with, in which this rank holds these experts.
+
+    Ranks have as many slots. One that is left over has a copy of an expert of the same rank, so that whichever copy is
+    chosen, the pair is that rank's. What this rank computes does not depend on where the experts of others are.
+    """
+    local, (rank, ranks) = inputs.expert_map.long(), (inputs.ep_rank, inputs.ep_size)
+    here = (local >= 0).nonzero().flatten()
+    here, others = here[local[here].argsort()], (local < 0).nonzero().flatten()
+    if not len(here) or len(others) < ranks - 1:
+        raise Unsupported("shard: every rank of SGLang's holds an expert")
+    slots = max(len(here), -(-len(others) // (ranks - 1))) if ranks > 1 else len(here)
+    parts = list(others.tensor_split(ranks - 1)) if ranks > 1 else []
+    parts.insert(rank, here)
+    return torch.cat([torch.cat((part, part[:1].expand(slots - len(part)))) for part in parts])
 
 
 def _shared(inputs: ShardInputs, spec: MLPSpec) -> Tensor:
