@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_conformance.engine import (
+    RECORDS,
     CheckpointName,
     LayerSpec,
     RouterSpec,
@@ -22,6 +23,7 @@ from moe_conformance.engine import (
     inverse,
     normal,
 )
+from moe_conformance.protocol.features import of_routing
 
 # By what follows the layer's number, the canonical tensor that a parameter outside the experts is.
 CANONICAL: Mapping[str, str] = {
@@ -156,6 +158,23 @@ def routers(
                 )  # fmt: skip
                 if (answer := inverse.expressed(setting, small, _PARTS, narrow)) is not None:
                     yield setting, answer[1].spec, answer[1].config
+
+
+def only_elsewhere(server: str, offered: frozenset[str], owns: Callable[[Any], bool]) -> dict[str, str]:
+    """The other features of routing that no family takes which a server has a model of, with the families that do.
+
+    owns: whether it has one of the family with this record.
+    """
+    families: dict[str, set[str]] = {}
+    for name in RECORDS:
+        for setting in inverse.settings(name):
+            for word in of_routing(setting.spec.routing) - offered:
+                families.setdefault(word, set()).add(name)
+    return {
+        word: f"{server} has no model of its own that routes so; {', '.join(sorted(names))} do"
+        for word, names in sorted(families.items())
+        if not any(owns(RECORDS[name]) for name in names)
+    }
 
 
 def router_tensors(spec: RouterSpec, layer: LayerSpec, seed: str) -> dict[str, Tensor]:

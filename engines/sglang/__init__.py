@@ -135,6 +135,22 @@ class SGLang(Engine):
         runtime.start()
         return self._offered
 
+    def absent(self) -> Mapping[str, Mapping[str, str]]:
+        """How only families route that its registry has no class of; layers' descriptions; a layout of rows."""
+        from moe_conformance.engines import servers
+        from moe_conformance.engines.sglang import models
+
+        said = {
+            "describe": {"layers": "SGLang describes nowhere what a layer computes"},
+            "capture_session": {
+                "sequence_gathered": "SGLang's servers send no rows gathered with each slice's padding"
+            },
+        }
+        found = {stage: reasons for stage, reasons in said.items() if stage in self._offered}
+        for stage in sorted({"route", "router_module"} & self._offered.keys()):
+            found[stage] = servers.only_elsewhere("SGLang", self._offered[stage], models.has)
+        return found
+
     def _want(self, stage: str) -> None:
         if stage not in self._offered:
             raise Unsupported(f"{stage}: this release of SGLang, or this environment, lacks what it needs")

@@ -189,7 +189,12 @@ def architecture(record: Any, flat: bool = True) -> str | None:
 
 def model_types() -> frozenset[str]:
     """Of the families with a record, those whose model SGLang has, by the name of its class."""
-    return frozenset(model_type for model_type in RECORDS if architecture(RECORDS[model_type]) is not None)
+    return frozenset(model_type for model_type in RECORDS if has(RECORDS[model_type]))
+
+
+def has(record: Any) -> bool:
+    """Whether SGLang has a class of its own for this family."""
+    return architecture(record) is not None
 
 
 def falls_back(model_type: str) -> bool:

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from moe_conformance.engine import RECORDS, RoutingSpec, inverse
-from moe_conformance.engines import published
+from moe_conformance.engines import published, servers
 from moe_conformance.engines.vllm import runtime
-from moe_conformance.protocol.features import of_routing
 
 # Of a layer that is asked for by its routing alone.
 _WIDTH = 32
@@ -76,20 +75,11 @@ def refuses(error: Exception) -> bool:
 
 
 def only_elsewhere(offered: frozenset[str]) -> dict[str, str]:
-    """The other features of routing that no family takes which vLLM has a model of its own for, with the families.
+    """The other features of routing that no family takes which vLLM has a model of its own for.
 
     Its backend for transformers' models leaves such routing to transformers.
     """
-    families: dict[str, set[str]] = {}
-    for name in RECORDS:
-        for setting in inverse.settings(name):
-            for word in of_routing(setting.spec.routing) - offered:
-                families.setdefault(word, set()).add(name)
-    return {
-        word: f"vLLM has no model of its own that routes so; {', '.join(sorted(names))} do"
-        for word, names in sorted(families.items())
-        if not any(own(RECORDS[name]) for name in names)
-    }
+    return servers.only_elsewhere("vLLM", offered, lambda record: own(record) is not None)
 
 
 def routes(spec: RoutingSpec, experts: int) -> bool:
