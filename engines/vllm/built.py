@@ -26,7 +26,7 @@ from torch import Tensor
 from moe_conformance.engine import MLPSpec
 from moe_conformance.engines.vllm import device, interpreted, runtime
 from moe_conformance.engines.vllm.refusing import refusals
-from moe_conformance.errors import Unsupported
+from moe_conformance.errors import Absent, Unsupported
 
 Kernel = Literal["native", "triton", "batched_triton", "fused_experts"]
 
@@ -76,7 +76,7 @@ class Layer:
 
 
 def words(mlp: MLPSpec) -> dict[str, Any]:
-    """The arguments by which vLLM's models ask for such an expert. Raises Unsupported where there are none."""
+    """The arguments by which vLLM's models ask for such an expert. Raises Absent where there are none."""
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
     known = {item.value for item in MoEActivation}
@@ -88,7 +88,7 @@ def words(mlp: MLPSpec) -> dict[str, Any]:
     )  # fmt: skip
     after = MLPSpec(mlp.width, clamp="after", limit=7.0, dtype=mlp.dtype, bias=mlp.bias, weight_on=mlp.weight_on)
     if mlp.weight_on == "w2_input":
-        raise Unsupported("experts: vLLM's weights multiply an expert's input or output, not what enters w2")
+        raise Absent("experts: vLLM's weights multiply an expert's input or output, not what enters w2")
     if mlp == plain:
         found["activation"] = mlp.activation if mlp.gated else f"{mlp.activation}_no_mul"
         # The first releases know only "gelu", which is what their Gemma 4 asks for.
@@ -108,7 +108,7 @@ def words(mlp: MLPSpec) -> dict[str, Any]:
     elif mlp == after:
         found["activation"] = "swiglustep"
     else:
-        raise Unsupported(f"experts: vLLM has no activation for {mlp}")
+        raise Absent(f"experts: vLLM has no activation for {mlp}")
     if found["activation"] not in known:
         raise Unsupported(f"experts: got activation {found['activation']!r}, want one of {', '.join(sorted(known))}")
     if mlp.bias:

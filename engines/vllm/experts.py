@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_conformance.engine import ExpertsInputs, called_by_engine
 from moe_conformance.engines.vllm import built, device, interpreted, lora, routing, runtime, stored
-from moe_conformance.engines.vllm.refusing import refusals
+from moe_conformance.engines.vllm.refusing import all_of, refusals
 from moe_conformance.errors import Unsupported
 
 # Columns that the kernel of identity experts writes at a time; it leaves out what does not fill so many.
@@ -42,13 +42,13 @@ def experts(inputs: ExpertsInputs, kernels: Sequence[built.Kernel]) -> tuple[Ten
         if "triton" not in kernels:
             raise Unsupported("vLLM: adapters are added by its Triton experts alone")
         return _by_layer(inputs, "triton")
-    reasons = []
+    refused = []
     for kernel in kernels:
         try:
             return _by_function(inputs) if kernel == "fused_experts" else _by_layer(inputs, kernel)
         except Unsupported as refusal:
-            reasons.append(str(refusal))
-    raise Unsupported("; ".join(dict.fromkeys(reasons)))
+            refused.append(refusal)
+    raise all_of(refused)
 
 
 def _by_layer(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_conformance.engine import LayerInputs, MLPSpec, SharedSpec
 from moe_conformance.engines.vllm import built, gemma4, routing, runtime
+from moe_conformance.engines.vllm.refusing import all_of
 from moe_conformance.errors import Unsupported
 
 
@@ -37,15 +38,15 @@ def features() -> frozenset[str]:
 def layer(inputs: LayerInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor, str]:
     """Build the layer for these inputs with the first kernel that takes it, and run it once: output, kernel."""
     runtime.start()
-    reasons = []
+    refused = []
     for kernel in kernels:
         if kernel == "fused_experts":
             continue
         try:
             return _layer(inputs, kernel)
         except Unsupported as refusal:
-            reasons.append(str(refusal))
-    raise Unsupported("; ".join(dict.fromkeys(reasons)))
+            refused.append(refusal)
+    raise all_of(refused)
 
 
 def _layer(inputs: LayerInputs, kernel: built.Kernel) -> tuple[Tensor, str]:

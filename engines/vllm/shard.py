@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from moe_conformance.engine import MLPSpec, ShardInputs, called_by_engine
 from moe_conformance.engines.vllm import built, device, eplb, routing, runtime
-from moe_conformance.errors import Unsupported
+from moe_conformance.engines.vllm.refusing import all_of
+from moe_conformance.errors import Absent, Unsupported
 
 
 def features() -> frozenset[str]:
@@ -28,17 +29,17 @@ def shard(inputs: ShardInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor,
     """This rank's part and what computed it, by the first kernel that takes it, before vLLM would sum it over ranks."""
     runtime.start()
     if inputs.ep_size > 1 and inputs.tp_size > 1:
-        raise Unsupported("shard: under expert parallelism vLLM's ranks divide experts, and no expert's width")
+        raise Absent("shard: under expert parallelism vLLM's ranks divide experts, and no expert's width")
     if inputs.whole.identity_experts:
         raise Unsupported("shard: vLLM adds what identity experts pass on to the sum over ranks, and to no part of it")
-    reasons = []
+    refused = []
     for kernel in kernels:
         try:
             if kernel != "fused_experts":
                 return _part(inputs, kernel)
         except Unsupported as refusal:
-            reasons.append(str(refusal))
-    raise Unsupported("; ".join(dict.fromkeys(reasons)))
+            refused.append(refusal)
+    raise all_of(refused)
 
 
 def _part(inputs: ShardInputs, kernel: built.Kernel) -> tuple[Tensor, str]:

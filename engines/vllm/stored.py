@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.engine import ExpertsInputs, QuantSpec
-from moe_conformance.errors import Unsupported
+from moe_conformance.errors import Absent, Unsupported
 
 # Rows of BLOCK_SIZE_K that the kernel of groups reads beyond a matrix, without a mask, before it multiplies them by 0.
 _BEYOND = 4096
@@ -121,7 +121,7 @@ def _dequantised(inputs: ExpertsInputs, quant: QuantSpec, name: str) -> Tensor:
     if columns % quant.group:
         raise Unsupported(f"vLLM: got {columns} columns, want a multiple of {quant.group}, a group of NVFP4")
     if whole.dim() > 1:
-        raise Unsupported("vLLM: gate and up share one global scale")
+        raise Absent("vLLM: gate and up share one global scale")
     if "swizzle" not in inspect.signature(dequantize_to_dtype).parameters:
         raise Unsupported("vLLM: this release's dequantize_to_dtype takes scales in the order of tensor cores alone")
     found: Tensor = dequantize_to_dtype(codes, scale, whole, inputs.x.dtype, quant.group, swizzle=False)
