@@ -24,6 +24,7 @@ LOADED_BY_TRANSFORMERS = {
     "mistyped": "it casts integers to floats as they are: codes without their scales",
     "router-of-integers": "it casts integers to floats as they are: codes without their scales",
     "floats-though-config-says": "asked to dequantise, it takes floats as they are; kernels of that form do not",
+    "draft-expert-missing": "it reads no draft layers; vLLM and SGLang do, for speculative decoding",
     "table-of-floats": "ids above 256 are rounded by bfloat16; an engine that indexes with the table raises",
 }
 FLOATS = [name for name, (form, *_) in PLANTED.items() if form.partition("/")[0] not in QUANTISED]

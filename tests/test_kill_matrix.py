@@ -11,6 +11,7 @@ from moe_conformance.catalogue.clauses import BUG_CLASSES
 from moe_conformance.engine import STAGES, LayerInputs, Unsupported
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.engines.reference import Reference
+from moe_conformance.errors import MoEConformanceError
 from moe_conformance.judging.judge import Judge
 from moe_conformance.judging.verdict import Verdict
 from moe_conformance.running.discovery import Target
@@ -43,6 +44,12 @@ def assert_no_stranger_fails(mutant: Mutant, tier: str) -> None:
     assert failed == []
 
 
+def is_a_slip(raised: BaseException | None) -> bool:
+    """Whether it comes from a mistake in the mutant itself, which would fail whatever is asked."""
+    slips = (ImportError, LookupError, NameError, TypeError, ValueError)
+    return isinstance(raised, slips) and not isinstance(raised, MoEConformanceError)
+
+
 def stages_of(mutant: Mutant) -> set[str]:
     return {stage for stage in STAGES if getattr(mutant.engine, stage) is not getattr(Reference, stage)}
 
@@ -52,7 +59,9 @@ def test_a_mutant_fails_its_named_case_and_nothing_outside_its_class(mutant: Mut
     case_id, check = mutant.killed_by
     (named,) = (row for row in CHECKS if (row[2].id, row[1].removeprefix("test_")) == (case_id, check))
     assert named[2].bug_class == mutant.bug_class
-    assert verdict(judge_of(mutant), *named) is (Verdict.FAIL if named[2].level == "MUST" else Verdict.BROKEN_SHOULD)
+    judge = judge_of(mutant)
+    assert verdict(judge, *named) is (Verdict.FAIL if named[2].level == "MUST" else Verdict.BROKEN_SHOULD)
+    assert not is_a_slip(judge.raised), f"it dies of its own code: {judge.raised!r}"
     assert named[2].stage in stages_of(mutant)
     assert_no_stranger_fails(mutant, "smoke")
 
@@ -61,6 +70,19 @@ def test_a_mutant_fails_its_named_case_and_nothing_outside_its_class(mutant: Mut
 @every_mutant
 def test_a_mutant_fails_no_core_case_of_another_class(mutant: Mutant) -> None:
     assert_no_stranger_fails(mutant, "core")
+
+
+class Slips(Faulty):
+    def layer(self, inputs: LayerInputs) -> Tensor:
+        raise ValueError("want at least one keyword")
+
+
+def test_a_mutant_that_dies_of_its_own_code_has_shown_no_fault() -> None:
+    case, check = "layer-tiny-padded-hidden", "padding_never_reaches_the_output"
+    with pytest.raises(AssertionError, match="dies of its own code"):
+        test_a_mutant_fails_its_named_case_and_nothing_outside_its_class(
+            Mutant(Slips, "shape-mismatch", "always raises", (case, check))
+        )
 
 
 class RefusesLayers(Faulty):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -37,7 +38,9 @@ class FaultyShard(Faulty):
     def shard(self, inputs: ShardInputs) -> Tensor:
         if inputs.physical_to_logical is not None or inputs.shared is not None:
             return super().shard(inputs)
-        with patch.multiple(stage, **dict[str, Any](self.replaced(inputs))):
+        with ExitStack() as stack:
+            for name, stand_in in self.replaced(inputs).items():
+                stack.enter_context(patch.object(stage, name, stand_in))
             return stage.shard(self.seen(inputs), self.own_sum)
 
 
