@@ -26,7 +26,7 @@ from moe_conformance.model.specs import Shape
 from moe_conformance.quote import few, plainly
 from moe_conformance.reference_impl.checkpoint.places import Layer
 
-STEP = 2**20  # bytes that are examined together: half of a core's cache
+STEP = 2**18  # bytes that are examined together: what a core's cache holds beside others
 WINDOW = 2**26  # bytes after which pages are given back
 PROBE = 64  # bytes at either end that are compared first, before whole experts are
 # Width in bytes, and the first pattern above all finite ones, of the positive half.
