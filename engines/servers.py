@@ -46,6 +46,10 @@ BESIDE: Mapping[str, str] = {
     r"pre_feedforward_layernorm_2\.weight": "experts.norm",
     r"post_feedforward_layernorm_2\.weight": "experts.sum_norm",
 }
+# Names of the modules with shared experts. Of the first, a module is several side by side; the others are one.
+_SEVERAL = "shared_experts"
+_SHARED = (_SEVERAL, "shared_expert", "shared_mlp", "share_expert")
+_DOWN = ("down_proj", "output_linear")
 # Of a setting of a router: what must be as asked, and the width of the experts behind it, which nobody looks at.
 _PARTS = ("routing", "logits", "num_experts", "hidden_size")
 _UNSEEN = 32
@@ -58,6 +62,24 @@ class MoELayer(NamedTuple):
     path: str
     inner: str
     experts: nn.Module
+
+
+def one_or_each(values: list[int]) -> int | tuple[int, ...]:
+    """What all layers have in common, or a number for each."""
+    return values[0] if len(set(values)) == 1 else tuple(values)
+
+
+def shared_experts(layer: nn.Module, width: int) -> tuple[int, int | None]:
+    """(how many always-on experts a decoder layer has, their summed width). width: of a routed expert."""
+    for name, module in layer.named_modules():
+        if (own := name.rpartition(".")[2]) in _SHARED and (summed := _down_width(module)):
+            return (summed // width if own == _SEVERAL and summed % width == 0 else 1), summed
+    return 0, None
+
+
+def _down_width(module: nn.Module) -> int:
+    parts: Iterator[tuple[str, Any]] = module.named_modules()
+    return next((part.input_size for name, part in parts if name.rpartition(".")[2] in _DOWN), 0)
 
 
 @torch.no_grad()

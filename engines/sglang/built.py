@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest.mock import patch
@@ -27,6 +27,17 @@ NAMES: Mapping[Kernel, str] = {
     "compiled": "fused_moe_forward_native",
     "triton": "fused_moe_kernel",
 }
+
+
+def by_first(kernels: Sequence[Kernel], run: Callable[[Kernel], tuple[Tensor, str]]) -> tuple[Tensor, str]:
+    """What the first of these kernels gives that takes a call. Raises Unsupported with the reason of each."""
+    reasons = []
+    for kernel in kernels:
+        try:
+            return run(kernel)
+        except Unsupported as refusal:
+            reasons.append(str(refusal))
+    raise Unsupported("; ".join(dict.fromkeys(reasons)))
 
 
 def name_of(kernel: Kernel, dtype: torch.dtype) -> str:

@@ -15,16 +15,12 @@ import torch
 from torch import nn
 
 from moe_conformance.engine import DenseModelError, MoESpec, Unsupported
-from moe_conformance.engines import published
+from moe_conformance.engines import published, servers
 from moe_conformance.engines.servers import MoELayer
 from moe_conformance.engines.sglang import models, runtime
 
-# Names of the modules with shared experts. Of the first, a module is several side by side; the others are one.
-_SEVERAL = "shared_experts"
-_SHARED = (_SEVERAL, "shared_expert", "shared_mlp", "share_expert")
 # Families whose class in SGLang counts the first dense layers, and reads no list of kinds.
 _COUNTED = ("cohere2_moe",)
-_DOWN = ("down_proj", "output_linear")
 
 
 def features() -> frozenset[str]:
@@ -96,18 +92,14 @@ def _spec(built: models.Built, model_type: str) -> MoESpec:
     return MoESpec(
         num_layers=number,
         moe_layers=tuple(dict.fromkeys(layer.number for layer in layers)),
-        num_experts=_one_or_each([_experts(built, layer) for layer in layers]),
-        top_k=_one_or_each([_top_k(built, layer) for layer in layers]),
+        num_experts=servers.one_or_each([_experts(built, layer) for layer in layers]),
+        top_k=servers.one_or_each([_top_k(built, layer) for layer in layers]),
         hidden_size=hidden,
-        moe_intermediate_size=_one_or_each([config.intermediate_size_per_partition for config in configs]),
+        moe_intermediate_size=servers.one_or_each([config.intermediate_size_per_partition for config in configs]),
         shared_experts=shared,
         shared_intermediate_size=shared_width,
         latent_size=width if width != hidden else None,
     )
-
-
-def _one_or_each(values: list[int]) -> int | tuple[int, ...]:
-    return values[0] if len(set(values)) == 1 else tuple(values)
 
 
 def _config(layer: MoELayer) -> Any:
@@ -141,11 +133,4 @@ def _shared(built: models.Built, layer: MoELayer) -> tuple[int, int | None]:
     one = _config(layer).intermediate_size_per_partition
     if fused := _config(layer).num_fused_shared_experts:
         return fused, fused * one
-    for name, module in built.model.get_submodule(layer.path).named_modules():
-        if (own := name.rpartition(".")[2]) in _SHARED and (width := _width(module)):
-            return (width // one if own == _SEVERAL and width % one == 0 else 1), width
-    return 0, None
-
-
-def _width(module: nn.Module) -> int:
-    return next((part.input_size for name, part in module.named_modules() if name.rpartition(".")[2] in _DOWN), 0)
+    return servers.shared_experts(built.model.get_submodule(layer.path), one)

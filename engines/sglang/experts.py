@@ -24,13 +24,7 @@ def experts(inputs: ExpertsInputs, kernels: Sequence[built.Kernel]) -> tuple[Ten
 
     "No expert" is -1, as SGLang's dispatcher and routers say it.
     """
-    reasons = []
-    for kernel in kernels:
-        try:
-            return _experts(inputs, kernel)
-        except Unsupported as refusal:
-            reasons.append(str(refusal))
-    raise Unsupported("; ".join(dict.fromkeys(reasons)))
+    return built.by_first(kernels, lambda kernel: _experts(inputs, kernel))
 
 
 def _experts(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]:

@@ -20,13 +20,7 @@ def features() -> frozenset[str]:
 @torch.no_grad()
 def shard(inputs: ShardInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor, str]:
     """This rank's part, and what computed it: the first of these kernels that takes the call."""
-    reasons = []
-    for kernel in kernels:
-        try:
-            return _shard(inputs, kernel)
-        except Unsupported as refusal:
-            reasons.append(str(refusal))
-    raise Unsupported("; ".join(dict.fromkeys(reasons)))
+    return built.by_first(kernels, lambda kernel: _shard(inputs, kernel))
 
 
 def _shard(inputs: ShardInputs, kernel: built.Kernel) -> tuple[Tensor, str]:

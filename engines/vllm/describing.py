@@ -14,18 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from moe_conformance.engine import Absent, DenseModelError, MoESpec, Unsupported
-from moe_conformance.engines import published
+from moe_conformance.engines import published, servers
 from moe_conformance.engines.servers import MoELayer
 from moe_conformance.engines.vllm import block, models, registry, runtime
 from moe_conformance.engines.vllm.refusing import all_of
 
-# Names of the modules with shared experts. Of the first, a module is several side by side; the others are one.
-_SEVERAL = "shared_experts"
-_SHARED = (_SEVERAL, "shared_expert", "shared_mlp", "share_expert")
-_DOWN = ("down_proj", "output_linear")
 # Words of models whose constructor refuses a config without experts.
 _DENSE = r"RuntimeError: No \w+ layer found in"
 # Inkling's, stacked.
@@ -112,18 +107,14 @@ def _spec(built: models.Built, model_type: str) -> MoESpec:
     return MoESpec(
         num_layers=said.get_total_num_hidden_layers(),
         moe_layers=tuple(dict.fromkeys(layer.number for layer in layers)),
-        num_experts=_one_or_each([_experts(model, layer) for layer in layers]),
-        top_k=_one_or_each([config.experts_per_token for config in configs]),
+        num_experts=servers.one_or_each([_experts(model, layer) for layer in layers]),
+        top_k=servers.one_or_each([config.experts_per_token for config in configs]),
         hidden_size=hidden,
-        moe_intermediate_size=_one_or_each([config.intermediate_size_per_partition for config in configs]),
+        moe_intermediate_size=servers.one_or_each([config.intermediate_size_per_partition for config in configs]),
         shared_experts=getattr(model, "num_shared_experts", None) or shared,
         shared_intermediate_size=shared_width,
         latent_size=width if width != hidden else None,
     )
-
-
-def _one_or_each(values: list[int]) -> int | tuple[int, ...]:
-    return values[0] if len(set(values)) == 1 else tuple(values)
 
 
 def _config(layer: MoELayer) -> Any:
@@ -145,11 +136,4 @@ def _shared(built: models.Built, layer: MoELayer) -> tuple[int, int | None]:
     for name, module in whole.named_modules():
         if name.endswith(_SINKS):
             return module.n_experts, module.w2_weight.shape[1]
-        if (own := name.rpartition(".")[2]) in _SHARED and (width := _width(module)):
-            one = _config(layer).intermediate_size_per_partition
-            return (width // one if own == _SEVERAL and width % one == 0 else 1), width
-    return 0, None
-
-
-def _width(module: nn.Module) -> int:
-    return next((part.input_size for name, part in module.named_modules() if name.rpartition(".")[2] in _DOWN), 0)
+    return servers.shared_experts(whole, _config(layer).intermediate_size_per_partition)
