@@ -71,8 +71,8 @@ def report(name: str, timed: Timed, rounds: int) -> bool:
     pairs = [(seconds(timed.beside), seconds(timed.arguments)) for _ in range(rounds)]
     beside, took = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = took / beside
-    other = f"python {' '.join(timed.beside)}: {beside:.2f} s"
-    print(f"{name:8} {ratio:7.1f} {timed.most:5g} {took:9.2f}  {other}", flush=True)
+    other = f"python {' '.join(timed.beside)}: {beside:.3f} s"
+    print(f"{name:8} {ratio:7.1f} {timed.most:5g} {took:9.3f}  {other}", flush=True)
     return ratio > timed.most
 
 
