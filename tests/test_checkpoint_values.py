@@ -317,8 +317,8 @@ def big(folder: Path, size: int) -> Path:
 def test_four_gigabytes_are_read_as_fast_as_numpy_sums_them_in_little_memory(tmp_path: Path) -> None:
     """At least half the rate at which numpy sums the same file from a memory map, and under 1 GiB.
 
-    By the processor's time, and the best of five: others compute beside. What is aimed at is 0.7. Cores that read 5 GB
-    a second give 0.8; one that reads 16 gives 0.6, for there the second look at each part counts.
+    By the processor's time, and the best of five: others compute beside. What is aimed at is 0.7. Cores that sum 8 GB
+    a second give 1.0; one that sums 16 gave 0.6, for there the second look at each part counts.
     """
     folder = big(tmp_path / "model", 4 * 10**9)
     file = folder / "model.safetensors"

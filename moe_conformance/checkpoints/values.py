@@ -26,7 +26,7 @@ from moe_conformance.model.specs import Shape
 from moe_conformance.quote import few, plainly
 from moe_conformance.reference_impl.checkpoint.places import Layer
 
-STEP = 2**18  # bytes that are examined together: what a core's cache holds beside others
+STEP = 2**19  # bytes that are examined together: what a core's cache holds, and little beside it for Python
 WINDOW = 2**26  # bytes after which pages are given back
 PROBE = 64  # bytes at either end that are compared first, before whole experts are
 # Width in bytes, and the first pattern above all finite ones, of the positive half.
@@ -55,6 +55,7 @@ OF_BOTH = ("weight_scale_2", "weight_global_scale", "scale_2", "input_scale", "i
 OF_ALL = ("input_scale", "input_global_scale")
 AGAIN = "quantise again: what this scales is lost"
 Bytes = NDArray[np.uint8]
+_most = np.maximum.reduce
 Report = Callable[[int], None]
 
 
@@ -207,13 +208,13 @@ class _Values:
         sign = 1 << (8 * width - 1)
         signed, unsigned = _views(width)
         bad = nan = 0
-        for part, at in _parts(raw):
-            mine = part.view(signed).max(), part.view(unsigned).max()
-            if int(mine[0]) >= top or int(mine[1]) >= top + sign:
-                magnitude = part.view(unsigned) & unsigned(sign - 1)
+        above, below, step = raw.view(signed), raw.view(unsigned), STEP // width
+        for at in range(0, len(below), step):
+            if int(_most(above[at : at + step])) >= top or int(_most(below[at : at + step])) >= top + sign:
+                magnitude = below[at : at + step] & unsigned(sign - 1)
                 bad += int((magnitude >= top).sum())
                 nan += int((magnitude > _infinity(one.entry.dtype, top)).sum())
-            self._files.read(one.entry, at)
+            self._files.read(one.entry, at * width)
         if nan or (bad and one.inside):
             got = " and ".join(f"{count:,} {what}" for count, what in ((nan, "NaN"), (bad - nan, "infinite")) if count)
             total = len(raw) // width
