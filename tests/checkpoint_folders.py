@@ -258,11 +258,11 @@ QUANTISED: dict[str, tuple[dict[str, Any], Any]] = {
 LAYOUTS = {"each": ("qwen3_moe", "hub"), "packed": ("qwen3_moe", "modules"), "split": ("granitemoe", "hub")}
 
 
-def quantised(form: str, layout: str) -> tuple[dict[str, Any], Tensors]:
-    """Config and tensors of a model whose experts are in the form."""
+def quantised(form: str, layout: str, **sizes: int) -> tuple[dict[str, Any], Tensors]:
+    """Config and tensors of a model whose experts are in the form. sizes: keys of the config in place of its own."""
     family, spelled = LAYOUTS[layout]
     given, matrix = QUANTISED[form]
-    config = config_of(family)
+    config = {**config_of(family), **sizes}
     if layout == "split":
         config["num_hidden_layers"] = 2
     plain = floats(family, spelled, config)  # type: ignore[arg-type]

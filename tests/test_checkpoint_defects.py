@@ -202,6 +202,7 @@ def sound_variants() -> dict[str, tuple[dict[str, Any], Tensors]]:
     plain_config, plain = base("float")
     fp8_config, fp8 = base("fp8-block")
     v3_config, v3 = base("deepseek_v3")
+    gptq_config, gptq = quantised("gptq", "each")
     ignore = {**fp8_config["quantization_config"], "ignored_layers": [f"{EXPERTS}.3", f"{EXPERTS}.4"]}
     tower = {f"visual.blocks.0.mlp.{name}.weight": T("BF16", (8, 8)) for name in ("gate_proj", "experts.0.up_proj")}
     attention = {
@@ -231,6 +232,10 @@ def sound_variants() -> dict[str, tuple[dict[str, Any], Tensors]]:
         "draft-not-counted": (v3_config, draft(v3)),
         "draft-apart": (v3_config, draft(v3, "mtp.layers.0.")),
         "draft-left-out": ({**v3_config, "num_nextn_predict_layers": 1}, v3),
+        "gptq-in-order": (
+            {**gptq_config, "quantization_config": {**gptq_config["quantization_config"], "desc_act": False}},
+            {name: entry for name, entry in gptq.items() if not name.endswith("g_idx")},
+        ),
         "beside-a-tower": (plain_config, plain | tower),
         "attention-too": (fp8_config, fp8 | attention),
         "multimodal": (wrapped, packed),
@@ -406,6 +411,12 @@ PLANTED: dict[str, tuple[str, Change, str, str]] = {
     ),
     "int4-shape-missing": ("int4", drop(f"{EXPERTS}.3.up_proj.weight_shape"), "missing", "3.up_proj.weight_shape"),
     "int4-codes-short": ("int4", put(f"{EXPERTS}.3.up_proj.weight_packed", "I32", 24, 4), "misshapen", "3.up_proj"),
+    "int4-g-idx-missing": (
+        "int4",
+        lambda config, _: config["quantization_config"]["config_groups"]["group_0"]["weights"].update(actorder="group"),
+        "missing",
+        "weight_g_idx",
+    ),
     "int4-points-missing": (
         "int4-points",
         drop(f"{EXPERTS}.3.up_proj.weight_zero_point"),
@@ -425,6 +436,7 @@ PLANTED: dict[str, tuple[str, Change, str, str]] = {
         "3.up",
     ),
     "gptq-qzeros-missing": ("gptq", drop(f"{EXPERTS}.3.up_proj.qzeros"), "missing", "3.up_proj.qzeros"),
+    "gptq-g-idx-missing": ("gptq", drop(f"{EXPERTS}.3.up_proj.g_idx"), "missing", "3.up_proj.g_idx"),
     "gptq-g-idx-short": ("gptq", put(f"{EXPERTS}.3.up_proj.g_idx", "I32", 39), "misshapen", "3.up_proj.g_idx"),
     "gptq-group-size": ("gptq", quantisation(group_size=16), "scale-blocks", "scales"),
     "awq-scales-missing": ("awq", drop(f"{EXPERTS}.3.up_proj.scales"), "scales-missing", "3.up_proj.scales"),

@@ -316,7 +316,7 @@ def _packed(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme)
                 "take config.json from where the tensors come from",
             )
         )
-    judge.want("weight_g_idx", INTEGERS, ((columns,), (*lead, columns)), must=False)
+    judge.want("weight_g_idx", INTEGERS, ((columns,), (*lead, columns)), must=scheme.ordered)
 
 
 def _bits_of(weight: Held, columns: int) -> int:
@@ -372,7 +372,7 @@ def _gptq(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme) -
     judge.want("qweight", ("I32",), ((*lead, -(-columns * size // 32), rows) for size in bits))
     judge.want("scales", FLOATS, ((*lead, count, rows) for count in groups))
     judge.want("qzeros", ("I32",), ((*lead, count, -(-rows * size // 32)) for count in groups for size in bits))
-    judge.want("g_idx", ("I32",), ((columns,), (*lead, columns)), must=False)
+    judge.want("g_idx", ("I32",), ((columns,), (*lead, columns)), must=scheme.ordered)
 
 
 def _awq(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme) -> None:

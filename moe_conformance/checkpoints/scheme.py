@@ -29,7 +29,7 @@ class Scheme:
 
     method: as the config calls it. kinds: of the forms that it may have. blocks: rows and columns of a tile with a
     scale of its own. groups: columns that share one; 0 for a whole row. bits: of "packed", "gptq" and "awq". symmetric:
-    has no zero points. static: activations have given scales. left: patterns of modules that are not quantised.
+    has no zero points. static: activations have given scales. ordered: columns of a group do not lie together. left: patterns of modules that are not quantised.
     known: whether the tensors of this method are known; if not, they are not judged.
     """
 
@@ -41,6 +41,7 @@ class Scheme:
     bits: frozenset[int] = frozenset()
     symmetric: frozenset[bool] = frozenset()
     static: bool = False
+    ordered: bool = False
     left: tuple[str, ...] = ()
     known: bool = True
 
@@ -240,6 +241,8 @@ def _integers(method: str, kind: Kind, given: Mapping[str, Any], left: tuple[str
         frozenset((kind,)),
         bits=frozenset(_whole("bits", one.get("bits", bits), 2) for one in ({}, *own)),
         groups=frozenset(max(_whole("group_size", one.get("group_size", group), -1), 0) for one in ({}, *own)),
+        # A group that is the whole row has one order.
+        ordered=group != -1 and all(one.get("desc_act", given.get("desc_act")) is True for one in ({}, *own)),
         left=left,
     )
 
@@ -272,6 +275,7 @@ def _compressed(given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
     strategies: set[str] = set()
     bits: set[int] = set()
     symmetric: set[bool] = set()
+    orders: set[bool] = set()
     # No groups at all: nothing but the cache is quantised, or of what is said elsewhere nothing is known.
     known, static = bool(groups) or (common in (None, "dense") and not given.get("sparsity_config")), False
     for name, group in (groups or {}).items():
@@ -294,6 +298,7 @@ def _compressed(given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
         blocks |= _block(weights.get("block_structure")) if strategy == "block" else set()
         bits.add(_whole("num_bits", weights.get("num_bits", 8), 1))
         symmetric.add(weights.get("symmetric", True) is not False)
+        orders.add(weights.get("actorder") in ("group", "dynamic"))
         inputs = group.get("input_activations")
         static |= isinstance(inputs, Mapping) and inputs.get("dynamic") is False
     if not known:
@@ -307,6 +312,7 @@ def _compressed(given: Mapping[str, Any], left: tuple[str, ...]) -> Scheme:
         frozenset(bits),
         frozenset(symmetric),
         static,
+        orders == {True},
         left,
     )
 
