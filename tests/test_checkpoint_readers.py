@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_folders import QUANTISED, T, Tensors, quantised, write
+from checkpoint_folders import QUANTISED, T, quantised, write
 from test_checkpoint_defects import EXPERTS, PLANTED, base
 from test_checkpoint_hostile import SHARDS
 

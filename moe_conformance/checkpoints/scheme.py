@@ -29,7 +29,8 @@ class Scheme:
 
     method: as the config calls it. kinds: of the forms that it may have. blocks: rows and columns of a tile with a
     scale of its own. groups: columns that share one; 0 for a whole row. bits: of "packed", "gptq" and "awq". symmetric:
-    has no zero points. static: activations have given scales. ordered: columns of a group do not lie together. left: patterns of modules that are not quantised.
+    has no zero points. static: activations have given scales. ordered: columns of a group do not lie together. left:
+    patterns of modules that are not quantised.
     known: whether the tensors of this method are known; if not, they are not judged.
     """
 
