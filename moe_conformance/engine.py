@@ -40,7 +40,7 @@ from moe_conformance.model.specs import (
 from moe_conformance.model.storage import LoraSpec, QuantSpec
 from moe_conformance.protocol.align import Aligned, AlignInputs
 from moe_conformance.protocol.capture import CaptureReader, CaptureSession, CaptureSpec, CaptureStore, RowKind, Rows
-from moe_conformance.protocol.checkpoint import CheckpointName, Target
+from moe_conformance.protocol.checkpoint import CheckpointName, Loaded, Target
 from moe_conformance.protocol.engine import Engine, EngineInfo, Repro, called_by_engine
 from moe_conformance.protocol.exchange import Arrived, Exchanged, ExchangeInputs
 from moe_conformance.protocol.experts import ExpertsInputs, Lora
@@ -73,10 +73,10 @@ __all__ = [
     "BlockOutput", "Capacity", "CaptureReader", "CaptureSession", "CaptureShape", "CaptureSpec", "CaptureStore",
     "CheckpointError", "CheckpointName", "ConfigError", "DenseModelError", "DenseSpec", "Engine", "EngineInfo",
     "ExchangeInputs", "Exchanged", "ExpertMapSpec", "ExpertsInputs", "FusedShared", "GenerateInputs", "Generated",
-    "InputError", "LatentSpec", "LayerInputs", "LayerSpec", "Limits", "LogitsSpec", "Lora", "LoraSpec", "MLPSpec",
-    "MoEConformanceError", "MoESpec", "Precision", "QuantSpec", "ReplicateInputs", "Replicated", "Repro", "RouteInputs",
-    "RouterHandle", "RouterSpec", "Routing", "RoutingSpec", "RowKind", "Rows", "Shape", "ShardInputs", "SharedSpec",
-    "Target", "Unavailable", "Unsupported", "UpdateInputs", "bits", "called_by_engine", "checkpoint_of",
+    "InputError", "LatentSpec", "LayerInputs", "LayerSpec", "Limits", "Loaded", "LogitsSpec", "Lora", "LoraSpec",
+    "MLPSpec", "MoEConformanceError", "MoESpec", "Precision", "QuantSpec", "ReplicateInputs", "Replicated", "Repro",
+    "RouteInputs", "RouterHandle", "RouterSpec", "Routing", "RoutingSpec", "RowKind", "Rows", "Shape", "ShardInputs",
+    "SharedSpec", "Target", "Unavailable", "Unsupported", "UpdateInputs", "bits", "called_by_engine", "checkpoint_of",
     "distinct_logits", "integers", "inverse", "layer_of", "normal", "poison_", "poisoned_allocations", "windows",
 ]
 # fmt: on

@@ -14,10 +14,7 @@ from torch import Tensor
 from moe_conformance.catalogue.case import Case
 from moe_conformance.errors import CheckpointError
 from moe_conformance.judging.inputs import integers, normal
-from moe_conformance.model.specs import MLPSpec
 from moe_conformance.reference_impl.checkpoint.loading import load
-from moe_conformance.reference_impl.checkpoint.stored import Loaded
-from moe_conformance.reference_impl.quantised.experts import dequantised
 from moe_conformance.suites.load.cases import STORED
 from moe_conformance.suites.load.forms import FORMS
 from moe_conformance.suites.load.stored import E2M1, ENCODED, write
@@ -54,30 +51,6 @@ def test_compressed_tensors_reads_the_same_numbers(form: str) -> None:
     parts, numbers = ENCODED[form]((32, 64), form)
     own = library.BaseCompressor.get_value_from_registry(said["format"]).decompress(dict(parts), scheme)["weight"]
     assert (own.double() - numbers).abs().max() <= 4 * torch.finfo(own.dtype).eps * numbers.abs().max()
-
-
-# No QuantSpec says act-order, or flat blocks.
-NUMBERS_ALONE = ("gptq", "gptq-v2", "bnb-nf4")
-
-
-@pytest.mark.parametrize("case", [case for case in STORED if not case["left"]], ids=lambda case: case.id)
-def test_what_is_loaded_comes_as_a_quant_spec_as_well(tmp_path: Path, case: Case) -> None:
-    """One form for all of a layer, in canonical tensors, which dequantise to the numbers that are loaded."""
-    write(tmp_path, case.recipe)
-    loaded = load(tmp_path)
-    assert isinstance(loaded, Loaded)
-    assert sorted(loaded.stored) == (
-        [] if case["stored"] in NUMBERS_ALONE else sorted({name[:9] for name in loaded if ".experts.w2" in name})
-    )
-    for prefix, (quant, tensors) in loaded.stored.items():
-        mlp = MLPSpec(loaded[f"{prefix}experts.w2"].shape[2])
-        assert quant.format == case["codes"]
-        assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-            name: shape for name, shape in quant.tensors("experts", mlp, 64, (4,)).items() if ".input_scale" not in name
-        }
-        for name, tensor in dequantised(quant, mlp, tensors, 64, torch.float64).items():
-            want = loaded[prefix + name].double()
-            assert (tensor - want).abs().max() <= 2 * torch.finfo(torch.float32).eps * want.abs().max()
 
 
 def test_a_layer_with_an_expert_left_as_it_was_has_numbers_alone(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.checkpoints.scheme import Kind
-from moe_conformance.engine import ExpertsInputs
+from moe_conformance.engine import ExpertsInputs, Loaded
 from moe_conformance.engines.mutants.mutant import Faulty, Mutant
 from moe_conformance.reference_impl.checkpoint import forms
 from moe_conformance.reference_impl.checkpoint.forms import Form
@@ -232,6 +232,17 @@ class ScalesOfTheWholeLayer(Faulty):
             return super().load(folder)
 
 
+class LiesWithGateBelowUp(Faulty):
+    """The numbers are right; what lies in memory has the scales of up above those of gate."""
+
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        got = super().load(folder)
+        for _, tensors in got.stored.values() if isinstance(got, Loaded) else ():
+            scale = tensors["experts.w13.scale"]
+            tensors["experts.w13.scale"] = torch.cat(scale.chunk(2, 1)[::-1], 1) if scale.dim() > 1 else scale
+        return got
+
+
 def _mutant(engine: type[Faulty], fault: str, case: str, check: str = WEIGHTS) -> Mutant:
     return Mutant(engine, "quantised-scales", fault, (f"experts-stored-{case}", check), frozenset({"expert-lora"}))
 
@@ -247,6 +258,7 @@ MUTANTS = (
     _loads(ColumnsInTheirOrder, "g_idx is not looked at", "gptq"),
     _loads(ZeroPointsForgotten, "packed weights have no zero points", "int4-packed-zero"),
     _loads(ScalesOfTheWholeLayer, "packed experts have the first one's scales", "mxfp4-blocks", "packed"),
+    _loads(LiesWithGateBelowUp, "what lies in memory has gate's scales and up's exchanged", "fp8-block"),
     _mutant(CutTileTakesTheOneBefore, "a cut tile takes the scale of the one before", "fp8-block-halves-cut"),
     _mutant(UpTakesTheScaleOfGate, "up takes the scale of gate", "fp8-tensor-halves"),
     _mutant(UpTakesTheGlobalScaleOfGate, "up takes the global scale of gate", "nvfp4-halves"),

@@ -105,6 +105,7 @@ _WORDS: Mapping[str, str] = {
     "turns": "whether pairs name the experts in turn, so that all have equally many",
     "unpicked": "experts that no token chooses",
     "want": "the sizes that a capturer must take",
+    "width": "width of the experts, where it is not the usual one",
     "widths": "proportions of hidden and intermediate width, which decide what a shape can tell",
     "withdrawn": "requests that are withdrawn after their first new token",
     "wrong": "numbers of rows that fit nothing and must be refused",

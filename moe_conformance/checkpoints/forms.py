@@ -60,7 +60,8 @@ _CARRIED: Mapping[Kind, Mapping[str, tuple[str, ...]]] = {
     "gptq": {"qweight": ("I32",)},
     "awq": {"qweight": ("I32",)},
 }
-BNB_BLOCK, BNB_NESTED = 64, 256  # bitsandbytes' defaults, which its quantised files do not spell out
+# bitsandbytes' blocks: 64 codes by default, 128 on ROCm, which only a tensor's content says; and 256 scales of them.
+BNB_BLOCKS, BNB_NESTED = tuple(2**power for power in (6, 7, 5, 8, 9, 10, 11, 12)), 256
 
 
 class Held(NamedTuple):
@@ -393,9 +394,11 @@ def _groups(scheme: Scheme, scales: Held | None, columns: int) -> list[int]:
 
 
 def _bnb4(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme) -> None:
-    """Flat: two codes a byte, a scale for each 64 of them, which may be quantised again."""
+    """Flat: two codes a byte, a scale for each 64 of them, or another power of two, which may be quantised again."""
     codes = math.prod((*lead, rows, columns))
-    blocks = -(-codes // BNB_BLOCK)
+    fitting = [-(-codes // size) for size in BNB_BLOCKS]
+    absmax = judge.members.get("absmax")
+    blocks = absmax.shape[0] if absmax and absmax.shape and absmax.shape[0] in fitting else fitting[0]
     judge.want("weight", ("U8",), (((codes + 1) // 2, 1), ((codes + 1) // 2,)))
     nested = "nested_absmax" in judge.members or "nested_quant_map" in judge.members
     judge.want("absmax", ("U8",) if nested else ("F32",), ((blocks,),))

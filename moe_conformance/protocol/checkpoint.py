@@ -1,9 +1,13 @@
-"""Checkpoints: what `remap` is given, and what it says of each tensor."""
+"""Checkpoints: what `remap` is given, and what it says of each tensor; what `load` gives of stored experts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from torch import Tensor
+
+from moe_conformance.model.storage import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,16 @@ class Target(NamedTuple):
     parameter: str
     expert: int | None = None
     shard: str | int | None = None
+
+
+class Loaded(dict[str, Tensor]):
+    """Tensors by canonical name, and how experts lie in memory that a checkpoint has quantised.
+
+    stored: by what precedes a layer's names ("layers.0."), a QuantSpec without activations and the tensors of
+    `QuantSpec.tensors("experts", ...)` but for biases, which mean the same numbers. Layers whose matrices are not all
+    in one form that a QuantSpec says have none. An engine that gives a plain dict is judged by its numbers alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored: dict[str, tuple[QuantSpec, dict[str, Tensor]]] = {}

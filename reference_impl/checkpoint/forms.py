@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_conformance.checkpoints.forms import BNB_BLOCK, BNB_NESTED
+from moe_conformance.checkpoints.forms import BNB_BLOCKS, BNB_NESTED
 from moe_conformance.checkpoints.scheme import Kind, Scheme
 from moe_conformance.errors import CheckpointError, InputError
 from moe_conformance.model.specs import Shape
@@ -208,7 +208,7 @@ def read_bnb4(form: Form) -> Tensor:
     """Flat, the high four bits first: an entry of the map times its block's largest magnitude."""
     state = next((tensor for end, tensor in form.tensors.items() if end.startswith("quant_state")), None)
     said = json.loads(bytes(state.tolist())) if state is not None else {}
-    count, block = math.prod(form.shape), said.get("blocksize", BNB_BLOCK)
+    count, block = math.prod(form.shape), said.get("blocksize", BNB_BLOCKS[0])
     packed = form.tensors["weight"].flatten()
     codes = torch.stack([packed >> 4, packed & 15], dim=-1).flatten()[:count]
     largest = form.tensors["absmax"]

@@ -27,25 +27,13 @@ from moe_conformance.checkpoints.sorting import Matrix, Sorted
 from moe_conformance.checkpoints.whole import judge
 from moe_conformance.errors import CheckpointError, ConfigError
 from moe_conformance.model.families.naming import Piece
-from moe_conformance.model.storage import QuantSpec
+from moe_conformance.protocol.checkpoint import Loaded
 from moe_conformance.quote import few, plainly
 from moe_conformance.reference_impl.checkpoint.arrange import part, to_canonical
 from moe_conformance.reference_impl.checkpoint.canonical import Matrix as Named
 from moe_conformance.reference_impl.checkpoint.canonical import Packed, Place, deinterleaved, of_layer, packed
 from moe_conformance.reference_impl.checkpoint.forms import Form, numbers
 from moe_conformance.reference_impl.checkpoint.places import Layer
-
-
-class Loaded(dict[str, Tensor]):
-    """Tensors by canonical name. stored: by what precedes a layer's names, its experts as they lie in memory.
-
-    That is a QuantSpec and the tensors of `QuantSpec.tensors("experts", ...)`. Layers whose matrices are not all in one
-    form that a QuantSpec says have none.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stored: dict[str, tuple[QuantSpec, dict[str, Tensor]]] = {}
 
 
 class Placed(NamedTuple):

@@ -126,22 +126,26 @@ BESIDE = tuple(
 )
 
 
-def _stored(form: str, family: str, layout: str, tier: str, left: tuple[str, ...]) -> Case:
-    """left: which experts or projections were left as floats."""
+def _stored(form: str, family: str, layout: str, tier: str, left: tuple[str, ...], width: int = 0) -> Case:
+    """left: which experts or projections were left as floats. width: of experts that tiles and groups do not divide."""
     recipe = {"stored": form, "codes": FORMS[form][0], "model_type": family, "layout": layout, "left": left}
+    recipe |= {"width": width} if width else {}
     place = "mixed" if left else layout
     tail = "-" + "-".join(name.strip(".").replace(".", "-").replace("_", "-") for name in left) if left else ""
+    tail += f"-of-{width}" if width else ""
     is_published = family != "granitemoe" or (layout == "split" and FORMS[form][1]["quant_method"] in SPLITS)
     lenient = "" if is_published else "no release of a packed family lies so, and this one may be refused by name"
     if form == "fp8-block-e8m0":
         lenient = "DeepSeek-V4 alone was published with scales of that name, and this one may be refused by name"
+    if width:
+        lenient = "no release has experts that a tile or group is cut at"
     return Case(f"load-stored-{form}-{place}{tail}", "load", "load.stored", recipe, tier, lenient)
 
 
 # Quantisers that split packed experts: sglang#37679, vllm#54047.
 SPLITS = ("compressed-tensors", "modelopt")
 # What each form looks like by expert is judged in every run, one of its kind.
-_CORE = ("fp8-block", "int4-packed-zero", "gptq", "nvfp4", "nvfp4-modelopt")
+_CORE = ("fp8-block", "fp8-number", "int4-packed-zero", "gptq", "gptq-in-order", "nvfp4", "nvfp4-modelopt")
 STORED = tuple(
     _stored(form, family, layout, tier, left)
     for form, family, layout, tier, left in (
@@ -156,6 +160,18 @@ STORED = tuple(
         ("fp8-channel", "qwen3_moe", "by-expert", "full", ("down_proj",)),
         ("int4-packed", "qwen3_moe", "by-expert", "full", ("experts.3.",)),
         ("nvfp4", "qwen3_moe", "by-expert", "full", ("experts.0.", "experts.2.")),
+    )
+    if family in RECORDS
+) + tuple(
+    _stored(form, family, layout, "core" if form == "fp8-block" else "full", (), width)
+    for form, family, layout, width in (
+        ("fp8-block", "qwen3_moe", "by-expert", 40),
+        ("fp8-block", "granitemoe", "packed", 40),
+        ("mxfp8", "qwen3_moe", "by-expert", 40),
+        ("mxfp4", "qwen3_moe", "by-expert", 40),
+        ("nvfp4", "qwen3_moe", "by-expert", 40),
+        ("int4-packed-zero", "qwen3_moe", "by-expert", 36),
+        ("int8-packed-zero", "qwen3_moe", "by-expert", 38),
     )
     if family in RECORDS
 )

@@ -110,16 +110,23 @@ FORMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "fp8-block-e8m0": ("fp8_e4m3", {**_TILES, "activation_scheme": "dynamic", "scale_fmt": "ue8m0"}),
     "fp8-channel": ("fp8_e4m3", _compressed("float-quantized", 8, "float", "channel")),
     "fp8-tensor": ("fp8_e4m3", {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "fp8-number": ("fp8_e4m3", _compressed("float-quantized", 8, "float", "tensor")),
     "mxfp8": ("fp8_e4m3", _compressed("mxfp8-quantized", 8, "float", "group", group_size=32)),
     "int8-channel": ("int8", _compressed("int-quantized", 8, "int", "channel")),
     "int4-packed": ("int4", _compressed("pack-quantized", 4, "int", "group", **_GROUPS)),
     "int4-packed-zero": ("int4", _compressed("pack-quantized", 4, "int", "group", **_GROUPS, symmetric=False)),
+    "int4-packed-row": ("int4", _compressed("pack-quantized", 4, "int", "channel")),
+    "int4-packed-order": ("int4", _compressed("pack-quantized", 4, "int", "group", **_GROUPS, actorder="group")),
+    "int8-packed-zero": ("int8", _compressed("pack-quantized", 8, "int", "group", **_GROUPS, symmetric=False)),
     "int8-packed": ("int8", _compressed("pack-quantized", 8, "int", "group", **_GROUPS)),
     "gptq": ("int4", {"quant_method": "gptq", **_OLD, "desc_act": True, "sym": False, "checkpoint_format": "gptq"}),
     "gptq-v2": (
         "int4",
         {"quant_method": "gptq", **_OLD, "desc_act": True, "sym": False, "checkpoint_format": "gptq_v2"},
     ),
+    "gptq-in-order": ("int4", {"quant_method": "gptq", **_OLD, "desc_act": False, "sym": False}),
+    "gptq-row": ("int4", {"quant_method": "gptq", "bits": 4, "group_size": -1, "desc_act": False, "sym": False}),
+    "gptq-int8": ("int8", {"quant_method": "gptq", "bits": 8, "group_size": 8, "desc_act": False, "sym": False}),
     "awq": ("int4", {"quant_method": "awq", **_OLD, "version": "gemm", "zero_point": True}),
     "auto-round": ("int4", {"quant_method": "auto-round", **_OLD, "data_type": "int"}),
     "torchao-int8": ("int8", _torchao("Int8WeightOnlyConfig")),
@@ -129,14 +136,20 @@ FORMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "nvfp4": ("nvfp4", _compressed("nvfp4-pack-quantized", 4, "float", "tensor_group", group_size=16)),
     "nvfp4-modelopt": ("nvfp4", {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
     "bnb-nf4": ("nf4", {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    "bnb-nf4-plain": ("nf4", {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
     "bnb-int8": ("int8", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
 }
+# Of these a QuantSpec says nothing: columns in an order of their own, and blocks that know no rows.
+NUMBERS_ALONE = frozenset(("gptq", "gptq-v2", "int4-packed-order", "bnb-nf4", "bnb-nf4-plain"))
 
 
-def config_of(family: str, form: str, left: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def config_of(
+    family: str, form: str, left: tuple[str, ...], width: int = WIDTH
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """config.json, and hf_quant_config.json where ModelOpt wrote one. left: modules that were left as they were."""
     said = dict(FORMS[form][1])
-    config = {**_SIZES, "model_type": family, **FAMILIES[family].config, "dtype": "bfloat16"}
+    own = {key: width if value == WIDTH else value for key, value in FAMILIES[family].config.items()}
+    config = {**_SIZES, "model_type": family, **own, "dtype": "bfloat16"}
     modelopt = None
     if said["quant_method"] == "modelopt":
         algorithm = said["quant_algo"]

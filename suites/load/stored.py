@@ -101,6 +101,12 @@ def mxfp8(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
     return {"weight": weight, "weight_scale": scale.view(torch.uint8)}, numbers
 
 
+def fp8_number(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    """compressed-tensors', one scale a tensor: an array of one."""
+    parts, numbers = fp8_tensor(shape, seed)
+    return {"weight": parts["weight"], "weight_scale": parts["weight_scale"].reshape(*shape[:-2], 1)}, numbers
+
+
 def int8_channel(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
     codes, scale = integers(shape, seed, 128, -128).to(torch.int8), scales((*shape[:-1], 1), f"{seed} scale")
     return {"weight": codes, "weight_scale": scale}, codes.double() * scale.double()
@@ -129,29 +135,40 @@ def auto_round(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
 
 
 def grouped(shape: Shape, seed: str, size: int, wide: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, zero points and scales of groups of columns, [.., rows, groups]."""
-    count = (*shape[:-1], -(-shape[-1] // wide))
+    """Codes, zero points and scales of groups of columns, [.., rows, groups]; wide: 0 for one group a row."""
+    count = (*shape[:-1], -(-shape[-1] // (wide or shape[-1])))
     zeros = integers(count, f"{seed} zero", 2**size - 1, 1)
     return integers(shape, seed, 2**size), zeros, scales(count, f"{seed} scale", torch.float16)
 
 
-def packed(shape: Shape, seed: str, symmetric: bool, size: int = 4) -> tuple[Parts, Tensor]:
-    """compressed-tensors' pack-quantized."""
-    codes, zeros, scale = grouped(shape, seed, size, GROUP)
+def ordered(columns: int, seed: str, wide: int) -> Tensor:
+    """The group of each column, columns by their importance."""
+    return (bits((columns,), f"{seed} order").argsort() // wide).to(torch.int32)
+
+
+def packed(
+    shape: Shape, seed: str, symmetric: bool, size: int = 4, wide: int = GROUP, order: bool = False
+) -> tuple[Parts, Tensor]:
+    """compressed-tensors' pack-quantized. wide: of a group, 0 for one a row. order: groups have an order of columns."""
+    codes, zeros, scale = grouped(shape, seed, size, wide)
     zeros = torch.full_like(zeros, 2 ** (size - 1)) if symmetric else zeros
-    numbers = (codes - spread(zeros, shape, 1, GROUP)) * spread(scale, shape, 1, GROUP)
+    index = ordered(shape[-1], seed, wide) if order else torch.arange(shape[-1]) // (wide or shape[-1])
+    numbers = (codes - zeros[..., index.long()]).double() * scale.double()[..., index.long()]
     parts = {"weight_packed": words(codes, -1, size), "weight_scale": scale, "weight_shape": torch.tensor(shape[-2:])}
+    parts |= {"weight_g_idx": index} if order else {}
     return parts | ({} if symmetric else {"weight_zero_point": words(zeros, -2, size)}), numbers
 
 
-def gptq(shape: Shape, seed: str, less: int = 1) -> tuple[Parts, Tensor]:
-    """AutoGPTQ's, columns in the order of their importance. less: what a stored zero point lacks."""
-    codes, zeros, scale = grouped(shape, seed, 4, GROUP)
-    index = (bits((shape[-1],), f"{seed} order").argsort() // GROUP).to(torch.int32)
+def gptq(
+    shape: Shape, seed: str, less: int = 1, size: int = 4, wide: int = GROUP, order: bool = True
+) -> tuple[Parts, Tensor]:
+    """AutoGPTQ's, columns in the order of their importance, or in their own. less: what a stored zero point lacks."""
+    codes, zeros, scale = grouped(shape, seed, size, wide)
+    index = ordered(shape[-1], seed, wide) if order else (torch.arange(shape[-1]) // (wide or shape[-1])).int()
     numbers = (codes - zeros[..., index.long()]).double() * scale.double()[..., index.long()]
     parts = {
-        "qweight": words(codes.mT, -2, 4),
-        "qzeros": words((zeros - less).mT, -1, 4),
+        "qweight": words(codes.mT, -2, size),
+        "qzeros": words((zeros - less).mT, -1, size),
         "scales": scale.mT.contiguous(),
         "g_idx": index,
     }
@@ -196,23 +213,25 @@ def nvfp4(shape: Shape, seed: str, modelopt: bool) -> tuple[Parts, Tensor]:
     return parts, numbers / whole.double().reshape(*shape[:-2], 1, 1)
 
 
-def bnb4(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
-    """Scales of blocks of 64 are codes themselves, of a map of 256, around a mean."""
+def bnb4(shape: Shape, seed: str, block: int = 64, nested: bool = True) -> tuple[Parts, Tensor]:
+    """A scale for each block of codes; nested: it is a code itself, of a map of 256, around a mean."""
     count = math.prod(shape)
-    codes, blocks = integers((count,), seed, 16), count // 64
-    absmax, mean = integers((blocks,), f"{seed} absmax", 256).to(torch.uint8), 0.0625
-    entries, nested = normal((256,), "map", std=0.25), scales((-(-blocks // 256),), f"{seed} nested")
-    largest = entries.double()[absmax.long()] * nested.double()[torch.arange(blocks) // 256] + mean
-    state = {"quant_type": "nf4", "blocksize": 64, "nested_blocksize": 256, "nested_offset": mean, "shape": shape}
-    parts = {
+    codes, blocks = integers((count,), seed, 16), count // block
+    state = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": shape}
+    largest = scales((blocks,), f"{seed} absmax")
+    parts = {"weight.absmax": largest}
+    if nested:
+        absmax, mean = integers((blocks,), f"{seed} absmax", 256).to(torch.uint8), 0.0625
+        entries, above = normal((256,), "map", std=0.25), scales((-(-blocks // 256),), f"{seed} nested")
+        largest = entries.double()[absmax.long()] * above.double()[torch.arange(blocks) // 256] + mean
+        state |= {"nested_blocksize": 256, "nested_offset": mean, "nested_dtype": "float32"}
+        parts = {"weight.absmax": absmax, "weight.nested_absmax": above, "weight.nested_quant_map": entries}
+    parts |= {
         "weight": (codes[0::2] << 4 | codes[1::2]).to(torch.uint8)[:, None],
-        "weight.absmax": absmax,
         "weight.quant_map": torch.tensor(NF4),
-        "weight.nested_absmax": nested,
-        "weight.nested_quant_map": entries,
         "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
     }
-    numbers = torch.tensor(NF4).double()[codes] * largest[torch.arange(count) // 64]
+    numbers = torch.tensor(NF4).double()[codes] * largest.double()[torch.arange(count) // block]
     return parts, numbers.reshape(shape)
 
 
@@ -226,13 +245,20 @@ ENCODED: Mapping[str, Callable[[Shape, str], tuple[Parts, Tensor]]] = {
     "fp8-block-e8m0": fp8_block_e8m0,
     "fp8-channel": fp8_channel,
     "fp8-tensor": fp8_tensor,
+    "fp8-number": fp8_number,
     "mxfp8": mxfp8,
     "int8-channel": int8_channel,
     "int4-packed": lambda shape, seed: packed(shape, seed, True),
     "int4-packed-zero": lambda shape, seed: packed(shape, seed, False),
+    "int4-packed-row": lambda shape, seed: packed(shape, seed, True, wide=0),
+    "int4-packed-order": lambda shape, seed: packed(shape, seed, True, order=True),
     "int8-packed": lambda shape, seed: packed(shape, seed, True, 8),
+    "int8-packed-zero": lambda shape, seed: packed(shape, seed, False, 8),
     "gptq": gptq,
     "gptq-v2": lambda shape, seed: gptq(shape, seed, 0),
+    "gptq-in-order": lambda shape, seed: gptq(shape, seed, order=False),
+    "gptq-row": lambda shape, seed: gptq(shape, seed, wide=0, order=False),
+    "gptq-int8": lambda shape, seed: gptq(shape, seed, size=8, order=False),
     "awq": awq,
     "auto-round": auto_round,
     "torchao-int8": lambda shape, seed: torchao(shape, seed, "int8"),
@@ -242,6 +268,7 @@ ENCODED: Mapping[str, Callable[[Shape, str], tuple[Parts, Tensor]]] = {
     "nvfp4": lambda shape, seed: nvfp4(shape, seed, False),
     "nvfp4-modelopt": lambda shape, seed: nvfp4(shape, seed, True),
     "bnb-nf4": bnb4,
+    "bnb-nf4-plain": lambda shape, seed: bnb4(shape, seed, 128, nested=False),
     "bnb-int8": bnb8,
 }
 
@@ -250,7 +277,8 @@ def write(folder: Path, recipe: Mapping[str, Any], seed: str = "stored") -> dict
     """Write the folder of a case, and return what a load must give: float64 for stored weights, others as they are."""
     form, family, layout, left = (recipe[key] for key in ("stored", "model_type", "layout", "left"))
     names = FAMILIES[family]
-    config, modelopt = config_of(family, form, left)
+    width = recipe.get("width", WIDTH)
+    config, modelopt = config_of(family, form, left, width)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     if modelopt is not None:
         (folder / "hf_quant_config.json").write_text(json.dumps(modelopt, indent=2))
@@ -260,7 +288,7 @@ def write(folder: Path, recipe: Mapping[str, Any], seed: str = "stored") -> dict
         block, out = f"model.layers.{layer}.{names.block}", f"layers.{layer}"
         for name, shape in names.router.items():
             named[f"{block}{name}"] = want[f"{out}.{names.canonical[name]}"] = normal(shape, f"{seed} {layer} {name}")
-        w13, w2 = (EXPERTS, 2 * WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)
+        w13, w2 = (EXPERTS, 2 * width, HIDDEN), (EXPERTS, HIDDEN, width)
         if layout == "packed":
             matrices = {names.packed[0]: (w13, "w13", names.interleaved), names.packed[1]: (w2, "w2", False)}
             for name, (shape, target, interleaved) in matrices.items():
