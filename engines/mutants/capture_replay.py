@@ -289,6 +289,13 @@ class ReaderTakesMemoryAlong(_WithParts):
             return HostReader(address)
 
 
+class StoreTakesTheFirstIdBeyond(_WithParts):
+    class store(HostStore):
+        def __init__(self, spec: CaptureSpec) -> None:
+            super().__init__(spec)
+            self.experts += 1
+
+
 class WritesLayersWithoutLock(_WithParts):
     class store(HostStore):
         def write(self, slots: Sequence[int], rows: Tensor) -> None:
@@ -436,6 +443,12 @@ MUTANTS = (
         "keeps 8 bits of an id on the host",
         "store-narrow-e257",
         "every_expert_id_survives_the_store",
+    ),
+    _mutant(
+        StoreTakesTheFirstIdBeyond,
+        "keeps the first id that no expert has on the host",
+        "store-expert-one-past",
+        "expert_ids_that_do_not_fit_the_store_are_refused",
     ),
     _mutant(
         NoneIsTheLastOf256,

@@ -90,7 +90,7 @@ FEATURES: tuple[Feature, ...] = (
         "batches with such pairs",
     ),
     Feature(
-        ("align", "experts", "block", "capture_session", "shard"),
+        ("align", "experts", "block", "capture_session", "capture_store", "shard"),
         "expert_bounds",
         "ids that name no expert are checked, and refused or ignored; an engine may trust its own router instead",
         "ids outside [0, E)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,3 +91,17 @@ def every_id(experts: int, top_k: int) -> Tensor:
     """[n, L, K]: all ids in turn, each layer from another one on; those of a row differ."""
     row = torch.arange(-(-experts // top_k))[:, None, None] * top_k
     return (row + 300 * torch.arange(LAYERS)[:, None] + torch.arange(top_k)) % experts
+
+
+def refused_or_kept(engine: Engine, stage: str, what: str, write_and_read: Callable[[], Tensor], given: Tensor) -> None:
+    """An engine that declares no bounds may also give the ids back as they came."""
+    if "expert_bounds" in engine.capabilities()[stage]:
+        compare.refused(what, write_and_read)
+        return
+    try:
+        got = write_and_read()
+    except Unsupported:
+        raise
+    except Exception:
+        return
+    compare.equal(f"{what}, which was neither refused nor kept", got, given)

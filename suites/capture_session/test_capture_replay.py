@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from contextlib import closing
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import Engine
-from moe_conformance.errors import Unsupported
 from moe_conformance.judging import compare
 from moe_conformance.judging.inputs import poison_
 from moe_conformance.suites.capture_session.cases import (
@@ -34,6 +32,7 @@ from moe_conformance.suites.capture_session.steps import (
     ids_at_the_edges,
     ids_of,
     record_of,
+    refused_or_kept,
     spec_of,
     unreadable,
 )
@@ -104,23 +103,11 @@ def test_expert_ids_that_do_not_fit_are_refused(engine: Engine, case: Case) -> N
     with closing(OnlyRank(engine, spec_of(5, case["experts"]))) as session:
         session.capture_step(0, 5)
         # Capturing must not wait for a device, so an engine may notice as late as it is asked for the record.
-        refused_or_kept(engine, f"expert id {case['expert_id']} of {case['experts']}", capture_and_read, ids[3])
+        refused_or_kept(
+            engine, "capture_session", f"expert id {case['expert_id']} of {case['experts']}", capture_and_read, ids[3]
+        )
         session.capture_step(2, 5)
         compare.equal("record of the step after the refusal", session.read(5), record_of(2, 5))
-
-
-def refused_or_kept(engine: Engine, what: str, capture_and_read: Callable[[], Tensor], given: Tensor) -> None:
-    """An engine that declares no bounds may also give the ids back as they came."""
-    if "expert_bounds" in engine.capabilities()["capture_session"]:
-        compare.refused(what, capture_and_read)
-        return
-    try:
-        got = capture_and_read()
-    except Unsupported:
-        raise
-    except Exception:
-        return
-    compare.equal(f"{what}, which was neither refused nor kept", got, given)
 
 
 @check(NARROW + MANY_EXPERTS)

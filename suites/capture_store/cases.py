@@ -30,6 +30,16 @@ BOUNDS = tuple(
     _store(f"slot-{name}", "capture.bounds", slot=slot)
     for name, slot in {"minus-one": -1, "one-past": 11, "far-past": 4000}.items()
 )
+# As a session's: ids that narrowing would make legal, and the first that is none.
+EXPERT_BOUNDS = tuple(
+    _store(f"expert-{name}", "capture.bounds", experts=experts, expert_id=expert_id, needs=needs)
+    for name, experts, expert_id, needs in (
+        ("one-past", 250, 250, ("expert_bounds",)),
+        ("minus-two", 250, -2, ("expert_bounds",)),
+        ("two-to-8", 250, 2**8 + 7, ()),
+        ("two-to-16", 40000, 2**16 + 7, ()),
+    )
+)
 
 CASES = (
     *READER,
@@ -42,4 +52,5 @@ CASES = (
     *NARROW_NONE,
     *UNWRITTEN,
     *BOUNDS,
+    *EXPERT_BOUNDS,
 )

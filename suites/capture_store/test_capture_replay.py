@@ -12,9 +12,16 @@ from moe_conformance.catalogue.case import Case, check
 from moe_conformance.engine import CaptureReader, CaptureSpec, Engine
 from moe_conformance.errors import Nonconformance, Unsupported
 from moe_conformance.judging import compare
-from moe_conformance.suites.capture_session.steps import ids_at_the_edges, record_of, spec_of, unreadable
+from moe_conformance.suites.capture_session.steps import (
+    ids_at_the_edges,
+    record_of,
+    refused_or_kept,
+    spec_of,
+    unreadable,
+)
 from moe_conformance.suites.capture_store.cases import (
     BOUNDS,
+    EXPERT_BOUNDS,
     NARROW,
     NARROW_NONE,
     OWNER_CLOSES,
@@ -186,3 +193,22 @@ def test_slots_out_of_range_are_refused(engine: Engine, case: Case) -> None:
         compare.refused(f"writing slots 2 and {case['slot']}", lambda: store.write([2, case["slot"]], want[:2].int()))
         compare.refused(f"reading slot {case['slot']}", lambda: read_slots(engine, store.address, [case["slot"]]))
         compare.equal("slots after the refusal", read_slots(engine, store.address, everything), want)
+
+
+@check(EXPERT_BOUNDS)
+def test_expert_ids_that_do_not_fit_the_store_are_refused(engine: Engine, case: Case) -> None:
+    """Nothing of the write is kept then."""
+    want, rows = record_of(0, len(SLOTS)), record_of(1, len(SLOTS))
+    rows[3, 1, 2] = case["expert_id"]
+    with closing(engine.capture_store(spec_of(11, case["experts"]))) as store:
+        store.write(SLOTS, want.int())
+
+        def write_and_read() -> Tensor:
+            try:
+                store.write(SLOTS, rows)
+            except Exception:
+                compare.equal("slots after the refusal", read_slots(engine, store.address, SLOTS), want)
+                raise
+            return read_slots(engine, store.address, SLOTS)
+
+        refused_or_kept(engine, "capture_store", f"expert id {case['expert_id']}", write_and_read, rows)
