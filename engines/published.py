@@ -43,6 +43,14 @@ def record_of(config: Level) -> Any:
     return None
 
 
+def leveled(record: Any, config: Level) -> dict[str, Any]:
+    """The same with the text model where transformers has it, if it is where published config.json files do."""
+    found, level = dict(config), LEVELS.get(record.model_type, "")
+    if record.wrapper is not None and level in found and record.wrapper.path[0] not in found:
+        found[record.wrapper.path[0]] = found.pop(level)
+    return found
+
+
 def is_flat(record: Any, config: Level) -> bool:
     """Whether the top level of the config is the one that describes the experts."""
     return record.wrapper is None or not any(key in config for key in record.wrapper.path)
@@ -174,11 +182,12 @@ def _of_layers(kind: str, key: str) -> Callable[[Level], list[int]]:
 COUNTED = frozenset(
     {
         *("axk1", "bailing_hybrid", "deepseek_ocr2_text", "deepseek_v32", "glm4_moe_lite", "glm5_next_text"),
-        *("glm_moe_dsa", "hy_v3", "inkling_text", "kimi_linear"),
+        *("glm_moe_dsa", "hy_v3", "inkling_text", "kimi_linear", "unlimited_ocr_text"),
     }
 )
 PROJECTOR = {"projector_type": "linear", "input_dim": 32, "n_embed": 32}
 INDEXED = {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 64}
+LATENT = {"q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32}
 # By model type, keys that its published configs have, with their value or how it follows from the others; None for keys
 # that they do not have.
 KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
@@ -193,6 +202,8 @@ KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
         "scoring_func": "sqrtsoftplus",
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
+        "vocab_size": 64,
+        "swiglu_limit": 10.0,
         "hc_mult": 4,
         "hc_eps": 1e-6,
         "hc_sinkhorn_iters": 20,
@@ -205,9 +216,9 @@ KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
         **INDEXED,
     },
     "deepseek_ocr2_text": {"architectures": ["DeepseekV2ForCausalLM"], "use_mla": False},
-    "deepseek_v32": {"first_k_dense_replace": _leading_dense, **INDEXED},
+    "deepseek_v32": {"first_k_dense_replace": _leading_dense, **LATENT, **INDEXED},
     "glm4_moe": {"head_dim": _head_dim},
-    "glm4_moe_lite": {"first_k_dense_replace": _leading_dense},
+    "glm4_moe_lite": {"first_k_dense_replace": lambda level: 1 if (k := _leading_dense(level)) is None else k},
     "glm4v_moe_text": {"head_dim": _head_dim, "use_qk_norm": False},
     "glm5_next_text": {
         "first_k_dense_replace": _leading_dense,
@@ -215,8 +226,9 @@ KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
         "mla_use_nope": True,
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
+        "indexer_rope_interleave": True,
     },
-    "glm_moe_dsa": {"first_k_dense_replace": _leading_dense, **INDEXED},
+    "glm_moe_dsa": {"first_k_dense_replace": _leading_dense, **LATENT, **INDEXED},
     "hy_v3": {
         "first_k_dense_replace": _leading_dense,
         "expert_hidden_dim": lambda level: level["moe_intermediate_size"],
@@ -242,6 +254,12 @@ KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
         "hybrid_layer_pattern": _of_layers("sliding_attention", "layer_types"),
         "layernorm_epsilon": 1e-5,
         "moe_layer_freq": _of_layers("sparse", "mlp_layer_types"),
+        "sliding_window_size": lambda level: level.get("sliding_window") or 16,
+        "attention_bias": False,
+        "swa_num_attention_heads": lambda level: level["num_attention_heads"],
+        "swa_num_key_value_heads": lambda level: level["num_key_value_heads"],
+        "swa_head_dim": lambda level: level.get("head_dim") or _head_dim(level),
+        "swa_v_head_dim": lambda level: level.get("v_head_dim") or level.get("head_dim") or _head_dim(level),
     },
     "minimax_m3_vl_text": {"moe_layer_freq": _of_layers("sparse", "mlp_layer_types")},
     "step3p5": {
@@ -254,6 +272,7 @@ KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "qwen4_exp_text": {"output_gate_type": "silu"},
     "sarvam_moe": {"embedding_dropout": 0.0, "score_function": "sigmoid", "use_bias": False},
+    "unlimited_ocr_text": {"n_group": 1, "topk_group": 1},
 }
 # The same, of keys that transformers does not read and that have one value in all published configs.
 ONLY: Mapping[str, Mapping[str, Any]] = {

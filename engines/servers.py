@@ -182,6 +182,14 @@ def routers(
                     yield setting, answer[1].spec, answer[1].config
 
 
+def gone(words: Mapping[str, Mapping[str, str]], offered: Mapping[str, frozenset[str]]) -> dict[str, Mapping[str, str]]:
+    """Of what a server has nothing of, by stage and word with the reason, what this release does not offer either."""
+    return {
+        stage: {word: why for word, why in words[stage].items() if word not in offered[stage]}
+        for stage in words.keys() & offered.keys()
+    }
+
+
 def only_elsewhere(server: str, offered: frozenset[str], owns: Callable[[Any], bool]) -> dict[str, str]:
     """The other features of routing that no family takes which a server has a model of, with the families that do.
 

@@ -53,6 +53,25 @@ PACKAGES = {
     "tiktoken": "tiktoken", "transformers": "transformers", "triton": "triton", "uvicorn": "uvicorn",
     "uvloop": "uvloop", "zmq": "pyzmq",
 }  # fmt: skip
+_TRUSTED = "ids come from SGLang's own router, and no kernel looks at them again"
+_EQUAL = "SGLang's expert layer asserts that ranks divide the experts"
+_ADDED = "what identity experts pass on is added by LongCat's block, beside its expert layer"
+# By stage and word, what it has nothing of.
+GONE: Mapping[str, Mapping[str, str]] = {
+    "describe": {
+        "layers": "SGLang describes nowhere what a layer computes",
+        "refusals": "what a config does not say has the default of its class; SGLang looks no further",
+    },
+    "capture_session": {
+        "expert_bounds": _TRUSTED,
+        "sequence_gathered": "SGLang's servers send no rows gathered with each slice's padding",
+    },
+    "align": {"expert_bounds": _TRUSTED},
+    "block": {"expert_bounds": _TRUSTED},
+    "experts": {"expert_bounds": _TRUSTED, "identity_experts": _ADDED},
+    "shard": {"expert_bounds": _TRUSTED, "idle_ranks": _EQUAL, "identity_experts": _ADDED},
+    "expert_map": {"idle_ranks": _EQUAL},
+}
 
 
 class SGLang(Engine):
@@ -136,19 +155,15 @@ class SGLang(Engine):
         return self._offered
 
     def absent(self) -> Mapping[str, Mapping[str, str]]:
-        """How only families route that its registry has no class of; layers' descriptions; a layout of rows."""
+        """How only families route that its registry has no class of, and what it leaves to others."""
         from moe_conformance.engines import servers
         from moe_conformance.engines.sglang import models
 
-        said = {
-            "describe": {"layers": "SGLang describes nowhere what a layer computes"},
-            "capture_session": {
-                "sequence_gathered": "SGLang's servers send no rows gathered with each slice's padding"
-            },
-        }
-        found = {stage: reasons for stage, reasons in said.items() if stage in self._offered}
+        found = servers.gone(GONE, self._offered)
         for stage in sorted({"route", "router_module"} & self._offered.keys()):
-            found[stage] = servers.only_elsewhere("SGLang", self._offered[stage], models.has)
+            found[stage] = {
+                **found.get(stage, {}), **servers.only_elsewhere("SGLang", self._offered[stage], models.has)
+            }  # fmt: skip
         return found
 
     def _want(self, stage: str) -> None:

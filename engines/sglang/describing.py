@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_conformance.engine import DenseModelError, MoESpec, Unsupported
+from moe_conformance.engine import Absent, DenseModelError, MoESpec, Unsupported
 from moe_conformance.engines import published, servers
 from moe_conformance.engines.servers import MoELayer
 from moe_conformance.engines.sglang import models, runtime
@@ -53,8 +53,8 @@ def _described(text: str) -> MoESpec:
         written = _of_no_family(values)
     else:
         record, written = models.as_published(values, falls=True)
-        if published.is_lossy(record, values) or _is_lossy(record.model_type, values):
-            raise Unsupported(
+        if published.is_lossy(record, published.leveled(record, values)) or _is_lossy(record.model_type, values):
+            raise Absent(
                 f"describe: config.json of {record.model_type} says how many of the first layers are dense, and those "
                 "of this config are not the first; SGLang reads no list of them"
             )

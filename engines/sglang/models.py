@@ -220,6 +220,7 @@ def as_published(config: Mapping[str, Any], falls: bool = False) -> tuple[Any, d
         raise Unsupported(f"SGLang: no family is known of model type {config.get('model_type')!r}")
     if (form := FORMATS.get(record.model_type)) is not None:
         raise Unsupported(f"SGLang's {architecture(record)} reads checkpoints of another form: {form}")
+    config = published.leveled(record, config)
     flat = published.is_flat(record, config)
     name = architecture(record, flat)
     if falls and falls_back(record.model_type):
@@ -227,7 +228,7 @@ def as_published(config: Mapping[str, Any], falls: bool = False) -> tuple[Any, d
     if name is None:
         raise Absent(f"SGLang has no {' or '.join(architectures(record, flat))}")
     register(name)
-    values = published.config(record, name, copy.deepcopy(dict(config)))
+    values = published.config(record, name, copy.deepcopy(config))
     level = values
     if not published.is_flat(record, values):
         for key in record.wrapper.path:

@@ -127,15 +127,15 @@ class VLLM(Engine):
     def absent(self) -> Mapping[str, Mapping[str, str]]:
         """How only families route that its registry has no model of; whether it has one of a family, each call tells.
 
-        And a description of layers: what its expert layers and its models' interface for balancing say is sizes.
+        And what it leaves to others, or does in one way alone.
         """
+        from moe_conformance.engines import servers
         from moe_conformance.engines.vllm import registry
 
-        routers = sorted({"route", "router_module"} & self._offered.keys())
-        layers = "vLLM describes the sizes of expert layers, and nowhere what they compute"
-        return {"describe": {"layers": layers}} | {
-            stage: registry.only_elsewhere(self._offered[stage]) for stage in routers
-        }
+        gone = servers.gone(GONE, self._offered)
+        for stage in sorted({"route", "router_module"} & self._offered.keys()):
+            gone[stage] = {**gone.get(stage, {}), **registry.only_elsewhere(self._offered[stage])}
+        return gone
 
     def _want(self, stage: str) -> None:
         if stage not in self._offered:
@@ -268,6 +268,29 @@ class VLLM(Engine):
         from moe_conformance.engines.vllm import generating as stage
 
         return stage.generate(inputs)
+
+
+_TRUSTED = "ids come from vLLM's own router, and no kernel looks at them again"
+_MORE_RANKS = "vLLM's models refuse more ranks than experts"
+# By stage and word, what it has nothing of.
+GONE: Mapping[str, Mapping[str, str]] = {
+    "describe": {
+        "layers": "vLLM describes the sizes of expert layers, and nowhere what they compute",
+        "refusals": "what a config does not say has the default of its class; vLLM looks no further",
+    },
+    "capture_session": {"expert_bounds": _TRUSTED},
+    "capture_store": {"expert_bounds": _TRUSTED},
+    "align": {"expert_bounds": _TRUSTED},
+    "block": {"expert_bounds": _TRUSTED},
+    "experts": {"expert_bounds": _TRUSTED},
+    "shard": {"expert_bounds": _TRUSTED, "idle_ranks": _MORE_RANKS},
+    "expert_map": {"idle_ranks": _MORE_RANKS},
+    "layer": {"traceable": "vLLM's layer is a module that is built around its weights; no call takes them"},
+    "update": {
+        "parts": "a session of vLLM's reload has all tensors of a layer",
+        "replaced": "vLLM's loaders write into the tensors that are there",
+    },
+}
 
 
 def _describe() -> frozenset[str]:

@@ -56,7 +56,7 @@ def _described(text: str) -> MoESpec:
     if published.record_of(values) is None:
         return _of_no_family(values)
     record, written = models.as_published(values)
-    if published.is_lossy(record, values) and not registry.reads(record, "mlp_layer_types"):
+    if published.is_lossy(record, published.leveled(record, values)) and not registry.reads(record, "mlp_layer_types"):
         raise Absent(
             f"describe: config.json of {record.model_type} says how many of the first layers are dense, and those of "
             "this config are not the first; vLLM reads no list of them"
@@ -81,12 +81,13 @@ def _of_folder(folder: Path, model_type: str) -> MoESpec:
 
 
 def _built(folder: Path) -> models.Built:
-    """The model without memory; one that has no experts for a CPU as it is on a GPU."""
+    """The model without memory; one that has no experts for a CPU as it is on a GPU, or in the dtype that it wants."""
     refused = []
-    for platform in block.PLATFORMS[:2]:
+    here, gpu, *_ = block.PLATFORMS
+    for platform, dtype in ((here, torch.float32), (gpu, torch.float32), (here, torch.bfloat16)):
         try:
-            with block.as_on(platform, torch.float32):
-                return models.build(folder, torch.float32, runs=False, where="meta")
+            with block.as_on(platform, dtype):
+                return models.build(folder, dtype, runs=False, where="meta")
         except Unsupported as refusal:
             refused.append(refusal)
     raise all_of(refused)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import os
 import re
 import sys
 import tempfile
@@ -66,11 +67,14 @@ def as_published(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     record = published.record_of(config)
     if record is None:
         raise Unsupported(f"vLLM: no family is known of model type {config.get('model_type')!r}")
+    config = published.leveled(record, config)
     flat = published.is_flat(record, config)
     name = registry.architecture(record, flat)
     if name is None:
         raise Absent(registry.lacking(record, flat))
-    values = published.config(record, name, copy.deepcopy(dict(config)))
+    values = published.config(record, name, copy.deepcopy(config))
+    if not values.get("model_type"):
+        raise Absent(f"vLLM serves checkpoints, and no config.json is a {name}'s: it has no model type")
     for level in (values, values.get("text_config")):
         if isinstance(level, dict):
             runtime._allow_global_reads(level)
@@ -107,7 +111,8 @@ def build(folder: Path, dtype: torch.dtype, runs: bool = True, where: str = "") 
 
     config = engine_config(folder, str(dtype).removeprefix("torch."))
     place = torch.device(where or device.kind())
-    with (current if runs else runtime.building)(config, dtype), place, _beside_experts():
+    # Its backend for transformers' models switches latent attention off in the environment, for those after it, too.
+    with patch.dict(os.environ), (current if runs else runtime.building)(config, dtype), place, _beside_experts():
         try:
             model = initialize_model(config)
         except Exception as error:
@@ -162,6 +167,7 @@ def _beside_experts() -> Iterator[None]:
     What `absent` lists, and sparse attention, in whose place dense attention is made.
     """
     from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     real = current_platform.get_attn_backend_cls
 
@@ -177,6 +183,9 @@ def _beside_experts() -> Iterator[None]:
         patch.object(type(current_platform), "get_attn_backend_cls", staticmethod(dense)),
         patch.multiple(torch.cuda, Event=absent.Nothing, Stream=absent.Nothing),  # as its own worker for CPUs does
     ):
+        if hasattr(current_platform, "get_supported_vit_attn_backends"):  # models of images ask for that of a GPU
+            every = classmethod(lambda cls: list(AttentionBackendEnum))
+            beside.enter_context(patch.object(type(current_platform), "get_supported_vit_attn_backends", every))
         for (path, name), stand_in in absent.BESIDE.items():
             if (module := sys.modules.get(path)) is not None:
                 beside.enter_context(patch.object(module, name, stand_in))
