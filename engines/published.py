@@ -218,7 +218,7 @@ KEYS: Mapping[str, Mapping[str, Any | Callable[[Level], Any]]] = {
     "deepseek_ocr2_text": {"architectures": ["DeepseekV2ForCausalLM"], "use_mla": False},
     "deepseek_v32": {"first_k_dense_replace": _leading_dense, **LATENT, **INDEXED},
     "glm4_moe": {"head_dim": _head_dim},
-    "glm4_moe_lite": {"first_k_dense_replace": lambda level: 1 if (k := _leading_dense(level)) is None else k},
+    "glm4_moe_lite": {"first_k_dense_replace": _leading_dense},
     "glm4v_moe_text": {"head_dim": _head_dim, "use_qk_norm": False},
     "glm5_next_text": {
         "first_k_dense_replace": _leading_dense,

@@ -16,6 +16,7 @@ RECORD = Record(
     beside=NOAUX_TC,
     ways=NOAUX,
     block=Block(KNOBS),
-    configs=(Config("hub", dropped=("mlp_layer_types",), form="plain"),),
+    # GLM-4.7-Flash's config.json counts them.
+    configs=(Config("hub", keys={"first_k_dense_replace": 1}, dropped=("mlp_layer_types",), form="plain"),),
     tiny=Tiny("Glm4MoeLiteForCausalLM"),
 )
