@@ -83,7 +83,10 @@ AUTO_ROUND = {
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("form", AUTO_ROUND)
-def test_what_auto_round_makes_is_whole(form: str, plain: Path, tmp_path: Path) -> None:
+def test_what_auto_round_makes_is_whole(
+    form: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # it leaves a folder where it works
     auto_round = pytest.importorskip("auto_round", reason="the quantiser's own library")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
