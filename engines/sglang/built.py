@@ -105,7 +105,7 @@ class Built:
         self.layer, self.kernel = layer, kernel
         if kernel != "triton" and not layer.mlp.gated and layer.mlp.activation != "relu2":
             raise Unsupported("experts: SGLang's one model of experts without a gate has relu2")
-        with self._inside():
+        with self.inside():
             self.module = self._construct()
             with torch.no_grad():
                 self._load() if layer.divided else self._fill()
@@ -124,12 +124,13 @@ class Built:
 
         logits = torch.zeros(len(x), self.module.num_experts, device=x.device)
         routing = StandardTopKOutput(weights.float().clone(), ids.int().clone(), logits)
-        with self._inside(), refusals():
+        with self.inside(), refusals():
             found: Tensor = self.module(x.contiguous().clone(), routing)
         return found
 
     @contextlib.contextmanager
-    def _inside(self) -> Iterator[None]:
+    def inside(self) -> Iterator[None]:
+        """Inside, SGLang's modules are those of this layer's kernel, rank and dtype."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(runtime.building(self.layer.dtype))
             if self.layer.divided:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from moe_conformance.engine import ExpertsInputs
-from moe_conformance.engines.sglang import built
+from moe_conformance.engines.sglang import built, lora
 from moe_conformance.errors import Unsupported
 
 
@@ -16,7 +16,7 @@ def features() -> frozenset[str]:
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE  # noqa: F401
 
     found = {"gelu", "gelu_tanh", "relu2", "not_gated", "bias", "clamp", "swiglu_oai", "weight_on_input"}
-    return frozenset(found | {"output_scale", "dropped_ids", "expert_map", "same_bits"})
+    return frozenset(found | {"output_scale", "dropped_ids", "expert_map", "same_bits", "lora"})
 
 
 def experts(inputs: ExpertsInputs, kernels: Sequence[built.Kernel]) -> tuple[Tensor, str]:
@@ -38,4 +38,8 @@ def _experts(inputs: ExpertsInputs, kernel: built.Kernel) -> tuple[Tensor, str]:
         expert_map=inputs.expert_map,
     )  # fmt: skip
     made = built.Built(layer, kernel)
-    return made.run(inputs.x, inputs.ids, inputs.weights), made.name
+    if inputs.lora is None:
+        return made.run(inputs.x, inputs.ids, inputs.weights), made.name
+    lora.adapt(made, inputs, inputs.lora)
+    with lora.running():
+        return made.run(inputs.x, inputs.ids, inputs.weights), f"{made.name}, with FusedMoEWithLoRA"

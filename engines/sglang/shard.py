@@ -14,7 +14,7 @@ from moe_conformance.engines.sglang.refusing import refusals
 
 def features() -> frozenset[str]:
     """Not "idle_ranks": its models refuse more ranks than experts."""
-    return experts.features() - {"expert_map"} | {"shared", "tensor_parallel", "uneven_width", "replicas"}
+    return experts.features() - {"expert_map", "lora"} | {"shared", "tensor_parallel", "uneven_width", "replicas"}
 
 
 @torch.no_grad()
