@@ -10,7 +10,6 @@ Needs `pip install cosmic-ray` beside the project's own requirements.
 
 from __future__ import annotations
 
-import ast
 import json
 import random
 import shlex
@@ -25,6 +24,7 @@ import click
 from cosmic_ray.commands import init
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome, WorkItem
+from untold import in_annotation
 
 ROOT = Path(__file__).parent.parent
 # Names that stand for files, and the tests that may kill mutants there.
@@ -101,21 +101,6 @@ def test_command(copy: Path, tests: tuple[str, ...]) -> str:
         f"env PYTHONPATH={copy / 'library'} PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1 "
         f"{sys.executable} -P -m pytest -x -q -p no:cacheprovider -n 0 {' '.join(tests)}"
     )
-
-
-def in_annotation(item: WorkItem) -> bool:
-    (mutation,) = item.mutations
-    tree = ast.parse(mutation.module_path.read_text())
-    nodes = [node for owner in ast.walk(tree) for node in _annotations(owner)]
-    return any(
-        (node.lineno, node.col_offset) <= tuple(mutation.start_pos) <= (node.end_lineno, node.end_col_offset)
-        for node in nodes
-    )
-
-
-def _annotations(owner: ast.AST) -> list[ast.expr]:
-    found = [getattr(owner, "annotation", None), getattr(owner, "returns", None)]
-    return [node for node in found if isinstance(node, ast.expr)]
 
 
 def order(item: WorkItem) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The suites as judge of a mutated reference: one process that has loaded them, and a fork of it for each mutant.
 
-    python tools/suites_judge.py LIBRARY TIER trace    which functions of the reference each check calls, as JSON
+    python tools/suites_judge.py LIBRARY TIER trace    which lines of the reference each check runs, as JSON
     python tools/suites_judge.py LIBRARY TIER judge    reads lines of {"path", "text", "checks"}, writes {"killed"}
 
 LIBRARY is where the package is installed whose files are mutated. For tools/mutation_suites.py, which starts it.
@@ -8,20 +8,23 @@ LIBRARY is where the package is installed whose files are mutated. For tools/mut
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-# A check that loops for ever is ended by the clock, one that allocates for ever by the limit.
-SECONDS, BYTES = 60, 12 << 30
+# A check that loops for ever is ended by its CPU time, one that waits for ever by the clock, which runs also while
+# others have the cores, and one that allocates for ever by the limit.
+CPU_SECONDS, SECONDS, BYTES = 60, 600, 12 << 30
 
 
 def main() -> None:
@@ -52,31 +55,39 @@ def main() -> None:
 
 
 def traced(checks: Sequence[Any], folder: Path) -> dict[str, Any]:
-    """seconds, tiers: of each check. called: file -> first line of a function -> numbers of the checks."""
+    """seconds, tiers: of each check. ran: file -> line -> numbers of the checks."""
     from moe_conformance.catalogue.case import TIERS
 
     judge, verdict = _judge()
-    called: dict[str, dict[int, set[int]]] = {}
+    ran: dict[str, dict[int, set[int]]] = {}
     prefix, now = str(folder) + os.sep, [0]
 
-    def called_one(frame: Any, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(prefix):
-            lines = called.setdefault(frame.f_code.co_filename.removeprefix(prefix), {})
-            lines.setdefault(frame.f_code.co_firstlineno, set()).add(now[0])
+    def line(frame: Any, event: str, _: object) -> Any:
+        lines = ran.setdefault(frame.f_code.co_filename.removeprefix(prefix), {})
+        lines.setdefault(frame.f_lineno, set()).add(now[0])
+        return line
+
+    def called(frame: Any, event: str, _: object) -> Any:
+        code = frame.f_code
+        # Bodies of modules and classes run once, whoever comes first.
+        is_function = code.co_flags & inspect.CO_OPTIMIZED
+        return line(frame, event, None) if is_function and code.co_filename.startswith(prefix) else None
 
     seconds = []
     for number, row in enumerate(checks):
         now[0] = number
         start = time.process_time()
-        sys.setprofile(called_one)
+        sys.settrace(called)
+        threading.settrace(called)
         found = verdict(judge, *row)
-        sys.setprofile(None)
+        sys.settrace(None)
+        threading.settrace(None)
         seconds.append(time.process_time() - start)
         if found.badness:
             sys.exit(f"{row[2].id} {row[1]} is red before anything is mutated")
     tiers = [TIERS.index(row[2].tier) for row in checks]
-    lines = {file: {line: sorted(numbers) for line, numbers in found.items()} for file, found in called.items()}
-    return {"seconds": seconds, "tiers": tiers, "called": lines}
+    files = {file: {line: sorted(numbers) for line, numbers in found.items()} for file, found in ran.items()}
+    return {"seconds": seconds, "tiers": tiers, "ran": files}
 
 
 def judged(checks: Sequence[Any]) -> str:
@@ -113,6 +124,8 @@ def judged(checks: Sequence[Any]) -> str:
 def _tell(out: int, checks: Sequence[Any]) -> None:
     judge, verdict = _judge()
     for row in checks:
+        spent = int(time.process_time())
+        resource.setrlimit(resource.RLIMIT_CPU, (spent + CPU_SECONDS, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         if verdict(judge, *row).badness:
             os.write(out, f"red: {row[2].id} {row[1]}\n".encode())
             return

@@ -185,6 +185,34 @@ class MissingExpertUnwritten(Faulty):
             return super().load(folder)
 
 
+class UpIsCountedWithGate(Faulty):
+    """An expert is there once its gate is: where up is missing, memory stays as it was."""
+
+    def load(self, folder: Path) -> Loaded:
+        real = loading._missing_slots
+
+        def missing(*arguments: Any) -> list[str]:
+            return [name for name in real(*arguments) if "up_proj" not in name]
+
+        with patch.object(loading, "_missing_slots", missing):
+            return super().load(folder)
+
+
+class VersionIsAsked(Faulty):
+    """Whether packed experts lie transposed is asked of the version, which the config need not say."""
+
+    def load(self, folder: Path) -> Loaded:
+        real = loading._oriented
+
+        def oriented(places: Places, plan: loading.Plan, config: Mapping[str, Any]) -> loading.Plan:
+            if places.names.once_transposed and not config.get("transformers_version"):
+                raise CheckpointError("transformers_version: got none, want that of the release that wrote it")
+            return real(places, plan, config)
+
+        with patch.object(loading, "_oriented", oriented):
+            return super().load(folder)
+
+
 class RouterScaleDefaults(Faulty):
     """A router scale that the checkpoint lacks keeps the module's default of one."""
 
@@ -478,6 +506,13 @@ MUTANTS = (
     _mutant(DraftIsTheLastLayer, "takes a draft layer for the last", "load-deepseek-v3-beside-draft", _BESIDE),
     _mutant(ConsolidatedIsTaken, "reads consolidated.safetensors, too", "load-mixtral-beside-consolidated", _BESIDE),
     _mutant(MissingExpertUnwritten, "leaves a missing expert unwritten", "load-gemma4-plain-missing-expert", _BROKEN),
+    _mutant(UpIsCountedWithGate, "leaves a missing up unwritten", "load-gemma4-plain-missing-up", _BROKEN),
+    _mutant(
+        VersionIsAsked,
+        "refuses a config that says no version of transformers",
+        "load-qwen3-vl-moe-hub-without-version",
+        _FAMILY_LOAD,
+    ),
     _mutant(RouterScaleDefaults, "fills in a router scale", "load-gemma4-packed-missing-router-scale", _BROKEN),
     _mutant(
         SelectionBiasDefaults,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +196,25 @@ def _without_zero_points(form: Form) -> Tensor:
     )
 
 
+def _from_the_end(form: Form) -> Tensor:
+    index = form.tensors.get("weight_g_idx")
+    if index is None:
+        return forms.read_packed(form)
+    groups = form.tensors["weight_scale"].shape[-1]
+    return forms.read_packed(form._replace(tensors={**form.tensors, "weight_g_idx": index % groups}))
+
+
+def _unsaid_is_the_second(form: Form) -> Tensor:
+    return forms.read_gptq(form._replace(said={"checkpoint_format": "gptq_v2", **form.said}))
+
+
+def _one_scale(form: Form) -> Tensor:
+    scale = form.tensors.get("weight_scale")
+    if scale is None or scale.dim() != 1:
+        return forms.read_scaled(form)
+    return forms.read_scaled(form._replace(tensors={**form.tensors, "weight_scale": scale[:1]}))
+
+
 class MultipliesByTheGlobalScale(LoadsOtherwise):
     """compressed-tensors' weight_global_scale, taken for ModelOpt's weight_scale_2."""
 
@@ -216,6 +237,41 @@ class ZeroPointsForgotten(LoadsOtherwise):
     """An asymmetric checkpoint is read as a symmetric one."""
 
     kind, read = "packed", staticmethod(_without_zero_points)
+
+
+class NoOrderIsTheLastGroup(LoadsOtherwise):
+    """-1, which stands for no order, counts from the end."""
+
+    kind, read = "packed", staticmethod(_from_the_end)
+
+
+class UnsaidIsTheSecondVersion(LoadsOtherwise):
+    """Zero points of files that say no version are taken as they are."""
+
+    kind, read = "gptq", staticmethod(_unsaid_is_the_second)
+
+
+class RowsTakeTheFirstScale(LoadsOtherwise):
+    """A scale of one dim is taken for one of the whole matrix."""
+
+    kind, read = "fp8", staticmethod(_one_scale)
+
+
+class ScalesOfTheSameFile(Faulty):
+    """What belongs to a weight is looked for in its own file, and is one where that has none."""
+
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        from safetensors.torch import load_file, save_file
+
+        with tempfile.TemporaryDirectory() as copy:
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            for file in sorted(Path(copy).glob("*.safetensors")):
+                held = load_file(file)
+                for name in held:
+                    if name.endswith(".weight_scale_inv") and name.removesuffix("_scale_inv") not in held:
+                        held[name] = torch.ones_like(held[name])
+                save_file(held, file)
+            return super().load(Path(copy))
 
 
 class ScalesOfTheWholeLayer(Faulty):
@@ -257,6 +313,10 @@ MUTANTS = (
     _loads(ZeroPointsOfTheSecondVersion, "GPTQ's zero points are one too small", "gptq"),
     _loads(ColumnsInTheirOrder, "g_idx is not looked at", "gptq"),
     _loads(ZeroPointsForgotten, "packed weights have no zero points", "int4-packed-zero"),
+    _loads(NoOrderIsTheLastGroup, "an index of -1 is the last group", "int4-packed-no-order"),
+    _loads(UnsaidIsTheSecondVersion, "GPTQ of no said version is of the second", "gptq-int8"),
+    _loads(RowsTakeTheFirstScale, "all rows have the first one's scale", "fp8-rows"),
+    _loads(ScalesOfTheSameFile, "scales in another file than their weights are one", "fp8-block", "by-expert-shuffled"),
     _loads(ScalesOfTheWholeLayer, "packed experts have the first one's scales", "mxfp4-blocks", "packed"),
     _loads(LiesWithGateBelowUp, "what lies in memory has gate's scales and up's exchanged", "fp8-block"),
     _mutant(CutTileTakesTheOneBefore, "a cut tile takes the scale of the one before", "fp8-block-halves-cut"),

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from moe_conformance.engine import CheckpointName, Target
 from moe_conformance.engines import published, servers
 from moe_conformance.engines.vllm import models, quantised, runtime
-from moe_conformance.errors import CheckpointError
+from moe_conformance.errors import CheckpointError, Unsupported
 
 # By what follows the layer's number, the canonical tensors that vLLM's files alone name so.
 CANONICAL: Mapping[str, str] = {
@@ -49,6 +50,8 @@ def load(folder: Path) -> Mapping[str, Tensor]:
                 (own / file.name).symlink_to(file.resolve())
         (own / "config.json").write_text(json.dumps(published.written(record, values)))
         method, tile = _stored(own, values)
+        if method:
+            _refuse_stored_shared(own)
         # None of its quantised methods takes activations in float32.
         dtype = torch.bfloat16 if method else torch.float32
         with quantised.any_kernel(method):
@@ -73,6 +76,15 @@ def _stored(folder: Path, values: Mapping[str, Any]) -> tuple[str, tuple[int, in
         said = {"quant_method": "modelopt"}
     tile = said.get("weight_block_size")
     return str(said.get("quant_method", "")), (tile[0], tile[1]) if tile else None
+
+
+def _refuse_stored_shared(folder: Path) -> None:
+    """Linear layers are made as floats here (`quantised.any_kernel`), those of shared experts among them."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as held:
+            stored = [n for n in held.keys() if ".shared_expert" in n and not n.endswith((".weight", ".bias"))]  # noqa: SIM118
+        if stored:
+            raise Unsupported(f"load: {stored[0]}: linear layers are made as floats here, and take no stored weights")
 
 
 def _numbers(built: models.Built, named: Mapping[str, str], tile: tuple[int, int] | None) -> Mapping[str, Tensor]:

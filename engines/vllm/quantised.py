@@ -136,12 +136,15 @@ def _numbers(own: Mapping[str, Tensor], rows: int, columns: int, tile: tuple[int
         raise Unsupported(f"load: vLLM keeps a quantised matrix as {', '.join(sorted(own))}, which is not read here")
     if codes.dtype == torch.float8_e4m3fn:
         plain = codes.double()
-        if scale.dim() < 3:  # of a matrix, or one each of gate and up
-            return plain * scale.double().reshape(len(codes), -1, 1).repeat_interleave(rows // parts, 1)
+        if scale.dim() < 3:  # of a matrix, one each of gate and up, or of rows
+            each = scale.double().reshape(len(codes), -1, 1)
+            return plain * (each if each.shape[1] == rows else each.repeat_interleave(rows // parts, 1))
         high, wide = tile or (1, columns)
         return plain * _spread(scale.double(), high, wide, rows, columns)
     if codes.dtype == torch.int32:
         size = 32 * codes.shape[-1] // columns
+        if 32 % size:
+            raise Unsupported(f"load: codes of {size} bits reach over the end of a word, and are not read here")
         plain = _unpacked(codes, size, -1)[..., :columns].double()
         group = columns // scale.shape[-1]
         zeros = torch.full_like(scale, 2 ** (size - 1), dtype=torch.float64)

@@ -103,6 +103,7 @@ _WORDS: Mapping[str, str] = {
     "tables": "step by step, for each layer, the logical expert that each physical one is a copy of",
     "tp": "number of tensor-parallel ranks",
     "turns": "whether pairs name the experts in turn, so that all have equally many",
+    "unsaid": "key that the config does not have, though the model's own class writes it",
     "unpicked": "experts that no token chooses",
     "want": "the sizes that a capturer must take",
     "width": "width of the experts, where it is not the usual one",

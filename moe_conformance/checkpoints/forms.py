@@ -242,9 +242,12 @@ def _whole(lead: Shape) -> tuple[Shape, ...]:
 
 
 def _rows(lead: Shape, rows: int, columns: int) -> tuple[Shape, ...]:
-    """Shapes of one number an output; of experts that are packed transposed, outputs are columns."""
+    """Shapes of one number an output; of experts that are packed transposed, outputs are columns.
+
+    Of these transformers' FbgemmFp8Llama4TextExperts has [E, 1, outputs] for gate and up, [E, outputs, 1] for down.
+    """
     found = (*lead, rows, 1), (*lead, rows)
-    return (*found, (*lead, 1, columns)) if lead else found
+    return (*found, (*lead, 1, columns), (*lead, columns, 1)) if lead else found
 
 
 def _fp8(judge: _Judge, lead: Shape, rows: int, columns: int, scheme: Scheme) -> None:

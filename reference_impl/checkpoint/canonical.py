@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_conformance.model.storage import Format, QuantSpec
-from moe_conformance.reference_impl.checkpoint.forms import Form, bits_of, group_of, layout, version_of
+from moe_conformance.reference_impl.checkpoint.forms import Form, bits_of, group_of, layout, of_rows, version_of
 from moe_conformance.reference_impl.quantised.gptq import AWQ_ORDER
 from moe_conformance.reference_impl.quantised.integers import unpack
 from moe_conformance.reference_impl.quantised.tiles import scale_values
@@ -123,10 +123,7 @@ def _integers(form: Form, experts: int) -> Packed | None:
     rows, columns = form.shape[-2:]
     index = form.tensors.get("weight_g_idx", form.tensors.get("g_idx"))
     scale = form.tensors["weight_scale" if form.kind == "packed" else "scales"]
-    if form.kind == "packed":
-        scale = scale.expand(experts, rows, 1) if scale.numel() == 1 else scale.reshape(experts, rows, -1)
-    else:
-        scale = scale.reshape(experts, -1, rows).mT
+    scale = of_rows(form, scale) if form.kind == "packed" else scale.reshape(experts, -1, rows).mT
     group = group_of(form, columns, scale.shape[-1])
     in_order = torch.arange(columns) // group
     if index is not None and bool((index >= 0).all()) and not bool((index == in_order).all()):

@@ -90,15 +90,17 @@ def layout(form: Form, shape: Shape) -> tuple[Tile, int, str]:
         return (0, 0), 2, "tensor"
     if own in ((rows,), (rows, 1)):
         return (1, 0), 1, "rows"
-    if own == (1, columns) and len(form.shape) == 3:
+    if own in ((1, columns), (columns, 1)) and len(form.shape) == 3:
         return (0, 1), 1, "columns"
     for high, wide in sorted(form.scheme.blocks) or [(128, 128)]:
         if own == (-(-rows // high), -(-columns // wide)):
             return (high, wide), 1, "block"
         if form.halves and own == (2 * -(-rows // (2 * high)), -(-columns // wide)):
             return (high, wide), 2, "block"
-    group = next((size for size in sorted(form.scheme.groups) if size and own[-1] == -(-columns // size)), 0)
-    return (1, group or -(-columns // own[-1])), 1, "group"
+    for size in sorted(form.scheme.groups):
+        if size and own[-1] == -(-columns // size):
+            return (1, size), 1, "group"
+    raise InputError(f"scale: got {list(shape)}, want that of a tile, a row, or a group as quantization_config says")
 
 
 def read_scaled(form: Form) -> Tensor:
@@ -112,8 +114,7 @@ def read_scaled(form: Form) -> Tensor:
 def _by_group(form: Form, size: int, scale: Tensor) -> Tensor:
     """[E, rows, columns] of [E, rows, groups]; of a row that groups do not divide, the last one has the rest."""
     experts, rows, columns = _rows_columns(form)
-    index = (torch.arange(columns) // size).clamp(max=scale.shape[-1] - 1)
-    return scale.reshape(experts, rows, -1)[..., index]
+    return scale.reshape(experts, rows, -1)[..., torch.arange(columns) // size]
 
 
 def read_mxfp8(form: Form) -> Tensor:
@@ -142,8 +143,7 @@ def read_packed(form: Form) -> Tensor:
     experts, rows, columns = _rows_columns(form)
     words = form.stacked(form.tensors["weight_packed"])
     bits = bits_of(form, words.shape[-1], columns)
-    scale = form.tensors["weight_scale"]
-    scale = scale.expand(experts, rows, 1) if scale.numel() == 1 else scale.reshape(experts, rows, -1)
+    scale = of_rows(form, form.tensors["weight_scale"])
     zeros = torch.full(scale.shape, 2 ** (bits - 1))
     if "weight_zero_point" in form.tensors:
         zeros = unpack(form.stacked(form.tensors["weight_zero_point"]), 1, bits)[:, :rows]
@@ -154,6 +154,13 @@ def read_packed(form: Form) -> Tensor:
     return dequantise_groups(unpack(words, 2, bits)[..., :columns], zeros, scale, index, torch.float64)
 
 
+def of_rows(form: Form, scale: Tensor) -> Tensor:
+    """[E, rows, groups] of scales of groups, of rows, of matrices, or of all of them."""
+    experts, rows, _ = _rows_columns(form)
+    each = scale.reshape(-1, 1, 1) if scale.numel() in (1, experts) else scale.reshape(experts, rows, -1)
+    return each.expand(experts, rows, each.shape[-1])
+
+
 def bits_of(form: Form, words: int, columns: int) -> int:
     """Of a code of compressed-tensors, of which so many words hold a row."""
     fitting = [bits for bits in (4, 8, 2, 3, 5, 6, 7) if words == -(-columns * bits // 32)]
@@ -161,9 +168,9 @@ def bits_of(form: Form, words: int, columns: int) -> int:
 
 
 def group_of(form: Form, columns: int, count: int) -> int:
-    """How many columns a group has, of which there are so many."""
+    """How many columns a group has, of which there are so many; unsaid, they divide a row."""
     said = (size for size in sorted(form.scheme.groups) if size and -(-columns // size) == count)
-    return next(said, -(-columns // count))
+    return next(said, columns // count)
 
 
 def read_gptq(form: Form) -> Tensor:

@@ -5,6 +5,8 @@ Styles are those of `remap`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moe_conformance.catalogue.case import Case
 from moe_conformance.model.families.families import BY_SLUG, RECORDS
 from moe_conformance.suites.load.forms import FORMS
@@ -52,10 +54,11 @@ LOAD_TWICE = (_load("packed", "-twice"), _load("plain", "-twice", shards=3))
 
 # What is too much in the checkpoint: the model of its config is loaded whole and right without.
 LENIENT = dict.fromkeys(
-    ("unknown-suffix", "unknown-tensor", "unknown-router-tensor", "extra-expert"),
+    ("unknown-suffix", "unknown-tensor", "unknown-router-tensor", "extra-expert", "up-beside"),
     "every parameter that the config asks for is there and fits; the engine left out what it has no place for",
 ) | {
-    "extra-layer": "published checkpoints carry draft layers that the config's number of layers does not count",
+    name: "published checkpoints carry draft layers that the config's number of layers does not count"
+    for name in ("extra-layer", "far-layer")
 }
 
 
@@ -67,13 +70,16 @@ def _broken(style: str, damage: str, tier: str = "core") -> Case:
 BROKEN = (
     _broken("plain", "missing-expert", "smoke"),
     _broken("moe", "missing-expert"),
+    _broken("plain", "missing-up"),
     _broken("plain", "extra-expert"),
     _broken("plain", "short-expert"),
     _broken("plain", "wide-expert"),
     _broken("plain", "unknown-suffix"),
     _broken("packed", "unknown-tensor"),
+    _broken("packed", "up-beside"),
     _broken("packed", "unknown-router-tensor"),
     _broken("packed", "extra-layer"),
+    _broken("packed", "far-layer"),
     _broken("packed", "more-experts"),
     _broken("packed", "router-transposed"),
     _broken("packed", "missing-layer", "smoke"),
@@ -105,6 +111,25 @@ INCOMPLETE = tuple(
 )
 
 OF_FAMILIES = of_families("load", "load.whole")
+# As the publishers wrote them, where transformers 5 writes them otherwise.
+PUBLISHED = tuple(
+    Case(
+        f"load-{record.slug}-published",
+        "load",
+        "load.whole",
+        {"family": record.slug, "model_type": record.model_type, "form": "published"},
+        "full",
+    )
+    for record in RECORDS.values()
+    if record.names is not None and (record.names.published or record.names.once_transposed)
+)
+# What a config need not say, and a loader must not lean on.
+VERSION = "transformers_version"
+UNSAID = tuple(
+    replace(case, id=f"{case.id}-without-version", tier="full", recipe={**case.recipe, "unsaid": VERSION})
+    for case in OF_FAMILIES
+    if case["form"] == "hub" and case["family"] in ("qwen3-vl-moe", "mixtral", "deepseek-v3")
+)
 
 
 def _beside(slug: str, beside: str, tier: str) -> Case:
@@ -126,26 +151,50 @@ BESIDE = tuple(
 )
 
 
-def _stored(form: str, family: str, layout: str, tier: str, left: tuple[str, ...], width: int = 0) -> Case:
-    """left: which experts or projections were left as floats. width: of experts that tiles and groups do not divide."""
-    recipe = {"stored": form, "codes": FORMS[form][0], "model_type": family, "layout": layout, "left": left}
-    recipe |= {"width": width} if width else {}
+# Forms that hold what no release does, and an engine may refuse by name.
+UNPUBLISHED = {
+    "fp8-block-e8m0": "DeepSeek-V4 alone was published with scales of that name, and this one may be refused by name",
+    "fp8-group": "no release has fp8 in groups of columns, and this one may be refused by name",
+    "fp8-tensor-halves": "no release of a packed family has two scales, and this one may be refused by name",
+    "fp8-block-halves": "no release of a packed family has a tile that is cut, and this one may be refused by name",
+    "int3-packed-zero": "no release has codes of three bits, and an engine may refuse them by name",
+    "int4-packed-tensor": "no release has packed weights with one scale, and this one may be refused by name",
+    "int4-packed-no-order": "what nothing was ordered by need not be stored, and may be refused by name",
+    "awq-channel": "releases of AWQ have groups, and this one may be refused by name",
+}
+
+
+def _stored(
+    form: str, family: str, layout: str, tier: str, left: tuple[str, ...] = (), what: str = "", **recipe: object
+) -> Case:
+    """left: which experts or projections were left as floats. what: ends the id; recipe: what else is special.
+
+    width: of experts that tiles and groups do not divide. shuffled: tensors are dealt out to three files by turns, as
+    weights and what belongs to them lie where a file is full.
+    """
+    recipe = {"stored": form, "codes": FORMS[form][0], "model_type": family, "layout": layout, "left": left, **recipe}
     place = "mixed" if left else layout
     tail = "-" + "-".join(name.strip(".").replace(".", "-").replace("_", "-") for name in left) if left else ""
-    tail += f"-of-{width}" if width else ""
     is_published = family != "granitemoe" or (layout == "split" and FORMS[form][1]["quant_method"] in SPLITS)
     lenient = "" if is_published else "no release of a packed family lies so, and this one may be refused by name"
-    if form == "fp8-block-e8m0":
-        lenient = "DeepSeek-V4 alone was published with scales of that name, and this one may be refused by name"
-    if width:
+    if "width" in recipe:
         lenient = "no release has experts that a tile or group is cut at"
-    return Case(f"load-stored-{form}-{place}{tail}", "load", "load.stored", recipe, tier, lenient)
+    return Case(
+        f"load-stored-{form}-{place}{tail}{what}",
+        "load",
+        "load.stored",
+        recipe,
+        tier,
+        UNPUBLISHED.get(form, lenient),
+    )
 
 
 # Quantisers that split packed experts: sglang#37679, vllm#54047.
 SPLITS = ("compressed-tensors", "modelopt")
 # What each form looks like by expert is judged in every run, one of its kind.
 _CORE = ("fp8-block", "fp8-number", "int4-packed-zero", "gptq", "gptq-in-order", "nvfp4", "nvfp4-modelopt")
+# Forms of one family's layout alone.
+_ELSEWHERE = ("mxfp4-blocks", "fp8-fbgemm", "fp8-tensor-halves", "fp8-block-halves")
 STORED = tuple(
     _stored(form, family, layout, tier, left)
     for form, family, layout, tier, left in (
@@ -154,26 +203,38 @@ STORED = tuple(
             (form, family, layout, "core" if layout == "by-expert" and form in _CORE else "full", ())
             for family, layout in (("qwen3_moe", "by-expert"), ("granitemoe", "packed"), ("granitemoe", "split"))
             for form in FORMS
-            if form != "mxfp4-blocks"
+            if form not in _ELSEWHERE
         ),
         ("fp8-channel", "qwen3_moe", "by-expert", "core", ("experts.1.",)),
         ("fp8-channel", "qwen3_moe", "by-expert", "full", ("down_proj",)),
         ("int4-packed", "qwen3_moe", "by-expert", "full", ("experts.3.",)),
         ("nvfp4", "qwen3_moe", "by-expert", "full", ("experts.0.", "experts.2.")),
+        ("fp8-fbgemm", "llama4_text", "packed", "core", ("shared_expert",)),
+        ("fp8-tensor-halves", "granitemoe", "packed", "full", ()),
     )
     if family in RECORDS
 ) + tuple(
-    _stored(form, family, layout, "core" if form == "fp8-block" else "full", (), width)
-    for form, family, layout, width in (
-        ("fp8-block", "qwen3_moe", "by-expert", 40),
-        ("fp8-block", "granitemoe", "packed", 40),
-        ("mxfp8", "qwen3_moe", "by-expert", 40),
-        ("mxfp4", "qwen3_moe", "by-expert", 40),
-        ("nvfp4", "qwen3_moe", "by-expert", 40),
-        ("int4-packed-zero", "qwen3_moe", "by-expert", 36),
-        ("int8-packed-zero", "qwen3_moe", "by-expert", 38),
+    _stored(form, family, layout, tier, left, what, **recipe)
+    for form, family, layout, tier, left, what, recipe in (
+        ("fp8-block", "qwen3_moe", "by-expert", "core", (), "-shuffled", {"shuffled": True}),
+        ("gptq", "qwen3_moe", "by-expert", "full", (), "-shuffled", {"shuffled": True}),
+        ("fp8-block", "deepseek_v3", "by-expert", "core", (), "-draft", {}),
+        ("fp8-block", "deepseek_v3", "by-expert", "full", ("shared_experts",), "-draft", {}),
+        *(
+            (form, family, layout, "core" if form == "fp8-block" else "full", (), f"-of-{width}", {"width": width})
+            for form, family, layout, width in (
+                ("fp8-block", "qwen3_moe", "by-expert", 40),
+                ("fp8-block", "granitemoe", "packed", 40),
+                ("fp8-block-halves", "granitemoe", "packed", 40),
+                ("mxfp8", "qwen3_moe", "by-expert", 40),
+                ("mxfp4", "qwen3_moe", "by-expert", 40),
+                ("nvfp4", "qwen3_moe", "by-expert", 40),
+                ("int4-packed-zero", "qwen3_moe", "by-expert", 36),
+                ("int8-packed-zero", "qwen3_moe", "by-expert", 38),
+            )
+        ),
     )
     if family in RECORDS
 )
 
-CASES = (*LOAD, *LOAD_TWICE, *BROKEN, *INCOMPLETE, *OF_FAMILIES, *BESIDE, *STORED)
+CASES = (*LOAD, *LOAD_TWICE, *BROKEN, *INCOMPLETE, *OF_FAMILIES, *PUBLISHED, *UNSAID, *BESIDE, *STORED)

@@ -208,6 +208,16 @@ def _missing_expert(named: dict[str, Tensor], style: str) -> None:
         del named[spell(style, 1, part, EXPERTS - 1)]
 
 
+def _missing_up(named: dict[str, Tensor], style: str) -> None:
+    del named[spell(style, 1, "up_proj", EXPERTS - 1)]
+
+
+def _up_beside(named: dict[str, Tensor], style: str) -> None:
+    """One expert's up by itself, with other values than in the packed tensor."""
+    both = named[spell(style, 1, "gate_up_proj")]
+    named[spell(style.replace("packed", "plain"), 1, "up_proj", 0)] = -both[0].chunk(2)[1]
+
+
 def _extra_expert(named: dict[str, Tensor], style: str) -> None:
     for part in PARTS:
         named[spell(style, 1, part, EXPERTS)] = named[spell(style, 1, part, 0)].clone()
@@ -238,6 +248,11 @@ def _unknown_router_tensor(named: dict[str, Tensor], style: str) -> None:
 def _extra_layer(named: dict[str, Tensor], style: str) -> None:
     for part in ("gate_up_proj", "down_proj"):
         named[spell(style, LAYERS, part)] = named[spell(style, 1, part)].clone()
+
+
+def _far_layer(named: dict[str, Tensor], style: str) -> None:
+    for part in ("gate_up_proj", "down_proj"):
+        named[spell(style, LAYERS + 2, part)] = named[spell(style, 1, part)].clone()
 
 
 def _more_experts(named: dict[str, Tensor], style: str) -> None:
@@ -271,6 +286,8 @@ def _missing_router_scale(named: dict[str, Tensor], style: str) -> None:
 
 _TENSOR_DAMAGE = {
     "missing-expert": _missing_expert,
+    "missing-up": _missing_up,
+    "up-beside": _up_beside,
     "extra-expert": _extra_expert,
     "short-expert": _short_expert,
     "wide-expert": _wide_expert,
@@ -278,6 +295,7 @@ _TENSOR_DAMAGE = {
     "unknown-tensor": _unknown_tensor,
     "unknown-router-tensor": _unknown_router_tensor,
     "extra-layer": _extra_layer,
+    "far-layer": _far_layer,
     "more-experts": _more_experts,
     "router-transposed": _router_transposed,
     "missing-layer": _missing_layer,

@@ -59,11 +59,17 @@ def _values(layer: Layer, name: str, shape: tuple[int, ...], seed: str) -> Tenso
 
 
 def write(
-    folder: Path, slug: str, form: Form, seed: str = "checkpoint", missing: str = "", beside: str = ""
+    folder: Path,
+    slug: str,
+    form: Form,
+    seed: str = "checkpoint",
+    missing: str = "",
+    beside: str = "",
+    unsaid: str = "",
 ) -> dict[str, Tensor]:
     """Write the folder, and return what a load of it must give.
 
-    missing: what of every layer is left out. beside: a key of BESIDE.
+    missing: what of every layer is left out. beside: a key of BESIDE. unsaid: a key that config.json lacks.
     """
     record = BY_SLUG[slug]
     config = config_of(record)
@@ -73,9 +79,14 @@ def write(
         for entry in entries(record, config, form)
         if not (missing and any(part.tensor.endswith(f".{missing}") for part in entry.parts))
     }
+    if form == "published" and record.names is not None and record.names.once_transposed:
+        config["transformers_version"] = "4.57.0"
+        packed = [entry.name for entry in entries(record, config, form) if ".experts." in entry.parts[0].tensor]
+        named |= {name: named[name].mT.contiguous() for name in packed}
     if beside:
         BESIDE[beside](folder, config, named)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    said = {key: value for key, value in config.items() if key != unsaid}
+    (folder / "config.json").write_text(json.dumps(said, indent=2))
     save(folder, named, shards=2)
     return want
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_conformance.judging.inputs import bits, integers, normal
 from moe_conformance.suites.load.checkpoint import save
-from moe_conformance.suites.load.forms import EXPERTS, FAMILIES, HIDDEN, WIDTH, config_of
+from moe_conformance.suites.load.forms import EXPERTS, FAMILIES, HIDDEN, WIDTH, Family, config_of
 
 # Rows and columns of a tile, columns of a group.
 TILE, GROUP = 16, 8
@@ -45,11 +45,17 @@ def spread(scale: Tensor, shape: Shape, high: int, wide: int) -> Tensor:
     return scale.double()[..., rows, :][..., columns]
 
 
-def words(codes: Tensor, dim: int, size: int, order: tuple[int, ...] = tuple(range(32))) -> Tensor:
-    """int32 of codes of so many bits along a dim, the lowest bits first; order: which of them each holds."""
-    per = 32 // size
-    last = torch.nn.functional.pad(codes.movedim(dim, -1), (0, -codes.shape[dim] % per)).unflatten(-1, (-1, per))
-    total = sum((last[..., order[place]] << size * place for place in range(per)), torch.zeros_like(last[..., 0]))
+def words(codes: Tensor, dim: int, size: int, order: tuple[int, ...] = ()) -> Tensor:
+    """int32 of codes of so many bits along a dim, the lowest bits first; a code may reach over the end of a word.
+
+    order: of as many codes as it has, which one each place holds.
+    """
+    line = codes.movedim(dim, -1)
+    if order:
+        line = line.unflatten(-1, (-1, len(order)))[..., list(order)].flatten(-2)
+    line = (line[..., None] >> torch.arange(size) & 1).flatten(-2)  # one bit each
+    line = torch.nn.functional.pad(line, (0, -line.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    total = (line << torch.arange(32)).sum(-1)
     return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32).movedim(-1, dim).contiguous()
 
 
@@ -101,6 +107,23 @@ def mxfp8(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
     return {"weight": weight, "weight_scale": scale.view(torch.uint8)}, numbers
 
 
+def fp8_rows(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    """AMD's: scales of rows without a dim for the one column."""
+    parts, numbers = fp8_channel(shape, seed)
+    return {**parts, "weight_scale": parts["weight_scale"][..., 0].contiguous()}, numbers
+
+
+def fbgemm(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    """Of experts that lie transposed, with a scale for each output: columns."""
+    weight, scale, numbers = fp8(shape, seed, (*shape[:-2], 1, shape[-1]), shape[-2], 1, torch.float32)
+    return {"": weight, "scale": scale}, numbers
+
+
+def fp8_group(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    weight, scale, numbers = fp8(shape, seed, (*shape[:-1], -(-shape[-1] // GROUP)), 1, GROUP, torch.bfloat16)
+    return {"weight": weight, "weight_scale": scale}, numbers
+
+
 def fp8_number(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
     """compressed-tensors', one scale a tensor: an array of one."""
     parts, numbers = fp8_tensor(shape, seed)
@@ -124,13 +147,13 @@ def torchao(shape: Shape, seed: str, kind: str) -> tuple[Parts, Tensor]:
     return stored, (codes.double() - zeros.double()) * scale.double()
 
 
-def auto_round(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+def auto_round(shape: Shape, seed: str, less: int = 1) -> tuple[Parts, Tensor]:
     """AutoRound's, in GPTQ's words; a group's scale is negative where its largest weight is positive."""
     codes, zeros, scale = grouped(shape, seed, 4, GROUP)
     scale = torch.where(bits(scale.shape, f"{seed} sign") % 2 == 0, scale, -scale)
     zeros = torch.full_like(zeros, 8)
     numbers = (codes - spread(zeros, shape, 1, GROUP)) * spread(scale, shape, 1, GROUP)
-    stored = {"qweight": words(codes.mT, -2, 4), "qzeros": words((zeros - 1).mT, -1, 4)}
+    stored = {"qweight": words(codes.mT, -2, 4), "qzeros": words((zeros - less).mT, -1, 4)}
     return {**stored, "scales": scale.mT.contiguous()}, numbers
 
 
@@ -159,6 +182,19 @@ def packed(
     return parts | ({} if symmetric else {"weight_zero_point": words(zeros, -2, size)}), numbers
 
 
+def packed_tensor(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    """One scale for all of a matrix."""
+    codes, scale = integers(shape, seed, 16), scales((*shape[:-2], 1), f"{seed} scale", torch.float16)
+    parts = {"weight_packed": words(codes, -1, 4), "weight_scale": scale, "weight_shape": torch.tensor(shape[-2:])}
+    return parts, (codes - 8) * scale.double()[..., None]
+
+
+def packed_no_order(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
+    """An index that nothing was ordered by, as its tensor was made."""
+    parts, numbers = packed(shape, seed, True)
+    return {**parts, "weight_g_idx": torch.full((shape[-1],), -1, dtype=torch.int32)}, numbers
+
+
 def gptq(
     shape: Shape, seed: str, less: int = 1, size: int = 4, wide: int = GROUP, order: bool = True
 ) -> tuple[Parts, Tensor]:
@@ -175,9 +211,10 @@ def gptq(
     return parts, numbers
 
 
-def awq(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
-    codes, zeros, scale = grouped(shape, seed, 4, GROUP)
-    numbers = (codes - spread(zeros, shape, 1, GROUP)) * spread(scale, shape, 1, GROUP)
+def awq(shape: Shape, seed: str, wide: int = GROUP) -> tuple[Parts, Tensor]:
+    wide = wide or shape[-1]
+    codes, zeros, scale = grouped(shape, seed, 4, wide)
+    numbers = (codes - spread(zeros, shape, 1, wide)) * spread(scale, shape, 1, wide)
     stored = {"qweight": words(codes.mT, -1, 4, AWQ), "qzeros": words(zeros.mT, -1, 4, AWQ)}
     return {**stored, "scales": scale.mT.contiguous()}, numbers
 
@@ -246,10 +283,18 @@ ENCODED: Mapping[str, Callable[[Shape, str], tuple[Parts, Tensor]]] = {
     "fp8-channel": fp8_channel,
     "fp8-tensor": fp8_tensor,
     "fp8-number": fp8_number,
+    "fp8-rows": fp8_rows,
+    "fp8-fbgemm": fbgemm,
+    "fp8-group": fp8_group,
+    "fp8-tensor-halves": lambda shape, seed: without_input_scale(*fp8_tensor(shape, seed)),
+    "fp8-block-halves": fp8_block,
     "mxfp8": mxfp8,
     "int8-channel": int8_channel,
     "int4-packed": lambda shape, seed: packed(shape, seed, True),
     "int4-packed-zero": lambda shape, seed: packed(shape, seed, False),
+    "int3-packed-zero": lambda shape, seed: packed(shape, seed, False, 3),
+    "int4-packed-tensor": packed_tensor,
+    "int4-packed-no-order": packed_no_order,
     "int4-packed-row": lambda shape, seed: packed(shape, seed, True, wide=0),
     "int4-packed-order": lambda shape, seed: packed(shape, seed, True, order=True),
     "int8-packed": lambda shape, seed: packed(shape, seed, True, 8),
@@ -260,7 +305,10 @@ ENCODED: Mapping[str, Callable[[Shape, str], tuple[Parts, Tensor]]] = {
     "gptq-row": lambda shape, seed: gptq(shape, seed, wide=0, order=False),
     "gptq-int8": lambda shape, seed: gptq(shape, seed, size=8, order=False),
     "awq": awq,
+    "awq-channel": lambda shape, seed: awq(shape, seed, wide=0),
     "auto-round": auto_round,
+    "auto-round-gptqmodel": lambda shape, seed: auto_round(shape, seed, 0),
+    "auto-round-awq": awq,
     "torchao-int8": lambda shape, seed: torchao(shape, seed, "int8"),
     "torchao-fp8": lambda shape, seed: torchao(shape, seed, "fp8"),
     "mxfp4": mxfp4,
@@ -273,48 +321,94 @@ ENCODED: Mapping[str, Callable[[Shape, str], tuple[Parts, Tensor]]] = {
 }
 
 
+def without_input_scale(parts: Parts, numbers: Tensor) -> tuple[Parts, Tensor]:
+    return {end: tensor for end, tensor in parts.items() if end != "input_scale"}, numbers
+
+
+def encoded(form: str, shape: Shape, seed: str, has_halves: bool) -> tuple[Parts, Tensor]:
+    """has_halves: it is gate above up, which some forms give scales of their own."""
+    if not (has_halves and form.endswith("-halves")):
+        return ENCODED[form](shape, seed)
+    half = (*shape[:-2], shape[-2] // 2, shape[-1])
+    (gate, above), (up, below) = (ENCODED[form](half, f"{seed} {name}") for name in ("gate", "up"))
+    # Tiles of up lie below those of gate, numbers of whole matrices beside each other.
+    parts = {
+        end: _above(one, up[end]) if one.dim() > 1 else torch.stack([one, up[end]], -1) for end, one in gate.items()
+    }
+    return parts, torch.cat([above, below], -2)
+
+
+def _above(gate: Tensor, up: Tensor) -> Tensor:
+    """float8 has no concatenation on a CPU of every release."""
+    if gate.dtype != torch.float8_e4m3fn:
+        return torch.cat([gate, up], -2)
+    return torch.cat([gate.view(torch.uint8), up.view(torch.uint8)], -2).view(gate.dtype)
+
+
 def write(folder: Path, recipe: Mapping[str, Any], seed: str = "stored") -> dict[str, Tensor]:
     """Write the folder of a case, and return what a load must give: float64 for stored weights, others as they are."""
-    form, family, layout, left = (recipe[key] for key in ("stored", "model_type", "layout", "left"))
-    names = FAMILIES[family]
-    width = recipe.get("width", WIDTH)
-    config, modelopt = config_of(family, form, left, width)
+    family, form = recipe["model_type"], recipe["stored"]
+    names, width = FAMILIES[family], recipe.get("width", WIDTH)
+    config, modelopt = config_of(family, form, recipe["left"], width)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     if modelopt is not None:
         (folder / "hf_quant_config.json").write_text(json.dumps(modelopt, indent=2))
     named: dict[str, Tensor] = {}
     want: dict[str, Tensor] = {}
-    for layer in range(config["num_hidden_layers"]):
-        block, out = f"model.layers.{layer}.{names.block}", f"layers.{layer}"
-        for name, shape in names.router.items():
-            named[f"{block}{name}"] = want[f"{out}.{names.canonical[name]}"] = normal(shape, f"{seed} {layer} {name}")
-        w13, w2 = (EXPERTS, 2 * width, HIDDEN), (EXPERTS, HIDDEN, width)
-        if layout == "packed":
-            matrices = {names.packed[0]: (w13, "w13", names.interleaved), names.packed[1]: (w2, "w2", False)}
-            for name, (shape, target, interleaved) in matrices.items():
-                parts, numbers = ENCODED[form](shape, f"{seed} {layer} {name}")
-                named |= {names.spelled(f"{block}{name}", end): tensor for end, tensor in parts.items()}
-                want[f"{out}.experts.{target}"] = (
-                    torch.cat([numbers[:, 0::2], numbers[:, 1::2]], dim=1) if interleaved else numbers
-                )
-            continue
-        pieces: dict[str, list[Tensor]] = {}
-        for expert in range(EXPERTS):
-            for name, shape in zip(names.split, (w13, w13, w2), strict=True):
-                stem = f"{block}experts.{expert}.{name}"
-                rows = (shape[1] // 2 if name != names.split[2] else shape[1], shape[2])
-                if left and (f"experts.{expert}." in left or name in left):
-                    numbers = normal(rows, f"{seed} {stem}", std=0.125)
-                    parts = {"weight": numbers}
-                else:
-                    parts, numbers = ENCODED[form](rows, f"{seed} {stem}")
-                named |= {f"{stem}.{end}": tensor for end, tensor in parts.items()}
-                pieces.setdefault(name, []).append(numbers.double())
-        gate, up, down = (torch.stack(pieces[name]) for name in names.split)
-        want |= {f"{out}.experts.w13": torch.cat([gate, up], dim=1), f"{out}.experts.w2": down}
-    for name, (shape, target) in names.biases.items():
-        bias = normal(shape, f"{seed} {name}")
-        named[f"model.layers.0.{names.block}{name}"] = bias
-        want[f"layers.0.experts.{target}"] = torch.cat([bias[:, 0::2], bias[:, 1::2]], 1) if target == "b13" else bias
-    save(folder, named, shards=2)
+    layers = config["num_hidden_layers"]
+    for layer in range(names.dense, layers + names.draft):
+        block = f"model.layers.{layer}.{names.block}"
+        own = dict(_layer(names, recipe, block, f"{seed} {layer}", width, named))
+        if layer < layers:
+            want |= {f"layers.{layer}.{name}": tensor for name, tensor in own.items()}
+    save(folder, named, shards=3 if recipe.get("shuffled") else 2, shuffled=recipe.get("shuffled", False))
     return want
+
+
+def _layer(
+    names: Family, recipe: Mapping[str, Any], block: str, seed: str, width: int, named: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """What a load must give of a layer, whose tensors are added to `named`. block: before their names."""
+    form = recipe["stored"]
+    for name, shape in names.router.items():
+        named[f"{block}{name}"] = router = normal(shape, f"{seed} {name}")
+        yield names.canonical[name], router
+    for name, (shape, target) in names.biases.items():
+        named[f"{block}{name}"] = bias = normal(shape, f"{seed} {name}")
+        yield f"experts.{target}", torch.cat([bias[:, 0::2], bias[:, 1::2]], 1) if target == "b13" else bias
+    shapes = (width, HIDDEN), (width, HIDDEN), (HIDDEN, width)
+
+    def matrix(stem: str, shape: Shape, has_halves: bool = False) -> Tensor:
+        if any(left in f"{stem}." for left in recipe["left"]):
+            named[f"{stem}.weight"] = floats = normal(shape, f"{seed} {stem}", std=0.125)
+            return floats.double()
+        parts, numbers = encoded(form, shape, f"{seed} {stem}", has_halves)
+        if form == "fp8-fbgemm" and stem.endswith("down_proj"):  # as transformers writes them
+            parts["scale"] = parts["scale"].mT.contiguous()
+        named.update({names.spelled(stem, end): tensor for end, tensor in parts.items()})
+        return numbers.double()
+
+    if names.shared:
+        gate, up, down = (
+            matrix(f"{block}{names.shared}{part}", shape) for part, shape in zip(names.split, shapes, strict=True)
+        )
+        yield "shared.w13", torch.cat([gate, up])
+        yield "shared.w2", down
+    if recipe["layout"] == "packed":
+        packed_shapes = (EXPERTS, 2 * width, HIDDEN), (EXPERTS, HIDDEN, width)
+        if names.transposed:
+            packed_shapes = (EXPERTS, HIDDEN, 2 * width), (EXPERTS, width, HIDDEN)
+        both, down = (
+            matrix(f"{block}{name}", shape, name == names.packed[0] and not names.interleaved)
+            for name, shape in zip(names.packed, packed_shapes, strict=True)
+        )
+        both, down = (both.mT, down.mT) if names.transposed else (both, down)
+        yield "experts.w13", torch.cat([both[:, 0::2], both[:, 1::2]], dim=1) if names.interleaved else both
+        yield "experts.w2", down
+        return
+    gate, up, down = (
+        torch.stack([matrix(f"{block}experts.{expert}.{part}", shape) for expert in range(EXPERTS)])
+        for part, shape in zip(names.split, shapes, strict=True)
+    )
+    yield "experts.w13", torch.cat([gate, up], dim=1)
+    yield "experts.w2", down
