@@ -5,6 +5,7 @@ Styles are those of `remap`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from moe_conformance.catalogue.case import Case
@@ -195,6 +196,26 @@ SPLITS = ("compressed-tensors", "modelopt")
 _CORE = ("fp8-block", "fp8-number", "int4-packed-zero", "gptq", "gptq-in-order", "nvfp4", "nvfp4-modelopt")
 # Forms of one family's layout alone.
 _ELSEWHERE = ("mxfp4-blocks", "fp8-fbgemm", "fp8-tensor-halves", "fp8-block-halves")
+# Form, family, layout, tier, what was left as floats, what ends the id, and what else is special.
+_SPECIAL: tuple[tuple[str, str, str, str, tuple[str, ...], str, Mapping[str, object]], ...] = (
+    ("fp8-block", "qwen3_moe", "by-expert", "core", (), "-shuffled", {"shuffled": True}),
+    ("gptq", "qwen3_moe", "by-expert", "full", (), "-shuffled", {"shuffled": True}),
+    ("fp8-block", "deepseek_v3", "by-expert", "core", (), "-draft", {}),
+    ("fp8-block", "deepseek_v3", "by-expert", "full", ("shared_experts",), "-draft", {}),
+    *(
+        (form, family, layout, "core" if form == "fp8-block" else "full", (), f"-of-{width}", {"width": width})
+        for form, family, layout, width in (
+            ("fp8-block", "qwen3_moe", "by-expert", 40),
+            ("fp8-block", "granitemoe", "packed", 40),
+            ("fp8-block-halves", "granitemoe", "packed", 40),
+            ("mxfp8", "qwen3_moe", "by-expert", 40),
+            ("mxfp4", "qwen3_moe", "by-expert", 40),
+            ("nvfp4", "qwen3_moe", "by-expert", 40),
+            ("int4-packed-zero", "qwen3_moe", "by-expert", 36),
+            ("int8-packed-zero", "qwen3_moe", "by-expert", 38),
+        )
+    ),
+)
 STORED = tuple(
     _stored(form, family, layout, tier, left)
     for form, family, layout, tier, left in (
@@ -214,26 +235,8 @@ STORED = tuple(
     )
     if family in RECORDS
 ) + tuple(
-    _stored(form, family, layout, tier, left, what, **recipe)
-    for form, family, layout, tier, left, what, recipe in (
-        ("fp8-block", "qwen3_moe", "by-expert", "core", (), "-shuffled", {"shuffled": True}),
-        ("gptq", "qwen3_moe", "by-expert", "full", (), "-shuffled", {"shuffled": True}),
-        ("fp8-block", "deepseek_v3", "by-expert", "core", (), "-draft", {}),
-        ("fp8-block", "deepseek_v3", "by-expert", "full", ("shared_experts",), "-draft", {}),
-        *(
-            (form, family, layout, "core" if form == "fp8-block" else "full", (), f"-of-{width}", {"width": width})
-            for form, family, layout, width in (
-                ("fp8-block", "qwen3_moe", "by-expert", 40),
-                ("fp8-block", "granitemoe", "packed", 40),
-                ("fp8-block-halves", "granitemoe", "packed", 40),
-                ("mxfp8", "qwen3_moe", "by-expert", 40),
-                ("mxfp4", "qwen3_moe", "by-expert", 40),
-                ("nvfp4", "qwen3_moe", "by-expert", 40),
-                ("int4-packed-zero", "qwen3_moe", "by-expert", 36),
-                ("int8-packed-zero", "qwen3_moe", "by-expert", 38),
-            )
-        ),
-    )
+    _stored(form, family, layout, tier, left, what, **special)
+    for form, family, layout, tier, left, what, special in _SPECIAL
     if family in RECORDS
 )
 
