@@ -58,7 +58,10 @@ def as_gpu(dtype: torch.dtype | None = None) -> Iterator[None]:
         for name in ("inplace_fused_experts", "outplace_fused_experts"):
             operator = getattr(fused, name)  # registered for CUDA alone, around a function of torch and Triton
             put(fused, name, getattr(operator, "__wrapped__", operator))
-        put(fused, "moe_combine_topk", _combining(fused))
+        if hasattr(fused, "moe_combine_topk"):
+            put(fused, "moe_combine_topk", _combining(fused))
+        elif dtype is not None:
+            raise Unsupported("SGLang's Triton kernels: this release sums experts by operators of a GPU alone")
         # No machine's tuned sizes of blocks are looked up, but SGLang's own default.
         put(import_module(f"{_FUSED}_triton_config"), "get_device_name", lambda: "CPU")
         if dtype is torch.float32:
