@@ -114,7 +114,8 @@ def read_scaled(form: Form) -> Tensor:
 def _by_group(form: Form, size: int, scale: Tensor) -> Tensor:
     """[E, rows, columns] of [E, rows, groups]; of a row that groups do not divide, the last one has the rest."""
     experts, rows, columns = _rows_columns(form)
-    return scale.reshape(experts, rows, -1)[..., torch.arange(columns) // size]
+    index = (torch.arange(columns) // size).clamp(max=scale.shape[-1] - 1)  # ModelOpt scales whole groups alone
+    return scale.reshape(experts, rows, -1)[..., index]
 
 
 def read_mxfp8(form: Form) -> Tensor:

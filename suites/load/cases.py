@@ -211,6 +211,7 @@ _SPECIAL: tuple[tuple[str, str, str, str, tuple[str, ...], str, Mapping[str, obj
             ("mxfp8", "qwen3_moe", "by-expert", 40),
             ("mxfp4", "qwen3_moe", "by-expert", 40),
             ("nvfp4", "qwen3_moe", "by-expert", 40),
+            ("nvfp4-modelopt", "qwen3_moe", "by-expert", 40),
             ("int4-packed-zero", "qwen3_moe", "by-expert", 36),
             ("int8-packed-zero", "qwen3_moe", "by-expert", 38),
         )

@@ -237,11 +237,16 @@ def mxfp4_blocks(shape: Shape, seed: str) -> tuple[Parts, Tensor]:
 
 
 def nvfp4(shape: Shape, seed: str, modelopt: bool) -> tuple[Parts, Tensor]:
-    """ModelOpt multiplies by the second scale, compressed-tensors divides by it."""
+    """ModelOpt multiplies by the second scale, compressed-tensors divides by it.
+
+    ModelOpt has scales of whole groups alone: of a row that they do not divide, the last one has the rest.
+    """
     stored, numbers = fp4(shape, seed)
-    scale = (scales((*shape[:-1], -(-shape[-1] // 16)), f"{seed} scale") * 64).to(torch.float8_e4m3fn)
+    count = max(shape[-1] // 16, 1) if modelopt else -(-shape[-1] // 16)
+    scale = (scales((*shape[:-1], count), f"{seed} scale") * 64).to(torch.float8_e4m3fn)
     whole = scales(shape[:-2], f"{seed} whole")
-    numbers = numbers * spread(scale.float(), shape, 1, 16)
+    group = (torch.arange(shape[-1]) // 16).clamp(max=count - 1)
+    numbers = numbers * scale.double()[..., group]
     if modelopt:
         parts = {"weight": stored, "weight_scale": scale, "weight_scale_2": whole, "input_scale": whole / 2}
         return parts, numbers * whole.double()[..., None, None]

@@ -49,7 +49,9 @@ def _mean_the_same(got: Loaded, want: Mapping[str, Tensor], case: Case) -> None:
     mlp = MLPSpec(case.recipe.get("width", WIDTH))
     layers = {name.removesuffix("experts.w2") for name in want if name.endswith("experts.w2")}
     left = [name for name in case["left"] if not name.startswith("shared")]
-    said = set() if left or case["stored"] in NUMBERS_ALONE else layers
+    # ModelOpt's last group has what is left of a row.
+    is_cut = case["stored"] == "nvfp4-modelopt" and "width" in case.recipe
+    said = set() if left or is_cut or case["stored"] in NUMBERS_ALONE else layers
     if got.stored.keys() != said:
         raise Nonconformance(f"stored: got {sorted(got.stored)}, want {sorted(said)}, whose experts a QuantSpec says")
     for layer, held in got.stored.items():
