@@ -18,13 +18,15 @@ from safetensors.torch import load_file, save_file
 from moe_conformance.errors import CheckpointError
 from moe_conformance.routes.command import judged
 from moe_conformance.suites.generate.models import whole_model
-from moe_conformance.suites.load.forms import FORMS
+from moe_conformance.suites.load.forms import FORMS, PACKED_ALONE
 from moe_conformance.suites.load.stored import ENCODED
 
 # One of each kind is tried in every run.
 CORE = ("fp8-block", "gptq", "nvfp4-modelopt")
 SINGLE = [
-    form if form in CORE else pytest.param(form, marks=pytest.mark.nightly) for form in FORMS if form != "mxfp4-blocks"
+    form if form in CORE else pytest.param(form, marks=pytest.mark.nightly)
+    for form in FORMS
+    if form not in PACKED_ALONE
 ]
 LENGTHS = (48, 40, 45, 37)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from moe_conformance.catalogue.case import Case
 from moe_conformance.model.families.families import BY_SLUG, RECORDS
-from moe_conformance.suites.load.forms import FORMS
+from moe_conformance.suites.load.forms import FORMS, PACKED_ALONE
 from moe_conformance.suites.of_families import of_families
 
 # H and F. 2F = H makes gate_up_proj square, F = H down_proj: no layout can be told from such a shape. 2F < H, as most
@@ -194,8 +194,6 @@ def _stored(
 SPLITS = ("compressed-tensors", "modelopt")
 # What each form looks like by expert is judged in every run, one of its kind.
 _CORE = ("fp8-block", "fp8-number", "int4-packed-zero", "gptq", "gptq-in-order", "nvfp4", "nvfp4-modelopt")
-# Forms of one family's layout alone.
-_ELSEWHERE = ("mxfp4-blocks", "fp8-fbgemm", "fp8-tensor-halves", "fp8-block-halves")
 # Form, family, layout, tier, what was left as floats, what ends the id, and what else is special.
 _SPECIAL: tuple[tuple[str, str, str, str, tuple[str, ...], str, Mapping[str, object]], ...] = (
     ("fp8-block", "qwen3_moe", "by-expert", "core", (), "-shuffled", {"shuffled": True}),
@@ -225,7 +223,7 @@ STORED = tuple(
             (form, family, layout, "core" if layout == "by-expert" and form in _CORE else "full", ())
             for family, layout in (("qwen3_moe", "by-expert"), ("granitemoe", "packed"), ("granitemoe", "split"))
             for form in FORMS
-            if form not in _ELSEWHERE
+            if form not in PACKED_ALONE
         ),
         ("fp8-channel", "qwen3_moe", "by-expert", "core", ("experts.1.",)),
         ("fp8-channel", "qwen3_moe", "by-expert", "full", ("down_proj",)),

@@ -223,6 +223,8 @@ FORMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "bnb-nf4-plain": ("nf4", {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
     "bnb-int8": ("int8", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
 }
+# Forms of packed experts alone, each of one family's.
+PACKED_ALONE = ("mxfp4-blocks", "fp8-fbgemm", "fp8-tensor-halves", "fp8-block-halves")
 # Of these a QuantSpec says nothing: columns in an order of their own, three bits, scales of columns of experts that lie
 # transposed, and blocks that know no rows.
 NUMBERS_ALONE = frozenset(
