@@ -37,7 +37,13 @@ def change(folder: Path, change: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if FORMS[form][1]["quant_method"] == "compressed-tensors"])
+# compressed-tensors 0.20 has no act-order by groups any more; what older releases stored so remains.
+REMOVED = ("int4-packed-order",)
+
+
+@pytest.mark.parametrize(
+    "form", [f for f in FORMS if FORMS[f][1]["quant_method"] == "compressed-tensors" and f not in REMOVED]
+)
 def test_compressed_tensors_reads_the_same_numbers(form: str) -> None:
     library = pytest.importorskip("compressed_tensors.compressors.base", reason="the quantiser's own library")
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
