@@ -345,8 +345,8 @@ class CountsPadding(PlainBuffer, lacks={"capture_session": {"unwritten", "expert
         return Session(spec)
 
 
-class StoresUnsigned(Innocent):
-    """Ids are kept in 16 bits without a sign: -1 is 65535, which no expert is."""
+class StoresUnsigned(Innocent, lacks={"capture_store": {"expert_bounds"}}):
+    """Ids are kept in 16 bits without a sign, as they come: -1 is 65535, which no expert is."""
 
     def capture_store(self, spec: CaptureSpec) -> CaptureStore:
         class Store(HostStore):
