@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import struct
@@ -276,7 +277,7 @@ def quantised(form: str, layout: str, **sizes: int) -> tuple[dict[str, Any], Ten
         *lead, rows, columns = tensor.shape
         stem = name.removesuffix("weight") if name.endswith(".weight") else f"{name}."
         found |= {stem + end: held for end, held in matrix(tuple(lead), rows, columns).items()}
-    return {**config, "quantization_config": given}, found
+    return {**config, "quantization_config": copy.deepcopy(given)}, found
 
 
 def _split(plain: Tensors) -> Tensors:
