@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from moe_conformance.model.storage import QuantSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Target(NamedTuple):
     shard: str | int | None = None
 
 
-class Loaded(dict[str, Tensor]):
+class Loaded(dict[str, "Tensor"]):
     """Tensors by canonical name, and how experts lie in memory that a checkpoint has quantised.
 
     stored: by what precedes a layer's names ("layers.0."), a QuantSpec without activations and the tensors of
